@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh machine: `make run` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN ?= method=conabl reg=gradproj
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-all lint bench weights results
+
+help:  ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## make .venv and install the package with pinned versions
+	@echo "setup: $(VENV) is ready"
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "cu_runner needs Python 3.11 to 3.13, found %d.%d; set PYTHON=" % v)'
+	@echo "setup: making $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setup: installing cu_runner and its pinned dependencies (torch alone is some GB; about two minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+run: setup  ## the main job: 12 styles unlearned one after another on the embedded model; RUN="method=... reg=..." for another
+	@echo "run: cu-run $(RUN)"
+	@$(BIN)/cu-run $(RUN)
+
+test: setup  ## the tests, without network; minutes
+	@echo "test: pytest"
+	@$(BIN)/python -m pytest
+
+test-all: setup  ## the tests and the slow ones
+	@$(BIN)/python -m pytest -m ''
+
+lint: setup  ## ruff
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: setup  ## images/s, training steps/s, seconds per request, start-up times, peak memory
+	@$(BIN)/python scripts/bench.py
+
+weights: setup  ## build the embedded model from nothing; about an hour on two CPU cores
+	@$(BIN)/python scripts/build_shapecanvas.py
+
+results: setup  ## the runs and the picture behind the README's section "What the result shows"
+	@$(BIN)/python scripts/results.py

@@ -1,0 +1,148 @@
+"""Concepts, sequences of unlearning requests, and the plan that turns a sequence and a setting into requests.
+
+Everything here is a plain value: no model, no file, no randomness.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cu_runner.lists import read_shipped
+
+Setting = Literal["sequential"]
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One thing that prompts can name.
+
+    name: as it stands in prompts. domain: "style", "object", "celebrity", ... anchor: what to draw in its place, or None.
+    """
+
+    name: str
+    domain: str
+    anchor: str | None = None
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What to unlearn, in which order, and what must survive (PROTOCOL: UA, RA-I and RA-C rest on these lists).
+
+    targets: concepts to unlearn, in order of request. retain: held-out concepts of the same domain. cross_retain: concepts of
+    the other domain; every evaluation image shows one of them. vocabulary: further names of the target's domain that a
+    regularizer may use as auxiliary concepts.
+    """
+
+    name: str
+    targets: tuple[Concept, ...]
+    retain: tuple[Concept, ...]
+    cross_retain: tuple[Concept, ...]
+    vocabulary: tuple[str, ...]
+    prompt: str  # evaluation prompt, one {domain} placeholder per domain: "a {object} image in {style} style"
+    target_prompt: str  # training prompt of the concept: placeholders {concept}, {caption}
+    anchor_prompt: str  # training prompt of its anchor: placeholders {anchor}, {caption}
+    captions: tuple[str, ...]  # what {caption} runs through
+    seeds: tuple[int, ...]  # evaluation noise seeds; one image per prompt and seed
+
+    @property
+    def domain(self) -> str:
+        return self.targets[0].domain
+
+    @property
+    def cross_domain(self) -> str:
+        return self.cross_retain[0].domain
+
+    def training_pairs(self, concept: Concept) -> list[tuple[str, str]]:
+        """(target prompt, anchor prompt) pairs of one concept, one per caption."""
+        return [
+            (
+                self.target_prompt.format(concept=concept.name, caption=caption),
+                self.anchor_prompt.format(anchor=concept.anchor or "", caption=caption),
+            )
+            for caption in self.captions
+        ]
+
+    def evaluation_prompt(self, concept: Concept, cross: Concept) -> str:
+        return self.prompt.format(**{concept.domain: concept.name, cross.domain: cross.name})
+
+
+def make_sequence(
+    name: str,
+    domain: str,
+    cross_domain: str,
+    targets: list[str],
+    retain: list[str],
+    cross_retain: list[str],
+    vocabulary: str,
+    prompt: str,
+    target_prompt: str,
+    anchor_prompt: str,
+    captions: list[str],
+    seeds: list[int],
+    anchors: dict[str, str] | None = None,
+) -> Sequence:
+    """Check the lists of a sequence file (conf/sequence) and build the Sequence.
+
+    vocabulary names a shipped list (cu_runner/lists); anchors maps a target to what {anchor} in anchor_prompt stands for.
+    Raises ValueError naming the entry that is wrong.
+    """
+    for label, names in {"targets": targets, "retain": retain, "cross_retain": cross_retain, "seeds": seeds}.items():
+        repeated = sorted({str(entry) for entry in names if names.count(entry) > 1})
+        if repeated:
+            raise ValueError(f"sequence.{label} lists {', '.join(repeated)} more than once; name each entry once")
+        if not names:
+            raise ValueError(f"sequence.{label} is empty; it needs at least one entry")
+    both = sorted(set(targets) & set(retain))
+    if both:
+        raise ValueError(f"sequence {name}: {', '.join(both)} is both in targets (to unlearn) and in retain; remove it from one")
+    anchors = anchors or {}
+    strangers = sorted(set(anchors) - set(targets))
+    if strangers:
+        raise ValueError(f"sequence.anchors names {', '.join(strangers)}, which is not in sequence.targets")
+    if "{anchor}" in anchor_prompt and set(targets) - set(anchors):
+        raise ValueError(f"sequence.anchors lacks {', '.join(t for t in targets if t not in anchors)}; anchor_prompt uses {{anchor}}")
+    sequence = Sequence(
+        name=name,
+        targets=tuple(Concept(target, domain, anchors.get(target)) for target in targets),
+        retain=tuple(Concept(kept, domain) for kept in retain),
+        cross_retain=tuple(Concept(kept, cross_domain) for kept in cross_retain),
+        vocabulary=tuple(read_shipped(vocabulary)),
+        prompt=prompt,
+        target_prompt=target_prompt,
+        anchor_prompt=anchor_prompt,
+        captions=tuple(captions),
+        seeds=tuple(seeds),
+    )
+    for field, template, needed in (
+        ("prompt", prompt, {domain, cross_domain}),
+        ("target_prompt", target_prompt, {"concept"}),
+    ):
+        missing = sorted(key for key in needed if f"{{{key}}}" not in template)
+        if missing:
+            raise ValueError(f"sequence.{field} {template!r} lacks the placeholder {{{missing[0]}}}")
+    try:
+        sequence.evaluation_prompt(sequence.targets[0], sequence.cross_retain[0])
+        sequence.training_pairs(sequence.targets[0])
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"sequence {name}: a prompt has an unknown placeholder {error}; see conf/sequence for examples") from None
+    return sequence
+
+
+@dataclass(frozen=True)
+class Request:
+    """One unlearning request. index counts from 1; targets are trained on, erased is everything unlearned when it is done."""
+
+    index: int
+    targets: tuple[Concept, ...]
+    erased: tuple[Concept, ...]
+    start: Literal["base", "previous"]
+
+    @property
+    def label(self) -> str:
+        return ", ".join(concept.name for concept in self.targets)
+
+
+def plan_requests(sequence: Sequence, setting: Setting) -> list[Request]:
+    """The requests of a run. sequential: request n starts from the weights of request n-1 and unlearns one concept."""
+    assert setting == "sequential"
+    targets = sequence.targets
+    return [Request(i + 1, (targets[i],), targets[: i + 1], "previous") for i in range(len(targets))]

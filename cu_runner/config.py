@@ -1,0 +1,224 @@
+"""From a composed Hydra configuration to checked plain values: the typed spine, the nodes to instantiate, the signature.
+
+This file and cli.py are the only ones that know OmegaConf. Every complaint is a ConfigError of one line: what was wrong, what
+is allowed, how to fix it. It is raised before a model is loaded.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from pydantic import TypeAdapter, ValidationError
+
+from cu_runner.settings import SettingChoice, Spine
+
+Plain = dict[str, object] | list[object] | str | int | float | bool | None
+
+class ConfigError(ValueError):
+    """The user's configuration cannot be run; the message is one line."""
+
+
+def config_dir() -> Path:
+    """conf/ at the top of a checkout, or its copy inside an installed package."""
+    packed = Path(__file__).parent / "conf"
+    return packed if packed.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A checked `_target_` with its arguments, ready to be called by cli.py."""
+
+    target: str
+    arguments: dict[str, Plain]
+
+    def build(self, **more: object) -> object:
+        return get_object(self.target)(**self.arguments, **more)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run, checked. `resolved` is what config.yaml of the run directory holds."""
+
+    spine: Spine
+    model: Node
+    evaluator: Node
+    sequence: Node
+    method: Node
+    regularizers: dict[str, Node]
+    setting: str
+    method_name: str
+    resolved: dict[str, Plain]
+
+    @property
+    def signature(self) -> str:
+        return signature(self.resolved)
+
+    @property
+    def directory(self) -> Path:
+        """outputs/runs/<sequence>/<method>-<reg+reg|none>-<setting>-s<seed>-<sig8>, the contract of DESIGN.md section 7."""
+        regularizers = "+".join(self.regularizers) or "none"
+        name = f"{self.method_name}-{regularizers}-{self.setting}-s{self.spine.seed}-{self.signature[:8]}"
+        return Path(self.spine.paths.outputs) / "runs" / str(self.sequence.arguments["name"]) / name
+
+
+# ----------------------------------------------------------------------------------------------------- resolvers
+def _choice(group: str) -> str:
+    """The chosen file of a configuration group: `${choice:method}` is "conabl"."""
+    return str(HydraConfig.get().runtime.choices[group])
+
+
+def _tuned(key: str, default: Plain, *, _root_: DictConfig) -> Plain:
+    """A setting of conf/tuned for the chosen method and regularizers, else the default: `${tuned:train.lr,2e-4}`."""
+    return tuned_cell(_root_).get(key, default)
+
+
+def tuned_cell(config: DictConfig) -> dict[str, Plain]:
+    """The entry of conf/tuned that fits the chosen method and list of regularizers; empty if there is none."""
+    regularizers = "+".join(str(name) for name in config.reg) or "none"
+    methods = OmegaConf.to_container(config.tuned) if "tuned" in config else {}
+    return (methods.get(_choice("method")) or {}).get(regularizers) or {}
+
+
+OmegaConf.register_new_resolver("choice", _choice, replace=True)
+OmegaConf.register_new_resolver("tuned", _tuned, replace=True)
+
+
+# -------------------------------------------------------------------------------------------------------- parsing
+def parse(config: DictConfig) -> RunConfig:
+    """Check a composed configuration. Raises ConfigError."""
+    for key in tuned_cell(config):
+        if OmegaConf.select(config, key) is None:
+            raise ConfigError(f"conf/tuned: {key} is not a setting of this run; correct the name in the tuned file")
+    resolved = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(resolved, dict)
+    resolved.pop("tuned", None)
+    resolved.pop("hydra", None)
+    for path, value in walk(resolved):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{path}={value}: not a finite number; give a finite one")
+    groups = {"model", "evaluator", "sequence", "method", "reg", "setting"}
+    known = groups | {field.name for field in dataclasses.fields(Spine)}
+    unknown = sorted(set(resolved) - known)
+    if unknown:
+        raise ConfigError(f"unknown key {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
+    spine = check(Spine, {key: resolved[key] for key in resolved if key not in groups}, "")
+    setting = check(SettingChoice, resolved["setting"], "setting.")
+    return RunConfig(
+        spine=spine,
+        model=make_node("model", resolved["model"]),
+        evaluator=make_node("evaluator", resolved["evaluator"]),
+        sequence=make_node("sequence", resolved["sequence"]),
+        method=make_node("method", resolved["method"]),
+        regularizers={name: make_regularizer(name, node, resolved["reg"]) for name, node in resolved["reg"].items()},
+        setting=setting.plan,
+        method_name=_choice("method"),
+        resolved=resolved,
+    )
+
+
+def make_regularizer(name: str, node: Plain, chosen: dict[str, Plain]) -> Node:
+    if not isinstance(node, dict) or "_target_" not in node:
+        selected = [other for other, entry in chosen.items() if isinstance(entry, dict) and "_target_" in entry]
+        raise ConfigError(
+            f"reg.{name} has settings but the regularizer is not selected (selected: {', '.join(selected) or 'none'}); "
+            f"add it, as in 'reg=[{','.join([*selected, name])}]', or drop its settings"
+        )
+    return make_node(f"reg.{name}", node)
+
+
+def make_node(path: str, node: Plain) -> Node:
+    """Check a group's arguments against the signature of its `_target_`: names, types, bounds, nothing missing."""
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise ConfigError(f"{path} has no _target_; choose a file of conf/{path.split('.')[0]}")
+    arguments = {key: value for key, value in node.items() if key != "_target_"}
+    target = str(node["_target_"])
+    try:
+        function = get_object(target)
+    except Exception as error:  # whatever importing the user's module raises; reported with its cause
+        raise ConfigError(f"{path}._target_={target}: cannot be imported ({first_line(error)})") from error
+    parameters = inspect.signature(function).parameters
+    unknown = sorted(set(arguments) - set(parameters))
+    if unknown:
+        raise ConfigError(f"unknown key {path}.{unknown[0]}; allowed: {', '.join(sorted(parameters))}")
+    missing = sorted(key for key, spec in parameters.items() if spec.default is spec.empty and key not in arguments)
+    if missing:
+        raise ConfigError(f"{path}.{missing[0]} is not set; add it to the file of conf/{path.split('.')[0]}")
+    hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
+    checked = {key: check(hints[key], value, f"{path}.{key}") for key, value in arguments.items()}
+    return Node(target, checked)
+
+
+def check(kind: type, value: Plain, path: str) -> object:
+    """Validate one value against a type; ConfigError names the key, the value and what is allowed."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = path + ".".join(str(part) for part in first["loc"]) if path.endswith(".") or not path else path
+        if path and not path.endswith(".") and first["loc"]:
+            key = f"{path}.{'.'.join(str(part) for part in first['loc'])}"
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            raise ConfigError(f"unknown key {key}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{key}={first['input']!r}: {message[0].lower() + message[1:]}") from None
+
+
+def walk(value: Plain, path: str = "") -> Iterator[tuple[str, Plain]]:
+    """All leaves of a nested configuration with their dotted paths."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from walk(entry, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from walk(entry, f"{path}.{index}")
+    else:
+        yield path, value
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ------------------------------------------------------------------------------------------------------ signature
+NOT_SCIENTIFIC = ("num_threads", "device", "eval.batch_size", "wandb", "paths")
+
+
+def signature(resolved: dict[str, Plain]) -> str:
+    """sha256 of the scientific part of a configuration, so that the same experiment is the same directory.
+
+    Devices, threads, paths of outputs, W&B and the evaluation batch are left out. Numbers are compared by value: 5 is 5.0.
+    The order of regularizers counts (it is the order of their hooks); the order of other keys does not.
+    """
+    science = drop(resolved, NOT_SCIENTIFIC)
+    science["reg"] = [[name, node] for name, node in resolved["reg"].items()]
+    text = json.dumps(numbers_by_value(science), sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def drop(value: dict[str, Plain], paths: tuple[str, ...]) -> dict[str, Plain]:
+    """A copy without the dotted paths."""
+    kept = {key: dict(entry) if isinstance(entry, dict) else entry for key, entry in value.items() if key not in paths}
+    for path in paths:
+        group, _, key = path.partition(".")
+        if key and isinstance(kept.get(group), dict):
+            kept[group].pop(key, None)
+    return kept
+
+
+def numbers_by_value(value: Plain) -> Plain:
+    if isinstance(value, dict):
+        return {key: numbers_by_value(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [numbers_by_value(entry) for entry in value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value

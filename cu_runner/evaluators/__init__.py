@@ -1,0 +1,1 @@
+"""Evaluators: what names the content of generated images. One file here and one YAML in conf/evaluator make one."""

@@ -1,0 +1,30 @@
+"""What an evaluator provides."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of B images in one domain: labels, and the score (probability) of each label [B]."""
+
+    labels: list[str]
+    scores: list[float]
+
+
+class Evaluator(ABC):
+    """Names the content of images in each domain it knows. Metrics are computed from the saved predictions, never from it."""
+
+    @abstractmethod
+    def predict(self, images: Tensor) -> dict[str, Prediction]:
+        """Images [B, 3, S, S] in 0..1 to one Prediction per domain."""
+
+    @abstractmethod
+    def labels(self) -> dict[str, list[str]]:
+        """The labels that can be predicted, per domain."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """sha256 over the weights: two evaluators with one fingerprint judge alike."""

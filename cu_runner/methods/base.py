@@ -1,0 +1,57 @@
+"""What an unlearning method provides. Subclass Method, put a YAML beside it in conf/method, and it runs.
+
+Shapes: B batch, C latent channels, H W latent size, L tokens, D text width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from torch import Tensor, nn
+
+from cu_runner.concepts import Request, Sequence
+from cu_runner.models import DiffusionModel
+from cu_runner.params import ParameterGroup
+from cu_runner.seeding import RandomSource
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What methods and regularizers may see of the request at hand.
+
+    params: the trainable weights by name; they change under the optimiser. start: their values at the start of the request.
+    base: their values in the untouched model. anchors: image latents of prompts, made by the untouched model and cached.
+    """
+
+    model: DiffusionModel
+    sequence: Sequence
+    request: Request
+    params: dict[str, nn.Parameter]
+    start: dict[str, Tensor]
+    base: dict[str, Tensor]
+    rng: RandomSource
+    batch_size: int
+    anchors: Callable[[list[str], int], Tensor]  # (prompts, number of images) -> latents [number, C, H, W]
+
+
+class Method(ABC, Generic[Batch]):
+    """An unlearning loss and the batches it is computed on."""
+
+    params: ParameterGroup = "kv_xattn"  # which weights are trained
+
+    def begin_request(self, scope: Scope) -> None:
+        """Prepare for a request: anchor sets, teachers, masks."""
+
+    @abstractmethod
+    def batches(self, scope: Scope) -> Iterator[Batch]:
+        """An endless stream; batch number n depends on the request and n alone."""
+
+    @abstractmethod
+    def loss(self, scope: Scope, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """The scalar to minimise and what to log of it."""
+
+    def on_gradients(self, params: dict[str, nn.Parameter]) -> None:
+        """Change the gradients in place after the backward pass, before those of the regularizers."""

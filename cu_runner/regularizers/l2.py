@@ -1,0 +1,33 @@
+"""L2 penalty on the change of the weights (Lee et al. 2026, arXiv 2511.07970, Sec. 5)."""
+
+from typing import Literal
+
+import torch
+from pydantic import NonNegativeFloat
+from torch import Tensor, nn
+
+from cu_runner.methods.base import Scope
+from cu_runner.regularizers.base import Regularizer
+
+
+def mean_power(params: dict[str, Tensor], reference: dict[str, Tensor], power: int) -> Tensor:
+    """mean |theta - reference|^power over all elements of all tensors together; a scalar."""
+    total = torch.stack([(parameter - reference[name]).abs().pow(power).sum() for name, parameter in params.items()]).sum()
+    return total / sum(parameter.numel() for parameter in params.values())
+
+
+class L2(Regularizer):
+    """weight * mean d^2 over all trainable elements, d = theta - theta_anchor."""
+
+    power = 2
+
+    def __init__(self, weight: NonNegativeFloat, anchor: Literal["previous", "base"] = "previous") -> None:
+        """anchor: "previous" pulls towards the weights at the start of the request, "base" towards the untouched model."""
+        self.weight, self.anchor = weight, anchor
+
+    def begin_request(self, scope: Scope) -> dict[str, object]:
+        self._reference = scope.start if self.anchor == "previous" else scope.base
+        return {}
+
+    def penalty(self, params: dict[str, nn.Parameter]) -> Tensor:
+        return self.weight * mean_power(params, self._reference, self.power)

@@ -1,0 +1,239 @@
+"""The run directory: what is finished, what it was made from, and how to write it so that a kill at any moment loses nothing.
+
+A step is finished when its step.json exists; that file is written last and names the sha256 of every other file of the step and of
+the step before it. Every file is written beside its place, flushed to disk and renamed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import safetensors
+import safetensors.torch
+import yaml
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+DELTA, PREDICTIONS, METRICS, GRID, STEP = "delta.safetensors", "predictions.csv", "metrics.json", "grid.png", "step.json"
+
+
+class StoreError(RuntimeError):
+    """The run directory cannot be used as it is; the message is one line with what to do."""
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a crash of the machine."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def read_delta(path: Path, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Load a delta and check that it fits the weights by name and shape. Raises StoreError."""
+    try:
+        delta = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise StoreError(f"{path}: cannot be read ({error})") from None
+    shapes = {name: tuple(tensor.shape) for name, tensor in delta.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in params.items()}
+    if shapes != wanted:
+        name = next(iter(sorted(set(shapes.items()) ^ set(wanted.items()))))[0]
+        raise StoreError(f"{path}: holds other weights than this run trains (e.g. {name}); it belongs to another model or method.params")
+    return delta
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished step: its number, directory, the sha256 that the next step must name, and its metrics row."""
+
+    index: int
+    directory: Path
+    sha256: str
+    row: dict[str, object]
+
+
+class RunStore:
+    """One run directory, locked by one process. Use as a context manager."""
+
+    def __init__(self, directory: Path, config: dict[str, object], signature_of: Callable[[dict[str, object]], str]) -> None:
+        """
+        Args:
+            directory: the run directory; created if missing.
+            config: resolved configuration, kept in config.yaml.
+            signature_of: hash of its scientific part; a directory whose config.yaml has another one is refused.
+        """
+        self.directory, self._config, self._signature_of = directory, config, signature_of
+        self.signature = signature_of(config)
+        self._lock = FileLock(directory / ".lock")
+
+    def __enter__(self) -> "RunStore":
+        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise StoreError(f"{self.directory}: another process is writing this run; wait for it to end or stop it") from None
+        try:
+            self._check_config()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def _check_config(self) -> None:
+        path = self.directory / "config.yaml"
+        if not path.exists():
+            write_atomic(path, yaml.safe_dump(self._config, sort_keys=False, allow_unicode=True).encode())
+            return
+        try:
+            found = self._signature_of(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (yaml.YAMLError, AttributeError, KeyError, TypeError, UnicodeDecodeError):
+            found = "unreadable"
+        if found != self.signature:
+            raise StoreError(
+                f"{path}: was changed after the run began (signature {found[:8]}, this run is {self.signature[:8]}); "
+                "restore it, or move the directory away to start anew"
+            )
+
+    # ------------------------------------------------------------------------------------------------------ reading
+    def step_dir(self, index: int) -> Path:
+        return self.directory / "steps" / f"{index:02d}"
+
+    def finished(self) -> list[Step]:
+        """The finished steps from 0 on, each checked against its hashes and its parent. Raises StoreError on any damage."""
+        steps: list[Step] = []
+        present = sorted(int(path.parent.name) for path in (self.directory / "steps").glob(f"*/{STEP}"))
+        for position, index in enumerate(present):
+            if index != position:
+                raise StoreError(f"{self.step_dir(position)}: step {position} is missing but step {index} is there; {self._advice(position)}")
+            steps.append(self._check_step(index, steps[-1].sha256 if steps else None))
+        return steps
+
+    def _check_step(self, index: int, parent: str | None) -> Step:
+        directory = self.step_dir(index)
+        try:
+            record = json.loads((directory / STEP).read_text(encoding="utf-8"))
+            files, row = dict(record["files"]), dict(record["row"])
+            own, named, signature, number = record["sha256"], record["parent_sha256"], record["signature"], record["index"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise StoreError(f"{directory / STEP}: cannot be read; {self._advice(index)}") from None
+        if signature != self.signature or number != index:
+            raise StoreError(f"{directory / STEP}: belongs to another run or step; {self._advice(index)}")
+        if named != parent:
+            raise StoreError(f"{directory / STEP}: names another parent than step {index - 1}; {self._advice(index)}")
+        for name, expected in files.items():
+            path = directory / name
+            if not path.is_file():
+                raise StoreError(f"{path}: is missing; {self._advice(index)}")
+            if sha256_of(path) != expected:
+                raise StoreError(f"{path}: is damaged (its sha256 is not the one in {STEP}); {self._advice(index)}")
+        if own != chain(parent, files):
+            raise StoreError(f"{directory / STEP}: does not match its own sha256; {self._advice(index)}")
+        return Step(index, directory, own, row)
+
+    def _advice(self, index: int) -> str:
+        return f"restore it, or delete {self.directory}/steps/{index:02d} and all later steps and run the same command to make them again"
+
+    # ------------------------------------------------------------------------------------------------------ writing
+    def save_step(
+        self,
+        index: int,
+        files: Mapping[str, bytes],
+        record: Mapping[str, object],
+        row: Mapping[str, object],
+        parent: Step | None,
+    ) -> Step:
+        """Write a step and commit it.
+
+        Args:
+            index: 0 for the untouched model, n after request n.
+            files: contents by file name.
+            record: further entries of step.json (targets, seconds, versions, ...).
+            row: this step's row of metrics.csv.
+            parent: the step before, None for step 0.
+        """
+        directory = self.step_dir(index)
+        if directory.exists():  # left by a process that was killed before its commit
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True)
+        for name, content in files.items():
+            write_atomic(directory / name, content)
+        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        above = parent.sha256 if parent else None
+        own = chain(above, hashes)
+        links = {"index": index, "signature": self.signature, "parent_sha256": above, "sha256": own, "files": hashes}
+        write_atomic(directory / STEP, to_json({**links, **record, "row": dict(row)}))
+        return Step(index, directory, own, dict(row))
+
+    def write_metrics(self, rows: list[dict[str, object]]) -> None:
+        """metrics.csv, made anew from the rows of the finished steps."""
+        write_atomic(self.directory / "metrics.csv", pd.DataFrame(rows).to_csv(index=False).encode())
+
+    def write_summary(self, summary: Mapping[str, object]) -> None:
+        write_atomic(self.directory / "summary.json", to_json(dict(summary)))
+
+
+def chain(parent: str | None, files: Mapping[str, str]) -> str:
+    """sha256 of a step: over its parent's and those of its files, so that it stands for the whole history."""
+    text = json.dumps([parent, sorted(files.items())])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Cache:
+    """outputs/cache/<kind>/<sig8>/: things that many runs need, made once. A broken entry is made again."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def fetch(self, kind: str, key: Mapping[str, object]) -> dict[str, bytes] | None:
+        """The files of an entry by name, or None if there is none or it is damaged."""
+        directory = self._directory(kind, key)
+        try:
+            index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
+            files = {name: (directory / name).read_bytes() for name in index["files"]}
+        except (OSError, ValueError, KeyError):
+            return None
+        if index["key"] != json.loads(json.dumps(key)):
+            return None
+        if any(hashlib.sha256(content).hexdigest() != index["files"][name] for name, content in files.items()):
+            return None
+        return files
+
+    def put(self, kind: str, key: Mapping[str, object], files: Mapping[str, bytes]) -> None:
+        """Write an entry; its index is written last. Two processes may write the same entry, with the same contents."""
+        directory = self._directory(kind, key)
+        directory.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory / ".lock"):
+            for name, content in files.items():
+                write_atomic(directory / name, content)
+            hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+            write_atomic(directory / "index.json", to_json({"key": key, "files": hashes}))
+
+    def _directory(self, kind: str, key: Mapping[str, object]) -> Path:
+        text = json.dumps(key, sort_keys=True)
+        return self.root / kind / hashlib.sha256(text.encode()).hexdigest()[:8]

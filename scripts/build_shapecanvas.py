@@ -1,0 +1,380 @@
+"""Build the embedded model from nothing: render, train every part, pack, and measure base accuracy.
+
+    python scripts/build_shapecanvas.py                    # resumes where it stopped; about an hour on two CPU cores
+    python scripts/build_shapecanvas.py --device cuda      # the same recipe on a GPU
+
+Stages: vae | text -> style, object (beside the VAE) -> unet -> pack -> measure. Each saves a checkpoint every minute under
+--work and is skipped once it is finished. Results go to --out: an ordinary `StableDiffusionPipeline` directory, the two
+classifier directories and base_accuracy.json. The classifiers see rendered images only.
+
+Shapes: B batch, L tokens, D text width, N cached latents.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ResNetConfig, ResNetForImageClassification
+
+from cu_runner.shapecanvas.render import IMAGE_SIZE, OBJECTS, STYLES, render
+
+TEXT_WIDTH, NUM_TOKENS = 128, 16
+LATENTS_PER_PAIR = 16  # renders of each (object, style) pair whose latents the UNet trains on
+STEPS = {"vae": 1200, "text": 1000, "style": 3000, "object": 3000, "unet": 6000}
+BATCH = {"vae": 32, "text": 96, "style": 64, "object": 64, "unet": 64}
+PEAK_RATE = {"vae": 2e-3, "text": 1e-3, "style": 2e-3, "object": 2e-3, "unet": 1e-3}
+TEXT_SCALE = 10.0  # inverse temperature of the contrastive loss
+SEED = {name: 1000 + index for index, name in enumerate(STEPS)}
+
+
+# ------------------------------------------------------------------------------------------------------- parts
+def make_vae() -> AutoencoderKL:
+    """64x64x3 images to 16x16x4 latents."""
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+    )
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """A CLIP byte-pair tokenizer whose merges make every word of the world one token; other words fall into letters."""
+    words = sorted({word for name in (*STYLES, *OBJECTS) for word in name.split()} | set("an image in style the of".split()))
+    letters = [chr(code) for code in range(33, 127)]
+    vocabulary = letters + [letter + "</w>" for letter in letters]
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        for merge in merges:  # what the merges of the earlier words already do to this one, in their order of priority
+            pieces = apply_merge(pieces, merge)
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            vocabulary.append(pieces[0] + pieces[1])
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    tokens = {token: index for index, token in enumerate(vocabulary)}
+    return CLIPTokenizer(vocab=tokens, merges=merges, model_max_length=NUM_TOKENS)
+
+
+def apply_merge(pieces: list[str], merge: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for piece in pieces:
+        if merged and (merged[-1], piece) == merge:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=NUM_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    encoder = CLIPTextModel(config)
+    # Words start at unit length per channel, so that training on images moves them together but each keeps a direction of its
+    # own, as the words of a large text encoder do. From the default of 0.02 the 120 styles end up spanning about 20 dimensions,
+    # and every style then lies in the span of the others, which no projection can tell apart.
+    embeddings = dict(encoder.named_parameters())
+    nn.init.normal_(next(p for name, p in embeddings.items() if name.endswith("token_embedding.weight")), std=1.0)
+    nn.init.normal_(next(p for name, p in embeddings.items() if name.endswith("position_embedding.weight")), std=0.3)
+    return encoder
+
+
+def make_unet() -> UNet2DConditionModel:
+    """The layout of Stable Diffusion's UNet at 1/200 of its size: cross-attention at 8x8 and 4x4."""
+    return UNet2DConditionModel(
+        sample_size=IMAGE_SIZE // 4,
+        block_out_channels=(32, 64, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def make_classifier(labels: tuple[str, ...]) -> ResNetForImageClassification:
+    config = ResNetConfig(
+        embedding_size=24,
+        hidden_sizes=[24, 48, 96, 160],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+    )
+    return ResNetForImageClassification(config)
+
+
+def make_scheduler() -> DPMSolverMultistepScheduler:
+    return DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+
+
+# ----------------------------------------------------------------------------------------------------- training
+def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Rendered images [B, 3, S, S] in 0..1 of random pairs, with their object and style indices [B]."""
+    objects = torch.randint(len(OBJECTS), (count,), generator=generator)
+    styles = torch.randint(len(STYLES), (count,), generator=generator)
+    images = render([OBJECTS[i] for i in objects], [STYLES[i] for i in styles], generator)
+    return images, objects, styles
+
+
+def caption(object_name: str | None, style: str | None) -> str:
+    """The caption of an image; None leaves the object or the style unsaid."""
+    start = "an image" if object_name is None else f"a {object_name} image"
+    return start if style is None else f"{start} in {style} style"
+
+
+def train(
+    stage: str,
+    modules: nn.ModuleDict,
+    loss_of: Callable[[torch.Generator], Tensor],
+    work: Path,
+    average: nn.Module | None = None,
+) -> None:
+    """Run the optimiser of one stage to its end, resuming from `work/<stage>.pt`; `average` is an EMA of modules['unet']."""
+    path, total = work / f"{stage}.pt", STEPS[stage]
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=PEAK_RATE[stage], weight_decay=1e-2, fused=True)
+    warmup = total // 20
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total)))
+    )
+    start = 0
+    if path.exists():
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        start = state["step"]
+        modules.load_state_dict(state["modules"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        if average is not None:
+            average.load_state_dict(state["average"])
+    progress = tqdm(range(start, total), initial=start, total=total, desc=stage, mininterval=5, ncols=88)
+    saved, smooth = time.monotonic(), None
+    for step in progress:
+        loss = loss_of(torch.Generator().manual_seed(SEED[stage] * 1_000_003 + step))
+        loss.backward()
+        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if average is not None:
+            decay = min(0.999, (step + 1) / (step + 10))
+            with torch.no_grad():
+                for kept, new in zip(average.parameters(), modules["unet"].parameters(), strict=True):
+                    kept.lerp_(new, 1 - decay)
+        if step % 20 == 0:
+            smooth = loss.item() if smooth is None else 0.9 * smooth + 0.1 * loss.item()
+            progress.set_postfix(loss=f"{smooth:.4f}")
+        if time.monotonic() - saved > 60 or step + 1 == total:
+            state = {"step": step + 1, "modules": modules.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"schedule": schedule.state_dict(), "average": average.state_dict() if average is not None else {}}
+            torch.save(state, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+            saved = time.monotonic()
+
+
+def train_vae(work: Path, device: str) -> AutoencoderKL:
+    vae = make_vae().to(device)
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        images = draw(BATCH["vae"], generator)[0].to(device) * 2 - 1
+        posterior = vae.encode(images).latent_dist
+        restored = vae.decode(posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(device)).sample
+        error = restored - images
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        return error.abs().mean() + 0.5 * edges + 1e-4 * posterior.kl().mean() / (3 * IMAGE_SIZE)
+
+    train("vae", nn.ModuleDict({"vae": vae}), loss_of, work)
+    return vae.eval()
+
+
+def train_text(work: Path, device: str) -> CLIPTextModel:
+    """Contrastive training against a small image network; the text encoder is frozen afterwards."""
+    tokenizer = make_tokenizer()
+    text = make_text_encoder(tokenizer).to(device)
+    image = make_classifier(tuple(str(i) for i in range(TEXT_WIDTH))).to(device)  # its outputs are the image embedding
+    project = nn.Linear(TEXT_WIDTH, TEXT_WIDTH, bias=False).to(device)
+    modules = nn.ModuleDict({"text": text, "image": image, "project": project})
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        images, objects, styles = draw(BATCH["text"], generator)
+        unsaid = torch.rand(2, len(images), generator=generator) < 0.12
+        captions = [
+            caption(None if unsaid[0, i] else OBJECTS[o], None if unsaid[1, i] else STYLES[s])
+            for i, (o, s) in enumerate(zip(objects, styles, strict=True))
+        ]
+        match = (unsaid[0, :, None] | (objects[:, None] == objects)) & (unsaid[1, :, None] | (styles[:, None] == styles))
+        target = match.float().to(device)  # [B captions, B images]: every image that a caption describes is a positive
+        tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
+        text_embedding = F.normalize(project(text(tokens).pooler_output), dim=-1)
+        image_embedding = F.normalize(image(images.to(device) * 2 - 1).logits, dim=-1)
+        logits = TEXT_SCALE * text_embedding @ image_embedding.T
+        rows = F.cross_entropy(logits, target / target.sum(1, keepdim=True))
+        columns = F.cross_entropy(logits.T, target.T / target.T.sum(1, keepdim=True))
+        return (rows + columns) / 2
+
+    train("text", modules, loss_of, work)
+    return text.eval()
+
+
+def soften(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Blur each image by a random amount and add a little noise: an autoencoder's output is softer than a render."""
+    small = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
+    blurred = F.interpolate(small, size=images.shape[-1], mode="bilinear")
+    amount = torch.rand(len(images), 1, 1, 1, generator=generator)
+    noise = 0.04 * torch.rand(len(images), 1, 1, 1, generator=generator) * torch.randn(images.shape, generator=generator)
+    return torch.lerp(images, blurred, amount) + noise
+
+
+def train_classifier(domain: str, work: Path, device: str) -> ResNetForImageClassification:
+    model = make_classifier(STYLES if domain == "style" else OBJECTS).to(device)
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        images, objects, styles = draw(BATCH[domain], generator)
+        images = soften(images, generator)
+        labels = (styles if domain == "style" else objects).to(device)
+        return F.cross_entropy(model(images.to(device) * 2 - 1).logits, labels, label_smoothing=0.05)
+
+    train(domain, nn.ModuleDict({"model": model}), loss_of, work)
+    return model.eval()
+
+
+@torch.inference_mode()
+def cache_latents(vae: AutoencoderKL, work: Path, device: str) -> Tensor:
+    """Latent means [objects, styles, LATENTS_PER_PAIR, 4, 16, 16] of rendered images, rendered and encoded once."""
+    path = work / "latents.pt"
+    if not path.exists():
+        batches = []
+        pairs = [(o, s) for o in OBJECTS for s in STYLES for _ in range(LATENTS_PER_PAIR)]
+        for start in tqdm(range(0, len(pairs), 240), desc="latents", ncols=88):
+            chunk = pairs[start : start + 240]
+            images = render([o for o, _ in chunk], [s for _, s in chunk], torch.Generator().manual_seed(77_000_000 + start))
+            batches.append(vae.encode(images.to(device) * 2 - 1).latent_dist.mean.cpu())
+        latents = torch.cat(batches).view(len(OBJECTS), len(STYLES), LATENTS_PER_PAIR, *batches[0].shape[1:])
+        torch.save(latents, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+    return torch.load(path, weights_only=True)
+
+
+def train_unet(vae: AutoencoderKL, text: CLIPTextModel, work: Path, device: str) -> UNet2DConditionModel:
+    latents = cache_latents(vae, work, device)
+    latents = latents / latents.std()
+    tokenizer, scheduler = make_tokenizer(), make_scheduler()
+    names = [""] + [caption(o, s) for o in (None, *OBJECTS) for s in (None, *STYLES)]
+    tokens = tokenizer(names, padding="max_length", return_tensors="pt").input_ids.to(device)
+    with torch.inference_mode():
+        embeddings = text(tokens).last_hidden_state  # [captions, L, D]
+    embeddings = embeddings.clone()
+    unet = make_unet().to(device)
+    average = make_unet().to(device)
+    average.load_state_dict(unet.state_dict())
+    count = BATCH["unet"]
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        objects = torch.randint(len(OBJECTS), (count,), generator=generator)
+        styles = torch.randint(len(STYLES), (count,), generator=generator)
+        copies = torch.randint(LATENTS_PER_PAIR, (count,), generator=generator)
+        clean = latents[objects, styles, copies].to(device)
+        said = torch.rand(3, count, generator=generator)
+        row = torch.where(said[0] < 0.1, 0, objects + 1) * (len(STYLES) + 1) + torch.where(said[1] < 0.1, 0, styles + 1) + 1
+        row = torch.where(said[2] < 0.1, 0, row)  # the empty prompt, for classifier-free guidance
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        steps = torch.randint(1000, (count,), generator=generator).to(device)
+        noisy = scheduler.add_noise(clean, noise, steps)
+        predicted = unet(noisy, steps, embeddings[row.to(device)]).sample
+        return F.mse_loss(predicted, noise)
+
+    train("unet", nn.ModuleDict({"unet": unet}), loss_of, work, average)
+    return average.eval()
+
+
+# ------------------------------------------------------------------------------------------------------- result
+def pack(work: Path, out: Path, device: str) -> None:
+    """Write the pipeline and the classifiers as half-precision safetensors."""
+    vae, text = train_vae(work, device), train_text(work, device)
+    vae.register_to_config(scaling_factor=float(1 / cache_latents(vae, work, device).std()))
+    tokenizer = make_tokenizer()
+    pipeline = StableDiffusionPipeline(
+        vae=vae.half(),
+        text_encoder=text.half(),
+        tokenizer=tokenizer,
+        unet=train_unet(vae, text.float(), work, device).half(),
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    text.half()
+    pipeline.save_pretrained(out / "pipeline", safe_serialization=True)
+    for domain in ("style", "object"):
+        train_classifier(domain, work, device).half().save_pretrained(out / f"{domain}_classifier", safe_serialization=True)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"{out}: {size / 2**20:.2f} MB")
+
+
+def beside(stages: list[str], arguments: argparse.Namespace) -> subprocess.Popen:
+    """Train further stages in a second process while this one goes on."""
+    command = [sys.executable, __file__, "--work", str(arguments.work), "--device", arguments.device, "--only", *stages]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} if arguments.device == "cpu" else os.environ
+    return subprocess.Popen(command, env=environment, stderr=(arguments.work / "beside.log").open("a"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("outputs/shapecanvas"), help="checkpoints of the build")
+    parser.add_argument("--out", type=Path, default=Path("cu_runner/shapecanvas/weights"), help="where the result goes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of the UNet stage")
+    parser.add_argument("--only", nargs="*", default=[], help="train these stages and stop")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(20)
+    stages = {
+        "vae": train_vae,
+        "text": train_text,
+        "style": lambda work, device: train_classifier("style", work, device),
+        "object": lambda work, device: train_classifier("object", work, device),
+        "unet": lambda work, device: train_unet(train_vae(work, device), train_text(work, device), work, device),
+    }
+    if arguments.only:
+        torch.set_num_threads(arguments.threads if "unet" in arguments.only else 1)
+        for stage in arguments.only:
+            stages[stage](arguments.work, arguments.device)
+        return
+    helper = beside(["text", "style", "object"], arguments)
+    torch.set_num_threads(1)
+    vae = train_vae(arguments.work, arguments.device)
+    if helper.wait() != 0:
+        sys.exit(f"the text encoder or a classifier failed; see {arguments.work / 'beside.log'}")
+    torch.set_num_threads(arguments.threads)
+    train_unet(vae, train_text(arguments.work, arguments.device), arguments.work, arguments.device)
+    pack(arguments.work, arguments.out, arguments.device)
+
+
+if __name__ == "__main__":
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    main()
