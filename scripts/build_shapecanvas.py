@@ -32,7 +32,7 @@ from cu_runner.shapecanvas.render import IMAGE_SIZE, OBJECTS, STYLES, render
 
 TEXT_WIDTH, NUM_TOKENS = 128, 16
 LATENTS_PER_PAIR = 16  # renders of each (object, style) pair whose latents the UNet trains on
-STEPS = {"vae": 1200, "text": 1000, "style": 3000, "object": 3000, "unet": 6000}
+STEPS = {"vae": 1200, "text": 1000, "style": 3000, "object": 3000, "unet": 5000}
 BATCH = {"vae": 32, "text": 96, "style": 64, "object": 64, "unet": 64}
 PEAK_RATE = {"vae": 2e-3, "text": 1e-3, "style": 2e-3, "object": 2e-3, "unet": 1e-3}
 TEXT_SCALE = 10.0  # inverse temperature of the contrastive loss
