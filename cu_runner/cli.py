@@ -13,18 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cu_runner import __version__
+from cu_runner.complaints import judge
+from cu_runner.help import help_text
 
 logger = logging.getLogger(__name__)
-
-GROUPS = {
-    "model": "the diffusion model to unlearn from",
-    "evaluator": "what names the content of generated images",
-    "sequence": "concepts to unlearn, in order, and concepts to retain",
-    "method": "the unlearning loss",
-    "reg": "regularizers; a list combines them in that order: 'reg=[l2,gradproj]'",
-    "setting": "how the sequence becomes requests",
-    "experiment": "a preset of the choices and settings of a published experiment",
-}
 
 
 def main() -> None:
@@ -44,9 +36,9 @@ def main() -> None:
     with complaints(statuses):
         import hydra
 
-        from cu_runner.config import config_dir
+        from cu_runner.help import config_dir
 
-        def job(config) -> None:  # noqa: ANN001
+        def job(config) -> None:
             with complaints(statuses):  # here, so that one failed job does not end a sweep
                 run_job(config)
 
@@ -63,48 +55,12 @@ def complaints(statuses: list[int]) -> Iterator[None]:
         print("cu-run: interrupted; finished requests are kept. Run the same command again to resume", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        status, message = judge(error)
+        status, message = judge(error, sys.argv[1:])
         print(f"cu-run: {message}", file=sys.stderr, flush=True)
         statuses.append(status)
 
 
-def judge(error: Exception) -> tuple[int, str]:
-    """Exit status and message of an error; raises it again if it is not one that a user can mend."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        return 2, explain(error)
-    if isinstance(error, OSError) and error.errno is not None:
-        place = f"{error.filename}: " if error.filename else ""
-        return 1, f"{place}{error.strerror}; mend that or choose another paths.outputs, then run the same command to resume"
-    if isinstance(error, ValueError):
-        return 2, one_line(error)
-    if isinstance(error, RuntimeError):
-        from cu_runner.store import StoreError
-        from cu_runner.training import TrainingError
-
-        if isinstance(error, StoreError | TrainingError):
-            return 1, one_line(error)
-    raise error
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def explain(error: Exception) -> str:
-    """Hydra's and OmegaConf's messages, shortened to one line that names the choices."""
-    text = one_line(error)
-    cause = error.__cause__
-    if text.startswith(("Error merging", "Error parsing")) and cause is not None:
-        text = f"{text}: {one_line(cause)}"
-    for noise in (" Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.", " full_key:", " object_type="):
-        text = text.partition(noise)[0] if noise != " full_key:" else text.replace(noise, " key")
-    return text + "; `cu-run --help` lists every group and option"
-
-
-def run_job(config) -> None:  # noqa: ANN001
+def run_job(config) -> None:
     """One composed job: check it, build its parts, run it, print its table."""
     from cu_runner.config import parse, signature
     from cu_runner.store import RunStore
@@ -120,14 +76,14 @@ def run_job(config) -> None:  # noqa: ANN001
     print(f"run: {plan.directory}", flush=True)
 
 
-def is_complete(plan, store) -> bool:  # noqa: ANN001
+def is_complete(plan, store) -> bool:
     """True if summary.json stands for the last of the finished, undamaged steps. Raises StoreError on damage."""
     steps = store.finished()
     summary = json.loads((plan.directory / "summary.json").read_text(encoding="utf-8"))
     return bool(steps) and steps[-1].index == summary["requests"] and steps[-1].sha256 == summary["sha256"]
 
 
-def execute(plan, store, outputs: Path) -> None:  # noqa: ANN001
+def execute(plan, store, outputs: Path) -> None:
     """Build every part and make the steps that are missing."""
     quiet_libraries()
     import torch
@@ -147,7 +103,9 @@ def execute(plan, store, outputs: Path) -> None:  # noqa: ANN001
     requests = plan_requests(sequence, plan.setting)
     method = plan.method.build()
     regularizers = {name: node.build() for name, node in plan.regularizers.items()}
-    logger.info("%s: %d requests, method %s, reg %s", sequence.name, len(requests), plan.method_name, "+".join(regularizers) or "none")
+    logger.info(
+        "%s: %d requests, method %s, reg %s", sequence.name, len(requests), plan.method_name, "+".join(regularizers) or "none"
+    )
     model = plan.model.build(device=device)
     evaluator = plan.evaluator.build(device=device)
     tracker = Tracker(spine.wandb, plan.directory, outputs, plan.resolved)
@@ -210,44 +168,3 @@ def print_table(path: Path) -> None:
     for column in ("UA", "UA_current", "UA_previous"):
         cells[column] = [f"{float(value):.1f}" if value != "" else "-" for value in table[column]]
     print("\n" + cells.to_string(index=False) + "\n")
-
-
-# ----------------------------------------------------------------------------------------------------------- help
-def help_text() -> str:
-    """Every group with its files and every setting of config.yaml, one line each, from the comments of the files themselves."""
-    conf = Path(__file__).parent / "conf"
-    conf = conf if conf.is_dir() else Path(__file__).parent.parent / "conf"
-    lines = [
-        f"cu-run {__version__}: unlearn concepts from a text-to-image model, one request after another, and measure each.",
-        "",
-        "  cu-run method=conabl reg=gradproj              run, or resume, or do nothing if it is complete",
-        "  cu-run -m reg=none,l2,gradproj seed=0,1,2      sweep",
-        "  cu-run method=conabl reg=l2 --cfg job          print the composed configuration and stop",
-        "  cu-run --config-dir DIR method=mine            add your own configuration tree",
-        "",
-        "Groups (GROUP=NAME):",
-    ]
-    for group, meaning in GROUPS.items():
-        lines.append(f"  {group}: {meaning}")
-        for path in sorted((conf / group).glob("*.yaml")):
-            lines.append(f"    {path.stem:<20} {header(path)}")
-    lines += ["", "Settings (KEY=VALUE), with their defaults:"]
-    section = ""
-    for line in (conf / "config.yaml").read_text(encoding="utf-8").partition("\nseed:")[2].partition("\nhydra:")[0].join(("seed:", "")).splitlines():
-        body, _, meaning = line.partition("  # ")
-        key, _, value = body.partition(":")
-        if not key.strip():
-            continue
-        if not value.strip():
-            section = f"{key.strip()}."
-            continue
-        name = (section if key.startswith(" ") else "") + key.strip()
-        lines.append(f"  {name + '=' + value.strip():<58} {meaning}".rstrip())
-    lines += ["", "Options of a method or regularizer: METHOD.KEY=VALUE as in method.loss=noise, reg.l2.weight=100 (see conf/)."]
-    return "\n".join(lines)
-
-
-def header(path: Path) -> str:
-    """The first comment line of a configuration file."""
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
-    return first.removeprefix("#").strip() if first.startswith("#") else ""

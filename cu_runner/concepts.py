@@ -99,7 +99,9 @@ def make_sequence(
     if strangers:
         raise ValueError(f"sequence.anchors names {', '.join(strangers)}, which is not in sequence.targets")
     if "{anchor}" in anchor_prompt and set(targets) - set(anchors):
-        raise ValueError(f"sequence.anchors lacks {', '.join(t for t in targets if t not in anchors)}; anchor_prompt uses {{anchor}}")
+        raise ValueError(
+            f"sequence.anchors lacks {', '.join(t for t in targets if t not in anchors)}; anchor_prompt uses {{anchor}}"
+        )
     sequence = Sequence(
         name=name,
         targets=tuple(Concept(target, domain, anchors.get(target)) for target in targets),

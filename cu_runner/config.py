@@ -23,14 +23,9 @@ from cu_runner.settings import SettingChoice, Spine
 
 Plain = dict[str, object] | list[object] | str | int | float | bool | None
 
+
 class ConfigError(ValueError):
     """The user's configuration cannot be run; the message is one line."""
-
-
-def config_dir() -> Path:
-    """conf/ at the top of a checkout, or its copy inside an installed package."""
-    packed = Path(__file__).parent / "conf"
-    return packed if packed.is_dir() else Path(__file__).parent.parent / "conf"
 
 
 @dataclass(frozen=True)
@@ -111,7 +106,7 @@ def parse(config: DictConfig) -> RunConfig:
     if unknown:
         raise ConfigError(f"unknown key {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
     spine = check(Spine, {key: resolved[key] for key in resolved if key not in groups}, "")
-    setting = check(SettingChoice, resolved["setting"], "setting.")
+    setting = check(SettingChoice, resolved["setting"], "setting")
     return RunConfig(
         spine=spine,
         model=make_node("model", resolved["model"]),
@@ -163,11 +158,9 @@ def check(kind: type, value: Plain, path: str) -> object:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
-        key = path + ".".join(str(part) for part in first["loc"]) if path.endswith(".") or not path else path
-        if path and not path.endswith(".") and first["loc"]:
-            key = f"{path}.{'.'.join(str(part) for part in first['loc'])}"
+        key = ".".join([path] * bool(path) + [part for part in first["loc"] if isinstance(part, str)])
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            raise ConfigError(f"unknown key {key}") from None
+            raise ConfigError(f"unknown key {key}; `cu-run --cfg job` prints every key") from None
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{key}={first['input']!r}: {message[0].lower() + message[1:]}") from None
 

@@ -58,7 +58,9 @@ class DiffusionModel:
         precision: Precision,
         device: torch.device,
     ) -> None:
-        self.unet, self.vae, self.text_encoder = (part.to(device).eval().requires_grad_(False) for part in (unet, vae, text_encoder))
+        self.unet, self.vae, self.text_encoder = (
+            part.to(device).eval().requires_grad_(False) for part in (unet, vae, text_encoder)
+        )
         self.tokenizer, self.scheduler = tokenizer, scheduler
         self.source, self.sampler, self.device = source, sampler, device
         self.dtype, self.precision = DTYPES[precision], precision
@@ -108,7 +110,9 @@ class DiffusionModel:
         alpha_bar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         return alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
 
-    def predict_noise(self, noisy: Tensor, timesteps: Tensor, embeddings: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+    def predict_noise(
+        self, noisy: Tensor, timesteps: Tensor, embeddings: Tensor, weights: dict[str, Tensor] | None = None
+    ) -> Tensor:
         """e(x_t, t, c) [B, C, H, W] for noisy latents [B, C, H, W], timesteps [B] and text [B, L, D].
 
         weights: values to use in place of some UNet parameters (a frozen teacher); the UNet itself is not changed.
@@ -190,9 +194,13 @@ def load_model(
     text_encoder = load_weights(getattr(transformers, index["text_encoder"][1]), root / "text_encoder")
     width = text_encoder.config.hidden_size
     if unet.config.cross_attention_dim != width:
-        raise ModelError(f"{path}: unet reads text of width {unet.config.cross_attention_dim}, text_encoder writes {width}; they do not belong together")
+        raise ModelError(
+            f"{path}: unet reads text of width {unet.config.cross_attention_dim}, text_encoder writes {width}; they must match"
+        )
     if unet.config.in_channels != vae.config.latent_channels:
-        raise ModelError(f"{path}: unet has {unet.config.in_channels} latent channels, vae {vae.config.latent_channels}; they do not belong together")
+        raise ModelError(
+            f"{path}: unet has {unet.config.in_channels} latent channels, vae {vae.config.latent_channels}; they must match"
+        )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(root / "tokenizer")
         scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(root / "scheduler")
@@ -201,17 +209,23 @@ def load_model(
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise ModelError(f"{path}: prediction type {scheduler.config.prediction_type!r}; epsilon and v_prediction are known")
     parts = (unet, vae, text_encoder, tokenizer, scheduler)
-    return DiffusionModel(*parts, source=path, resolution=resolution, sampler=sampler, precision=precision, device=torch.device(device))
+    return DiffusionModel(
+        *parts, source=path, resolution=resolution, sampler=sampler, precision=precision, device=torch.device(device)
+    )
 
 
 def load_weights(kind: type[nn.Module], directory: Path) -> nn.Module:
     """from_pretrained in fp32 from safetensors, refusing what it would only warn of."""
     dtype = {"torch_dtype": torch.float32} if issubclass(kind, diffusers.ModelMixin) else {"dtype": torch.float32}
     try:
-        model, info = kind.from_pretrained(directory, output_loading_info=True, use_safetensors=True, local_files_only=True, **dtype)
+        model, info = kind.from_pretrained(
+            directory, output_loading_info=True, use_safetensors=True, local_files_only=True, **dtype
+        )
     except Exception as error:  # damaged files raise many types; the cause is kept and the line says which component
         raise ModelError(f"{directory}: cannot be loaded as {kind.__name__}: {str(error).strip().splitlines()[0]}") from error
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):
-            raise ModelError(f"{directory}: {problem.replace('_', ' ')}, e.g. {next(iter(info[problem]))}; the weights do not fit config.json")
+            raise ModelError(
+                f"{directory}: {problem.replace('_', ' ')}, e.g. {next(iter(info[problem]))}; the weights do not fit config.json"
+            )
     return model

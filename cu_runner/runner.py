@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -68,6 +69,7 @@ class Runner:
         self._fingerprint = self.model.fingerprint()
         self._params = select_parameters(self.model.unet, self.method.params)
         self._base = snapshot(self._params)
+        self._first_step: float | None = None
         steps = self.store.finished()
         if not steps:
             steps.append(self._evaluate_base())
@@ -93,7 +95,9 @@ class Runner:
         record = json.loads((base.directory / "step.json").read_text(encoding="utf-8"))
         for name, now in (("model", self._fingerprint), ("evaluator", self.evaluator.fingerprint())):
             if record[f"{name}_sha256"] != now:
-                raise StoreError(f"{self.store.directory}: was begun with another {name} (its weights have changed); restore it or move the run away")
+                raise StoreError(
+                    f"{self.store.directory}: was begun with other weights of the {name}; restore them or move the run away"
+                )
 
     # ------------------------------------------------------------------------------------------------ step 0
     def _evaluate_base(self) -> Step:
@@ -114,7 +118,10 @@ class Runner:
         files = self.cache.fetch("base_eval", key)
         if files is None:
             evaluation = self._sample(concepts, 0)
-            files = {PREDICTIONS: to_csv(evaluation.predictions), GRID: draw_grid(evaluation.thumbnails, [], "the untouched model")}
+            files = {
+                PREDICTIONS: to_csv(evaluation.predictions),
+                GRID: draw_grid(evaluation.thumbnails, [], "the untouched model"),
+            }
             self.cache.put("base_eval", key, files)
         table = pd.read_csv(io.BytesIO(files[PREDICTIONS]))
         seconds = {"train": 0.0, "eval": time.monotonic() - started}
@@ -141,7 +148,7 @@ class Runner:
             batch_size=self.train.batch_size,
             anchors=self._anchor_latents,
         )
-        report = erase(scope, self.method, self.regularizers, self.train)
+        report = erase(scope, self.method, self.regularizers, self.train, self._note_first_step)
         delta = subtract(self._params, self._base)
         # What is measured is what is saved: base + delta can differ from theta in the last bit.
         assign(self._params, self._base, delta)
@@ -158,6 +165,11 @@ class Runner:
         change = {"delta": delta, "step": subtract(self._params, start)}
         table = pd.read_csv(io.BytesIO(files[PREDICTIONS]))
         return self._commit(request.index, request, files, table, change, self._training_record(report), seconds, parent)
+
+    def _note_first_step(self, step: int) -> None:
+        if self._first_step is None:
+            self._first_step = time.time() - psutil.Process().create_time()
+            logger.debug("first training step %.1f s after the start of the process", self._first_step)
 
     def _load(self, step: Step) -> dict[str, Tensor]:
         delta = read_delta(step.directory / DELTA, self._base)
@@ -245,7 +257,7 @@ class Runner:
             "model_sha256": self._fingerprint,
             "evaluator_sha256": self.evaluator.fingerprint(),
             "training": training,
-            "seconds": seconds,
+            "seconds": seconds | {"start_to_first_step": self._first_step},
             "versions": versions(),
             "device": device_name(self.model.device),
             "git_commit": git_commit(),

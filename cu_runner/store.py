@@ -36,7 +36,7 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
@@ -61,7 +61,9 @@ def read_delta(path: Path, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     wanted = {name: tuple(tensor.shape) for name, tensor in params.items()}
     if shapes != wanted:
         name = next(iter(sorted(set(shapes.items()) ^ set(wanted.items()))))[0]
-        raise StoreError(f"{path}: holds other weights than this run trains (e.g. {name}); it belongs to another model or method.params")
+        raise StoreError(
+            f"{path}: holds other weights than this run trains (e.g. {name}); it belongs to another model or method.params"
+        )
     return delta
 
 
@@ -130,7 +132,9 @@ class RunStore:
         present = sorted(int(path.parent.name) for path in (self.directory / "steps").glob(f"*/{STEP}"))
         for position, index in enumerate(present):
             if index != position:
-                raise StoreError(f"{self.step_dir(position)}: step {position} is missing but step {index} is there; {self._advice(position)}")
+                raise StoreError(
+                    f"{self.step_dir(position)}: step {position} is missing but step {index} is there; {self._advice(position)}"
+                )
             steps.append(self._check_step(index, steps[-1].sha256 if steps else None))
         return steps
 
@@ -157,7 +161,7 @@ class RunStore:
         return Step(index, directory, own, row)
 
     def _advice(self, index: int) -> str:
-        return f"restore it, or delete {self.directory}/steps/{index:02d} and all later steps and run the same command to make them again"
+        return f"restore it, or delete {self.directory}/steps/{index:02d} and all later steps and run the same command again"
 
     # ------------------------------------------------------------------------------------------------------ writing
     def save_step(

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Logs configuration, metrics per request and the sample grid; the run id is that of the directory, so a resume continues it."""
+    """Logs configuration, metrics per request and the sample grid; the id is the run directory's name, so a resume continues it."""
 
     def __init__(self, settings: WandbSettings, directory: Path, outputs: Path, config: dict[str, object]) -> None:
         self._run = None
@@ -35,7 +35,9 @@ class Tracker:
                 resume="allow" if settings.mode == "online" else None,
                 dir=str(outputs),
                 config=config,
-                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, x_disable_meta=True, x_save_requirements=False),
+                settings=wandb.Settings(
+                    silent=True, console="off", x_disable_stats=True, x_disable_meta=True, x_save_requirements=False
+                ),
             )
         except Exception as error:  # W&B fails in many ways; the run goes on without it and says so
             self._give_up(error)
@@ -46,7 +48,9 @@ class Tracker:
             return
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
         try:
-            self._run.log({**numbers, "concept": row["concept"], "grid": self._wandb.Image(Image.open(io.BytesIO(grid)))}, step=step)
+            self._run.log(
+                {**numbers, "concept": row["concept"], "grid": self._wandb.Image(Image.open(io.BytesIO(grid)))}, step=step
+            )
         except Exception as error:
             self._give_up(error)
 

@@ -35,7 +35,7 @@ def erase(
 ) -> TrainingReport:
     """Unlearn one request, in place in scope.params.
 
-    Each step: loss + penalties -> backward -> on_gradients (method, then regularizers in order) -> clip -> AdamW -> on_step in order.
+    Each step: loss + penalties -> backward -> on_gradients (method, then regularizers) -> clip -> AdamW -> on_step (regularizers).
 
     Args:
         scope: the weights to train and the request.
@@ -52,7 +52,9 @@ def erase(
     records = {name: regularizer.begin_request(scope) for name, regularizer in regularizers.items()}
     optimizer = torch.optim.AdamW(params, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
     batches, losses = method.batches(scope), []
-    progress = tqdm(range(settings.steps), desc=f"  unlearn {scope.request.label}", leave=False, disable=None, ncols=100, unit="step")
+    progress = tqdm(
+        range(settings.steps), desc=f"  unlearn {scope.request.label}", leave=False, disable=None, ncols=100, unit="step"
+    )
     for step in progress:
         loss, logs = method.loss(scope, next(batches))
         for name, regularizer in regularizers.items():

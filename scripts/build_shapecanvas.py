@@ -11,6 +11,7 @@ Shapes: B batch, L tokens, D text width, N cached latents.
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
@@ -23,11 +24,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import yaml
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ResNetConfig, ResNetForImageClassification
 
+from cu_runner.concepts import Concept, make_sequence
+from cu_runner.evaluation import evaluate
+from cu_runner.evaluators.classifier import Classifier
+from cu_runner.models import Sampler, load_model
 from cu_runner.shapecanvas.render import IMAGE_SIZE, OBJECTS, STYLES, render
 
 TEXT_WIDTH, NUM_TOKENS = 128, 16
@@ -37,6 +43,9 @@ BATCH = {"vae": 32, "text": 96, "style": 64, "object": 64, "unet": 64}
 PEAK_RATE = {"vae": 2e-3, "text": 1e-3, "style": 2e-3, "object": 2e-3, "unet": 1e-3}
 TEXT_SCALE = 10.0  # inverse temperature of the contrastive loss
 SEED = {name: 1000 + index for index, name in enumerate(STEPS)}
+
+
+PARTS = {"model": "shapecanvas", "evaluator": "shapecanvas", "sequence": "shapecanvas_style"}  # what measure() rests on
 
 
 # ------------------------------------------------------------------------------------------------------- parts
@@ -55,7 +64,9 @@ def make_vae() -> AutoencoderKL:
 
 def make_tokenizer() -> CLIPTokenizer:
     """A CLIP byte-pair tokenizer whose merges make every word of the world one token; other words fall into letters."""
-    words = sorted({word for name in (*STYLES, *OBJECTS) for word in name.split()} | set("an image in style the of".split()))
+    words = sorted(
+        {word for name in (*STYLES, *OBJECTS) for word in name.split()} | set(["an", "image", "in", "style", "the", "of"])
+    )
     letters = [chr(code) for code in range(33, 127)]
     vocabulary = letters + [letter + "</w>" for letter in letters]
     merges: list[tuple[str, str]] = []
@@ -203,7 +214,9 @@ def train_vae(work: Path, device: str) -> AutoencoderKL:
     def loss_of(generator: torch.Generator) -> Tensor:
         images = draw(BATCH["vae"], generator)[0].to(device) * 2 - 1
         posterior = vae.encode(images).latent_dist
-        restored = vae.decode(posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(device)).sample
+        restored = vae.decode(
+            posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(device)
+        ).sample
         error = restored - images
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         return error.abs().mean() + 0.5 * edges + 1e-4 * posterior.kl().mean() / (3 * IMAGE_SIZE)
@@ -336,6 +349,33 @@ def pack(work: Path, out: Path, device: str) -> None:
     print(f"{out}: {size / 2**20:.2f} MB")
 
 
+def measure(out: Path, device: str) -> None:
+    """Base accuracy of generated images at the default sampler, printed and saved as base_accuracy.json."""
+    conf = Path(__file__).parent.parent / "conf"
+    read = {group: yaml.safe_load((conf / group / f"{name}.yaml").read_text()) for group, name in PARTS.items()}
+    for part in read.values():
+        del part["_target_"]
+    sampler = Sampler(**read["model"].pop("sampler"))
+    model = load_model(**read["model"] | {"path": str(out / "pipeline")}, sampler=sampler, device=device)
+    judges = {domain: str(out / f"{domain}_classifier") for domain in ("style", "object")}
+    evaluator = Classifier(**read["evaluator"] | {"paths": judges}, device=device)
+    sequence = make_sequence(**read["sequence"])
+    grids = {
+        "benchmark": (list(sequence.targets + sequence.retain), OBJECTS, (1, 2)),
+        "all_styles": ([Concept(style, "style") for style in STYLES], OBJECTS[:8], (1,)),
+    }
+    result: dict[str, object] = {"sampler": {"steps": sampler.steps, "guidance": sampler.guidance}}
+    for name, (concepts, objects, seeds) in grids.items():
+        cross = tuple(Concept(entry, "object") for entry in objects)
+        grid = dataclasses.replace(sequence, cross_retain=cross, seeds=seeds)
+        settings = {"steps": sampler.steps, "guidance": sampler.guidance, "batch_size": 96}
+        rows = evaluate(model, evaluator, grid, concepts, 0, **settings).predictions
+        right = {domain: 100 * (rows[domain] == rows[f"predicted_{domain}"]).mean().item() for domain in ("style", "object")}
+        result[name] = {"images": len(rows), **{f"{domain}_percent": round(value, 2) for domain, value in right.items()}}
+        print(f"base accuracy, {name}: {len(rows)} images, style {right['style']:.1f}%, object {right['object']:.1f}%")
+    (out / "base_accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
 def beside(stages: list[str], arguments: argparse.Namespace) -> subprocess.Popen:
     """Train further stages in a second process while this one goes on."""
     command = [sys.executable, __file__, "--work", str(arguments.work), "--device", arguments.device, "--only", *stages]
@@ -373,6 +413,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     train_unet(vae, train_text(arguments.work, arguments.device), arguments.work, arguments.device)
     pack(arguments.work, arguments.out, arguments.device)
+    measure(arguments.out, arguments.device)
 
 
 if __name__ == "__main__":

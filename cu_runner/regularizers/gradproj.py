@@ -21,12 +21,12 @@ from cu_runner.params import is_cross_attention_kv
 from cu_runner.regularizers.base import Regularizer
 
 
-def drop_similar(C: Tensor, threshold: float = 0.95) -> Tensor:  # noqa: N803, the paper's symbol
+def drop_similar(C: Tensor, threshold: float = 0.95) -> Tensor:
     """Keep the columns of C [D, K] whose cosine to every kept column before them is at most the threshold; [D, K']."""
     return C[:, kept_columns(C, threshold)]
 
 
-def kept_columns(C: Tensor, threshold: float) -> list[int]:  # noqa: N803
+def kept_columns(C: Tensor, threshold: float) -> list[int]:
     """Which columns drop_similar keeps."""
     cosine = F.normalize(C.double(), dim=0).T @ F.normalize(C.double(), dim=0)
     kept: list[int] = []
@@ -36,7 +36,7 @@ def kept_columns(C: Tensor, threshold: float) -> list[int]:  # noqa: N803
     return kept
 
 
-def orthogonal_projector(C: Tensor) -> Tensor:  # noqa: N803
+def orthogonal_projector(C: Tensor) -> Tensor:
     """P [D, D] that removes the span of the columns of C [D, K]; computed in float64, returned in C's dtype.
 
     P = I - C (C^T C + r I)^-1 C^T with r = max(1e-4, 1e-6 tr(C^T C) / K)   (Lee et al. 2026, Sec. 7.2); by the pseudo-inverse of
@@ -83,7 +83,9 @@ def concept_vectors(model: DiffusionModel, names: list[str], context: str) -> Te
     """C [D, K]: the mean text-encoder output over each name's own tokens, the name standing in `context`."""
     prompts = [context.format(concept=name) for name in names]
     hidden = model.encode_prompts(prompts)
-    columns = [hidden[i, model.token_span(name, prompt)].mean(0) for i, (name, prompt) in enumerate(zip(names, prompts, strict=True))]
+    columns = [
+        hidden[i, model.token_span(name, prompt)].mean(0) for i, (name, prompt) in enumerate(zip(names, prompts, strict=True))
+    ]
     return torch.stack(columns, dim=1)
 
 

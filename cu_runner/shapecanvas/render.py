@@ -120,9 +120,7 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "moon": lambda x, y: _without(_circle(x, y, -0.05, 0, 0.88), _circle(x, y, 0.4, -0.12, 0.72)),
     "hoop": lambda x, y: _without(_circle(x, y, 0, 0, 0.88), _circle(x, y, 0, 0, 0.5)),
     "cross": lambda x, y: _union(_rectangle(x, y, 0, 0, 0.9, 0.27), _rectangle(x, y, 0, 0, 0.27, 0.9)),
-    "arrow": lambda x, y: _union(
-        _rectangle(x, y, -0.4, 0, 0.55, 0.22), _polygon(x, y, [(0.05, -0.72), (0.95, 0), (0.05, 0.72)])
-    ),
+    "arrow": lambda x, y: _union(_rectangle(x, y, -0.4, 0, 0.55, 0.22), _polygon(x, y, [(0.05, -0.72), (0.95, 0), (0.05, 0.72)])),
     "tree": lambda x, y: _union(
         _polygon(x, y, [(0, -0.98), (0.5, -0.2), (-0.5, -0.2)]),
         _polygon(x, y, [(0, -0.5), (0.7, 0.5), (-0.7, 0.5)]),
@@ -156,9 +154,7 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "crown": lambda x, y: _polygon(
         x, y, [(-0.9, -0.6), (-0.42, 0.02), (0, -0.75), (0.42, 0.02), (0.9, -0.6), (0.75, 0.7), (-0.75, 0.7)]
     ),
-    "mushroom": lambda x, y: _union(
-        torch.maximum(_circle(x, y, 0, 0.05, 0.9), y - 0.05), _rectangle(x, y, 0, 0.45, 0.24, 0.42)
-    ),
+    "mushroom": lambda x, y: _union(torch.maximum(_circle(x, y, 0, 0.05, 0.9), y - 0.05), _rectangle(x, y, 0, 0.45, 0.24, 0.42)),
 }
 
 

@@ -1,0 +1,81 @@
+"""One clear line for every failure that a user can mend: what was wrong, what is allowed, how to fix it."""
+
+import re
+from pathlib import Path
+
+import yaml
+
+from cu_runner.help import config_dir
+
+
+def judge(error: Exception, overrides: list[str]) -> tuple[int, str]:
+    """Exit status (2 configuration, 1 run) and message; raises the error again if it is not one that a user can mend.
+
+    overrides: the command line, to name what a mistyped choice or key may be.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return 2, explain(one_line(error), overrides)
+    if isinstance(error, OSError) and error.errno is not None:
+        place = f"{error.filename}: " if error.filename else ""
+        return 1, f"{place}{error.strerror}; mend that or choose another paths.outputs, then run the same command to resume"
+    if isinstance(error, ValueError):
+        return 2, one_line(error)
+    if isinstance(error, RuntimeError):
+        from cu_runner.store import StoreError
+        from cu_runner.training import TrainingError
+
+        if isinstance(error, StoreError | TrainingError):
+            return 1, one_line(error)
+    raise error
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def explain(text: str, overrides: list[str]) -> str:
+    """Hydra's message in our words where it has a frequent cause, else its own without the noise."""
+    if found := re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", text):
+        group, name = found.groups()
+        names = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+        return f"{group}={name}: no such file in conf/{group}; allowed: {', '.join(names) or 'none ships yet'}"
+    if found := re.search(r"Could not override '([\w.]+)'", text):
+        key = found[1]
+        allowed = sibling_keys(key, overrides)
+        return (
+            f"unknown key {key}; allowed: {', '.join(allowed)}"
+            if allowed
+            else f"unknown key {key}; `cu-run --cfg job` prints every key"
+        )
+    for noise in (" Config search path:", " See https://", " full_key:", " Set the environment variable HYDRA_FULL_ERROR"):
+        text = text.partition(noise)[0]
+    return f"{text}; overrides are KEY=VALUE, `cu-run --help` lists every group and option"
+
+
+def sibling_keys(key: str, overrides: list[str]) -> list[str]:
+    """The keys that stand beside a mistyped one, in config.yaml or in the chosen file of its group; empty if unknown."""
+    parents = key.split(".")[:-1]
+    if not parents:
+        return []
+    node = read(config_dir() / "config.yaml")
+    chosen = {group: name for default in node["defaults"] if isinstance(default, dict) for group, name in default.items()}
+    chosen |= dict(override.split("=", 1) for override in overrides if "=" in override)
+    if parents[0] == "reg":
+        if len(parents) == 1:
+            return []
+        node = {"reg": read(config_dir() / "reg" / f"{parents[1]}.yaml")}
+    elif parents[0] in chosen:
+        node = {parents[0]: read(config_dir() / parents[0] / f"{chosen[parents[0]]}.yaml")}
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, dict) else None
+    if parents[0] == "reg" and parents[1] not in str(chosen["reg"]):
+        return [f"none of reg.{parents[1]}.*, since reg={chosen['reg']}; choose reg={parents[1]} first"]
+    return sorted(str(name) for name in node if name != "_target_") if isinstance(node, dict) else []
+
+
+def read(path: Path) -> dict[str, object]:
+    """A configuration file as plain values; empty if it is not one of ours."""
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,70 @@
+"""What `cu-run --help` prints, from the comments of the configuration files themselves. Imports nothing heavy: it must be quick."""
+
+import re
+from pathlib import Path
+
+from cu_runner import __version__
+
+GROUPS = {
+    "model": "the diffusion model to unlearn from",
+    "evaluator": "what names the content of generated images",
+    "sequence": "concepts to unlearn, in order, and concepts to retain",
+    "method": "the unlearning loss",
+    "reg": "regularizers; a list combines them in that order: 'reg=[l2,gradproj]'",
+    "setting": "how the sequence becomes requests",
+    "experiment": "a preset of the choices and settings of a published experiment",
+}
+
+EXAMPLES = """\
+  cu-run method=conabl reg=gradproj              run, or resume, or do nothing if it is complete
+  cu-run -m reg=none,l2,gradproj seed=0,1,2      sweep
+  cu-run method=conabl reg=l2 --cfg job          print the composed configuration and stop
+  cu-run --config-dir DIR method=mine            add your own configuration tree"""
+
+
+def config_dir() -> Path:
+    """conf/ inside an installed package, or at the top of a checkout."""
+    packed = Path(__file__).parent / "conf"
+    return packed if packed.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def help_text() -> str:
+    """Every group with its files, every setting with its default, and the options of each method and regularizer, a line each."""
+    conf = config_dir()
+    lines = [f"cu-run {__version__}: unlearn concepts from a text-to-image model, one request after another, and measure each."]
+    lines += ["", EXAMPLES, "", "Groups (GROUP=NAME):"]
+    for group, meaning in GROUPS.items():
+        lines.append(f"  {group}: {meaning}")
+        for path in sorted((conf / group).glob("*.yaml")):
+            lines.append(f"    {path.stem:<20} {header(path)}")
+    lines += ["", "Settings (KEY=VALUE), with their defaults:"]
+    text = (conf / "config.yaml").read_text(encoding="utf-8")
+    lines += options("seed:" + text.partition("\nseed:")[2].partition("\nhydra:")[0])
+    for group in ("model", "method", "reg"):
+        for path in sorted((conf / group).glob("*.yaml")):
+            found = options(path.read_text(encoding="utf-8"), f"{group}.")
+            if found:
+                lines += ["", f"Options of {group}={path.stem}:", *found]
+    return "\n".join(lines)
+
+
+def options(text: str, prefix: str = "") -> list[str]:
+    """The `key: value  # meaning` lines of a configuration file, with dotted keys."""
+    lines, sections = [], []
+    for line in text.splitlines():
+        body, _, meaning = line.partition("  # ")
+        key, colon, value = body.strip().partition(":")
+        if not colon or key.startswith("#") or key == "_target_":
+            continue
+        depth = (len(body) - len(body.lstrip())) // 2
+        sections = [*sections[:depth], key]
+        if value.strip():
+            default = re.sub(r"^\$\{[\w.]+:[^,]*,(.*)\}$", r"\1", value.strip())  # ${tuned:key,default}: the default
+            lines.append(f"  {prefix + '.'.join(sections) + '=' + default:<52} {meaning}".rstrip())
+    return lines
+
+
+def header(path: Path) -> str:
+    """The first comment line of a configuration file."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""

@@ -1,0 +1,215 @@
+"""The loaded embedded model, scopes of real requests, and cu-run as a subprocess and in-process."""
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf, open_dict
+
+from cu_runner.cli import main
+from cu_runner.concepts import make_sequence, plan_requests
+from cu_runner.config import config_dir
+from cu_runner.evaluators.classifier import Classifier
+from cu_runner.methods.base import Scope
+from cu_runner.models import Sampler, load_model, locate
+from cu_runner.params import select_parameters, snapshot
+from cu_runner.seeding import RandomSource
+from cu_runner.settings import TrainSettings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)
+
+SMOKE = (
+    "sequence=smoke", "train.steps=3", "train.batch_size=2", "method.num_anchors=4", "model.sampler.steps=2",
+    "wandb.mode=disabled", "num_threads=1",
+)  # fmt: skip
+SCRIPT = Path(sysconfig.get_path("scripts")) / "cu-run"
+
+
+def read_conf(name: str) -> dict:
+    """The arguments of a file of conf/, without _target_."""
+    content = yaml.safe_load((config_dir() / name).read_text(encoding="utf-8"))
+    return {key: value for key, value in content.items() if key != "_target_"}
+
+
+# --------------------------------------------------------------------------------------------------------- objects
+@pytest.fixture(scope="session")
+def loaded_model():
+    return load_model("package:shapecanvas/weights/pipeline", 64, Sampler(2, 2.5))
+
+
+@pytest.fixture
+def model(loaded_model):
+    """The embedded model; what a test does to its UNet is undone."""
+    before = snapshot(dict(loaded_model.unet.named_parameters()))
+    yield loaded_model
+    with torch.no_grad():
+        for name, parameter in loaded_model.unet.named_parameters():
+            parameter.copy_(before[name])
+            parameter.grad = None
+            parameter.requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def evaluator():
+    return Classifier(**read_conf("evaluator/shapecanvas.yaml"))
+
+
+@pytest.fixture(scope="session")
+def sequence():
+    return make_sequence(**read_conf("sequence/smoke.yaml"))
+
+
+@pytest.fixture(scope="session")
+def settings():
+    """Returns make(**changes) -> TrainSettings."""
+    defaults = {"steps": 3, "batch_size": 2, "lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.01, "grad_clip": 0.0}
+    return lambda **changes: TrainSettings(**defaults | changes)
+
+
+@pytest.fixture
+def make_scope(model, sequence):
+    """Returns make(request=1, group="kv_xattn", seed=0) -> Scope on the embedded model."""
+
+    def make(request: int = 1, group: str = "kv_xattn", seed: int = 0, batch_size: int = 2) -> Scope:
+        params = select_parameters(model.unet, group)
+        latents = torch.randn(64, *model.latent_shape, generator=torch.Generator().manual_seed(1))
+        return Scope(
+            model=model,
+            sequence=sequence,
+            request=plan_requests(sequence, "sequential")[request - 1],
+            params=params,
+            start=snapshot(params),
+            base=snapshot(params),
+            rng=RandomSource(seed, request),
+            batch_size=batch_size,
+            anchors=lambda prompts, number: latents[:number],
+        )
+
+    return make
+
+
+@pytest.fixture
+def pipeline_copy(tmp_path):
+    """A copy of the shipped diffusers directory, to be damaged."""
+    return Path(shutil.copytree(locate("package:shapecanvas/weights/pipeline"), tmp_path / "pipeline"))
+
+
+# ------------------------------------------------------------------------------------------------------- commands
+def compose(*overrides: str):
+    """The configuration that cu-run would compose, without its hydra node; the `choice` resolver works on it."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = hydra.compose("config", list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        del config["hydra"]
+    assert OmegaConf.is_dict(config)
+    return config
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0"} | more
+
+
+def command() -> list[str]:
+    return [str(SCRIPT)] if SCRIPT.exists() else [sys.executable, "-c", "from cu_runner.cli import main; main()"]
+
+
+def reset_interrupt() -> None:
+    """A shell that starts pytest in the background makes its children ignore ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def cu_run(tmp_path):
+    """Returns run(*overrides, cwd, env, **popen) -> CompletedProcess of the command as a user types it."""
+
+    def run(*overrides: str, cwd: Path = tmp_path, env: dict[str, str] | None = None, **popen) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [*command(), *overrides], cwd=cwd, env=environment(**env or {}), capture_output=True, text=True, timeout=300, **popen
+        )
+
+    return run
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Returns start(*overrides) -> Popen; what still runs at the end is killed."""
+    started = []
+
+    def begin(*overrides: str, cwd: Path = tmp_path) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [*command(), *overrides], cwd=cwd, env=environment(), text=True, preexec_fn=reset_interrupt,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def in_process(tmp_path, monkeypatch, capsys):
+    """Returns run(*overrides) -> (exit status, stdout, stderr) of cu_runner.cli.main in this process, in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    handler, package = signal.getsignal(signal.SIGTERM), logging.getLogger("cu_runner")
+
+    def run(*overrides: str) -> tuple[int, str, str]:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["cu-run", *overrides])
+        capsys.readouterr()
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code or 0
+        finally:
+            package.propagate = True
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+    GlobalHydra.instance().clear()
+
+
+def run_directory(stdout: str, cwd: Path) -> Path:
+    """The directory that the last line of cu-run names."""
+    last = stdout.strip().splitlines()[-1]
+    assert last.startswith("run: ")
+    return cwd / last.removeprefix("run: ")
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """A finished smoke run, made by the command: its outputs' parent, its directory, and the finished process."""
+    cwd = tmp_path_factory.mktemp("finished")
+    process = subprocess.run([*command(), *SMOKE], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return cwd, run_directory(process.stdout, cwd), process
+
+
+@pytest.fixture
+def run_copy(finished_run, tmp_path):
+    """A copy of the finished smoke run under tmp_path, which is also where in_process runs; its run directory."""
+    cwd, directory, _ = finished_run
+    shutil.copytree(cwd / "outputs", tmp_path / "outputs")
+    return tmp_path / directory.relative_to(cwd)
