@@ -11,10 +11,17 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cu_runner import __version__
 from cu_runner.complaints import judge
 from cu_runner.help import help_text
+
+if TYPE_CHECKING:  # imported where they are used: --help and --version must be quick
+    from omegaconf import DictConfig
+
+    from cu_runner.config import RunConfig
+    from cu_runner.store import RunStore
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +36,6 @@ def main() -> None:
         print(f"cu-run {__version__}")
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, not to Hydra's own printer
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin on a shared machine starve each other
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     statuses: list[int] = []
@@ -38,7 +44,7 @@ def main() -> None:
 
         from cu_runner.help import config_dir
 
-        def job(config) -> None:
+        def job(config: "DictConfig") -> None:
             with complaints(statuses):  # here, so that one failed job does not end a sweep
                 run_job(config)
 
@@ -60,7 +66,7 @@ def complaints(statuses: list[int]) -> Iterator[None]:
         statuses.append(status)
 
 
-def run_job(config) -> None:
+def run_job(config: "DictConfig") -> None:
     """One composed job: check it, build its parts, run it, print its table."""
     from cu_runner.config import parse, signature
     from cu_runner.store import RunStore
@@ -68,7 +74,7 @@ def run_job(config) -> None:
     plan = parse(config)
     outputs = Path(plan.spine.paths.outputs)
     with RunStore(plan.directory, plan.resolved, signature) as store, logging_to(plan.directory / "run.log"):
-        if (plan.directory / "summary.json").exists() and is_complete(plan, store):
+        if is_complete(plan.directory, store):
             logger.info("complete already; nothing to do")
         else:
             execute(plan, store, outputs)
@@ -76,14 +82,16 @@ def run_job(config) -> None:
     print(f"run: {plan.directory}", flush=True)
 
 
-def is_complete(plan, store) -> bool:
+def is_complete(directory: Path, store: "RunStore") -> bool:
     """True if summary.json stands for the last of the finished, undamaged steps. Raises StoreError on damage."""
     steps = store.finished()
-    summary = json.loads((plan.directory / "summary.json").read_text(encoding="utf-8"))
-    return bool(steps) and steps[-1].index == summary["requests"] and steps[-1].sha256 == summary["sha256"]
+    if not steps or not (directory / "summary.json").exists():
+        return False
+    store.write_metrics([step.row for step in steps])  # it is derived: whatever became of it, it is whole again
+    return json.loads((directory / "summary.json").read_text(encoding="utf-8")).get("sha256") == steps[-1].sha256
 
 
-def execute(plan, store, outputs: Path) -> None:
+def execute(plan: "RunConfig", store: "RunStore", outputs: Path) -> None:
     """Build every part and make the steps that are missing."""
     quiet_libraries()
     import torch
@@ -149,7 +157,7 @@ def logging_to(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        file.handle(package.makeRecord("cu_runner.cli", logging.ERROR, "", 0, "%s: %s", (type(error).__name__, error), None))
+        file.handle(package.makeRecord("cu_runner.cli", logging.ERROR, "", 0, "stopped by %r", (error,), sys.exc_info()))
         raise
     finally:
         package.removeHandler(terminal)

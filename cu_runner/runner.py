@@ -13,7 +13,7 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -57,6 +57,7 @@ class Runner:
     train: TrainSettings
     eval: EvalSettings
     seed: int
+    _first_step: float | None = field(default=None, init=False)  # seconds from the start of the process
 
     def run(self) -> list[Step]:
         """Make every step that is not finished yet; returns all of them.
@@ -69,10 +70,11 @@ class Runner:
         self._fingerprint = self.model.fingerprint()
         self._params = select_parameters(self.model.unet, self.method.params)
         self._base = snapshot(self._params)
-        self._first_step: float | None = None
         steps = self.store.finished()
         if not steps:
             steps.append(self._evaluate_base())
+        else:  # the process before may have died between this step's commit and its mirror
+            self.tracker.log(steps[-1].index, steps[-1].row, (steps[-1].directory / GRID).read_bytes())
         self._check_base(steps[0])
         for request in self.requests[len(steps) - 1 :]:
             steps.append(self._serve(request, steps))

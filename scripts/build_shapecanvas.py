@@ -142,7 +142,20 @@ def make_classifier(labels: tuple[str, ...]) -> ResNetForImageClassification:
 
 
 def make_scheduler() -> DPMSolverMultistepScheduler:
-    return DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+    """Stable Diffusion's noise levels with zero terminal SNR and v-prediction (Lin et al. 2023, arXiv 2305.08891).
+
+    Without that the mean colour of a small latent is still visible at the last noise level: the UNet reads the palette there
+    instead of in the prompt, and draws any palette when it starts from pure noise.
+    """
+    return DPMSolverMultistepScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        steps_offset=1,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- training
@@ -316,10 +329,11 @@ def train_unet(vae: AutoencoderKL, text: CLIPTextModel, work: Path, device: str)
         row = torch.where(said[0] < 0.1, 0, objects + 1) * (len(STYLES) + 1) + torch.where(said[1] < 0.1, 0, styles + 1) + 1
         row = torch.where(said[2] < 0.1, 0, row)  # the empty prompt, for classifier-free guidance
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        steps = torch.randint(1000, (count,), generator=generator).to(device)
-        noisy = scheduler.add_noise(clean, noise, steps)
-        predicted = unet(noisy, steps, embeddings[row.to(device)]).sample
-        return F.mse_loss(predicted, noise)
+        steps = torch.randint(1000, (count,), generator=generator)
+        signal = scheduler.alphas_cumprod[steps].sqrt().view(-1, 1, 1, 1).to(device)
+        sigma = (1 - signal**2).sqrt()
+        predicted = unet(signal * clean + sigma * noise, steps.to(device), embeddings[row.to(device)]).sample
+        return F.mse_loss(predicted, signal * noise - sigma * clean)  # v, Salimans & Ho 2022
 
     train("unet", nn.ModuleDict({"unet": unet}), loss_of, work, average)
     return average.eval()

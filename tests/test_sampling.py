@@ -1,0 +1,152 @@
+"""Noise fixed per image, batches that change nothing, guidance, v-prediction."""
+
+import diffusers
+import pytest
+import torch
+
+from cu_runner.models import DiffusionModel, Sampler
+from cu_runner.sampling import generate, sample_latents
+from cu_runner.seeding import RandomSource, derive_seed, image_noise
+
+PROMPTS = ["a tree image in ember stripe style", "a star image in fog ray style", "a fish image", "a cup image in iris mist style"] * 2
+SEEDS = [188, 188, 188, 188, 288, 288, 288, 288]
+
+
+# --------------------------------------------------------------------------------------------------------------- noise
+def test_an_images_noise_is_its_own_whatever_the_batch():
+    together = image_noise(PROMPTS, SEEDS, (4, 16, 16))
+    for i, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
+        assert torch.equal(image_noise([prompt], [seed], (4, 16, 16))[0], together[i])
+    assert torch.equal(image_noise(PROMPTS[::-1], SEEDS[::-1], (4, 16, 16)), together.flip(0))
+    torch.manual_seed(5)
+    assert torch.equal(image_noise(PROMPTS[2:5], SEEDS[2:5], (4, 16, 16)), together[2:5])
+    assert len({row.flatten()[0].item() for row in together}) == 8
+    assert together.mean().abs() < 0.05
+    assert together.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_seeds_depend_on_every_part_and_on_where_it_ends():
+    seeds = [derive_seed(*parts) for parts in ((1, 2), (12,), (1, 2, ""), ("1", 2), (2, 1))]
+    assert seeds[0] == seeds[3]
+    assert len(set(seeds)) == 4
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed("image", "a tree image", 188) == 2480502494033475937
+
+
+def test_random_source_names_its_generators():
+    draws = [
+        torch.rand(3, generator=RandomSource(seed, request).generator(purpose, step)).tolist()
+        for seed, request, purpose, step in ((0, 1, "train", 0), (1, 1, "train", 0), (0, 2, "train", 0), (0, 1, "x", 0), (0, 1, "train", 1))
+    ]  # fmt: skip
+    assert len({tuple(draw) for draw in draws}) == 5
+    assert torch.rand(3, generator=RandomSource(0, 1).generator("train")).tolist() == draws[0]
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+def images(model, batch_size: int, prompts=PROMPTS, seeds=SEEDS, guidance: float = 2.5):
+    return torch.cat(list(generate(model, prompts, seeds, steps=2, guidance=guidance, batch_size=batch_size)))
+
+
+def test_images_do_not_depend_on_the_batch_size_or_the_order(model):
+    whole = images(model, 8)
+    assert whole.shape == (8, 3, 64, 64)
+    assert whole.min() >= 0
+    assert whole.max() <= 1
+    for size in (1, 3):
+        assert (images(model, size) - whole).abs().max() < 1e-5
+    assert (images(model, 8, PROMPTS[::-1], SEEDS[::-1]).flip(0) - whole).abs().max() < 1e-5
+    assert (whole[0] - whole[4]).abs().max() > 0.01  # the same prompt under another seed
+
+
+def test_the_same_call_gives_bitwise_the_same_images(model):
+    assert torch.equal(images(model, 3), images(model, 3))
+
+
+def test_a_prompts_embedding_does_not_depend_on_what_is_encoded_with_it(model):
+    model._embeddings.clear()
+    together = model.encode_prompts(PROMPTS)
+    for i, prompt in enumerate(PROMPTS[:4]):
+        model._embeddings.clear()
+        assert torch.equal(model.encode_prompts([prompt])[0], together[i])
+
+
+def test_batches_come_in_the_order_of_the_prompts(model):
+    sizes = [len(batch) for batch in generate(model, PROMPTS, SEEDS, steps=1, guidance=1, batch_size=3)]
+    assert sizes == [3, 3, 2]
+
+
+# ------------------------------------------------------------------------------------------------------------ guidance
+@pytest.fixture
+def rows(model):
+    """The number of rows of every forward pass of the UNet."""
+    seen: list[int] = []
+    handle = model.unet.register_forward_hook(lambda module, arguments, output: seen.append(len(arguments[0])))
+    yield seen
+    handle.remove()
+
+
+def test_guidance_doubles_the_rows_and_guidance_one_does_not(model, rows):
+    sample_latents(model, PROMPTS[:3], SEEDS[:3], steps=2, guidance=2.5)
+    assert rows == [6, 6]
+    rows.clear()
+    sample_latents(model, PROMPTS[:3], SEEDS[:3], steps=2, guidance=1)
+    assert rows == [3, 3]
+
+
+def test_guidance_closed_form(model):
+    """One step is linear in the model's output, so latents are linear in the guidance scale."""
+    one, two, three = (sample_latents(model, PROMPTS[:2], SEEDS[:2], steps=1, guidance=g) for g in (1, 2, 3))
+    torch.testing.assert_close(two - one, three - two, atol=1e-3, rtol=1e-3)
+    assert (two - one).abs().max() > 1e-3
+
+
+def test_sampling_leaves_the_models_scheduler_as_it_was(model):
+    before = dict(vars(model.scheduler))
+    sample_latents(model, PROMPTS[:1], SEEDS[:1], steps=2, guidance=1)
+    assert vars(model.scheduler).keys() == before.keys()
+    assert model.scheduler.num_inference_steps == before["num_inference_steps"]
+    assert torch.equal(torch.as_tensor(model.scheduler.timesteps), torch.as_tensor(before["timesteps"]))
+
+
+# -------------------------------------------------------------------------------------------------- other schedulers
+def with_scheduler(model, scheduler) -> DiffusionModel:
+    parts = (model.unet, model.vae, model.text_encoder, model.tokenizer, scheduler)
+    return DiffusionModel(*parts, source="", resolution=64, sampler=Sampler(2, 1.0), precision="fp32", device=model.device)
+
+
+def test_v_prediction_identity(model):
+    """The UNet's output read as v gives an eps and an x_0 whose velocity is v and whose noised image is x_t."""
+    scheduler = diffusers.DDIMScheduler.from_config(model.scheduler.config, prediction_type="v_prediction")
+    other = with_scheduler(model, scheduler)
+    draw = torch.Generator().manual_seed(0)
+    noisy, timesteps = torch.randn(4, 4, 16, 16, generator=draw), torch.tensor([1, 250, 700, 998])
+    text = model.encode_prompts(PROMPTS[:4])
+    with torch.no_grad():
+        v, eps = model.predict_noise(noisy, timesteps, text), other.predict_noise(noisy, timesteps, text)
+    ab = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    x_0 = ab.sqrt() * noisy - (1 - ab).sqrt() * v
+    torch.testing.assert_close(scheduler.get_velocity(x_0, eps, timesteps), v, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scheduler.add_noise(x_0, eps, timesteps), noisy, atol=1e-5, rtol=0)
+    torch.testing.assert_close(other.add_noise(x_0, eps, timesteps), noisy, atol=1e-5, rtol=0)
+
+
+def test_a_stochastic_sampler_draws_per_image_too(model):
+    other = with_scheduler(model, diffusers.DDPMScheduler.from_config(model.scheduler.config))
+    whole = sample_latents(other, PROMPTS[:4], SEEDS[:4], steps=3, guidance=1)
+    one = sample_latents(other, PROMPTS[2:3], SEEDS[2:3], steps=3, guidance=1)
+    torch.testing.assert_close(one[0], whole[2], atol=1e-4, rtol=1e-4)
+
+
+def test_weights_given_for_a_prediction_do_not_stay(model):
+    name = next(name for name, _ in model.unet.named_parameters() if name.endswith("attn2.to_k.weight"))
+    weight = dict(model.unet.named_parameters())[name]
+    before = weight.clone()
+    arguments = (torch.ones(1, 4, 16, 16), torch.tensor([500]), model.encode_prompts(PROMPTS[:1]))
+    with torch.no_grad():
+        plain = model.predict_noise(*arguments)
+        changed = model.predict_noise(*arguments, {name: before + 1})
+        assert torch.equal(weight, before)
+        assert torch.equal(model.predict_noise(*arguments), plain)
+        weight.add_(1)
+        assert torch.equal(model.predict_noise(*arguments), changed)
+    assert (changed - plain).abs().max() > 1e-5

@@ -1,0 +1,197 @@
+"""The inner loop: order of hooks, AdamW, a loss that is not finite, regularizers that do not commute."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from cu_runner.methods.base import Method, Scope
+from cu_runner.params import assign, snapshot, subtract
+from cu_runner.regularizers.base import Regularizer
+from cu_runner.regularizers.gradproj import orthogonal_projector
+from cu_runner.training import TrainingError, erase
+
+
+class Pull(Method[int]):
+    """Half the squared distance of every weight to 1, times a factor per step; the gradient is factor * (theta - 1)."""
+
+    def __init__(self, events: list[str] | None = None, factors: tuple[float, ...] = (1.0,)) -> None:
+        self.events, self.factors = events if events is not None else [], factors
+
+    def begin_request(self, scope: Scope) -> None:
+        self.events.append("method.begin")
+
+    def batches(self, scope: Scope) -> Iterator[int]:
+        step = 0
+        while True:
+            self.events.append(f"batch {step}")
+            yield step
+            step += 1
+
+    def loss(self, scope: Scope, batch: int) -> tuple[Tensor, dict[str, float]]:
+        self.events.append("loss")
+        factor = self.factors[min(batch, len(self.factors) - 1)]
+        return factor * 0.5 * sum(((weight - 1) ** 2).sum() for weight in scope.params.values()), {"factor": factor}
+
+    def on_gradients(self, params) -> None:
+        self.events.append("method.on_gradients")
+
+
+class Recorder(Regularizer):
+    """Notes every call; its penalty is a constant."""
+
+    def __init__(self, name: str, events: list[str], edits: bool = False) -> None:
+        self.name, self.events, self.edits = name, events, edits
+
+    def begin_request(self, scope):
+        self.events.append(f"{self.name}.begin")
+        return {"name": self.name}
+
+    def penalty(self, params):
+        self.events.append(f"{self.name}.penalty")
+        return torch.tensor(2.0)
+
+    def on_gradients(self, params):
+        assert all(parameter.grad is not None for parameter in params.values())
+        self.events.append(f"{self.name}.on_gradients")
+
+    def on_step(self, params, before):
+        self.events.append(f"{self.name}.on_step {len(before)}")
+
+    @property
+    def edits_step(self):
+        return self.edits
+
+
+class Mask(Regularizer):
+    """Only the weights of some columns move."""
+
+    edits_step = True
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    @torch.no_grad()
+    def on_step(self, params, before):
+        for name, parameter in params.items():
+            parameter.copy_(before[name] + (parameter - before[name]) * self.mask)
+
+
+class Project(Mask):
+    """Steps are multiplied by a matrix from the right."""
+
+    @torch.no_grad()
+    def on_step(self, params, before):
+        for name, parameter in params.items():
+            parameter.copy_(before[name] + (parameter - before[name]) @ self.mask)
+
+
+# -------------------------------------------------------------------------------------------------------------- hooks
+def test_order_of_hooks(make_scope, settings):
+    events: list[str] = []
+    regularizers = {"b": Recorder("b", events), "a": Recorder("a", events)}
+    report = erase(make_scope(), Pull(events), regularizers, settings(steps=2), lambda step: events.append(f"step {step}"))
+    step = [
+        "loss", "b.penalty", "a.penalty", "method.on_gradients", "b.on_gradients", "a.on_gradients", "b.on_step 0", "a.on_step 0",
+    ]  # fmt: skip
+    expected = ["method.begin", "b.begin", "a.begin", "batch 0", *step, "step 1", "batch 1", *step, "step 2"]
+    assert events == expected
+    assert report.records == {"b": {"name": "b"}, "a": {"name": "a"}}
+
+
+def test_copies_of_the_weights_are_kept_for_regularizers_that_edit_the_step(make_scope, settings):
+    events: list[str] = []
+    scope = make_scope()
+    erase(scope, Pull(), {"a": Recorder("a", events), "b": Recorder("b", events, edits=True)}, settings(steps=1))
+    assert [event for event in events if "on_step" in event] == [f"{name}.on_step {len(scope.params)}" for name in "ab"]
+
+
+def test_penalties_are_added_and_logged(make_scope, settings):
+    scope = make_scope()
+    (plain,) = erase(scope, Pull(), {}, settings(steps=1)).losses
+    assert plain == {"factor": 1.0, "loss": plain["loss"]}
+    assign(scope.params, scope.base)
+    (logs,) = erase(scope, Pull(), {"a": Recorder("a", []), "b": Recorder("b", [])}, settings(steps=1)).losses
+    assert logs == {"factor": 1.0, "a_penalty": 2.0, "b_penalty": 2.0, "loss": pytest.approx(plain["loss"] + 4)}
+
+
+def test_only_the_weights_in_scope_change_and_no_gradient_is_left(make_scope, settings, model):
+    scope = make_scope()
+    others = snapshot({name: weight for name, weight in model.unet.named_parameters() if name not in scope.params})
+    erase(scope, Pull(), {}, settings(steps=2))
+    now = dict(model.unet.named_parameters())
+    assert all(torch.equal(now[name], before) for name, before in others.items())
+    assert all(not torch.equal(now[name], before) for name, before in scope.base.items())
+    assert not any(weight.requires_grad for weight in now.values())
+    assert all(weight.grad is None for weight in scope.params.values())
+
+
+# -------------------------------------------------------------------------------------------------------------- AdamW
+def adamw(weight: Tensor, factors, lr: float, betas: tuple[float, float], decay: float, clip: float = 0.0) -> Tensor:
+    """Loshchilov & Hutter 2019, Alg. 2, on 0.5 factor ||theta - 1||^2, in float64."""
+    theta, m, v = weight.double(), 0.0, 0.0
+    for t, factor in enumerate(factors, start=1):
+        g = factor * (theta - 1)
+        if clip:
+            g = g * min(1.0, clip / (g.norm().item() + 1e-6))
+        theta = theta * (1 - lr * decay)
+        m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g**2
+        theta = theta - lr * (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + 1e-8)
+    return theta
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_adamw_by_hand(make_scope, settings, clip):
+    factors, lr, betas, decay = (1.0, 3.0, 0.2, 1.5), 0.03, (0.8, 0.95), 0.1
+    scope = make_scope()
+    erase(scope, Pull(factors=factors), {}, settings(steps=4, lr=lr, betas=betas, weight_decay=decay, grad_clip=clip))
+    flat = torch.cat([weight.flatten() for weight in scope.base.values()])
+    found = torch.cat([weight.detach().flatten() for weight in scope.params.values()])
+    expected = adamw(flat, factors, lr, betas, decay, clip)
+    assert (found - expected).abs().max() < 2e-6
+    assert (found - flat).abs().mean() > 0.05
+
+
+# --------------------------------------------------------------------------------------------------------- not finite
+@pytest.mark.parametrize(("factor", "word"), [(math.nan, "nan"), (math.inf, "inf")])
+def test_a_loss_that_is_not_finite_stops_and_says_where(make_scope, settings, factor, word):
+    scope = make_scope(request=2)
+    message = (
+        rf"^the loss became {word} at request 2 \(glacier dot\), step 3 of 5; lower train.lr or a regularizer's weight. "
+        "Finished requests are kept$"
+    )
+    with pytest.raises(TrainingError, match=message):
+        erase(scope, Pull(factors=(1.0, 1.0, factor)), {}, settings(steps=5))
+
+
+def test_weights_that_the_last_step_ruins_are_refused(make_scope, settings):
+    class Ruin(Regularizer):
+        @torch.no_grad()
+        def on_step(self, params, before):
+            next(iter(params.values()))[0, 0] = math.nan
+
+    with pytest.raises(TrainingError, match=r"request 1 \(ember stripe\), step 1 of 1"):
+        erase(make_scope(), Pull(), {"ruin": Ruin()}, settings(steps=1))
+
+
+# -------------------------------------------------------------------------------------------------------------- order
+def test_masking_and_projecting_do_not_commute(make_scope, settings):
+    """One step d of AdamW becomes (d M) P or (d P) M, by the order of the list."""
+    width = 128
+    draw = torch.Generator().manual_seed(0)
+    P = orthogonal_projector(torch.randn(width, 10, generator=draw))
+    M = (torch.rand(width, generator=draw) < 0.3).float()
+    scope, steps = make_scope(), {}
+    for order in ("", "mask project", "project mask"):
+        assign(scope.params, scope.base)
+        known = {"mask": Mask(M), "project": Project(P)}
+        erase(scope, Pull(), {name: known[name] for name in order.split()}, settings(steps=1))
+        steps[order] = subtract(scope.params, scope.base)
+    for name, d in steps[""].items():
+        masked_first, projected_first = steps["mask project"][name], steps["project mask"][name]
+        torch.testing.assert_close(masked_first, (d * M) @ P, atol=1e-6, rtol=0)
+        torch.testing.assert_close(projected_first, (d @ P) * M, atol=1e-6, rtol=0)
+        assert (masked_first - projected_first).norm() > 0.2 * projected_first.norm()
+        assert projected_first[:, M == 0].abs().max() == 0
