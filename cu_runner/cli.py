@@ -85,10 +85,12 @@ def run_job(config: "DictConfig") -> None:
 def is_complete(directory: Path, store: "RunStore") -> bool:
     """True if summary.json stands for the last of the finished, undamaged steps. Raises StoreError on damage."""
     steps = store.finished()
-    if not steps or not (directory / "summary.json").exists():
+    try:
+        summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # missing or damaged: it is derived, the runner writes it again
         return False
-    store.write_metrics([step.row for step in steps])  # it is derived: whatever became of it, it is whole again
-    return json.loads((directory / "summary.json").read_text(encoding="utf-8")).get("sha256") == steps[-1].sha256
+    store.write_metrics([step.row for step in steps])
+    return bool(steps) and isinstance(summary, dict) and summary.get("sha256") == steps[-1].sha256
 
 
 def execute(plan: "RunConfig", store: "RunStore", outputs: Path) -> None:

@@ -24,10 +24,11 @@ def judge(error: Exception, overrides: list[str]) -> tuple[int, str]:
     if isinstance(error, ValueError):
         return 2, one_line(error)
     if isinstance(error, RuntimeError):
+        from cu_runner.evaluation import SamplingError
         from cu_runner.store import StoreError
         from cu_runner.training import TrainingError
 
-        if isinstance(error, StoreError | TrainingError):
+        if isinstance(error, StoreError | TrainingError | SamplingError):
             return 1, one_line(error)
     raise error
 
@@ -50,6 +51,8 @@ def explain(text: str, overrides: list[str]) -> str:
             if allowed
             else f"unknown key {key}; `cu-run --cfg job` prints every key"
         )
+    if found := re.search(r"Key '(\w+)' is not in struct", text):
+        return f"{found[1]}: choose one file, as in {found[1]}=NAME; only reg takes a list"
     for noise in (" Config search path:", " See https://", " full_key:", " Set the environment variable HYDRA_FULL_ERROR"):
         text = text.partition(noise)[0]
     return f"{text}; overrides are KEY=VALUE, `cu-run --help` lists every group and option"

@@ -4,7 +4,9 @@ Everything here is a plain value: no model, no file, no randomness.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from cu_runner.lists import read_shipped
 
@@ -66,7 +68,7 @@ class Sequence:
 
 
 def make_sequence(
-    name: str,
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")],
     domain: str,
     cross_domain: str,
     targets: list[str],
@@ -85,7 +87,13 @@ def make_sequence(
     vocabulary names a shipped list (cu_runner/lists); anchors maps a target to what {anchor} in anchor_prompt stands for.
     Raises ValueError naming the entry that is wrong.
     """
-    for label, names in {"targets": targets, "retain": retain, "cross_retain": cross_retain, "seeds": seeds}.items():
+    for label, names in {
+        "targets": targets,
+        "retain": retain,
+        "cross_retain": cross_retain,
+        "captions": captions,
+        "seeds": seeds,
+    }.items():
         repeated = sorted({str(entry) for entry in names if names.count(entry) > 1})
         if repeated:
             raise ValueError(f"sequence.{label} lists {', '.join(repeated)} more than once; name each entry once")

@@ -21,6 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from cu_runner.settings import SettingChoice, Spine
 
+MISSING = "???"
+
 Plain = dict[str, object] | list[object] | str | int | float | bool | None
 
 
@@ -91,7 +93,7 @@ OmegaConf.register_new_resolver("tuned", _tuned, replace=True)
 def parse(config: DictConfig) -> RunConfig:
     """Check a composed configuration. Raises ConfigError."""
     for key in tuned_cell(config):
-        if OmegaConf.select(config, key) is None:
+        if OmegaConf.select(config, key, default=MISSING) == MISSING:
             raise ConfigError(f"conf/tuned: {key} is not a setting of this run; correct the name in the tuned file")
     resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict)
@@ -155,13 +157,13 @@ def make_node(path: str, node: Plain) -> Node:
 def check(kind: type, value: Plain, path: str) -> object:
     """Validate one value against a type; ConfigError names the key, the value and what is allowed."""
     try:
-        return TypeAdapter(kind).validate_python(value)
+        return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)  # strict: true is no 1, "2" is no 2
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join([path] * bool(path) + [part for part in first["loc"] if isinstance(part, str)])
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             raise ConfigError(f"unknown key {key}; `cu-run --cfg job` prints every key") from None
-        message = first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ").replace("array", "list")
         raise ConfigError(f"{key}={first['input']!r}: {message[0].lower() + message[1:]}") from None
 
 

@@ -19,6 +19,10 @@ from cu_runner.models import DiffusionModel
 from cu_runner.sampling import generate
 
 
+class SamplingError(RuntimeError):
+    """The model makes no images; the message is one line."""
+
+
 @dataclass(frozen=True)
 class Metrics:
     """Percent, after one request; None where it is undefined (nothing unlearned yet, or no earlier request).
@@ -111,6 +115,10 @@ def evaluate(
     rows, thumbnails = [], {}
     bar = tqdm(total=len(cells), desc="  evaluate", leave=False, disable=None, ncols=100, unit="image")
     for images in generate(model, prompts, seeds, steps=steps, guidance=guidance, batch_size=batch_size):
+        if not images.isfinite().all():
+            raise SamplingError(
+                f"images of step {step} are not finite: the weights have diverged; lower train.lr. Finished requests are kept"
+            )
         predictions = evaluator.predict(images)
         for i, image in enumerate(images):
             concept, cross, seed = cells[len(rows)]

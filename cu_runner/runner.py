@@ -73,9 +73,10 @@ class Runner:
         steps = self.store.finished()
         if not steps:
             steps.append(self._evaluate_base())
-        else:  # the process before may have died between this step's commit and its mirror
+        else:
+            self._check_base(steps[0])
+            # the process before may have died between the last step's commit and its mirror
             self.tracker.log(steps[-1].index, steps[-1].row, (steps[-1].directory / GRID).read_bytes())
-        self._check_base(steps[0])
         for request in self.requests[len(steps) - 1 :]:
             steps.append(self._serve(request, steps))
             self.store.write_metrics([step.row for step in steps])

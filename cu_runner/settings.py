@@ -2,10 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+StepSize = Annotated[float, Field(gt=0, le=1e30)]  # beyond that float32 overflows inside the optimiser
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -15,7 +16,7 @@ class TrainSettings:
 
     steps: PositiveInt
     batch_size: PositiveInt
-    lr: PositiveFloat
+    lr: StepSize
     betas: tuple[Fraction, Fraction]
     weight_decay: NonNegativeFloat
     grad_clip: NonNegativeFloat  # largest gradient norm; 0 is no clipping

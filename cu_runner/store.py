@@ -129,7 +129,9 @@ class RunStore:
     def finished(self) -> list[Step]:
         """The finished steps from 0 on, each checked against its hashes and its parent. Raises StoreError on any damage."""
         steps: list[Step] = []
-        present = sorted(int(path.parent.name) for path in (self.directory / "steps").glob(f"*/{STEP}"))
+        present = sorted(
+            int(path.parent.name) for path in (self.directory / "steps").glob(f"[0-9]*/{STEP}") if path.parent.name.isdigit()
+        )
         for position, index in enumerate(present):
             if index != position:
                 raise StoreError(
@@ -156,7 +158,8 @@ class RunStore:
                 raise StoreError(f"{path}: is missing; {self._advice(index)}")
             if sha256_of(path) != expected:
                 raise StoreError(f"{path}: is damaged (its sha256 is not the one in {STEP}); {self._advice(index)}")
-        if own != chain(parent, files):
+        links = {key: value for key, value in record.items() if key != "record_sha256"}
+        if own != chain(parent, files) or record.get("record_sha256") != hash_json(links):
             raise StoreError(f"{directory / STEP}: does not match its own sha256; {self._advice(index)}")
         return Step(index, directory, own, row)
 
@@ -191,7 +194,8 @@ class RunStore:
         above = parent.sha256 if parent else None
         own = chain(above, hashes)
         links = {"index": index, "signature": self.signature, "parent_sha256": above, "sha256": own, "files": hashes}
-        write_atomic(directory / STEP, to_json({**links, **record, "row": dict(row)}))
+        entries = {**links, **record, "row": dict(row)}
+        write_atomic(directory / STEP, to_json(entries | {"record_sha256": hash_json(entries)}))
         return Step(index, directory, own, dict(row))
 
     def write_metrics(self, rows: list[dict[str, object]]) -> None:
@@ -204,8 +208,12 @@ class RunStore:
 
 def chain(parent: str | None, files: Mapping[str, str]) -> str:
     """sha256 of a step: over its parent's and those of its files, so that it stands for the whole history."""
-    text = json.dumps([parent, sorted(files.items())])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hash_json([parent, sorted(files.items())])
+
+
+def hash_json(value: object) -> str:
+    """sha256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class Cache:
@@ -220,13 +228,11 @@ class Cache:
         try:
             index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
             files = {name: (directory / name).read_bytes() for name in index["files"]}
-        except (OSError, ValueError, KeyError):
+            same = index["key"] == json.loads(json.dumps(key))
+            whole = all(hashlib.sha256(content).hexdigest() == index["files"][name] for name, content in files.items())
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        if index["key"] != json.loads(json.dumps(key)):
-            return None
-        if any(hashlib.sha256(content).hexdigest() != index["files"][name] for name, content in files.items()):
-            return None
-        return files
+        return files if same and whole else None
 
     def put(self, kind: str, key: Mapping[str, object], files: Mapping[str, bytes]) -> None:
         """Write an entry; its index is written last. Two processes may write the same entry, with the same contents."""
@@ -239,5 +245,4 @@ class Cache:
             write_atomic(directory / "index.json", to_json({"key": key, "files": hashes}))
 
     def _directory(self, kind: str, key: Mapping[str, object]) -> Path:
-        text = json.dumps(key, sort_keys=True)
-        return self.root / kind / hashlib.sha256(text.encode()).hexdigest()[:8]
+        return self.root / kind / hash_json(key)[:8]

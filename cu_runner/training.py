@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from cu_runner.concepts import Request
 from cu_runner.methods.base import Method, Scope
 from cu_runner.params import snapshot
 from cu_runner.regularizers.base import Regularizer
@@ -64,10 +65,7 @@ def erase(
                 logs[f"{name}_penalty"] = penalty.item()
         logs["loss"] = loss.item()
         if not math.isfinite(logs["loss"]):
-            raise TrainingError(
-                f"the loss became {logs['loss']} at request {scope.request.index} ({scope.request.label}), step {step + 1} of "
-                f"{settings.steps}; lower train.lr or a regularizer's weight. Finished requests are kept"
-            )
+            raise TrainingError(diverged(f"a loss of {logs['loss']}", scope.request, step + 1, settings.steps))
         loss.backward()
         method.on_gradients(scope.params)
         for regularizer in regularizers.values():
@@ -83,4 +81,14 @@ def erase(
         on_step(step + 1)
     for parameter in params:
         parameter.requires_grad_(False)
+    if not all(parameter.isfinite().all() for parameter in params):
+        raise TrainingError(diverged("weights that are not finite", scope.request, settings.steps, settings.steps))
     return TrainingReport(losses, records)
+
+
+def diverged(what: str, request: Request, step: int, steps: int) -> str:
+    """The line for a training that went astray."""
+    return (
+        f"training led to {what} at request {request.index} ({request.label}), step {step} of {steps}; "
+        "lower train.lr or a regularizer's weight. Finished requests are kept"
+    )

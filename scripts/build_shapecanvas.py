@@ -38,7 +38,7 @@ from cu_runner.shapecanvas.render import IMAGE_SIZE, OBJECTS, STYLES, render
 
 TEXT_WIDTH, NUM_TOKENS = 128, 16
 LATENTS_PER_PAIR = 16  # renders of each (object, style) pair whose latents the UNet trains on
-STEPS = {"vae": 1200, "text": 1000, "style": 3000, "object": 3000, "unet": 5000}
+STEPS = {"vae": 1200, "text": 1000, "style": 3000, "object": 3000, "unet": 6000}
 BATCH = {"vae": 32, "text": 96, "style": 64, "object": 64, "unet": 64}
 PEAK_RATE = {"vae": 2e-3, "text": 1e-3, "style": 2e-3, "object": 2e-3, "unet": 1e-3}
 TEXT_SCALE = 10.0  # inverse temperature of the contrastive loss
@@ -357,6 +357,10 @@ def pack(work: Path, out: Path, device: str) -> None:
     )
     text.half()
     pipeline.save_pretrained(out / "pipeline", safe_serialization=True)
+    config = (
+        out / "pipeline" / "text_encoder" / "config.json"
+    )  # transformers would keep half precision, diffusers loads the rest as float
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     for domain in ("style", "object"):
         train_classifier(domain, work, device).half().save_pretrained(out / f"{domain}_classifier", safe_serialization=True)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())

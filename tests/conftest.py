@@ -19,8 +19,8 @@ from omegaconf import OmegaConf, open_dict
 
 from cu_runner.cli import main
 from cu_runner.concepts import make_sequence, plan_requests
-from cu_runner.help import config_dir
 from cu_runner.evaluators.classifier import Classifier
+from cu_runner.help import config_dir
 from cu_runner.methods.base import Scope
 from cu_runner.models import Sampler, load_model, locate
 from cu_runner.params import select_parameters, snapshot

@@ -5,6 +5,7 @@ Works in its working directory: outputs calm (undisturbed), killed0, killed1, ..
 """
 
 import json
+import math
 import os
 import random
 import signal
@@ -35,11 +36,12 @@ def child(overrides: list[str], outputs: Path) -> int:
 
 
 def files(outputs: Path) -> set[str]:
-    return {str(path.relative_to(outputs)) for path in outputs.glob("**/*") if path.name != ".lock" and "run.log" not in path.name}
+    """Every file below outputs; os.walk passes over a folder that vanishes under it."""
+    return {f"{folder}/{name}" for folder, _, names in os.walk(outputs) for name in names if name not in (".lock", "run.log")}
 
 
 def commits(outputs: Path) -> int:
-    return len(list(outputs.glob("runs/*/*/steps/*/step.json")))
+    return sum(name.endswith("/step.json") for name in files(outputs))
 
 
 def ended(process: int) -> int | None:
@@ -63,13 +65,13 @@ def die(overrides: list[str], outputs: Path, enough: Callable[[float], bool]) ->
     """One life that is killed as soon as enough(its seconds)."""
     began, stage, process = time.monotonic(), commits(outputs), child(overrides, outputs)
     while (status := ended(process)) is None and not enough(time.monotonic() - began):
-        time.sleep(0.0005)
+        time.sleep(0.001)
     if status is None:
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
     else:
         check(status, outputs)
-    there = outputs.glob("runs/*/*/steps/*/*")
+    there = [Path(name) for name in files(outputs) if "/steps/" in name]
     partial = sorted(path.name for path in there if not (path.parent / "step.json").exists())
     return {"from": stage, "to": commits(outputs), "killed": status is None, "partial": partial}
 
@@ -80,16 +82,12 @@ def check(status: int, outputs: Path) -> None:
 
 
 def plan(draw: random.Random, outputs: Path, moments: list[float], early: int) -> Callable[[float], bool]:
-    """When to kill a life: after some seconds, after some changes among the files, or once another step is committed."""
+    """When to kill a life: after some seconds, after some changes among the files; at the latest when a step is committed."""
     stage, last = commits(outputs), files(outputs)
-    if early >= 7:  # enough kills in this stage; this one falls between the commit and what follows it
-        return lambda seconds: commits(outputs) > stage
-    if early % 2:
-        changes = draw.randint(1, 12)
-        return lambda seconds: len(files(outputs) ^ last) >= changes
     length = moments[0] + (moments[stage] - moments[stage - 1] if stage else 0)
-    moment = draw.uniform(0.02, length)
-    return lambda seconds: seconds > moment
+    moment = draw.uniform(0.02, length) if early % 2 == 0 and early < 7 else math.inf
+    changes = draw.randint(1, 12) if early % 2 == 1 and early < 7 else math.inf
+    return lambda seconds: seconds > moment or len(files(outputs) ^ last) >= changes or commits(outputs) > stage
 
 
 if __name__ == "__main__":
@@ -103,7 +101,6 @@ if __name__ == "__main__":
     # imported lazily by the libraries: named here so that every life finds them in memory
     lazy = [diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, diffusers.DPMSolverMultistepScheduler]
     lazy += [transformers.CLIPTextModel, transformers.CLIPTokenizer, transformers.ResNetForImageClassification]
-    import cu_runner.runner
 
     torch.set_num_threads(1)
     draw, kills, early = random.Random(arguments["seed"]), [], Counter()

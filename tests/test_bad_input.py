@@ -39,13 +39,16 @@ CONFIGURATION = [
     (["reg=l2", "reg.l2.weight=-1"], ["reg.l2.weight=-1", "greater than or equal to 0"]),
     (["reg=l2", "reg.l2.weight=nan"], ["reg.l2.weight=nan", "finite"]),
     (["reg=l2", "reg.l2.anchor=next"], ["reg.l2.anchor='next'", "'previous' or 'base'"]),
-    (["reg=gradproj", "reg.gradproj.auxiliary.source=web"], ["reg.gradproj.auxiliary.source='web'", "'vocabulary', 'list' or 'file'"]),
+    (["reg=gradproj", "reg.gradproj.auxiliary.source=web"], ["reg.gradproj.auxiliary.source='web'", "'list' or 'file'"]),
     (["reg=gradproj", "reg.gradproj.threshold=2"], ["reg.gradproj.threshold=2", "less than or equal to 1"]),
     (["+reg.l2.weight=3"], ["reg.l2", "not selected", "reg=[l2]"]),
     (["reg=l1", "+reg.l2.weight=3"], ["reg.l2", "selected: l1", "reg=[l1,l2]"]),
     (["sequence.retain=[ember stripe,fog ray]"], ["ember stripe", "targets", "retain"]),
     (["sequence.targets=[ember stripe,ember stripe]"], ["sequence.targets", "ember stripe", "more than once"]),
     (["sequence.targets=[]"], ["sequence.targets", "empty"]),
+    (["sequence.captions=[]"], ["sequence.captions", "empty"]),
+    (["sequence.name=../up"], ["sequence.name", "../up"]),
+    (["train.steps=true"], ["train.steps=True", "integer"]),
     (["sequence.targets=ember"], ["sequence.targets='ember'", "list"]),
     (["sequence.targets=[no style]"], ["no style", "ember stripe"]),
     (["sequence.vocabulary=nope"], ["nope", "shapecanvas_styles"]),
@@ -149,12 +152,20 @@ def test_outputs_that_are_a_file(in_process, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "fragments"),
+    ("source", "name", "fragments"),
     [
-        (["reg.gradproj.auxiliary.source=list", "reg.gradproj.auxiliary.name=nope"], ["reg.gradproj.auxiliary.name=nope", "common_objects"]),
-        (["reg.gradproj.auxiliary.source=file", "reg.gradproj.auxiliary.name=gone.txt"], ["reg.gradproj.auxiliary.name=gone.txt", "no such file"]),
-        (["reg.gradproj.context=plain"], ["reg.gradproj.context='plain'", "{concept}"]),
+        ("list", "nope", ["reg.gradproj.auxiliary.name=nope", "common_objects"]),
+        ("list", "null", ["reg.gradproj.auxiliary.name", "common_objects"]),
+        ("file", "gone.txt", ["reg.gradproj.auxiliary.name=gone.txt", "no such file"]),
+        ("file", "null", ["reg.gradproj.auxiliary.name", "no such file"]),
     ],
-)  # fmt: skip
-def test_sources_of_auxiliary_names(in_process, overrides, fragments):
-    assert_one_line(in_process(*SMOKE, "reg=gradproj", *overrides), 2, fragments)
+)
+def test_sources_of_auxiliary_names(in_process, source, name, fragments):
+    chosen = (f"reg.gradproj.auxiliary.source={source}", f"reg.gradproj.auxiliary.name={name}")
+    assert_one_line(in_process(*SMOKE, "reg=gradproj", *chosen), 2, fragments)
+
+
+@pytest.mark.parametrize("context", ["plain", "{concept} in {place}"])
+def test_a_context_with_wrong_placeholders(in_process, context):
+    overrides = ("reg=gradproj", f"reg.gradproj.context='{context}'")
+    assert_one_line(in_process(*SMOKE, *overrides), 2, [f"reg.gradproj.context='{context}'", "{concept}"])

@@ -71,8 +71,8 @@ def test_where_and_how_fast_does_not_count(override):
 @pytest.mark.parametrize(
     "override",
     [
-        "train.lr=1e-3", "train.steps=7", "train.batch_size=2", "train.betas=[0.9,0.99]", "eval.steps=3", "eval.guidance=1", "seed=1",
-        "method.loss=noise", "method.num_anchors=3", "reg=l1", "model.sampler.steps=3", "sequence.seeds=[1]",
+        "train.lr=1e-3", "train.steps=7", "train.batch_size=2", "train.betas=[0.9,0.99]", "eval.steps=3", "eval.guidance=1",
+        "seed=1", "method.loss=noise", "method.num_anchors=3", "reg=l1", "model.sampler.steps=3", "sequence.seeds=[1]",
         "sequence.targets=[glacier dot,ember stripe]",
     ],
 )  # fmt: skip
@@ -98,7 +98,12 @@ def test_directory_follows_the_contract():
 def tuned_tree(tmp_path):
     """A configuration tree with tuned settings of the smoke sequence; the override that adds it."""
     (tmp_path / "tuned").mkdir()
-    cells = {"conabl": {"none": {"train.lr": 5e-4}, "l2+gradproj": {"train.steps": 11, "reg.l2.weight": 3.5, "reg.gradproj.apply": "update"}}}
+    cells = {
+        "conabl": {
+            "none": {"train.lr": 5e-4},
+            "l2+gradproj": {"train.steps": 11, "reg.l2.weight": 3.5, "reg.gradproj.apply": "update"},
+        }
+    }
     (tmp_path / "tuned" / "smoke.yaml").write_text(yaml.safe_dump(cells), encoding="utf-8")
     return f"hydra.searchpath=[file://{tmp_path}]"
 

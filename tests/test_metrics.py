@@ -23,9 +23,7 @@ def predictions():
 
 
 def test_accuracy_per_concept(predictions):
-    assert accuracy_per_concept(predictions, "style") == pytest.approx(
-        {"a": 25.0, "b": 100.0, "c": 0.0, "r": 200 / 3, "s": 100.0}
-    )
+    assert accuracy_per_concept(predictions, "style") == pytest.approx({"a": 25.0, "b": 100.0, "c": 0.0, "r": 200 / 3, "s": 100.0})
     assert list(accuracy_per_concept(predictions, "object")) == ["cat", "dog"]
 
 

@@ -28,7 +28,9 @@ def test_a_run_writes_the_files_of_the_contract(finished_run):
     cwd, directory, done = finished_run
     assert directory.parent == cwd / "outputs/runs/smoke"
     found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
-    expected = {f"steps/00/{name}" for name in STEP} | {f"steps/0{i}/{name}" for i in (1, 2) for name in (*STEP, "delta.safetensors")}
+    expected = {f"steps/00/{name}" for name in STEP} | {
+        f"steps/0{i}/{name}" for i in (1, 2) for name in (*STEP, "delta.safetensors")
+    }
     assert found - {".lock"} == expected | {"config.yaml", "run.log", "metrics.csv", "summary.json"}
     assert {path.name for path in (cwd / "outputs").iterdir()} == {"runs", "cache"}
     assert {path.name for path in cwd.iterdir()} == {"outputs"}
@@ -247,7 +249,12 @@ def small_disk(tmp_path):
 def test_a_full_disk_gives_one_line_and_the_run_resumes(in_process, small_disk, finished_run):
     disk, limit, release = small_disk
     done = subprocess.run(
-        [*command(), *SMOKE, f"paths.outputs={disk}"], env=environment(), preexec_fn=limit, capture_output=True, text=True, timeout=200
+        [*command(), *SMOKE, f"paths.outputs={disk}"],
+        env=environment(),
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1, done.stderr

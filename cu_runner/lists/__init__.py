@@ -21,7 +21,10 @@ def read_file(path: str | None) -> list[str]:
     file = Path(path or "").expanduser()
     if not file.is_file():
         raise ValueError(f"{path}: no such file; give a text file with one name a line")
-    names = parse_names(file.read_text(encoding="utf-8"))
+    try:
+        names = parse_names(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is not a text file in UTF-8; give one name a line") from None
     if not names:
         raise ValueError(f"{path}: holds no names; give at least one, one a line")
     return names

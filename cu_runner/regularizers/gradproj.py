@@ -107,8 +107,12 @@ class GradProj(Regularizer):
             threshold: a name whose vector has a larger cosine to a kept one is dropped as a duplicate.
             context: the prompt in which names are encoded; it must hold {concept}.
         """
-        if "{concept}" not in context:
-            raise ValueError(f"reg.gradproj.context={context!r} lacks the placeholder {{concept}}")
+        try:
+            complete = "{concept}" in context and bool(context.format(concept="x"))
+        except (KeyError, IndexError, ValueError):
+            complete = False
+        if not complete:
+            raise ValueError(f"reg.gradproj.context={context!r}: it must hold {{concept}} and no other placeholder")
         self.apply, self.auxiliary, self.threshold, self.context = apply, auxiliary, threshold, context
 
     def begin_request(self, scope: Scope) -> dict[str, object]:

@@ -1,0 +1,117 @@
+"""An offline W&B run, read back from the file that W&B wrote: configuration, metrics, the grid, the id of a resumed run."""
+
+import json
+import shutil
+import struct
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import SMOKE, run_directory
+from PIL import Image
+
+BLOCK, HEADER = 32768, 7  # of the LevelDB log format in which W&B writes
+FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+def read_records(path: Path) -> list:
+    """Every record of a .wandb file, through W&B's own message type."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, position, records, part = path.read_bytes(), HEADER, [], b""
+    assert content[:4] in (b":W&B", b"")
+    while position + HEADER <= len(content):
+        if BLOCK - position % BLOCK < HEADER:  # the rest of a block that holds no header is padding
+            position += BLOCK - position % BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", content[position : position + HEADER])
+        assert kind in (FULL, FIRST, MIDDLE, LAST)
+        part += content[position + HEADER : position + HEADER + length]
+        position += HEADER + length
+        if kind in (FULL, LAST):
+            record = Record()
+            record.ParseFromString(part)
+            records.append(record)
+            part = b""
+    return records
+
+
+def read_run(directory: Path) -> dict:
+    """What an offline run directory holds: id, names, configuration, history rows by step, media files."""
+    (path,) = directory.glob("*.wandb")
+    deadline = time.monotonic() + 20  # W&B's service, which lives as long as this process, closes the file a moment later
+    while not [record for record in read_records(path) if record.WhichOneof("record_type") == "exit"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    records, history, config = read_records(path), {}, {}
+    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    for update in [run.config, *[record.config for record in records if record.WhichOneof("record_type") == "config"]]:
+        for item in update.update:
+            config[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            history[record.history.step.num if record.history.HasField("step") else row["_step"]] = row
+    return {
+        "id": run.run_id,
+        "name": run.display_name,
+        "group": run.run_group,
+        "project": run.project,
+        "config": config,
+        "history": history,
+    }
+
+
+OFFLINE = [override for override in SMOKE if not override.startswith("wandb.")]
+
+
+@pytest.fixture
+def offline(in_process, tmp_path):
+    """A run without wandb.mode, so offline; its directory and the W&B directories that it wrote."""
+    status, out, err = in_process(*OFFLINE)
+    assert (status, err) == (0, "")
+    assert out.strip().splitlines()[-1].startswith("run: ")
+    return run_directory(out, tmp_path), list((tmp_path / "outputs/wandb").glob("offline-run-*"))
+
+
+def test_an_offline_run_holds_configuration_metrics_and_grids_and_a_resume_has_its_id(offline, in_process, tmp_path):
+    directory, (written,) = offline
+    found = read_run(written)
+    assert (found["id"], found["name"], found["group"], found["project"]) == (directory.name, directory.name, "smoke", "cu_runner")
+    assert found["config"]["train"]["steps"] == 3
+    assert found["config"]["sequence"]["targets"] == ["ember stripe", "glacier dot"]
+    assert found["config"]["seed"] == 0
+
+    table = pd.read_csv(directory / "metrics.csv")
+    assert sorted(found["history"]) == [0, 1, 2]
+    for index, row in found["history"].items():
+        for name in table.columns.drop("concept"):
+            value = table[name][index]
+            assert name not in row if pd.isna(value) else row[name] == pytest.approx(value, rel=1e-9), name
+        assert row["concept"] == ("" if index == 0 else table["concept"][index])
+        assert row["grid._type"] == "image-file"
+        saved = Image.open(written / "files" / row["grid.path"])
+        original = Image.open(directory / f"steps/0{index}/grid.png")
+        assert saved.size == original.size == (row["grid.width"], row["grid.height"])
+        assert saved.convert("RGB").tobytes() == original.convert("RGB").tobytes()
+
+    shutil.rmtree(directory / "steps/02")
+    (directory / "summary.json").unlink()
+    status, _, err = in_process(*OFFLINE)
+    assert (status, err) == (0, "")
+    (resumed,) = set((tmp_path / "outputs/wandb").glob("offline-run-*")) - {written}
+    again = read_run(resumed)
+    assert again["id"] == found["id"]
+    assert set(again["history"]) - {1} == {2}  # step 1 may be mirrored again: a kill may have come between commit and mirror
+    for index, row in again["history"].items():
+        for name in ("request", "concept", "UA", "RA_C", "drift_l2", "grid.sha256"):
+            assert row[name] == found["history"][index][name], name
+    assert {path.name for path in tmp_path.iterdir()} == {"outputs"}
+
+
+def test_the_environment_switches_it_off(in_process, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    status, _, err = in_process(*OFFLINE)
+    assert (status, err) == (0, "")
+    assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"runs", "cache"}
