@@ -159,7 +159,7 @@ def test_adamw_by_hand(make_scope, settings, clip):
 def test_a_loss_that_is_not_finite_stops_and_says_where(make_scope, settings, factor, word):
     scope = make_scope(request=2)
     message = (
-        rf"^the loss became {word} at request 2 \(glacier dot\), step 3 of 5; lower train.lr or a regularizer's weight. "
+        rf"^training led to a loss of {word} at request 2 \(glacier dot\), step 3 of 5; lower train.lr or a regularizer's weight. "
         "Finished requests are kept$"
     )
     with pytest.raises(TrainingError, match=message):
