@@ -17,16 +17,17 @@ from pathlib import Path
 
 import pandas as pd
 
-RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 CANDIDATES: dict[str, dict[str, tuple[object, ...]]] = {
-    "none": {"train.lr": RATES},
-    "l2": {"train.lr": (4e-4, 8e-4, 1.6e-3), "reg.l2.weight": (300.0, 1000.0, 3000.0)},
-    "l1": {"train.lr": (4e-4, 8e-4, 1.6e-3), "reg.l1.weight": (0.5, 2.0, 5.0)},
+    "none": {"train.lr": (5e-5, 1e-4, 2e-4)},
     "gradproj": {
-        "train.lr": (4e-4, 8e-4, 1.6e-3, 3.2e-3),
+        "train.lr": (2e-3, 3e-3, 4e-3),
         "reg.gradproj.apply": ("update",),
-        "reg.gradproj.auxiliary.number": (30, 60),
+        "reg.gradproj.tokens": ("all",),
+        "reg.gradproj.contexts": ("['a {caption} image in {concept} style']",),
+        "reg.gradproj.energy": (0.93, 0.955),
     },
+    "l2": {"train.lr": (2e-4, 4e-4), "reg.l2.weight": (300.0, 1000.0, 3000.0)},
+    "l1": {"train.lr": (2e-4, 4e-4), "reg.l1.weight": (1.0, 4.0)},
 }
 COMMON = ["sequence=shapecanvas_tune", "seed=1", "num_threads=1", "wandb.mode=disabled"]
 

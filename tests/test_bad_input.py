@@ -167,5 +167,5 @@ def test_sources_of_auxiliary_names(in_process, source, name, fragments):
 
 @pytest.mark.parametrize("context", ["plain", "{concept} in {place}"])
 def test_a_context_with_wrong_placeholders(in_process, context):
-    overrides = ("reg=gradproj", f"reg.gradproj.context='{context}'")
-    assert_one_line(in_process(*SMOKE, *overrides), 2, [f"reg.gradproj.context='{context}'", "{concept}"])
+    overrides = ("reg=gradproj", f"reg.gradproj.contexts=['{context}']")
+    assert_one_line(in_process(*SMOKE, *overrides), 2, [f"reg.gradproj.contexts: '{context}'", "{concept}"])

@@ -9,7 +9,15 @@ from torch import nn
 
 from cu_runner.lists import read_shipped
 from cu_runner.params import assign, subtract
-from cu_runner.regularizers.gradproj import Auxiliary, GradProj, concept_vectors, drop_similar, orthogonal_projector
+from cu_runner.regularizers.gradproj import (
+    Auxiliary,
+    GradProj,
+    concept_vectors,
+    drop_similar,
+    orthogonal_projector,
+    principal_columns,
+    prompt_vectors,
+)
 from cu_runner.regularizers.l1 import L1
 from cu_runner.regularizers.l2 import L2
 from cu_runner.training import erase
@@ -168,6 +176,37 @@ def test_similar_names_are_dropped_and_the_record_says_which_were_used(make_scop
     cosine = nn.functional.normalize(vectors, dim=0).T @ nn.functional.normalize(vectors, dim=0)
     assert (cosine - torch.eye(len(cosine))).max() <= 0.5 + 1e-5
     assert 0 < record["target_outside_subspace"] <= 1
+
+
+def test_prompt_vectors_hold_every_position_and_one_column_for_end_and_padding(model):
+    hidden = model.encode_prompts(["an image in ember stripe style"])[0]
+    columns = prompt_vectors(model, ["ember stripe"], "an image in {concept} style")
+    assert columns.shape == (128, 8)  # begin, an, image, in, ember, stripe, style, end with padding
+    torch.testing.assert_close(columns[:, :7], hidden[:7].T)
+    torch.testing.assert_close(columns[:, 7], hidden[7:].mean(0))
+
+
+def test_principal_columns_hold_the_energy_with_the_fewest_directions():
+    C = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0]))  # squared norms 9, 4, 1 of 14
+    assert [principal_columns(C, energy).shape[1] for energy in (0.6, 0.65, 0.92, 0.93, 0.99)] == [1, 2, 2, 3, 3]
+    torch.testing.assert_close(principal_columns(C, 0.9).abs(), torch.eye(4)[:, :2])
+
+
+def test_all_tokens_protect_the_prompts_that_share_words_with_the_target(make_scope, settings):
+    """With every position in the subspace a step leaves the begin token and the words of other prompts alone."""
+    scope = make_scope()
+    shared = scope.model.encode_prompts(["a tree image"])[0, :4].T  # begin, a, tree, image
+    moved = {}
+    for tokens, contexts in (("own", ("{concept}",)), ("all", ("a {caption} image in {concept} style",))):
+        assign(scope.params, scope.base)
+        regularizer = GradProj(
+            "update", Auxiliary(number=30), tokens=tokens, contexts=contexts, energy=0.999 if tokens == "all" else 1.0
+        )
+        erase(scope, Pull(), {"gradproj": regularizer}, settings(steps=3, lr=1e-2))
+        changes = subtract(scope.params, scope.base).values()
+        moved[tokens] = max(((change @ shared).norm() / (change.norm() * shared.norm())).item() for change in changes)
+    assert moved["all"] < 0.01
+    assert moved["own"] > 5 * moved["all"]
 
 
 def test_names_from_a_shipped_list_and_from_a_file(make_scope, tmp_path):

@@ -28,12 +28,21 @@ def drop_similar(C: Tensor, threshold: float = 0.95) -> Tensor:
 
 def kept_columns(C: Tensor, threshold: float) -> list[int]:
     """Which columns drop_similar keeps."""
-    cosine = F.normalize(C.double(), dim=0).T @ F.normalize(C.double(), dim=0)
+    unit = F.normalize(C.double(), dim=0)
+    cosine = unit.T @ unit
     kept: list[int] = []
     for column in range(C.shape[1]):
-        if all(cosine[column, other] <= threshold for other in kept):
+        if not kept or cosine[column, kept].max() <= threshold:
             kept.append(column)
     return kept
+
+
+def principal_columns(C: Tensor, energy: float) -> Tensor:
+    """The fewest principal directions of C [D, K] that hold a fraction `energy` of ||C||_F^2; [D, rank], orthonormal."""
+    values, directions = torch.linalg.eigh(C.double() @ C.double().T)  # ascending
+    held = values.flip(0).cumsum(0) / values.sum()
+    rank = int((held < energy).sum().item()) + 1
+    return directions.flip(1)[:, :rank].to(C.dtype)
 
 
 def orthogonal_projector(C: Tensor) -> Tensor:
@@ -80,12 +89,21 @@ def read_names(auxiliary: Auxiliary, vocabulary: tuple[str, ...]) -> list[str]:
 
 
 def concept_vectors(model: DiffusionModel, names: list[str], context: str) -> Tensor:
-    """C [D, K]: the mean text-encoder output over each name's own tokens, the name standing in `context`."""
+    """[D, K]: the mean text-encoder output over each name's own tokens, the name standing in `context`."""
     prompts = [context.format(concept=name) for name in names]
     hidden = model.encode_prompts(prompts)
-    columns = [
-        hidden[i, model.token_span(name, prompt)].mean(0) for i, (name, prompt) in enumerate(zip(names, prompts, strict=True))
-    ]
+    spans = [model.token_span(name, prompt) for name, prompt in zip(names, prompts, strict=True)]
+    return torch.stack([hidden[row, span].mean(0) for row, span in enumerate(spans)], dim=1)
+
+
+def prompt_vectors(model: DiffusionModel, names: list[str], context: str) -> Tensor:
+    """[D, positions of all prompts]: every token's output; those of the end and the padding are averaged into one."""
+    prompts = [context.format(concept=name) for name in names]
+    hidden = model.encode_prompts(prompts)
+    columns = []
+    for row, prompt in zip(hidden, prompts, strict=True):
+        end = min(len(model.tokenizer(prompt).input_ids), len(row)) - 1
+        columns += [*row[:end], row[end:].mean(0)]
     return torch.stack(columns, dim=1)
 
 
@@ -97,23 +115,33 @@ class GradProj(Regularizer):
         apply: Literal["gradient", "update"] = "gradient",
         auxiliary: Auxiliary = Auxiliary(),  # noqa: B008, frozen
         threshold: Annotated[float, Field(gt=0, le=1)] = 0.95,
-        context: str = "{concept}",
+        tokens: Literal["own", "all"] = "own",
+        contexts: tuple[str, ...] = ("{concept}",),
+        energy: Annotated[float, Field(gt=0, le=1)] = 1.0,
     ) -> None:
         """
         Args:
             apply: "gradient" projects before the optimiser, as the released code does; AdamW then rescales element by element and
                 leaves the subspace. "update" projects the step itself, which is exact.
             auxiliary: the names of the subspace. Earlier targets join them, the target of the request never does.
-            threshold: a name whose vector has a larger cosine to a kept one is dropped as a duplicate.
-            context: the prompt in which names are encoded; it must hold {concept}.
+            threshold: with tokens="own", a name whose vector has a larger cosine to a kept one is dropped as a duplicate.
+            tokens: "own" holds the mean over a name's own tokens, as published. "all" holds every position of its prompts: also the
+                begin, context and end tokens, which all prompts share and which carry a change to every other concept.
+            contexts: the prompts in which names are encoded; each must hold {concept}, and {caption} runs through the sequence's.
+            energy: the subspace is spanned by the principal directions with this fraction of the squared norm; 1 takes the columns
+                themselves, as published.
         """
-        try:
-            complete = "{concept}" in context and bool(context.format(concept="x"))
-        except (KeyError, IndexError, ValueError):
-            complete = False
-        if not complete:
-            raise ValueError(f"reg.gradproj.context={context!r}: it must hold {{concept}} and no other placeholder")
-        self.apply, self.auxiliary, self.threshold, self.context = apply, auxiliary, threshold, context
+        for context in contexts:
+            try:
+                complete = "{concept}" in context and bool(context.format(concept="x", caption="y"))
+            except (KeyError, IndexError, ValueError):
+                complete = False
+            if not complete:
+                raise ValueError(f"reg.gradproj.contexts: {context!r} must hold {{concept}}, and besides {{caption}} at most")
+        if not contexts:
+            raise ValueError("reg.gradproj.contexts is empty; give at least one prompt with {concept}")
+        self.apply, self.auxiliary, self.threshold = apply, auxiliary, threshold
+        self.tokens, self.contexts, self.energy = tokens, contexts, energy
 
     def begin_request(self, scope: Scope) -> dict[str, object]:
         """Choose the names, build P, and report the names used."""
@@ -126,16 +154,26 @@ class GradProj(Regularizer):
         candidates = [name for name in read_names(self.auxiliary, scope.sequence.vocabulary) if name not in banned]
         if not candidates:
             raise ValueError("reg.gradproj.auxiliary: no name is left beside the target and the retained concepts; give more names")
-        goals = concept_vectors(scope.model, targets, self.context)
-        columns = concept_vectors(scope.model, candidates, self.context)
-        nearness = (F.normalize(columns, dim=0).T @ F.normalize(goals, dim=0)).amax(1)
-        nearest = nearness.argsort(descending=True, stable=True)[: self.auxiliary.number].tolist()
+        contexts = [
+            context.replace("{caption}", caption)
+            for context in self.contexts
+            for caption in (scope.sequence.captions if "{caption}" in context else [""])
+        ]
+        goals = concept_vectors(scope.model, targets, contexts[0])
+        nearness = F.normalize(concept_vectors(scope.model, candidates, contexts[0]), dim=0).T @ F.normalize(goals, dim=0)
+        nearest = nearness.amax(1).argsort(descending=True, stable=True)[: self.auxiliary.number].tolist()
         names = earlier + [candidates[i] for i in nearest]
-        matrix = concept_vectors(scope.model, names, self.context)
-        kept = kept_columns(matrix, self.threshold)
-        self._projector = orthogonal_projector(matrix[:, kept])
+        if self.tokens == "own":
+            columns = torch.cat([concept_vectors(scope.model, names, context) for context in contexts], dim=1)
+            kept = kept_columns(columns, self.threshold)
+            columns, names = columns[:, kept], list(dict.fromkeys(names[column % len(names)] for column in kept))
+        else:
+            columns = torch.cat([prompt_vectors(scope.model, names, context) for context in contexts], dim=1)
+        if self.energy < 1:
+            columns = principal_columns(columns, self.energy)
+        self._projector = orthogonal_projector(columns)
         freedom = (self._projector @ goals).norm(dim=0) / goals.norm(dim=0)
-        return {"auxiliary": [names[i] for i in kept], "target_outside_subspace": freedom.mean().item()}
+        return {"auxiliary": names, "rank": columns.shape[1], "target_outside_subspace": freedom.mean().item()}
 
     def on_gradients(self, params: dict[str, nn.Parameter]) -> None:
         if self.apply == "gradient":
