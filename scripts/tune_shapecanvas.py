@@ -26,8 +26,8 @@ CANDIDATES: dict[str, dict[str, tuple[object, ...]]] = {
         "reg.gradproj.contexts": ("['a {caption} image in {concept} style']",),
         "reg.gradproj.energy": (0.93, 0.955),
     },
-    "l2": {"train.lr": (2e-4, 4e-4), "reg.l2.weight": (300.0, 1000.0, 3000.0)},
-    "l1": {"train.lr": (2e-4, 4e-4), "reg.l1.weight": (1.0, 4.0)},
+    "l2": {"train.lr": (2e-4, 4e-4), "reg.l2.weight": (1000.0, 3000.0, 10000.0, 30000.0)},
+    "l1": {"train.lr": (2e-4,), "reg.l1.weight": (1.0, 4.0)},
 }
 COMMON = ["sequence=shapecanvas_tune", "seed=1", "num_threads=1", "wandb.mode=disabled"]
 
