@@ -5,7 +5,7 @@
 
 Runs each candidate on sequence=shapecanvas_tune (12 styles, 6 retained, none of them in shapecanvas_style) with seed 1. Of the
 candidates whose UA after request 12 is at least 95, the one with the highest mean of RA-I and RA-C is chosen, and printed as an
-entry for conf/tuned/shapecanvas_style.yaml. All figures go to outputs/tuning.csv.
+entry for conf/tuned/shapecanvas_style.yaml. All figures go to docs/tuning.csv.
 """
 
 import itertools
@@ -57,8 +57,8 @@ def main() -> None:
     with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1))) as pool:
         rows = list(pool.map(lambda job: measure(*job), jobs))
     table = pd.DataFrame(rows)
-    Path("outputs").mkdir(exist_ok=True)
-    table.to_csv("outputs/tuning.csv", index=False)
+    docs = Path(__file__).parent.parent / "docs"
+    table.round(2).to_csv(docs / "tuning.csv", index=False)
     for regularizer, group in table.groupby("reg", sort=False):
         reached = group[group["UA"] >= 95]
         if reached.empty:
