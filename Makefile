@@ -17,7 +17,7 @@ setup: $(STAMP)  ## make .venv and install the package with pinned versions
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "cu_runner needs Python 3.11 to 3.13, found %d.%d; set PYTHON=" % v)'
 	@echo "setup: making $(VENV)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 	@echo "setup: installing cu_runner and its pinned dependencies (torch alone is some GB; about two minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@

@@ -36,12 +36,14 @@ def main() -> None:
         print(f"cu-run {__version__}")
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, not to Hydra's own printer
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin on a shared machine starve each other
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # threads that wait long by spinning starve each other on a shared machine
+    logging.raiseExceptions = False  # a log line that finds the disk full is not worth a traceback
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     statuses: list[int] = []
     with complaints(statuses):
         import hydra
 
+        import cu_runner.config  # noqa: F401, registers the resolvers that --cfg job --resolve needs
         from cu_runner.help import config_dir
 
         def job(config: "DictConfig") -> None:
@@ -109,6 +111,8 @@ def execute(plan: "RunConfig", store: "RunStore", outputs: Path) -> None:
     device = spine.device if spine.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device}: no CUDA device is visible; use device=cpu or device=auto")
+    if device.startswith("cuda:") and int(device[5:]) >= torch.cuda.device_count():
+        raise ValueError(f"device={device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
     sequence = plan.sequence.build()
     requests = plan_requests(sequence, plan.setting)
     method = plan.method.build()
@@ -164,7 +168,8 @@ def logging_to(path: Path) -> Iterator[None]:
     finally:
         package.removeHandler(terminal)
         package.removeHandler(file)
-        file.close()
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 def print_table(path: Path) -> None:

@@ -16,6 +16,8 @@ def judge(error: Exception, overrides: list[str]) -> tuple[int, str]:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    if isinstance(error, yaml.YAMLError):
+        return 2, f"a configuration file is no valid YAML: {one_line(error)}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return 2, explain(one_line(error), overrides)
     if isinstance(error, OSError) and error.errno is not None:
@@ -24,6 +26,8 @@ def judge(error: Exception, overrides: list[str]) -> tuple[int, str]:
     if isinstance(error, ValueError):
         return 2, one_line(error)
     if isinstance(error, RuntimeError):
+        if type(error).__name__ == "OutOfMemoryError":
+            return 1, "out of GPU memory; lower eval.batch_size or train.batch_size and run the same command to resume"
         from cu_runner.evaluation import SamplingError
         from cu_runner.store import StoreError
         from cu_runner.training import TrainingError

@@ -99,6 +99,8 @@ def make_sequence(
             raise ValueError(f"sequence.{label} lists {', '.join(repeated)} more than once; name each entry once")
         if not names:
             raise ValueError(f"sequence.{label} is empty; it needs at least one entry")
+    if domain == cross_domain:
+        raise ValueError(f"sequence {name}: domain and cross_domain are both {domain}; they must differ")
     both = sorted(set(targets) & set(retain))
     if both:
         raise ValueError(f"sequence {name}: {', '.join(both)} is both in targets (to unlearn) and in retain; remove it from one")

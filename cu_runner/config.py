@@ -75,7 +75,8 @@ def _choice(group: str) -> str:
 
 def _tuned(key: str, default: Plain, *, _root_: DictConfig) -> Plain:
     """A setting of conf/tuned for the chosen method and regularizers, else the default: `${tuned:train.lr,2e-4}`."""
-    return tuned_cell(_root_).get(key, default)
+    value = tuned_cell(_root_).get(key, default)
+    return OmegaConf.create(value) if isinstance(value, dict | list) else value
 
 
 def tuned_cell(config: DictConfig) -> dict[str, Plain]:
@@ -95,6 +96,9 @@ def parse(config: DictConfig) -> RunConfig:
     for key in tuned_cell(config):
         if OmegaConf.select(config, key, default=MISSING) == MISSING:
             raise ConfigError(f"conf/tuned: {key} is not a setting of this run; correct the name in the tuned file")
+        chosen = [override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task]
+        if key not in chosen and not reads_tuned(config, key):
+            raise ConfigError(f"conf/tuned: {key} does not read its tuned value; write it as ${{tuned:{key},DEFAULT}} in its file")
     resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict)
     resolved.pop("tuned", None)
@@ -122,6 +126,13 @@ def parse(config: DictConfig) -> RunConfig:
     )
 
 
+def reads_tuned(config: DictConfig, key: str) -> bool:
+    """True if the setting is written as `${tuned:KEY,default}` in its file."""
+    parent, _, last = key.rpartition(".")
+    raw = OmegaConf.to_container(OmegaConf.select(config, parent), resolve=False)
+    return str(raw[last]).startswith(f"${{tuned:{key},")
+
+
 def make_regularizer(name: str, node: Plain, chosen: dict[str, Plain]) -> Node:
     if not isinstance(node, dict) or "_target_" not in node:
         selected = [other for other, entry in chosen.items() if isinstance(entry, dict) and "_target_" in entry]
@@ -142,7 +153,9 @@ def make_node(path: str, node: Plain) -> Node:
         function = get_object(target)
     except Exception as error:  # whatever importing the user's module raises; reported with its cause
         raise ConfigError(f"{path}._target_={target}: cannot be imported ({first_line(error)})") from error
-    parameters = inspect.signature(function).parameters
+    parameters = {
+        key: spec for key, spec in inspect.signature(function).parameters.items() if key != "device"
+    }  # the top-level setting
     unknown = sorted(set(arguments) - set(parameters))
     if unknown:
         raise ConfigError(f"unknown key {path}.{unknown[0]}; allowed: {', '.join(sorted(parameters))}")
@@ -150,6 +163,9 @@ def make_node(path: str, node: Plain) -> Node:
     if missing:
         raise ConfigError(f"{path}.{missing[0]} is not set; add it to the file of conf/{path.split('.')[0]}")
     hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
+    bare = sorted(key for key in arguments if key not in hints)
+    if bare:
+        raise ConfigError(f"{path}.{bare[0]}: the argument has no type in {target}; annotate it, the annotation is its check")
     checked = {key: check(hints[key], value, f"{path}.{key}") for key, value in arguments.items()}
     return Node(target, checked)
 

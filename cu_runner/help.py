@@ -18,7 +18,7 @@ GROUPS = {
 EXAMPLES = """\
   cu-run method=conabl reg=gradproj              run, or resume, or do nothing if it is complete
   cu-run -m reg=none,l2,gradproj seed=0,1,2      sweep
-  cu-run method=conabl reg=l2 --cfg job          print the composed configuration and stop
+  cu-run method=conabl reg=l2 --cfg job          print the composed configuration (--resolve: with every value)
   cu-run --config-dir DIR method=mine            add your own configuration tree"""
 
 
@@ -37,10 +37,12 @@ def help_text() -> str:
         lines.append(f"  {group}: {meaning}")
         for path in sorted((conf / group).glob("*.yaml")):
             lines.append(f"    {path.stem:<20} {header(path)}")
+        if group == "experiment" and not any((conf / group).glob("*.yaml")):
+            lines.append("    none ships yet; a file of your own in DIR/experiment works")
     lines += ["", "Settings (KEY=VALUE), with their defaults:"]
     text = (conf / "config.yaml").read_text(encoding="utf-8")
     lines += options("seed:" + text.partition("\nseed:")[2].partition("\nhydra:")[0])
-    for group in ("model", "method", "reg"):
+    for group in ("model", "evaluator", "method", "reg", "setting"):
         for path in sorted((conf / group).glob("*.yaml")):
             found = options(path.read_text(encoding="utf-8"), f"{group}.")
             if found:
@@ -60,6 +62,7 @@ def options(text: str, prefix: str = "") -> list[str]:
         sections = [*sections[:depth], key]
         if value.strip():
             default = re.sub(r"^\$\{[\w.]+:[^,]*,(.*)\}$", r"\1", value.strip())  # ${tuned:key,default}: the default
+            meaning += " (tuned per sequence: conf/tuned)" if value.strip().startswith("${tuned:") else ""
             lines.append(f"  {prefix + '.'.join(sections) + '=' + default:<52} {meaning}".rstrip())
     return lines
 

@@ -72,15 +72,13 @@ class DiffusionModel:
         self._embeddings: dict[str, Tensor] = {}
 
     @property
-    def text_width(self) -> int:
-        return self.unet.config.cross_attention_dim
-
-    @property
     def num_train_timesteps(self) -> int:
         return len(self.alphas_cumprod)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.precision != "fp32")
+        """The precision of forward passes. Training in fp16 would need loss scaling: with gradients on, fp16 runs as fp32."""
+        enabled = self.precision == "bf16" or (self.precision == "fp16" and not torch.is_grad_enabled())
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
@@ -143,8 +141,11 @@ class DiffusionModel:
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def fingerprint(self) -> str:
-        """sha256 over every weight of the model: two models with one fingerprint are the same model."""
+        """sha256 over weights, scheduler, vocabulary and latent size: two models with one fingerprint make the same images."""
         digest = hashlib.sha256()
+        settings = {"scheduler": type(self.scheduler).__name__, **self.scheduler.config, "latent": self.latent_shape}
+        settings |= {"scaling_factor": self.vae.config.scaling_factor, "words": self.tokenizer.get_vocab()}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         for part in (self.unet, self.vae, self.text_encoder):
             for name, tensor in part.state_dict().items():
                 digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

@@ -1,7 +1,8 @@
 """run(): the untouched model first, then request by request: weights -> unlearn -> save -> evaluate -> commit.
 
 The unit of restart is the request. Randomness is derived from (seed, request, purpose), and the weights of every request start from
-the saved delta of the one before, so a run that was killed anywhere and started again ends bitwise where an undisturbed one does.
+the saved delta of the one before: a run that was killed anywhere and started again ends where an undisturbed one does, bitwise on a
+CPU. On a GPU some backward kernels are not deterministic, and two undisturbed runs differ in the last bits as well.
 """
 
 import importlib.metadata
@@ -317,5 +318,8 @@ def git_commit() -> str | None:
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return None
-    found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return None
     return found.stdout.strip() or None

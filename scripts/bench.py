@@ -140,7 +140,8 @@ def main() -> None:
     bench_start()
     bench_model(torch.device(arguments.device), arguments.precision, arguments.batch_size)
     if not arguments.skip_main:
-        bench_main_job(["method=conabl", "reg=gradproj"])
+        choice = [f"device={arguments.device}", f"model.precision={arguments.precision}"]
+        bench_main_job(["method=conabl", "reg=gradproj", *choice])
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python scripts/tune_shapecanvas.py gradproj l2     # these regularizers only
 
 Runs each candidate on sequence=shapecanvas_tune (12 styles, 6 retained, none of them in shapecanvas_style) with seed 1. Of the
-candidates whose UA after request 12 is at least 95, the one with the highest mean of RA-I and RA-C is chosen, and printed as an
-entry for conf/tuned/shapecanvas_style.yaml. All figures go to docs/tuning.csv.
+candidates whose UA after request 12 is at least 95, the one with the highest mean of RA-I and RA-C is chosen, and printed;
+it belongs into conf/tuned/shapecanvas_style.yaml. All figures go to docs/tuning.csv.
 """
 
 import itertools
@@ -58,6 +58,7 @@ def main() -> None:
         rows = list(pool.map(lambda job: measure(*job), jobs))
     table = pd.DataFrame(rows)
     docs = Path(__file__).parent.parent / "docs"
+    docs.mkdir(exist_ok=True)
     table.round(2).to_csv(docs / "tuning.csv", index=False)
     for regularizer, group in table.groupby("reg", sort=False):
         reached = group[group["UA"] >= 95]

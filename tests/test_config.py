@@ -139,6 +139,7 @@ def test_an_unknown_tuned_key_is_refused(tmp_path):
 @pytest.mark.parametrize("file", [file for file in FILES if file.startswith("tuned/")])
 def test_shipped_tuned_cells_apply(file):
     tuned = yaml.safe_load((config_dir() / file).read_text(encoding="utf-8"))
+    tuned.pop("defaults", None)
     for method, cells in tuned.items():
         for regularizers, cell in cells.items():
             chosen = "none" if regularizers == "none" else f"[{regularizers.replace('+', ',')}]"

@@ -50,8 +50,9 @@ class Classifier(Evaluator):
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
+        digest.update(repr((self._size, self._mean.tolist(), self._std.tolist())).encode())
         for domain, model in sorted(self._models.items()):
-            digest.update(domain.encode())
+            digest.update(repr((domain, sorted(model.config.id2label.items()))).encode())
             for name, tensor in model.state_dict().items():
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

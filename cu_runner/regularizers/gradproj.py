@@ -88,6 +88,11 @@ def read_names(auxiliary: Auxiliary, vocabulary: tuple[str, ...]) -> list[str]:
         raise ValueError(f"reg.gradproj.auxiliary.name={error}") from None
 
 
+def plain(name: str) -> str:
+    """A name as a CLIP tokenizer reads it: lower case, single spaces."""
+    return " ".join(name.lower().split())
+
+
 def concept_vectors(model: DiffusionModel, names: list[str], context: str) -> Tensor:
     """[D, K]: the mean text-encoder output over each name's own tokens, the name standing in `context`."""
     prompts = [context.format(concept=name) for name in names]
@@ -151,7 +156,8 @@ class GradProj(Regularizer):
         earlier = [concept.name for concept in scope.request.erased if concept.name not in targets]
         held_out = {concept.name for concept in scope.sequence.retain} if not self.auxiliary.retained else set()
         banned = {*targets, *earlier, *held_out}
-        candidates = [name for name in read_names(self.auxiliary, scope.sequence.vocabulary) if name not in banned]
+        banned = {plain(name) for name in banned}
+        candidates = [name for name in read_names(self.auxiliary, scope.sequence.vocabulary) if plain(name) not in banned]
         if not candidates:
             raise ValueError("reg.gradproj.auxiliary: no name is left beside the target and the retained concepts; give more names")
         contexts = [
