@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+import transformers
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -46,8 +47,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def median_seconds(action: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """Median wall time of an action after one warm-up."""
+def wall_seconds(action: Callable[[], object], device: torch.device, repeats: int = 5) -> list[float]:
+    """Wall times of an action after one warm-up."""
     action()
     times = []
     for _ in range(repeats):
@@ -56,14 +57,18 @@ def median_seconds(action: Callable[[], object], device: torch.device, repeats: 
         action()
         synchronize(device)
         times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return times
+
+
+def median_seconds(action: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    return statistics.median(wall_seconds(action, device, repeats))
 
 
 def matmul_peak(device: torch.device, precision: str) -> float:
-    """FLOP/s of a large square matrix product on random data."""
-    side = 8192 if device.type == "cuda" else 2048
+    """FLOP/s of a large square matrix product on random data, the fastest of 20: a peak is what nothing disturbed."""
+    side = 8192 if device.type == "cuda" else 3072
     left, right = (torch.randn(side, side, device=device, dtype=DTYPES[precision]) for _ in range(2))
-    return 2 * side**3 / median_seconds(lambda: left @ right, device)
+    return 2 * side**3 / min(wall_seconds(lambda: left @ right, device, 20))
 
 
 def unet_flops(model: DiffusionModel) -> int:
@@ -84,6 +89,7 @@ def bench_start() -> None:
 def bench_model(device: torch.device, precision: str, batch_size: int) -> None:
     node = read("model", "shapecanvas")
     sampler = Sampler(**node.pop("sampler"))
+    transformers.utils.logging.disable_progress_bar()
     model = load_model(**node | {"precision": precision}, sampler=sampler, device=str(device))
     sequence = make_sequence(**read("sequence", "shapecanvas_style"))
     peak, flops = matmul_peak(device, precision), unet_flops(model)
