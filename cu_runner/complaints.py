@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from cu_runner.help import config_dir
+from cu_runner.help import GROUPS, config_dir
 
 
 def judge(error: Exception, overrides: list[str]) -> tuple[int, str]:
@@ -49,6 +49,8 @@ def explain(text: str, overrides: list[str]) -> str:
         return f"{group}={name}: no such file in conf/{group}; allowed: {', '.join(names) or 'none ships yet'}"
     if found := re.search(r"Could not override '([\w.]+)'", text):
         key = found[1]
+        if key in GROUPS:  # a group without a single file
+            return f"{next(entry for entry in overrides if entry.startswith(key))}: conf/{key} holds no file yet"
         allowed = sibling_keys(key, overrides)
         return (
             f"unknown key {key}; allowed: {', '.join(allowed)}"

@@ -12,7 +12,7 @@ from cu_runner.params import MOVED, assign, drift, select_parameters, snapshot, 
 def test_groups_of_the_embedded_unet(model):
     kv, xattn, full = (select_parameters(model.unet, group) for group in ("kv_xattn", "xattn", "full"))
     assert all(name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) for name in kv)
-    assert all(parameter.shape[1] == model.text_width for parameter in kv.values())
+    assert all(parameter.shape[1] == model.unet.config.cross_attention_dim for parameter in kv.values())
     layers = {name.rpartition(".to_")[0] for name in kv}
     assert len(kv) == 2 * len(layers) > 0
     # to_q, to_k, to_v, and to_out with its bias

@@ -74,4 +74,4 @@ def test_a_method_and_a_regularizer_from_a_users_directory(cu_run, tmp_path):
 
     done = cu_run(*mine, "method.strength=much", env=env)
     assert done.returncode == 2
-    assert done.stderr == "cu-run: method.strength='much': input should be a valid number, unable to parse string as a number\n"
+    assert done.stderr == "cu-run: method.strength='much': input should be a valid number\n"
