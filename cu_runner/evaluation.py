@@ -117,7 +117,7 @@ def evaluate(
     for images in generate(model, prompts, seeds, steps=steps, guidance=guidance, batch_size=batch_size):
         if not images.isfinite().all():
             raise SamplingError(
-                f"the images after request {step} are not finite: the weights have diverged; lower train.lr. Finished requests are kept"
+                f"the images after request {step} are not finite: the weights diverged; lower train.lr. Finished requests are kept"
             )
         predictions = evaluator.predict(images)
         for i, image in enumerate(images):

@@ -232,6 +232,12 @@ def test_sources_that_hold_no_names_are_refused(make_scope, tmp_path):
     refused(Auxiliary("file", str(only)), r"^reg.gradproj.auxiliary: no name is left")
 
 
+def test_when_the_vocabulary_is_used_up_the_earlier_targets_are_the_names(make_scope, tmp_path):
+    path = tmp_path / "used.txt"
+    path.write_text("ember stripe\nglacier dot\n")
+    assert names_of(GradProj(auxiliary=Auxiliary("file", str(path))), make_scope(request=2)) == ["ember stripe"]
+
+
 def test_a_group_without_keys_and_values_is_refused(make_scope):
     scope = make_scope()
     outside = {"conv_in.weight": scope.model.unet.conv_in.weight}

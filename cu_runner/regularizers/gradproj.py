@@ -158,7 +158,7 @@ class GradProj(Regularizer):
         banned = {*targets, *earlier, *held_out}
         banned = {plain(name) for name in banned}
         candidates = [name for name in read_names(self.auxiliary, scope.sequence.vocabulary) if plain(name) not in banned]
-        if not candidates:
+        if not candidates and not earlier:
             raise ValueError("reg.gradproj.auxiliary: no name is left beside the target and the retained concepts; give more names")
         contexts = [
             context.replace("{caption}", caption)
@@ -166,8 +166,10 @@ class GradProj(Regularizer):
             for caption in (scope.sequence.captions if "{caption}" in context else [""])
         ]
         goals = concept_vectors(scope.model, targets, contexts[0])
-        nearness = F.normalize(concept_vectors(scope.model, candidates, contexts[0]), dim=0).T @ F.normalize(goals, dim=0)
-        nearest = nearness.amax(1).argsort(descending=True, stable=True)[: self.auxiliary.number].tolist()
+        nearest: list[int] = []
+        if candidates:  # a small vocabulary can be used up: then the earlier targets alone span the subspace
+            nearness = F.normalize(concept_vectors(scope.model, candidates, contexts[0]), dim=0).T @ F.normalize(goals, dim=0)
+            nearest = nearness.amax(1).argsort(descending=True, stable=True)[: self.auxiliary.number].tolist()
         names = earlier + [candidates[i] for i in nearest]
         if self.tokens == "own":
             columns = torch.cat([concept_vectors(scope.model, names, context) for context in contexts], dim=1)
