@@ -68,7 +68,7 @@ class Runner:
             concept that the evaluator cannot predict.
         """
         self._check_labels()
-        self._fingerprint = self.model.fingerprint()
+        self._fingerprint, self._judge = self.model.fingerprint(), self.evaluator.fingerprint()
         self._params = select_parameters(self.model.unet, self.method.params)
         self._base = snapshot(self._params)
         steps = self.store.finished()
@@ -97,7 +97,7 @@ class Runner:
     def _check_base(self, base: Step) -> None:
         """A run continues only on the model and the evaluator that it began with."""
         record = json.loads((base.directory / "step.json").read_text(encoding="utf-8"))
-        for name, now in (("model", self._fingerprint), ("evaluator", self.evaluator.fingerprint())):
+        for name, now in (("model", self._fingerprint), ("evaluator", self._judge)):
             if record[f"{name}_sha256"] != now:
                 raise StoreError(
                     f"{self.store.directory}: was begun with other weights of the {name}; restore them or move the run away"
@@ -111,7 +111,7 @@ class Runner:
         concepts = [*sequence.targets, *sequence.retain]
         key = {
             "model": self._fingerprint,
-            "evaluator": self.evaluator.fingerprint(),
+            "evaluator": self._judge,
             "precision": self.model.precision,
             "prompts": [sequence.evaluation_prompt(concept, cross) for concept in concepts for cross in sequence.cross_retain],
             "seeds": list(sequence.seeds),
@@ -259,7 +259,7 @@ class Runner:
         record = {
             "targets": current,
             "model_sha256": self._fingerprint,
-            "evaluator_sha256": self.evaluator.fingerprint(),
+            "evaluator_sha256": self._judge,
             "training": training,
             "seconds": seconds | {"start_to_first_step": self._first_step},
             "versions": versions(),
