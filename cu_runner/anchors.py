@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cu_runner.models import DiffusionModel
-from cu_runner.params import assign, snapshot
+from cu_runner.params import placed
 from cu_runner.sampling import generate
 from cu_runner.seeding import derive_seed
 from cu_runner.settings import Sampler
@@ -45,12 +45,10 @@ class AnchorImages:
         }
         files = self.cache.fetch("anchors", key)
         if files is None:
-            now = snapshot(self.params)
-            assign(self.params, self.base)
             seeds = [derive_seed("anchor", ANCHOR_SEED, i) for i in range(number)]
-            batches = generate(self.model, captions, seeds, self.sampler, batch_size=self.batch_size, label="anchor images")
-            both = [(self.model.encode_images(images), self.model.encode_images(images.flip(-1))) for images in batches]
-            assign(self.params, now)
+            with placed(self.params, self.base):
+                batches = generate(self.model, captions, seeds, self.sampler, batch_size=self.batch_size, label="anchor images")
+                both = [(self.model.encode_images(images), self.model.encode_images(images.flip(-1))) for images in batches]
             latents = {name: torch.cat(parts) for name, parts in zip(key["encoded"], zip(*both, strict=True), strict=True)}
             files = {"latents.safetensors": to_safetensors(latents)}
             self.cache.put("anchors", key, files)

@@ -65,9 +65,8 @@ class RunConfig:
     def training_key(self) -> dict[str, Plain]:
         """What the training of a request from the base model depends on, besides the request and the model's weights."""
         settings = {key: self.resolved[key] for key in ("seed", "train", "anchors", "method", "sequence")}
-        settings["model"] = {
-            key: value for key, value in self.resolved["model"].items() if key != "path"
-        }  # weights: by fingerprint
+        # the weights behind the path are in the key by their fingerprint
+        settings["model"] = {key: value for key, value in self.resolved["model"].items() if key != "path"}
         settings["setting"] = {key: value for key, value in self.resolved["setting"].items() if key != "plan"}
         if self.setting.stop_at is not None:  # then the evaluation decides when training ends
             settings |= {"evaluator": self.resolved["evaluator"], "eval": self.resolved["eval"]}

@@ -38,9 +38,10 @@ class CaptionedImages:
             flip: mirror half of the images left to right when they are drawn.
         """
         self._model, self.flip = scope.model, flip
-        self.latents = torch.stack([scope.anchors(prompts, number) for prompts in captions[0]])  # [G, N, C, H, W]
+        device = scope.model.device
+        self.latents = torch.stack([scope.anchors(prompts, number) for prompts in captions[0]]).to(device)  # [G, N, C, H, W]
         if flip:
-            self.mirrored = torch.stack([scope.anchors(prompts, number, mirrored=True) for prompts in captions[0]])
+            self.mirrored = torch.stack([scope.anchors(prompts, number, mirrored=True) for prompts in captions[0]]).to(device)
         self.texts = [[scope.model.encode_prompts(prompts) for prompts in groups] for groups in captions]
 
     def draw(self, generator: Generator, batch_size: int) -> NoisyBatch:
@@ -50,10 +51,10 @@ class CaptionedImages:
         images = torch.randint(self.latents.shape[1], (batch_size,), generator=generator).tolist()
         timesteps = torch.randint(model.num_train_timesteps, (batch_size,), generator=generator).to(device)
         noise = torch.randn((batch_size, *model.latent_shape), generator=generator).to(device)
-        clean = self.latents[concepts, images].to(device)
+        clean = self.latents[concepts, images]
         if self.flip:
             chosen = (torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5).to(device)
-            clean = torch.where(chosen, self.mirrored[concepts, images].to(device), clean)
+            clean = torch.where(chosen, self.mirrored[concepts, images], clean)
         rows = [(concept, image % len(self.texts[0][concept])) for concept, image in zip(concepts, images, strict=True)]
         texts = tuple(torch.stack([groups[concept][row] for concept, row in rows]) for groups in self.texts)
         return NoisyBatch(model.add_noise(clean, noise, timesteps), noise, timesteps, texts)

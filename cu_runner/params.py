@@ -1,5 +1,7 @@
 """Parameter groups, snapshots, deltas and drift norms. Pure functions on dicts of tensors keyed by UNet parameter name."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,6 +61,17 @@ def largest(scores: Tensor, count: int) -> Tensor:
     tied = (scores == threshold).nonzero().flatten()
     chosen[tied[: count - int(chosen.sum())]] = True
     return chosen
+
+
+@contextmanager
+def placed(params: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> Iterator[None]:
+    """theta set to other weights for the length of a block, and then back."""
+    now = snapshot(params)
+    assign(params, weights)
+    try:
+        yield
+    finally:
+        assign(params, now)
 
 
 @dataclass(frozen=True)

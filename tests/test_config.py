@@ -1,6 +1,7 @@
 """Every file of conf/ composes and builds; the signature, the directory's name, tuned settings."""
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,25 @@ def test_shipped_tuned_cells_apply(file):
             config = compose(*choose(file), f"method={method}", *chosen)
             parse(config)
             assert {key: OmegaConf.select(config, key) for key in cell or {}} == (cell or {})
+
+
+@pytest.mark.parametrize("group", ["method", "reg"])
+def test_the_defaults_of_a_yaml_file_are_those_of_its_class(group):
+    """So that a library user and a command-line user get the same method."""
+    checked = 0
+    for path in sorted((config_dir() / group).glob("*.yaml")):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        node = content.get(path.stem) if group == "reg" else content
+        if not node or "_target_" not in node:  # a combination
+            continue
+        parameters = inspect.signature(get_object(node.pop("_target_"))).parameters
+        for key, value in node.items():
+            if isinstance(value, str) and (found := re.fullmatch(r"\$\{tuned:[\w.]+,(.*)\}", value)):
+                value = yaml.safe_load(found[1])
+            default = parameters[key].default
+            if isinstance(value, dict) or default is inspect.Parameter.empty or str(value).startswith("${model."):
+                continue
+            default = list(default) if isinstance(default, tuple) else default
+            assert (float(value) if isinstance(default, float) else value) == default, f"{path.stem}: {key}"
+            checked += 1
+    assert checked >= 20

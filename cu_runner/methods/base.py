@@ -54,7 +54,7 @@ class Method(ABC, Generic[Batch]):
 
     def loss(self, scope: Scope, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The scalar to minimise and what to log of it."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define loss, or backward in its place")
 
     def backward(self, scope: Scope, batch: Batch) -> dict[str, float]:
         """Add the method's gradient to .grad of scope.params; returns what to log, "loss" among it.

@@ -8,8 +8,7 @@ Shapes: B batch, C latent channels, H W latent size, L tokens, D text width, T t
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -21,7 +20,6 @@ from torch.optim import Optimizer
 
 from cu_runner.data import NoisyBatch
 from cu_runner.methods.base import Batch, Method, Scope
-from cu_runner.params import assign, snapshot
 
 Reference = Literal["empty", "anchor"]
 Teacher = Literal["previous", "base"]
@@ -180,15 +178,6 @@ class PrimalDual(Method[Batch]):
 
 
 # ------------------------------------------------------------------------------------------------------ prompts and samples
-@contextmanager
-def placed(scope: Scope, weights: dict[str, Tensor]) -> Iterator[None]:
-    """The model with other weights, for sampling from a teacher."""
-    now = snapshot(scope.params)
-    assign(scope.params, weights)
-    yield
-    assign(scope.params, now)
-
-
 def teacher_weights(scope: Scope, teacher: Teacher) -> dict[str, Tensor]:
     """Those of q: at the start of the request, or of the untouched model."""
     return {"previous": scope.start, "base": scope.base}[teacher]

@@ -33,14 +33,13 @@ from cu_runner.methods.constrained import (
     draw_rows,
     group_means,
     own_prompts,
-    placed,
     reference_prompts,
     retain_loss,
     snr_weights,
     squared_error,
     teacher_weights,
 )
-from cu_runner.params import ParameterGroup
+from cu_runner.params import ParameterGroup, placed
 from cu_runner.sampling import sample_partly
 
 
@@ -113,7 +112,7 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
         """Kept images, and b_i from KL(q||q_i) on samples of q."""
         self._images = self.retain.images_of(scope) if self.retain_weight else None
         self._level_weights = snr_weights(scope.model.alphas_cumprod)
-        with placed(scope, teacher_weights(scope, self.teacher)):
+        with placed(scope.params, teacher_weights(scope, self.teacher)):
             initial = self._measure(scope, "initial")
         self.duals = Duals(self.dual, initial, self.bound * initial, "at least", lambda lam: limit_lambda(lam, self.cap))
 
