@@ -75,6 +75,7 @@ def run_job(config: "DictConfig") -> None:
 
     plan = parse(config)
     outputs = Path(plan.spine.paths.outputs)
+    note_job(plan)
     with RunStore(plan.directory, plan.resolved, signature) as store, logging_to(plan.directory / "run.log"):
         if is_complete(plan.directory, store):
             logger.info("complete already; nothing to do")
@@ -82,6 +83,22 @@ def run_job(config: "DictConfig") -> None:
             execute(plan, store, outputs)
         print_table(plan.directory / "metrics.csv")
     print(f"run: {plan.directory}", flush=True)
+
+
+def note_job(plan: "RunConfig") -> None:
+    """In a sweep, leave in the job's folder which run it writes: the job itself composes again, later and elsewhere."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from cu_runner.provenance import git_commit
+    from cu_runner.runs import JOB
+    from cu_runner.store import to_json, write_atomic
+
+    node = HydraConfig.get()
+    if node.mode == RunMode.MULTIRUN:
+        job = {"run": str(plan.directory.absolute()), "signature": plan.signature, "git_commit": git_commit()}
+        job["command"] = ["cu-run", *node.overrides.task]
+        write_atomic(Path(node.runtime.output_dir) / JOB, to_json(job))
 
 
 def is_complete(directory: Path, store: "RunStore") -> bool:

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_type_hints
 
+import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
+from cu_runner.help import config_dir
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.settings import SettingChoice, Spine
 
@@ -118,6 +121,15 @@ OmegaConf.register_new_resolver("tuned", _tuned, replace=True)
 
 
 # -------------------------------------------------------------------------------------------------------- parsing
+def compose(overrides: list[str]) -> RunConfig:
+    """The checked configuration that `cu-run` makes of a command line. Raises ConfigError, or an error of Hydra's own."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = hydra.compose("config", overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    return parse(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+
+
 def parse(config: DictConfig) -> RunConfig:
     """Check a composed configuration. Raises ConfigError."""
     for key in tuned_cell(config):
@@ -129,7 +141,12 @@ def parse(config: DictConfig) -> RunConfig:
     resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict)
     resolved.pop("tuned", None)
-    resolved.pop("hydra", None)
+    tuned = not config.reg or "tuned" not in config or regularizer_cell(config) is not None
+    return check_run(resolved, _choice("method"), tuned)
+
+
+def check_run(resolved: dict[str, Plain], method_name: str, tuned: bool = True) -> RunConfig:
+    """Check a resolved configuration, as config.yaml of a run directory holds one. Raises ConfigError."""
     missing = [path for path, value in walk(resolved) if value == MISSING]
     if missing:
         raise ConfigError(f"not set, and without a default: {', '.join(missing)}; add {' '.join(f'{key}=...' for key in missing)}")
@@ -158,8 +175,8 @@ def parse(config: DictConfig) -> RunConfig:
         method=make_node("method", resolved["method"]),
         regularizers=regularizers,
         setting=setting,
-        method_name=_choice("method"),
-        tuned=not regularizers or "tuned" not in config or regularizer_cell(config) is not None,
+        method_name=method_name,
+        tuned=tuned,
         resolved=resolved,
     )
 

@@ -64,6 +64,18 @@ def metrics(predictions: pd.DataFrame, unlearned: list[str], retain: list[str], 
     }
 
 
+def step_metrics(predictions: pd.DataFrame, unlearned: list[str], sequence: Sequence) -> dict[str, float | None]:
+    """The metrics of one step of a run, in percent, to a thousandth.
+
+    Those of metrics(), and UA_current: UA of the concept unlearned last; UA_previous: of the others (their rebound).
+    """
+    retain, cross_retain = ([concept.name for concept in concepts] for concepts in (sequence.retain, sequence.cross_retain))
+    measured = metrics(predictions, unlearned, retain, cross_retain)
+    for name, concepts in (("UA_current", unlearned[-1:]), ("UA_previous", unlearned[:-1])):
+        measured[name] = 100 - mean_accuracy(predictions, sequence.domain, concepts) if concepts else None
+    return {name: None if value is None else round(value, 3) for name, value in measured.items()}
+
+
 def domain_of(predictions: pd.DataFrame, concepts: list[str]) -> str:
     """The column of predictions that holds every one of the concepts."""
     domains = [name.removeprefix("predicted_") for name in predictions.columns if name.startswith("predicted_")]
@@ -122,12 +134,15 @@ def to_picture(image: Tensor, largest: int = 128) -> Image.Image:
     return picture
 
 
+GRID_LEFT, GRID_TOP, GRID_GAP = 132, 44, 2  # pixels of a grid: margin for the labels of rows and of columns, space between images
+
+
 def draw_grid(thumbnails: dict[tuple[str, str], Image.Image], unlearned: list[str], title: str) -> bytes:
     """PNG of thumbnails: rows concepts, columns cross concepts; the rows of unlearned concepts have a red bar and label."""
     rows = list(dict.fromkeys(row for row, _ in thumbnails))
     columns = list(dict.fromkeys(column for _, column in thumbnails))
     side = next(iter(thumbnails.values())).width
-    font, gap, left, top = ImageFont.load_default(size=12), 2, 132, 44
+    font, gap, left, top = ImageFont.load_default(size=12), GRID_GAP, GRID_LEFT, GRID_TOP
     canvas = Image.new("RGB", (left + len(columns) * (side + gap), top + len(rows) * (side + gap)), "white")
     pen = ImageDraw.Draw(canvas)
     pen.text((6, 5), title, fill="black", font=font)
@@ -144,3 +159,12 @@ def draw_grid(thumbnails: dict[tuple[str, str], Image.Image], unlearned: list[st
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def read_grid(png: bytes, rows: list[str], columns: list[str]) -> dict[tuple[str, str], Image.Image]:
+    """The thumbnails of a grid that draw_grid made. rows: its concepts from the top; columns: its cross concepts from the left."""
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    side = (picture.width - GRID_LEFT) // len(columns) - GRID_GAP
+    cells = [(row, column, x, y) for y, row in enumerate(rows) for x, column in enumerate(columns)]
+    corners = {(row, column): (GRID_LEFT + x * (side + GRID_GAP), GRID_TOP + y * (side + GRID_GAP)) for row, column, x, y in cells}
+    return {cell: picture.crop((left, top, left + side, top + side)) for cell, (left, top) in corners.items()}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cu_runner.anchors import AnchorImages, sampler_key
 from cu_runner.concepts import Concept, Request, Sequence
-from cu_runner.evaluation import Evaluation, draw_grid, evaluate, mean_accuracy, metrics
+from cu_runner.evaluation import Evaluation, draw_grid, evaluate, mean_accuracy, step_metrics
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.methods.base import Method, Scope
 from cu_runner.models import DiffusionModel
@@ -278,7 +278,7 @@ class Runner:
     ) -> Step:
         index = request.index if request else 0
         table = pd.read_csv(io.BytesIO(files[PREDICTIONS]))
-        measured = self._metrics(table, unlearned)
+        measured = step_metrics(table, unlearned, self.sequence)
         size = drift(delta) if delta else Drift(0.0, 0.0, 0.0)
         row = {
             "request": index,
@@ -310,15 +310,6 @@ class Runner:
         for note in filter(None, [training.get("method", {}).get("note")]):
             logger.warning("   request %d: %s", index, note)
         return step
-
-    def _metrics(self, predictions: pd.DataFrame, unlearned: list[str]) -> dict[str, float | None]:
-        """The metrics of one step, to a thousandth of a percent. UA_current: last concept. UA_previous: the others."""
-        sequence = self.sequence
-        retain, cross_retain = ([concept.name for concept in concepts] for concepts in (sequence.retain, sequence.cross_retain))
-        measured = metrics(predictions, unlearned, retain, cross_retain)
-        for name, concepts in (("UA_current", unlearned[-1:]), ("UA_previous", unlearned[:-1])):
-            measured[name] = 100 - mean_accuracy(predictions, sequence.domain, concepts) if concepts else None
-        return {name: None if value is None else round(value, 3) for name, value in measured.items()}
 
     def _summary(self, steps: list[Step]) -> dict[str, object]:
         last = steps[-1]

@@ -152,27 +152,22 @@ class RunStore:
         return steps
 
     def _check_step(self, index: int, parent: str | None) -> Step:
-        directory = self.step_dir(index)
+        directory, advice = self.step_dir(index), self._advice(index)
         try:
-            record = json.loads((directory / STEP).read_text(encoding="utf-8"))
-            files, row = dict(record["files"]), dict(record["row"])
-            own, named, signature, number = record["sha256"], record["parent_sha256"], record["signature"], record["index"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise StoreError(f"{directory / STEP}: cannot be read; {self._advice(index)}") from None
-        if signature != self.signature or number != index:
-            raise StoreError(f"{directory / STEP}: belongs to another run or step; {self._advice(index)}")
-        if named != parent:
-            raise StoreError(f"{directory / STEP}: names another parent than step {index - 1}; {self._advice(index)}")
-        for name, expected in files.items():
+            record = read_record(directory)
+        except StoreError as error:
+            raise StoreError(f"{error}; {advice}") from None
+        if record["signature"] != self.signature or record["index"] != index:
+            raise StoreError(f"{directory / STEP}: belongs to another run or step; {advice}")
+        if record["parent_sha256"] != parent:
+            raise StoreError(f"{directory / STEP}: names another parent than step {index - 1}; {advice}")
+        for name, expected in record["files"].items():
             path = directory / name
             if not path.is_file():
-                raise StoreError(f"{path}: is missing; {self._advice(index)}")
+                raise StoreError(f"{path}: is missing; {advice}")
             if sha256_of(path) != expected:
-                raise StoreError(f"{path}: is damaged (its sha256 is not the one in {STEP}); {self._advice(index)}")
-        links = {key: value for key, value in record.items() if key != "record_sha256"}
-        if own != chain(parent, files) or record.get("record_sha256") != hash_json(links):
-            raise StoreError(f"{directory / STEP}: does not match its own sha256; {self._advice(index)}")
-        return Step(index, directory, own, row)
+                raise StoreError(f"{path}: is damaged (its sha256 is not the one in {STEP}); {advice}")
+        return Step(index, directory, record["sha256"], record["row"])
 
     def _advice(self, index: int) -> str:
         return f"restore it, or delete {self.directory}/steps/{index:02d} and all later steps and run the same command again"
@@ -215,6 +210,21 @@ class RunStore:
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         write_atomic(self.directory / "summary.json", to_json(dict(summary)))
+
+
+def read_record(directory: Path) -> dict[str, object]:
+    """step.json of a step directory, checked against its own sha256. Raises StoreError; the files that it names are not read."""
+    path = directory / STEP
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        files, own, parent = dict(record["files"]), record["sha256"], record["parent_sha256"]
+        dict(record["row"]), record["signature"], record["index"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise StoreError(f"{path}: cannot be read") from None
+    entries = {key: value for key, value in record.items() if key != "record_sha256"}
+    if own != chain(parent, files) or record.get("record_sha256") != hash_json(entries):
+        raise StoreError(f"{path}: does not match its own sha256")
+    return record
 
 
 def chain(parent: str | None, files: Mapping[str, str]) -> str:

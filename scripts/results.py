@@ -8,16 +8,18 @@ conf/tuned. Seconds are those of one thread, with as many runs side by side as t
 """
 
 import argparse
+from pathlib import Path
 
 import matplotlib as mpl
 import pandas as pd
-from launch import DOCS, cu_runs
 
 from cu_runner.help import config_dir
+from cu_runner.launch import cu_runs
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+DOCS = Path(__file__).parent.parent / "docs"
 PANELS = {"UA": "UA (%)", "RA_I": "RA-I (%)", "RA_C": "RA-C (%)", "drift_l2": "drift, L2 norm"}
 # The curves of the picture: conabl with these regularizers.
 COLUMNS = ["method", "reg", "remark", "UA", "RA_I", "RA_C", "drift_l2", "seconds", "first_UA", "first_RA_C"]
@@ -111,8 +113,8 @@ def main() -> None:
     arguments = parser.parse_args()
     cells = matrix(arguments.methods, ("none",) if arguments.alone else ("none", "gradproj"))
     tables = {}
-    for cell, table in zip(cells, cu_runs(list(cells.values())), strict=True):
-        tables[cell] = table
+    for cell, run in zip(cells, cu_runs([["wandb.mode=disabled", *overrides] for overrides in cells.values()]), strict=True):
+        tables[cell] = table = run if isinstance(run, str) else run.table
         print(f"{'+'.join(filter(None, cell)):<40} {table if isinstance(table, str) else summary(table)}", flush=True)
         write(tables)
 

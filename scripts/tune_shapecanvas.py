@@ -17,10 +17,12 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
-from launch import DOCS, cu_runs
 
+from cu_runner.launch import cu_runs
+
+DOCS = Path(__file__).parent.parent / "docs"
 ENOUGH = 98.0  # UA in percent
-COMMON = ["sequence=shapecanvas_tune", "seed=1"]
+COMMON = ["wandb.mode=disabled", "sequence=shapecanvas_tune", "seed=1"]
 GRID = Path(__file__).with_name("tune_shapecanvas.yaml")
 
 
@@ -48,10 +50,11 @@ def main() -> None:
         method, _, regularizer = cell.partition("+")
         jobs.append([f"method={method}", f"reg={regularizer}", *COMMON, *overrides])
     rows = []
-    for (cell, overrides), table in zip(candidates, cu_runs(jobs), strict=True):
-        if isinstance(table, str):
-            print(f"{cell:<20} {' '.join(overrides):<70} {table}", flush=True)
+    for (cell, overrides), run in zip(candidates, cu_runs(jobs), strict=True):
+        if isinstance(run, str):
+            print(f"{cell:<20} {' '.join(overrides):<70} {run}", flush=True)
             continue
+        table = run.table
         last = table[["UA", "RA_I", "RA_C"]].tail(3).mean()
         seconds = table["train_seconds"].sum().round()
         rows.append({"cell": cell, "overrides": " ".join(overrides), **last.round(2), "train_seconds": seconds})

@@ -1,0 +1,135 @@
+"""Finished and unfinished runs, read back from their directories: for tables, reports and studies. Nothing here writes or locks.
+
+A number is taken from step.json, which carries its own sha256 and that of the step before it, never from metrics.csv, which a
+user may have opened in a spreadsheet. Large files (deltas) are read only by those who need them.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from cu_runner.evaluation import accuracy_per_concept
+from cu_runner.store import MERGED, PREDICTIONS, STEP, StoreError, read_record
+
+JOB = "job.json"  # what a job of a sweep leaves in the sweep's folder: the run directory that it writes, its command, its commit
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run directory: its configuration and the records (step.json) of the steps that are finished, the untouched model first."""
+
+    directory: Path
+    config: dict[str, object]
+    records: list[dict[str, object]]
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """The rows of metrics.csv: request, concept, UA, RA_I, RA_C, ... in percent; UA of the untouched model is NaN."""
+        rows = pd.DataFrame([record["row"] for record in self.records])
+        return rows.astype({name: float for name in rows.columns if name.startswith(("UA", "RA"))})
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.config["sequence"]["targets"])
+
+    @property
+    def complete(self) -> bool:
+        return len(self.records) == self.num_requests + 1
+
+    @property
+    def sequence(self) -> str:
+        return self.directory.parent.name
+
+    @property
+    def method(self) -> str:
+        """The public name: what the directory's name begins with."""
+        return self.directory.name.removesuffix(f"-{self.regularizers}-{self.plan}-s{self.seed}-{self.directory.name[-8:]}")
+
+    @property
+    def regularizers(self) -> str:
+        """Their public names joined by "+", in hook order; "none"."""
+        return "+".join(self.config["reg"]) or "none"
+
+    @property
+    def plan(self) -> str:
+        """sequential, independent or simultaneous."""
+        return self.config["setting"]["plan"]
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def label(self) -> str:
+        """Short name for a legend: "conabl + gradproj", with the setting when it is not the sequential one."""
+        parts = [self.method] + ([] if self.regularizers == "none" else [self.regularizers])
+        return " + ".join(parts) + (f", {self.plan}" if self.plan == "simultaneous" else "")
+
+    def step_dir(self, index: int) -> Path:
+        return self.directory / "steps" / f"{index:02d}"
+
+    def weights(self, index: int) -> Path:
+        """The safetensors file of theta_n - theta_base that step `index` was measured with: merged where there is a merge."""
+        merged = self.step_dir(index) / MERGED
+        return merged if merged.name in self.records[index]["files"] else merged.with_name("delta.safetensors")
+
+    def predictions(self, index: int) -> pd.DataFrame:
+        """predictions.csv of a step: one row per image."""
+        return pd.read_csv(self.step_dir(index) / PREDICTIONS)
+
+    def accuracy_matrix(self) -> pd.DataFrame:
+        """Percent of images recognised, rows: concepts (targets in order, then retained), columns: requests from 0 on.
+
+        NaN where a concept was not measured: a target before its request.
+        """
+        sequence = self.config["sequence"]
+        columns = {
+            index: pd.Series(accuracy_per_concept(self.predictions(index), sequence["domain"]))
+            for index in range(len(self.records))
+        }
+        order = [record["row"]["concept"] for record in self.records[1:]]
+        rest = [name for name in sequence["targets"] if name not in order]
+        return pd.DataFrame(columns).reindex([*order, *rest, *sequence["retain"]])
+
+
+def read_run(directory: Path) -> RunRecord:
+    """Read a run directory. Raises StoreError, one line, if it is none or its chain of steps is broken."""
+    try:
+        config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+        config["sequence"]["targets"], config["reg"], config["setting"]["plan"], config["seed"]
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        raise StoreError(
+            f"{directory}: holds no readable config.yaml; give a run directory, as the last line of cu-run names it"
+        ) from None
+    records: list[dict[str, object]] = []
+    while (directory / "steps" / f"{len(records):02d}" / STEP).exists():
+        record = read_record(directory / "steps" / f"{len(records):02d}")
+        parent = records[-1]["sha256"] if records else None
+        if record["parent_sha256"] != parent or record["index"] != len(records):
+            raise StoreError(f"{directory}/steps/{len(records):02d}/{STEP}: does not continue the step before it")
+        records.append(record)
+    if not records:
+        raise StoreError(f"{directory}: no step is finished; run its cu-run command first")
+    return RunRecord(directory, config, records)
+
+
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """Run directories among the paths: themselves, or all below a folder (a sequence's, a sweep's, outputs). Raises StoreError."""
+    found: dict[Path, None] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise StoreError(f"{path}: no such directory; give run directories or folders that hold some (outputs/runs/...)")
+        if (path / "config.yaml").is_file():
+            inside = [path]
+        else:
+            inside = sorted(entry.parent for entry in path.glob("**/config.yaml") if "evaluations" not in entry.parts)
+            inside += [Path(json.loads(entry.read_text(encoding="utf-8"))["run"]) for entry in sorted(path.glob(f"**/{JOB}"))]
+        if not inside:
+            raise StoreError(f"{path}: holds no run; give run directories or folders that hold some (outputs/runs/...)")
+        found |= dict.fromkeys(inside)
+    return list(found)
