@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EXPERIMENT ?= shapecanvas
+LAUNCHER ?=
+SEEDS ?=
+ARGS ?=
 RUN ?= method=conabl reg=gradproj
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-all lint bench weights results
+.PHONY: help setup run test test-all lint bench weights results reproduce-table2
 
 help:  ## list the targets
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /\1\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## make .venv and install the package with pinned versions
 	@echo "setup: $(VENV) is ready"
@@ -44,3 +48,6 @@ weights: setup  ## build the embedded model from nothing; about an hour on two C
 
 results: setup  ## the runs and the picture behind the README's section "What the result shows"
 	@$(BIN)/python scripts/results.py
+
+reproduce-table2: setup  ## the paper's Table 2 beside ours; resumes. EXPERIMENT=unlearncanvas ARGS="model.path=DIR ..." SEEDS=0,1,2 LAUNCHER=slurm
+	@$(BIN)/cu-table table2 --run --experiment $(EXPERIMENT) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(LAUNCHER),--launcher $(LAUNCHER)) $(ARGS)

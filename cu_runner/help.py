@@ -28,6 +28,12 @@ def config_dir() -> Path:
     return packed if packed.is_dir() else Path(__file__).parent.parent / "conf"
 
 
+def shipped_dir(name: str) -> Path:
+    """A folder of scripts/ (tables): inside an installed package, or in a checkout."""
+    packed = Path(__file__).parent / "shipped" / name
+    return packed if packed.is_dir() else Path(__file__).parent.parent / "scripts" / name
+
+
 def help_text() -> str:
     """Every group with its files, every setting with its default, and the options of each method and regularizer, a line each."""
     conf = config_dir()

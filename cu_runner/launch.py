@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cu_runner.runs import RunRecord, read_run
 
+CU_RUN = str(Path(sys.executable).with_name("cu-run"))
 DIVERGED = ("cu-run: training led to", "cu-run: the images after request")  # not a locked run or a full disk
 
 
@@ -29,7 +30,7 @@ def cu_run(overrides: list[str], threads: int | None = None) -> RunRecord | str:
     Raises:
         LaunchError: cu-run failed for another reason.
     """
-    command = [str(Path(sys.executable).with_name("cu-run")), *overrides]
+    command = [CU_RUN, *overrides]
     limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     command += [] if threads is None else [f"num_threads={threads}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | limit)
@@ -53,3 +54,20 @@ def cu_runs(jobs: list[list[str]], side_by_side: int | None = None) -> Iterator[
     threads = 1 if side_by_side > 1 else None
     with ThreadPoolExecutor(max_workers=side_by_side) as pool:
         yield from pool.map(lambda overrides: cu_run(overrides, threads), jobs)
+
+
+def submit(jobs: list[list[str]], launcher: str) -> Iterator[str]:
+    """Make runs through one of Hydra's launchers (conf/hydra/launcher), all at once; a line for each that ends, in order.
+
+    Whether a job made its run is seen in the run's directory, and why not in the sweep's.
+    """
+
+    def wait(overrides: list[str]) -> str:
+        command = [CU_RUN, "--multirun", f"hydra/launcher={launcher}", *overrides]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise LaunchError(f"{launcher}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        return f"ended on {launcher}"
+
+    with ThreadPoolExecutor(max_workers=len(jobs)) as pool:
+        yield from pool.map(wait, jobs)

@@ -1,0 +1,292 @@
+"""cu-table: a table of a paper from run directories, beside the published numbers, and the command of every run that is missing.
+
+A table is a YAML file of scripts/tables: rows and columns are lists of overrides, a cell is the run that they compose to. Its
+signature names one directory; that one is opened and no other, so that a number can never come from another configuration.
+Numbers are percent.
+
+Exit status: 0 done, 1 a run failed, 2 the table or the configuration of a cell is wrong, 130 interrupted.
+"""
+
+import argparse
+import functools
+import math
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import yaml
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked_dataclass
+from scipy.stats import t as student_t
+
+from cu_runner.complaints import judge
+from cu_runner.config import ConfigError, RunConfig, check, compose
+from cu_runner.help import shipped_dir
+from cu_runner.launch import LaunchError, cu_runs, submit
+from cu_runner.runs import RunRecord, read_run
+from cu_runner.settings import STRICT
+from cu_runner.store import write_atomic
+from cu_runner.table_formats import as_csv, as_latex, as_markdown
+
+ENOUGH_UA = 95.0  # percent; under it a run has forgotten too little for its retention to be compared
+LEVEL = 0.95  # of intervals
+
+Overrides = list[str]
+
+
+@checked_dataclass(frozen=True, config=STRICT)
+class Experiment:
+    """Which model a table is made on. methods and columns: label -> overrides."""
+
+    model: str
+    methods: dict[str, Overrides]
+    columns: dict[str, Overrides]
+
+
+@checked_dataclass(frozen=True, config=STRICT)
+class Targets:
+    """Published numbers. sources: short name -> where a number was read; values: method -> column -> row -> metric -> percent."""
+
+    model: str
+    tolerance: Annotated[float, Field(ge=0)]
+    sources: dict[str, str]
+    values: dict[str, dict[str, dict[str, dict[str, float | str]]]]
+
+
+@checked_dataclass(frozen=True, config=STRICT)
+class Table:
+    """A file of scripts/tables."""
+
+    title: str
+    metrics: list[str]
+    rows: dict[str, Overrides | dict[str, Overrides]]
+    experiments: dict[str, Experiment]
+    targets: Targets | None = None
+    notes: list[str] = Field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of the table: the runs that belong there, one per seed, and those of them that are complete."""
+
+    method: str
+    column: str
+    row: str
+    commands: list[Overrides]
+    plans: list[RunConfig]
+    runs: list[RunRecord]
+
+    def missing(self) -> list[Overrides]:
+        done = {run.directory for run in self.runs}
+        return [command for command, plan in zip(self.commands, self.plans, strict=True) if plan.directory not in done]
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+def read_table(name: str) -> tuple[str, Table]:
+    """A shipped table by name, or a YAML file by path; with its short name. Raises ConfigError."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else shipped_dir("tables") / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(entry.stem for entry in shipped_dir("tables").glob("*.yaml")))
+        raise ConfigError(f"{name}: no such table; allowed: {known}, or the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    table = check(Table, content, path.name)
+    for label, overrides in table.rows.items():
+        columns = {column for experiment in table.experiments.values() for column in experiment.columns}
+        if isinstance(overrides, dict) and set(overrides) != columns:
+            raise ConfigError(
+                f"{path.name}: row {label!r} gives overrides for {', '.join(overrides)}; give them for {', '.join(sorted(columns))}"
+            )
+    return path.stem, table
+
+
+def make_cells(table: Table, experiment: Experiment, seeds: list[int], more: Overrides) -> Iterator[Cell]:
+    """Compose every cell and open the directories that are there. Raises ConfigError, StoreError."""
+    for method, chosen in experiment.methods.items():
+        for column, where in experiment.columns.items():
+            for row, overrides in table.rows.items():
+                own = overrides[column] if isinstance(overrides, dict) else overrides
+                command = [*where, *chosen, *own, *more]
+                commands = [[*command, f"seed={seed}"] for seed in seeds] or [command]
+                plans = [compose(each) for each in commands]
+                runs = [read_run(plan.directory) for plan in plans if (plan.directory / "steps" / "00" / "step.json").exists()]
+                yield Cell(method, column, row, commands, plans, [run for run in runs if run.complete])
+
+
+# -------------------------------------------------------------------------------------------------------- statistics
+def mean_and_interval(values: list[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95% interval by Student's t; None for a single value, which has none."""
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return mean, None
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return mean, float(student_t.ppf((1 + LEVEL) / 2, len(values) - 1)) * spread / math.sqrt(len(values))
+
+
+def image_interval(percent: float, num_images: int) -> float:
+    """Half the width of Wilson's 95% interval of a share of images, in percentage points (Wilson 1927).
+
+    It holds the chance of which noise an image got, and nothing of how a run would differ with another seed.
+    """
+    z, share = 1.959964, percent / 100
+    return 100 * z / (1 + z**2 / num_images) * math.sqrt(share * (1 - share) / num_images + z**2 / (4 * num_images**2))
+
+
+def num_images(run: RunRecord, metric: str) -> int:
+    """How many images of the last request a metric rests on."""
+    rows = run.predictions(len(run.records) - 1)
+    sequence = run.config["sequence"]
+    concepts = {"UA": run.records[-1]["targets"], "RA_I": sequence["retain"], "RA_C_retained": sequence["retain"]}
+    return int(rows[sequence["domain"]].isin(concepts[metric]).sum()) if metric in concepts else len(rows)
+
+
+def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
+    """One row per cell and metric: our mean and half interval over seeds, the published number and its source.
+
+    comparable: UA of our cell is at least 95, or the metric is UA itself. images_half: half interval from the images of one run.
+    """
+    rows = []
+    for cell in cells:
+        published = {}
+        if table.targets is not None:
+            published = table.targets.values.get(cell.method, {}).get(cell.column, {}).get(cell.row, {})
+        last = [run.table.iloc[-1] for run in cell.runs] if not cell.missing() else []
+        for metric in table.metrics:
+            row = {"method": cell.method, "column": cell.column, "row": cell.row, "metric": metric, "seeds": len(last)}
+            row["runs"] = " ".join(str(run.directory) for run in cell.runs)
+            row |= {"paper": published.get(metric), "source": published.get("source", "none")}
+            if last:
+                mean, half = mean_and_interval([float(entry[metric]) for entry in last])
+                comparable = sum(float(entry["UA"]) for entry in last) / len(last) >= ENOUGH_UA
+                row |= {"ours": mean, "half": half, "comparable": comparable}
+                row["images_half"] = image_interval(mean, len(last) * num_images(cell.runs[0], metric))
+            rows.append(row)
+    columns = ["method", "column", "row", "metric", "ours", "half", "images_half", "seeds", "comparable", "paper", "source", "runs"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def orderings(measured: pd.DataFrame, tolerance: float) -> pd.DataFrame:
+    """Every pair of rows that the paper orders in a metric, and whether ours are in the same order.
+
+    verdict: holds | reversed | undecided (our difference lies within its 95% interval: of the seeds, or with one seed of the
+    images). comparable: both of ours have UA of at least 95.
+    """
+    pairs = []
+    known = measured.dropna(subset=["ours", "paper"])
+    for (method, column, metric), group in known.groupby(["method", "column", "metric"], sort=False):
+        entries = list(group.itertuples())
+        for i, first in enumerate(entries):
+            for second in entries[i + 1 :]:
+                high, low = (first, second) if first.paper > second.paper else (second, first)
+                if high.paper - low.paper <= tolerance:
+                    continue
+                halves = [entry.images_half if pd.isna(entry.half) else entry.half for entry in (high, low)]
+                difference, half = high.ours - low.ours, math.hypot(*halves)
+                verdict = "undecided" if abs(difference) <= half else "holds" if difference > 0 else "reversed"
+                pair = {"method": method, "column": column, "metric": metric, "higher": high.row, "lower": low.row}
+                pair |= {"paper": high.paper - low.paper, "ours": difference, "half": half, "verdict": verdict}
+                pairs.append(pair | {"comparable": bool(high.comparable and low.comparable)})
+    columns = ["method", "column", "metric", "higher", "lower", "paper", "ours", "half", "verdict", "comparable"]
+    return pd.DataFrame(pairs, columns=columns)
+
+
+# ----------------------------------------------------------------------------------------------------------- command
+def main() -> None:
+    """Entry point of `cu-table`."""
+    parser = argparse.ArgumentParser(prog="cu-table", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("table", help="name of a file of scripts/tables, or path of your own")
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run, as for cu-run: model.path=...")
+    parser.add_argument("--experiment", help="which model and sequences, from the table's own list; default: the first")
+    parser.add_argument("--seeds", type=seed_list, default=[], help="0,1,2: several seeds become mean and 95%% interval")
+    parser.add_argument("--run", action="store_true", help="make the runs that are missing")
+    parser.add_argument("--jobs", type=positive, help="runs side by side; default: one per core, or one on a GPU")
+    parser.add_argument("--launcher", help="make them on a cluster: a file of conf/hydra/launcher (slurm)")
+    parser.add_argument("--output", type=Path, default=Path("outputs/tables"), help="where the files go")
+    arguments = parser.parse_args()
+    try:
+        produce(arguments)
+    except KeyboardInterrupt:
+        fail(130, "interrupted; finished requests are kept. Run the same command again to go on")
+    except LaunchError as error:
+        fail(1, str(error))
+    except Exception as error:
+        fail(*judge(error, sys.argv[1:]))
+
+
+def fail(status: int, message: str) -> None:
+    sys.stderr.write(f"cu-table: {message}\n")
+    sys.exit(status)
+
+
+def seed_list(text: str) -> list[int]:
+    return [int(entry) for entry in text.split(",")]
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def produce(arguments: argparse.Namespace) -> None:
+    """Compose, run what is missing if asked to, write the files, print the table."""
+    name, table = read_table(arguments.table)
+    chosen = arguments.experiment or next(iter(table.experiments))
+    if chosen not in table.experiments:
+        raise ConfigError(f"--experiment {chosen}: not in table {name}; allowed: {', '.join(table.experiments)}")
+    experiment = table.experiments[chosen]
+    read = functools.partial(make_cells, table, experiment, arguments.seeds, arguments.overrides)
+    cells = list(read())
+    if arguments.run and (missing := [command for cell in cells for command in cell.missing()]):
+        run_missing(missing, arguments)
+        cells = list(read())
+    measured = measure(cells, table)
+    ordered = orderings(measured, table.targets.tolerance) if table.targets else None
+    missing = [shlex.join(["cu-run", *command]) for cell in cells for command in cell.missing()]
+    paper_model = table.targets.model if table.targets else None
+    notes = footnotes(table, measured, arguments.seeds)
+    text = as_markdown(name, table.title, experiment.model, paper_model, table.metrics, measured, notes, ordered, missing)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    stem = f"{name}-{chosen}"
+    write_atomic(arguments.output / f"{stem}.md", text.encode())
+    write_atomic(arguments.output / f"{stem}.csv", as_csv(measured).encode())
+    write_atomic(arguments.output / f"{stem}.tex", as_latex(experiment.model, paper_model, table.metrics, measured).encode())
+    if ordered is not None:
+        write_atomic(arguments.output / f"{stem}-orderings.csv", as_csv(ordered).encode())
+    sys.stdout.write(f"{text}\ntable: {arguments.output / stem}.md\n")
+
+
+def footnotes(table: Table, measured: pd.DataFrame, seeds: list[int]) -> list[str]:
+    """What a reader must know of the numbers."""
+    count = max(len(seeds), 1)
+    notes = [
+        f"{count} seeds: mean and 95% interval over them (Student's t)."
+        if count > 1
+        else "One seed: there is no interval over seeds."
+    ]
+    if not measured["comparable"].dropna().all():
+        notes.append(
+            f"\N{DAGGER} UA is under {ENOUGH_UA:.0f}: less was forgotten, so the retention is not comparable."
+        )
+    if table.targets:
+        notes += [f"Published, {source}: {meaning}." for source, meaning in table.targets.sources.items()]
+        notes.append(
+            f"Ordering check: pairs of rows that differ by more than {table.targets.tolerance:g} points in the paper; undecided: "
+            "our difference lies within its 95% interval, over seeds, or with one seed that of the images alone (Wilson)."
+        )
+    return notes + table.notes
+
+
+def run_missing(commands: list[Overrides], arguments: argparse.Namespace) -> None:
+    """Make the runs, with a line for each that ends. Raises LaunchError; a run whose weights diverge stays missing."""
+    made = submit(commands, arguments.launcher) if arguments.launcher else cu_runs(commands, arguments.jobs)
+    for number, (command, run) in enumerate(zip(commands, made, strict=True), start=1):
+        said = run if isinstance(run, str) else "UA {UA:.1f}  RA-I {RA_I:.1f}  RA-C {RA_C:.1f}".format(**run.table.iloc[-1])
+        sys.stdout.write(f"{number:>3}/{len(commands)}  {' '.join(command):<70} {said}\n")
+        sys.stdout.flush()
