@@ -3,19 +3,17 @@
 Exit status: 0 done, 1 the run failed, 2 the configuration cannot be run, 130 interrupted.
 """
 
-import contextlib
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cu_runner import __version__
-from cu_runner.complaints import judge
 from cu_runner.help import help_text
+from cu_runner.process import choose_device, logging_to, one_line_failures, quiet_libraries
 
 if TYPE_CHECKING:  # imported where they are used: --help and --version must be quick
     from omegaconf import DictConfig
@@ -40,41 +38,31 @@ def main() -> None:
     logging.raiseExceptions = False  # a log line that finds the disk full is not worth a traceback
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     statuses: list[int] = []
-    with complaints(statuses):
+    with one_line_failures("cu-run", statuses):
         import hydra
 
         import cu_runner.config  # noqa: F401, registers the resolvers that --cfg job --resolve needs
         from cu_runner.help import config_dir
 
         def job(config: "DictConfig") -> None:
-            with complaints(statuses):  # here, so that one failed job does not end a sweep
+            with one_line_failures("cu-run", statuses):  # here, so that one failed job does not end a sweep
                 run_job(config)
 
         hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")(job)()
     sys.exit(max(statuses, default=0))
 
 
-@contextlib.contextmanager
-def complaints(statuses: list[int]) -> Iterator[None]:
-    """Turn a failure that a user can mend into one line on stderr and an exit status; anything else is ours and is raised."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("cu-run: interrupted; finished requests are kept. Run the same command again to resume", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        status, message = judge(error, sys.argv[1:])
-        print(f"cu-run: {message}", file=sys.stderr, flush=True)
-        statuses.append(status)
-
-
 def run_job(config: "DictConfig") -> None:
     """One composed job: check it, build its parts, run it, print its table."""
     from cu_runner.config import parse, signature
+    from cu_runner.forecast import forecast
     from cu_runner.store import RunStore
 
     plan = parse(config)
     outputs = Path(plan.spine.paths.outputs)
+    if plan.spine.dry_run:
+        print(forecast(plan))
+        return
     note_job(plan)
     with RunStore(plan.directory, plan.resolved, signature) as store, logging_to(plan.directory / "run.log"):
         if is_complete(plan.directory, store):
@@ -114,22 +102,15 @@ def is_complete(directory: Path, store: "RunStore") -> bool:
 
 def execute(plan: "RunConfig", store: "RunStore", outputs: Path) -> None:
     """Build every part and make the steps that are missing."""
-    quiet_libraries()
-    import torch
-
     from cu_runner.concepts import plan_requests
     from cu_runner.runner import Runner
+    from cu_runner.runs import read_run
     from cu_runner.store import Cache
     from cu_runner.tracking import Tracker
 
+    quiet_libraries()
     spine = plan.spine
-    if spine.num_threads:
-        torch.set_num_threads(spine.num_threads)
-    device = spine.device if spine.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device}: no CUDA device is visible; use device=cpu or device=auto")
-    if device.startswith("cuda:") and int(device[5:]) >= torch.cuda.device_count():
-        raise ValueError(f"device={device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    device = choose_device(spine)
     sequence = plan.sequence.build()
     requests = plan_requests(sequence, plan.setting.plan)
     method = plan.method.build()
@@ -141,54 +122,19 @@ def execute(plan: "RunConfig", store: "RunStore", outputs: Path) -> None:
         logger.info("no tuned settings for these regularizers in this order (conf/tuned): those of their own files hold")
     model = plan.model.build(device=device)
     evaluator = plan.evaluator.build(device=device)
-    tracker = Tracker(spine.wandb, plan.directory, outputs, plan.resolved)
+    tracker = Tracker(
+        spine.wandb, plan.directory.name, outputs, plan.resolved,
+        group=f"{sequence.name}-{plan.method_name}", job_type="+".join(regularizers) or "none",
+    )  # fmt: skip
     runner = Runner(
         model, evaluator, sequence, method, regularizers, requests, plan.setting, store, Cache(outputs / "cache"), tracker,
         spine.train, spine.anchors, spine.eval, spine.seed, plan.training_key,
     )  # fmt: skip
     try:
         runner.run()
+        tracker.log_accuracy(read_run(plan.directory).accuracy_matrix())
     finally:
         tracker.finish()
-
-
-def quiet_libraries() -> None:
-    """A normal run prints our lines only."""
-    import warnings
-
-    warnings.filterwarnings("ignore")
-    for name in ("transformers", "diffusers", "torch", "accelerate", "huggingface_hub", "filelock", "wandb"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    import diffusers
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-
-
-@contextlib.contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """Send the package's log to the terminal, plain, and to run.log with the time."""
-    package = logging.getLogger("cu_runner")
-    terminal, file = logging.StreamHandler(sys.stdout), logging.FileHandler(path, encoding="utf-8")
-    terminal.setFormatter(logging.Formatter("%(message)s"))
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    package.setLevel(logging.INFO)
-    package.propagate = False
-    package.addHandler(terminal)
-    package.addHandler(file)
-    try:
-        yield
-    except BaseException as error:
-        file.handle(package.makeRecord("cu_runner.cli", logging.ERROR, "", 0, "stopped by %r", (error,), sys.exc_info()))
-        raise
-    finally:
-        package.removeHandler(terminal)
-        package.removeHandler(file)
-        with contextlib.suppress(OSError):
-            file.close()
 
 
 def print_table(path: Path) -> None:

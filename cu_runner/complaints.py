@@ -29,10 +29,11 @@ def judge(error: Exception, overrides: list[str]) -> tuple[int, str]:
         if type(error).__name__ == "OutOfMemoryError":
             return 1, "out of GPU memory; lower eval.batch_size or train.batch_size and run the same command to resume"
         from cu_runner.evaluation import SamplingError
+        from cu_runner.launch import LaunchError
         from cu_runner.store import StoreError
         from cu_runner.training import TrainingError
 
-        if isinstance(error, StoreError | TrainingError | SamplingError):
+        if isinstance(error, StoreError | TrainingError | SamplingError | LaunchError):
             return 1, one_line(error)
     raise error
 

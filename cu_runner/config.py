@@ -17,8 +17,10 @@ from typing import get_type_hints
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from cu_runner.help import config_dir
@@ -128,6 +130,40 @@ def compose(overrides: list[str]) -> RunConfig:
         config = hydra.compose("config", overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(config)
     return parse(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+
+
+# What decides how a run is measured and on what machine, not what it trained.
+MEASUREMENT = ("evaluator", "eval", "sequence.seeds", "sequence.retain", "sequence.cross_retain", "sequence.prompt")
+MACHINE = ("device", "num_threads", "model.path", "model.precision")
+
+
+def revise(resolved: dict[str, Plain], overrides: list[str]) -> dict[str, Plain]:
+    """A run's resolved configuration with another way of measuring it.
+
+    Args:
+        overrides: evaluator=NAME, or keys under MEASUREMENT and MACHINE: eval.steps=50, sequence.seeds=[1,2], device=cpu.
+
+    Raises:
+        ConfigError: a key that shaped the training, or one that is not there.
+    """
+    config = OmegaConf.create(resolved)
+    OmegaConf.set_struct(config, True)
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key, value = override.key_or_group, override.value()
+        if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in MEASUREMENT + MACHINE):
+            raise ConfigError(f"{key}: shaped the training and cannot change here; allowed: {', '.join(MEASUREMENT + MACHINE)}")
+        if key == "evaluator":
+            path = Path(value) if str(value).endswith(".yaml") else config_dir() / "evaluator" / f"{value}.yaml"
+            if not path.is_file():
+                known = ", ".join(sorted(entry.stem for entry in path.parent.glob("*.yaml")))
+                raise ConfigError(f"evaluator={value}: no such file; allowed: {known or 'the path of a YAML file'}")
+            OmegaConf.update(config, key, OmegaConf.load(path), merge=False)
+            continue
+        try:
+            OmegaConf.update(config, key, value, merge=False)
+        except OmegaConfBaseException:
+            raise ConfigError(f"unknown key {key}; the run's config.yaml holds every key") from None
+    return OmegaConf.to_container(config, resolve=True)
 
 
 def parse(config: DictConfig) -> RunConfig:
@@ -264,7 +300,7 @@ def first_line(error: BaseException) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ signature
-NOT_SCIENTIFIC = ("num_threads", "device", "eval.batch_size", "wandb", "paths")
+NOT_SCIENTIFIC = ("dry_run", "num_threads", "device", "eval.batch_size", "wandb", "paths")
 
 
 def signature(resolved: dict[str, Plain]) -> str:

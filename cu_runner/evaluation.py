@@ -85,6 +85,15 @@ def domain_of(predictions: pd.DataFrame, concepts: list[str]) -> str:
     raise ValueError(f"predictions hold no image of some of {', '.join(concepts)}; the evaluation is incomplete")
 
 
+def check_labels(sequence: Sequence, evaluator: Evaluator) -> None:
+    """Every concept whose accuracy is measured must be a label of the evaluator. Raises ValueError."""
+    labels = evaluator.labels()
+    for concept in (*sequence.targets, *sequence.retain, *sequence.cross_retain):
+        if concept.name not in labels.get(concept.domain, []):
+            known = ", ".join(labels.get(concept.domain, [])[:5]) or "none"
+            raise ValueError(f"sequence: the evaluator has no {concept.domain} {concept.name!r} (it knows {known}, ...)")
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """predictions: one row per image. thumbnails: the first seed's images by (concept, cross concept), uint8 [S, S, 3]."""

@@ -47,7 +47,7 @@ def help_text() -> str:
             lines.append("    none ships yet; a file of your own in DIR/experiment works")
     lines += ["", "Settings (KEY=VALUE), with their defaults:"]
     text = (conf / "config.yaml").read_text(encoding="utf-8")
-    lines += options("seed:" + text.partition("\nseed:")[2].partition("\nhydra:")[0])
+    lines += options("dry_run:" + text.partition("\ndry_run:")[2].partition("\nhydra:")[0])
     for group in ("model", "evaluator", "method", "reg", "setting"):
         for path in sorted((conf / group).glob("*.yaml")):
             found = options(path.read_text(encoding="utf-8"), f"{group}.")

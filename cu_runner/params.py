@@ -18,18 +18,23 @@ def is_cross_attention_kv(name: str) -> bool:
     return ".attn2.to_k." in name or ".attn2.to_v." in name
 
 
+def belongs(name: str, group: ParameterGroup) -> bool:
+    """Whether a UNet parameter of this name is in the group."""
+    in_cross_attention = ".attn2." in name
+    return {
+        "kv_xattn": is_cross_attention_kv(name),
+        "xattn": in_cross_attention,
+        "non_xattn": not in_cross_attention,
+        "full": True,
+    }[group]
+
+
 def select_parameters(unet: nn.Module, group: ParameterGroup) -> dict[str, nn.Parameter]:
     """The UNet parameters of a group, in the order of the module.
 
     kv_xattn: keys and values of cross-attention. xattn: all of cross-attention. non_xattn: all the rest. full: every parameter.
     """
-    belongs = {
-        "kv_xattn": is_cross_attention_kv,
-        "xattn": lambda name: ".attn2." in name,
-        "non_xattn": lambda name: ".attn2." not in name,
-        "full": lambda name: True,
-    }[group]
-    chosen = {name: parameter for name, parameter in unet.named_parameters() if belongs(name)}
+    chosen = {name: parameter for name, parameter in unet.named_parameters() if belongs(name, group)}
     if not chosen:
         raise ValueError(f"method.params={group}: the UNet has no such parameters; it needs cross-attention layers (attn2)")
     return chosen

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cu_runner.anchors import AnchorImages, sampler_key
 from cu_runner.concepts import Concept, Request, Sequence
-from cu_runner.evaluation import Evaluation, draw_grid, evaluate, mean_accuracy, step_metrics
+from cu_runner.evaluation import Evaluation, check_labels, draw_grid, evaluate, mean_accuracy, step_metrics
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.methods.base import Method, Scope
 from cu_runner.models import DiffusionModel
@@ -78,7 +78,7 @@ class Runner:
             StoreError: the run directory is damaged. TrainingError: the loss is not finite. ValueError: the sequence names a
             concept that the evaluator cannot predict.
         """
-        self._check_labels()
+        check_labels(self.sequence, self.evaluator)
         check_composition(self.method, self.regularizers)
         self._fingerprint, self._judge = self.model.fingerprint(), self.evaluator.fingerprint()
         self._params = select_parameters(self.model.unet, self.method.params)
@@ -103,14 +103,6 @@ class Runner:
         return steps
 
     # ------------------------------------------------------------------------------------------------ checks
-    def _check_labels(self) -> None:
-        """Every concept whose accuracy is measured must be a label of the evaluator."""
-        labels, sequence = self.evaluator.labels(), self.sequence
-        for concept in (*sequence.targets, *sequence.retain, *sequence.cross_retain):
-            if concept.name not in labels.get(concept.domain, []):
-                known = ", ".join(labels.get(concept.domain, [])[:5]) or "none"
-                raise ValueError(f"sequence: the evaluator has no {concept.domain} {concept.name!r} (it knows {known}, ...)")
-
     def _check_base(self, base: Step) -> None:
         """A run continues only on the model and the evaluator that it began with."""
         record = json.loads((base.directory / "step.json").read_text(encoding="utf-8"))

@@ -14,8 +14,9 @@ import pandas as pd
 import yaml
 
 from cu_runner.evaluation import accuracy_per_concept
-from cu_runner.store import MERGED, PREDICTIONS, STEP, StoreError, read_record
+from cu_runner.store import DELTA, MERGED, PREDICTIONS, STEP, StoreError, read_record
 
+EVALUATIONS = "evaluations"  # folder of a run directory in which cu-eval puts what it measured, a run directory each
 JOB = "job.json"  # what a job of a sweep leaves in the sweep's folder: the run directory that it writes, its command, its commit
 
 
@@ -43,7 +44,7 @@ class RunRecord:
 
     @property
     def sequence(self) -> str:
-        return self.directory.parent.name
+        return self.config["sequence"]["name"]
 
     @property
     def method(self) -> str:
@@ -74,9 +75,12 @@ class RunRecord:
         return self.directory / "steps" / f"{index:02d}"
 
     def weights(self, index: int) -> Path:
-        """The safetensors file of theta_n - theta_base that step `index` was measured with: merged where there is a merge."""
-        merged = self.step_dir(index) / MERGED
-        return merged if merged.name in self.records[index]["files"] else merged.with_name("delta.safetensors")
+        """The safetensors file of theta_n - theta_base that step `index` was measured with: merged where there is a merge.
+
+        An evaluation (cu-eval) has none of its own; it names that of its run.
+        """
+        record = self.records[index]
+        return Path(record.get("weights") or self.step_dir(index) / (MERGED if MERGED in record["files"] else DELTA))
 
     def predictions(self, index: int) -> pd.DataFrame:
         """predictions.csv of a step: one row per image."""
@@ -127,9 +131,17 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
         if (path / "config.yaml").is_file():
             inside = [path]
         else:
-            inside = sorted(entry.parent for entry in path.glob("**/config.yaml") if "evaluations" not in entry.parts)
-            inside += [Path(json.loads(entry.read_text(encoding="utf-8"))["run"]) for entry in sorted(path.glob(f"**/{JOB}"))]
+            inside = sorted(entry.parent for entry in path.glob("**/config.yaml") if EVALUATIONS not in entry.parts)
+            inside += [run_of_job(entry) for entry in sorted(path.glob(f"**/{JOB}"))]
         if not inside:
             raise StoreError(f"{path}: holds no run; give run directories or folders that hold some (outputs/runs/...)")
         found |= dict.fromkeys(inside)
     return list(found)
+
+
+def run_of_job(path: Path) -> Path:
+    """The run directory that a job of a sweep names. Raises StoreError."""
+    try:
+        return Path(json.loads(path.read_text(encoding="utf-8"))["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise StoreError(f"{path}: cannot be read; give the run directories themselves") from None

@@ -73,6 +73,7 @@ class SettingChoice:
 class Spine:
     """Everything in conf/config.yaml that is not a choice of a group."""
 
+    dry_run: bool
     seed: NonNegativeInt
     num_threads: PositiveInt | None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]

@@ -11,7 +11,6 @@ import argparse
 import functools
 import math
 import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 from scipy.stats import t as student_t
 
-from cu_runner.complaints import judge
 from cu_runner.config import ConfigError, RunConfig, check, compose
 from cu_runner.help import shipped_dir
-from cu_runner.launch import LaunchError, cu_runs, submit
+from cu_runner.launch import cu_runs, submit
+from cu_runner.process import one_line_failures
 from cu_runner.runs import RunRecord, read_run
 from cu_runner.settings import STRICT
 from cu_runner.store import write_atomic
@@ -209,19 +208,8 @@ def main() -> None:
     parser.add_argument("--launcher", help="make them on a cluster: a file of conf/hydra/launcher (slurm)")
     parser.add_argument("--output", type=Path, default=Path("outputs/tables"), help="where the files go")
     arguments = parser.parse_args()
-    try:
+    with one_line_failures("cu-table"):
         produce(arguments)
-    except KeyboardInterrupt:
-        fail(130, "interrupted; finished requests are kept. Run the same command again to go on")
-    except LaunchError as error:
-        fail(1, str(error))
-    except Exception as error:
-        fail(*judge(error, sys.argv[1:]))
-
-
-def fail(status: int, message: str) -> None:
-    sys.stderr.write(f"cu-table: {message}\n")
-    sys.exit(status)
 
 
 def seed_list(text: str) -> list[int]:
@@ -259,7 +247,7 @@ def produce(arguments: argparse.Namespace) -> None:
     write_atomic(arguments.output / f"{stem}.tex", as_latex(experiment.model, paper_model, table.metrics, measured).encode())
     if ordered is not None:
         write_atomic(arguments.output / f"{stem}-orderings.csv", as_csv(ordered).encode())
-    sys.stdout.write(f"{text}\ntable: {arguments.output / stem}.md\n")
+    print(f"{text}\ntable: {arguments.output / stem}.md")
 
 
 def footnotes(table: Table, measured: pd.DataFrame, seeds: list[int]) -> list[str]:
@@ -271,9 +259,7 @@ def footnotes(table: Table, measured: pd.DataFrame, seeds: list[int]) -> list[st
         else "One seed: there is no interval over seeds."
     ]
     if not measured["comparable"].dropna().all():
-        notes.append(
-            f"\N{DAGGER} UA is under {ENOUGH_UA:.0f}: less was forgotten, so the retention is not comparable."
-        )
+        notes.append(f"\N{DAGGER} UA is under {ENOUGH_UA:.0f}: less was forgotten, so the retention is not comparable.")
     if table.targets:
         notes += [f"Published, {source}: {meaning}." for source, meaning in table.targets.sources.items()]
         notes.append(
@@ -288,5 +274,4 @@ def run_missing(commands: list[Overrides], arguments: argparse.Namespace) -> Non
     made = submit(commands, arguments.launcher) if arguments.launcher else cu_runs(commands, arguments.jobs)
     for number, (command, run) in enumerate(zip(commands, made, strict=True), start=1):
         said = run if isinstance(run, str) else "UA {UA:.1f}  RA-I {RA_I:.1f}  RA-C {RA_C:.1f}".format(**run.table.iloc[-1])
-        sys.stdout.write(f"{number:>3}/{len(commands)}  {' '.join(command):<70} {said}\n")
-        sys.stdout.flush()
+        print(f"{number:>3}/{len(commands)}  {' '.join(command):<70} {said}", flush=True)

@@ -1,4 +1,7 @@
-"""W&B as a mirror of the run directory. Nothing is ever read back from it, and a failure of it never stops a run."""
+"""W&B as a mirror of the run directory. Nothing is ever read back from it, and a failure of it never stops a run.
+
+Runs are grouped by sequence and method, and their job type is the list of regularizers, so that a sweep reads as a table of both.
+"""
 
 import io
 import logging
@@ -8,7 +11,11 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
+from cu_runner import __version__
+from cu_runner.provenance import git_commit
+from cu_runner.runs import RunRecord
 from cu_runner.settings import WandbSettings
+from cu_runner.store import GRID, TRAINING
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +23,16 @@ logger = logging.getLogger(__name__)
 class Tracker:
     """Logs configuration, metrics per request and the sample grid; the id is the run directory's name, so a resume continues it."""
 
-    def __init__(self, settings: WandbSettings, directory: Path, outputs: Path, config: dict[str, object]) -> None:
+    def __init__(
+        self, settings: WandbSettings, name: str, outputs: Path, config: dict[str, object], group: str, job_type: str
+    ) -> None:
+        """
+        Args:
+            name: of the run directory; also the id.
+            outputs: the folder under which W&B writes its own.
+            config: resolved configuration.
+            group, job_type: what W&B sorts runs by.
+        """
         self._run = None
         if settings.mode == "disabled":
             return
@@ -30,15 +46,14 @@ class Tracker:
                 mode=settings.mode,
                 project=settings.project,
                 entity=settings.entity,
-                id=directory.name.replace("+", "_"),
-                name=directory.name,
-                group=directory.parent.name,
+                id=name.replace("+", "_"),
+                name=name,
+                group=group,
+                job_type=job_type,
                 resume="allow" if settings.mode == "online" else None,
                 dir=str(outputs),
-                config=config,
-                settings=wandb.Settings(
-                    silent=True, console="off", x_disable_stats=True, x_disable_meta=True, x_save_requirements=False
-                ),
+                config=config | {"code": {"version": __version__, "git_commit": git_commit()}},
+                settings=wandb.Settings(silent=True, console="off", x_disable_meta=True, x_save_requirements=False),
             )
         except Exception as error:  # W&B fails in many ways; the run goes on without it and says so
             self._give_up(error)
@@ -56,6 +71,16 @@ class Tracker:
         except Exception as error:
             self._give_up(error)
 
+    def log_accuracy(self, matrix: pd.DataFrame) -> None:
+        """The accuracy of every concept after every request, as a table; rows concepts, columns requests, percent."""
+        if self._run is None:
+            return
+        table = matrix.rename(columns=str).rename_axis("concept").reset_index()
+        try:
+            self._run.log({"accuracy": self._wandb.Table(dataframe=table)}, step=int(matrix.columns[-1]))
+        except Exception as error:
+            self._give_up(error)
+
     def finish(self) -> None:
         if self._run is not None:
             try:
@@ -66,3 +91,17 @@ class Tracker:
     def _give_up(self, error: Exception) -> None:
         self._run = None
         logger.warning("W&B is not written from here on: %s (metrics.csv is complete; wandb.mode=disabled silences this)", error)
+
+
+def send(run: RunRecord, settings: WandbSettings, outputs: Path) -> None:
+    """Mirror a run after the fact, as if it had been mirrored while it ran (without system metrics, which nobody kept)."""
+    tracker = Tracker(
+        settings, run.directory.name, outputs, run.config, group=f"{run.sequence}-{run.method}", job_type=run.regularizers
+    )
+    for index, record in enumerate(run.records):
+        training = run.step_dir(index) / TRAINING
+        tracker.log(
+            index, record["row"], (run.step_dir(index) / GRID).read_bytes(), training.read_bytes() if training.exists() else None
+        )
+    tracker.log_accuracy(run.accuracy_matrix())
+    tracker.finish()

@@ -21,8 +21,8 @@ import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).parent.parent / "docs"
 PANELS = {"UA": "UA (%)", "RA_I": "RA-I (%)", "RA_C": "RA-C (%)", "drift_l2": "drift, L2 norm"}
-# The curves of the picture: conabl with these regularizers.
 COLUMNS = ["method", "reg", "remark", "UA", "RA_I", "RA_C", "drift_l2", "seconds", "first_UA", "first_RA_C"]
+# The curves of the picture: conabl with these regularizers.
 CURVES = {"none": "#444444", "l2": "#1f77b4", "merge": "#7570b3", "gradproj": "#d95f02", "nullspace": "#1b9e77"}
 # The subspace as published: one column per name, the mean over its own tokens; 43 names, as many as leave the target room.
 OWN_TOKENS = ["reg.gradproj.tokens=own", "reg.gradproj.energy=1.0", "reg.gradproj.contexts=['{concept}']"]

@@ -11,6 +11,11 @@ import pytest
 from conftest import SMOKE, run_directory
 from PIL import Image
 
+from cu_runner import __version__
+from cu_runner.runs import read_run
+from cu_runner.settings import WandbSettings
+from cu_runner.tracking import send
+
 BLOCK, HEADER = 32768, 7  # of the LevelDB log format in which W&B writes
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
@@ -37,7 +42,7 @@ def read_records(path: Path) -> list:
     return records
 
 
-def read_run(directory: Path) -> dict:
+def read_run_of_wandb(directory: Path) -> dict:
     """What an offline run directory holds: id, names, configuration, history rows by step, media files."""
     (path,) = directory.glob("*.wandb")
     deadline = time.monotonic() + 20  # W&B's service, which lives as long as this process, closes the file a moment later
@@ -57,6 +62,7 @@ def read_run(directory: Path) -> dict:
         "id": run.run_id,
         "name": run.display_name,
         "group": run.run_group,
+        "job_type": run.job_type,
         "project": run.project,
         "config": config,
         "history": history,
@@ -77,8 +83,10 @@ def offline(in_process, tmp_path):
 
 def test_an_offline_run_holds_configuration_metrics_and_grids_and_a_resume_has_its_id(offline, in_process, tmp_path):
     directory, (written,) = offline
-    found = read_run(written)
-    assert (found["id"], found["name"], found["group"], found["project"]) == (directory.name, directory.name, "smoke", "cu_runner")
+    found = read_run_of_wandb(written)
+    assert (found["id"], found["name"], found["project"]) == (directory.name, directory.name, "cu_runner")
+    assert (found["group"], found["job_type"]) == ("smoke-conabl", "none")
+    assert found["config"]["code"]["version"] == __version__
     assert found["config"]["train"]["steps"] == 3
     assert found["config"]["sequence"]["targets"] == ["ember stripe", "glacier dot"]
     assert found["config"]["seed"] == 0
@@ -96,12 +104,19 @@ def test_an_offline_run_holds_configuration_metrics_and_grids_and_a_resume_has_i
         assert saved.size == original.size == (row["grid.width"], row["grid.height"])
         assert saved.convert("RGB").tobytes() == original.convert("RGB").tobytes()
 
+    table = json.loads((written / "files" / found["history"][2]["accuracy.path"]).read_text())
+    matrix = read_run(directory).accuracy_matrix()
+    assert table["columns"] == ["concept", "0", "1", "2"]
+    assert [row[0] for row in table["data"]] == list(matrix.index)
+    assert [row[3] for row in table["data"]] == list(matrix[2])
+    assert table["data"][1][2] is None  # the second target was not measured at request 1
+
     shutil.rmtree(directory / "steps/02")
     (directory / "summary.json").unlink()
     status, _, err = in_process(*OFFLINE)
     assert (status, err) == (0, "")
     (resumed,) = set((tmp_path / "outputs/wandb").glob("offline-run-*")) - {written}
-    again = read_run(resumed)
+    again = read_run_of_wandb(resumed)
     assert again["id"] == found["id"]
     assert set(again["history"]) - {1} == {2}  # step 1 may be mirrored again: a kill may have come between commit and mirror
     for index, row in again["history"].items():
@@ -115,3 +130,17 @@ def test_the_environment_switches_it_off(in_process, tmp_path, monkeypatch):
     status, _, err = in_process(*OFFLINE)
     assert (status, err) == (0, "")
     assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"runs", "cache"}
+
+
+def test_a_finished_run_can_be_sent_later(run_copy, tmp_path):
+    run = read_run(run_copy)
+    send(run, WandbSettings("offline", "elsewhere", None), tmp_path)
+    (written,) = (tmp_path / "wandb").glob("offline-run-*")
+    found = read_run_of_wandb(written)
+    assert (found["name"], found["group"], found["project"]) == (run_copy.name, "smoke-conabl", "elsewhere")
+    assert sorted(found["history"]) == [0, 1, 2]
+    for index, row in found["history"].items():
+        assert row["RA_C"] == pytest.approx(run.table["RA_C"][index])
+        assert row["grid._type"] == "image-file"
+    assert "accuracy.path" in found["history"][2]
+    assert "training.path" in found["history"][1]

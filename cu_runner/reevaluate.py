@@ -1,0 +1,109 @@
+"""cu-eval: measure a run's stored weights again, with another evaluator, sampler, seeds or device. Nothing is trained.
+
+    cu-eval outputs/runs/shapecanvas_style/conabl-none-sequential-s0-ec91c30b 'sequence.seeds=[1,2,3]'
+
+The result is a directory of the same form under <run>/evaluations, with predictions, grids and metrics of every step but no
+weights: reports and tables read it like a run. It resumes, and what is complete is not made again.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from cu_runner.concepts import Concept, Sequence
+from cu_runner.config import RunConfig, check_run, revise, signature
+from cu_runner.evaluation import check_labels, draw_grid, evaluate, step_metrics
+from cu_runner.evaluators.base import Evaluator
+from cu_runner.models import DiffusionModel
+from cu_runner.params import assign, select_parameters, snapshot
+from cu_runner.process import choose_device, one_line_failures, quiet_libraries
+from cu_runner.provenance import device_name, git_commit, versions
+from cu_runner.runs import EVALUATIONS, RunRecord, read_run
+from cu_runner.store import GRID, METRICS, PREDICTIONS, RunStore, Step, StoreError, read_delta, sha256_of, to_json
+
+SHOWN = ("UA", "RA_I", "RA_C", "RA_C_retained")
+
+
+def main() -> None:
+    """Entry point of `cu-eval`."""
+    parser = argparse.ArgumentParser(prog="cu-eval", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path, help="a run directory, as the last line of cu-run names it")
+    parser.add_argument("overrides", nargs="*", help="evaluator=NAME, eval.steps=50, 'sequence.seeds=[1,2]', device=cpu, ...")
+    arguments = parser.parse_args()
+    with one_line_failures("cu-eval"):
+        quiet_libraries()
+        run = read_run(arguments.run)
+        plan = check_run(revise(run.config, arguments.overrides), run.method)
+        directory = run.directory / EVALUATIONS / f"{run.directory.name[:-8]}{plan.signature[:8]}"
+        with RunStore(directory, plan.resolved, signature) as store:
+            for step in measure_again(run, plan, store):
+                print(compare(run.records[step.index]["row"], step.row), flush=True)
+            store.write_metrics([step.row for step in store.finished()])
+        print(f"evaluation: {directory}")
+
+
+def compare(before: dict[str, object], after: dict[str, object]) -> str:
+    """One line: each metric now, and in brackets as the run itself measured it."""
+    parts = [f"{after['request']:>3}  {after['concept'] or 'untouched model':<18}"]
+    for name in SHOWN:
+        now, then = ("-" if row[name] is None else f"{row[name]:.1f}" for row in (after, before))
+        parts.append(f"{name.replace('_', '-', 1).replace('_', ' ')} {now:>5} ({then})")
+    return "  ".join(parts)
+
+
+def measure_again(run: RunRecord, plan: RunConfig, store: RunStore) -> Iterator[Step]:
+    """Every finished step of the run, measured as the plan says; those that are there already come from the store.
+
+    Raises:
+        StoreError: weights that are damaged or do not fit the model, or other weights of the model than the run's.
+    """
+    steps = store.finished()
+    yield from steps
+    if len(steps) == len(run.records):
+        return
+    device, sequence = choose_device(plan.spine), plan.sequence.build()
+    model, evaluator = plan.model.build(device=device), plan.evaluator.build(device=device)
+    check_labels(sequence, evaluator)
+    fingerprint = model.fingerprint()
+    if fingerprint != run.records[0]["model_sha256"]:
+        raise StoreError(f"{run.directory}: was made with other weights of the model; restore them or give model.path=...")
+    params = select_parameters(model.unet, plan.method.build().params)
+    base = snapshot(params)
+    for index in range(len(steps), len(run.records)):
+        started, record = time.monotonic(), run.records[index]
+        if index:
+            path = run.weights(index)
+            if not path.is_file() or sha256_of(path) != record["files"][path.name]:
+                raise StoreError(f"{path}: is missing or damaged (its sha256 is not the one in step.json); restore it")
+            assign(params, base, {name: change.to(model.device) for name, change in read_delta(path, base).items()})
+        predictions, grid = sample(model, evaluator, sequence, record["targets"], index, plan)
+        measured = step_metrics(predictions, record["targets"], sequence)
+        files = {PREDICTIONS: predictions.to_csv(index=False).encode(), GRID: grid, METRICS: to_json(measured)}
+        row = record["row"] | measured | {"eval_seconds": round(time.monotonic() - started, 2)}
+        provenance = {
+            "targets": record["targets"],
+            "run_sha256": record["sha256"],
+            "weights": str(run.weights(index).absolute()) if index else None,
+            "model_sha256": fingerprint,
+            "evaluator_sha256": evaluator.fingerprint(),
+            "versions": versions(),
+            "device": device_name(model.device),
+            "git_commit": git_commit(),
+            "training": record["training"],
+        }
+        steps.append(store.save_step(index, files, provenance, row, steps[-1] if steps else None))
+        yield steps[-1]
+
+
+def sample(
+    model: DiffusionModel, evaluator: Evaluator, sequence: Sequence, unlearned: list[str], index: int, plan: RunConfig
+) -> tuple[pd.DataFrame, bytes]:
+    """predictions.csv and grid.png of one step, as the run itself would make them."""
+    targets = unlearned if index else [concept.name for concept in sequence.targets]
+    concepts = [*(Concept(name, sequence.domain) for name in targets), *sequence.retain]
+    evaluation = evaluate(model, evaluator, sequence, concepts, index, plan.spine.eval)
+    title = f"after request {index}: {unlearned[-1]}" if index else "the untouched model"
+    return evaluation.predictions, draw_grid(evaluation.thumbnails, unlearned, title)

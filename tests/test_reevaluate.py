@@ -1,0 +1,103 @@
+"""cu-eval: stored weights measured again give the run's own numbers, another seed gives others, and training cannot be changed."""
+
+import shutil
+import sys
+
+import pandas as pd
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from cu_runner import reevaluate
+from cu_runner.runs import read_run
+
+
+@pytest.fixture
+def cu_eval(tmp_path, monkeypatch, capsys):
+    """Returns run(*arguments) -> (exit status, stdout, stderr) of cu-eval in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cu-eval", *arguments])
+        status = 0
+        try:
+            reevaluate.main()
+        except SystemExit as end:
+            status = end.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    yield run
+    GlobalHydra.instance().clear()
+
+
+def test_the_same_measurement_gives_the_same_numbers(cu_eval, run_copy, tmp_path):
+    status, out, err = cu_eval(str(run_copy))
+    assert (status, err) == (0, "")
+    directory = tmp_path / out.splitlines()[-1].removeprefix("evaluation: ")
+    assert directory == run_copy / "evaluations" / run_copy.name
+    for index in (0, 1, 2):
+        for name in ("predictions.csv", "metrics.json", "grid.png"):
+            assert (directory / f"steps/0{index}" / name).read_bytes() == (run_copy / f"steps/0{index}" / name).read_bytes()
+    again, run = read_run(directory), read_run(run_copy)
+    pd.testing.assert_frame_equal(again.table.drop(columns="eval_seconds"), run.table.drop(columns="eval_seconds"))
+    assert again.label == run.label
+    assert again.weights(2) == run_copy / "steps/02/delta.safetensors"
+    for row in run.table.itertuples():
+        assert f"RA-I {row.RA_I:5.1f} ({row.RA_I:.1f})" in out
+
+
+def test_another_seed_is_another_evaluation_and_resumes(cu_eval, run_copy, tmp_path):
+    status, out, err = cu_eval(str(run_copy), "sequence.seeds=[1,2]")
+    assert (status, err) == (0, "")
+    directory = tmp_path / out.splitlines()[-1].removeprefix("evaluation: ")
+    assert directory.parent == run_copy / "evaluations"
+    assert directory.name != run_copy.name
+    own = pd.read_csv(run_copy / "steps/02/predictions.csv")
+    rows = pd.read_csv(directory / "steps/02/predictions.csv")
+    assert sorted(rows["seed"].unique()) == [1, 2]
+    assert len(rows) == 2 * len(own)
+    last = read_run(directory).table.iloc[-1]
+    targets = rows[rows["style"].isin(["ember stripe", "glacier dot"])]
+    assert last["UA"] == pytest.approx(100 * (targets["style"] != targets["predicted_style"]).mean(), abs=1e-3)
+
+    first = {path: path.read_bytes() for path in (directory / "steps").rglob("*.csv")}
+    shutil.rmtree(directory / "steps/02")
+    stamp = (directory / "steps/01/step.json").stat().st_mtime_ns
+    assert cu_eval(str(run_copy), "sequence.seeds=[1,2]")[0] == 0
+    assert (directory / "steps/01/step.json").stat().st_mtime_ns == stamp
+    assert {path: path.read_bytes() for path in first} == first
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr=1", "train.lr: shaped the training and cannot change here; allowed: evaluator, eval, "),
+        ("method=esd", "method: shaped the training"),
+        ("eval.stps=3", "unknown key eval.stps; the run's config.yaml holds every key"),
+        ("eval.steps=0", "eval.steps"),
+        ("evaluator=nix", "evaluator=nix: no such file; allowed: celebrity, shapecanvas, unlearncanvas"),
+        ("evaluator=unlearncanvas", "not set, and without a default: evaluator.paths.style"),
+        ("sequence.retain=[nobody]", "the evaluator has no style 'nobody'"),
+        ("eval.steps", "eval.steps"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(cu_eval, run_copy, override, message):
+    status, _, err = cu_eval(str(run_copy), override)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert not list(run_copy.glob("evaluations/*/steps/*/step.json"))
+
+
+def test_damage_is_refused(cu_eval, run_copy):
+    path = run_copy / "steps/02/delta.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    status, out, err = cu_eval(str(run_copy))
+    assert status == 1
+    assert "steps/02/delta.safetensors: is missing or damaged" in err
+    assert len(out.splitlines()) == 2  # the steps before it were measured and are kept
+    status, _, err = cu_eval(str(run_copy / "steps"))
+    assert (status, err.count("\n")) == (1, 1)
+    assert "holds no readable config.yaml" in err
