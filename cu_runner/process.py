@@ -76,7 +76,7 @@ def logging_to(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        file.handle(package.makeRecord("cu_runner.cli", logging.ERROR, "", 0, "stopped by %r", (error,), sys.exc_info()))
+        file.handle(package.makeRecord(__name__, logging.ERROR, "", 0, "stopped by %r", (error,), sys.exc_info()))
         raise
     finally:
         package.removeHandler(terminal)

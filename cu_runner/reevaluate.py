@@ -79,8 +79,9 @@ def measure_again(run: RunRecord, plan: RunConfig, store: RunStore) -> Iterator[
             if not path.is_file() or sha256_of(path) != record["files"][path.name]:
                 raise StoreError(f"{path}: is missing or damaged (its sha256 is not the one in step.json); restore it")
             assign(params, base, {name: change.to(model.device) for name, change in read_delta(path, base).items()})
-        predictions, grid = sample(model, evaluator, sequence, record["targets"], index, plan)
-        measured = step_metrics(predictions, record["targets"], sequence)
+        unlearned = run.unlearned(index)
+        predictions, grid = sample(model, evaluator, sequence, unlearned, index, plan)
+        measured = step_metrics(predictions, unlearned, sequence)
         files = {PREDICTIONS: predictions.to_csv(index=False).encode(), GRID: grid, METRICS: to_json(measured)}
         row = record["row"] | measured | {"eval_seconds": round(time.monotonic() - started, 2)}
         provenance = {

@@ -82,6 +82,12 @@ class RunRecord:
         record = self.records[index]
         return Path(record.get("weights") or self.step_dir(index) / (MERGED if MERGED in record["files"] else DELTA))
 
+    def unlearned(self, index: int) -> list[str]:
+        """The concepts that the weights of a step have unlearned, in order of request: UA is over these."""
+        names = [record["row"]["concept"] for record in self.records[1 : index + 1]]
+        alone = self.plan == "independent" and self.weights(index).name != MERGED
+        return names[-1:] if alone else names
+
     def predictions(self, index: int) -> pd.DataFrame:
         """predictions.csv of a step: one row per image."""
         return pd.read_csv(self.step_dir(index) / PREDICTIONS)

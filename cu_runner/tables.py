@@ -141,7 +141,7 @@ def num_images(run: RunRecord, metric: str) -> int:
     """How many images of the last request a metric rests on."""
     rows = run.predictions(len(run.records) - 1)
     sequence = run.config["sequence"]
-    concepts = {"UA": run.records[-1]["targets"], "RA_I": sequence["retain"], "RA_C_retained": sequence["retain"]}
+    concepts = {"UA": run.unlearned(len(run.records) - 1), "RA_I": sequence["retain"], "RA_C_retained": sequence["retain"]}
     return int(rows[sequence["domain"]].isin(concepts[metric]).sum()) if metric in concepts else len(rows)
 
 

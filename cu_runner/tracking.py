@@ -75,7 +75,7 @@ class Tracker:
         """The accuracy of every concept after every request, as a table; rows concepts, columns requests, percent."""
         if self._run is None:
             return
-        table = matrix.rename(columns=str).rename_axis("concept").reset_index()
+        table = matrix.astype(object).where(matrix.notna(), None).rename(columns=str).rename_axis("concept").reset_index()
         try:
             self._run.log({"accuracy": self._wandb.Table(dataframe=table)}, step=int(matrix.columns[-1]))
         except Exception as error:

@@ -18,6 +18,8 @@ CODE = [
 ]
 AT_THE_DOOR = {"cli.py", "config.py", "tables.py", "complaints.py"}  # complaints.py words the errors of both
 
+TAKE_A_RUN = {"reevaluate.py", "forecast.py"}  # cu-eval and dry_run: they need a whole checked run, and no DictConfig
+
 
 def imported(path: Path) -> set[str]:
     """The top-level modules that a file imports, anywhere in it."""
@@ -44,7 +46,7 @@ def test_nothing_below_imports_the_command():
         if path.name not in ("cli.py", "complaints.py"):
             text = path.read_text(encoding="utf-8")
             assert "cu_runner.cli" not in text, path.name
-            assert path.name in AT_THE_DOOR or "cu_runner.config" not in text, path.name
+            assert path.name in AT_THE_DOOR | TAKE_A_RUN or "cu_runner.config" not in text, path.name
 
 
 def test_axes_do_not_know_each_other():

@@ -18,6 +18,7 @@ def test_what_a_run_directory_says(run_copy):
     for name in ("UA", "RA_I", "RA_C", "RA_C_retained", "drift_l2", "train_steps"):
         assert run.table[name].tolist()[1:] == pytest.approx(saved[name].tolist()[1:], rel=1e-12), name
     assert pd.isna(run.table["UA"][0])
+    assert [run.unlearned(index) for index in (0, 1, 2)] == [[], ["ember stripe"], ["ember stripe", "glacier dot"]]
     assert run.weights(2) == run_copy / "steps/02/delta.safetensors"
 
 
