@@ -2,12 +2,14 @@
 
     python scripts/bench.py                      # everything, on the fastest device there is
     python scripts/bench.py --skip-main          # without the main job
+    python scripts/bench.py --methods            # what a training step of every method costs, and nothing else
     python scripts/bench.py --device cpu --precision bf16
 
 Fractions of peak compare the UNet's floating-point operations with a large matrix product in the same precision, timed here.
 """
 
 import argparse
+import dataclasses
 import os
 import statistics
 import subprocess
@@ -24,10 +26,11 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from cu_runner.concepts import make_sequence, plan_requests
+from cu_runner.config import RunConfig, compose
 from cu_runner.methods.base import Scope
 from cu_runner.methods.conabl import ConAbl
 from cu_runner.models import DTYPES, DiffusionModel, load_model
-from cu_runner.params import select_parameters, snapshot
+from cu_runner.params import assign, select_parameters, snapshot
 from cu_runner.sampling import generate
 from cu_runner.seeding import RandomSource
 from cu_runner.settings import Sampler, TrainSettings
@@ -119,6 +122,40 @@ def bench_model(device: torch.device, precision: str, batch_size: int) -> None:
     print(f"training, conabl, batch 8, fp32 weights: {1 / seconds:.1f} steps/s")
 
 
+def time_method(plan: RunConfig, device: torch.device) -> tuple[float, int]:
+    """Seconds per training step of a method, and the images that it has the untouched model make for one request."""
+    method, model, sequence = plan.method.build(), plan.model.build(device=str(device)), plan.sequence.build()
+    params, made = select_parameters(model.unet, method.params), {}
+    base, request = snapshot(params), plan_requests(sequence, "sequential")[0]
+
+    def anchors(prompts: list[str], number: int, mirrored: bool = False) -> torch.Tensor:
+        made[tuple(prompts)] = number
+        return torch.randn(number, *model.latent_shape, generator=torch.Generator().manual_seed(number))
+
+    def seconds_of(steps: int) -> float:
+        scope = Scope(model, sequence, request, params, base, base, RandomSource(0, 1), 8, steps, anchors)
+        started = time.perf_counter()
+        erase(scope, method, {}, dataclasses.replace(plan.spine.train, steps=steps))
+        synchronize(device)
+        seconds = time.perf_counter() - started
+        assign(params, base)
+        return seconds
+
+    seconds_of(2)
+    few, many = (statistics.median(seconds_of(steps) for _ in range(3)) for steps in (10, 40))
+    return (many - few) / 30, sum(made.values())  # what a request prepares cancels out
+
+
+def bench_methods(device: torch.device) -> None:
+    """The cost of every method with its settings of conf/tuned, against ConAbl's in the same run."""
+    names = sorted((path.stem for path in (CONF / "method").glob("*.yaml")), key=lambda name: name != "conabl")
+    plans = {name: compose([f"method={name}"]) for name in names}
+    timed = {name: time_method(plan, device) for name, plan in plans.items() if not plan.method.build().closed_form}
+    for name, (seconds, images) in timed.items():
+        ratio = seconds / timed["conabl"][0]
+        print(f"{name:<16} {1000 * seconds:6.1f} ms a step, {ratio:4.1f} of conabl's; {images:>4} images made for a request")
+
+
 def bench_main_job(overrides: list[str]) -> None:
     """The main job with empty caches, as a subprocess in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -144,7 +181,11 @@ def main() -> None:
     parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
     parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--skip-main", action="store_true", help="leave the main job out")
+    parser.add_argument("--methods", action="store_true", help="only the cost of a training step of every method")
     arguments = parser.parse_args()
+    if arguments.methods:
+        bench_methods(torch.device(arguments.device))
+        return
     bench_start()
     bench_model(torch.device(arguments.device), arguments.precision, arguments.batch_size)
     if not arguments.skip_main:

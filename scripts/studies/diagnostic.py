@@ -1,0 +1,73 @@
+"""How does plain sequential unlearning collapse, and does drift go with it? (Lee et al. 2026, arXiv 2511.07970)
+
+    python scripts/studies/diagnostic.py [OVERRIDE ...] [--output DIR]
+
+ConAbl without regularizer, three seeds: UA, RA-I, RA-C and drift after every request; the request at which retention has halved;
+the correlation of drift with retention over requests 0 to N of a run. 3 runs of the sequence; diagnostic.md has their seconds.
+"""
+
+import pandas as pd
+from matplotlib.figure import Figure
+from study import (
+    Study,
+    as_markdown,
+    command,
+    finished,
+    last_rows,
+    over_requests,
+    panels,
+    plot_over_requests,
+    with_stopped,
+)
+
+from cu_runner.studies import pearson, spearman
+
+SEEDS = (0, 1, 2)
+RETENTION = {"RA_I": "RA-I", "RA_C": "RA-C"}
+
+
+def cells() -> dict[str, list[str]]:
+    return {f"seed {seed}": ["reg=none", f"seed={seed}"] for seed in SEEDS}
+
+
+def halved(table: pd.DataFrame, metric: str) -> int | None:
+    """The first request after which the metric is below half of the untouched model's; None if there is none."""
+    below = table.loc[table[metric] < table[metric].iloc[0] / 2, "request"]
+    return int(below.iloc[0]) if len(below) else None
+
+
+def correlations(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Drift against retention over the requests, one row per run and metric, with the request at which the metric has halved."""
+    rows = []
+    for label, table in tables.items():
+        for metric, title in RETENTION.items():
+            r, rho = (measure(table["drift_l2"], table[metric]) for measure in (pearson, spearman))
+            row = {"run": label, "drift against": title, "n": r.number}
+            row |= {"Pearson r": r.value, "r from": r.low, "r to": r.high}
+            row |= {"Spearman rho": rho.value, "rho from": rho.low, "rho to": rho.high}
+            rows.append(row | {"halved at request": halved(table, metric) or "never"})
+    return pd.DataFrame(rows)
+
+
+def draw(tables: dict[str, pd.DataFrame]) -> Figure:
+    """The metrics over the requests, then retention against drift."""
+    figure, axes = panels(2, 3)
+    plot_over_requests(axes[:4], tables)
+    for axis, (metric, title) in zip(axes[4:], RETENTION.items(), strict=True):
+        for table in tables.values():
+            axis.plot(table["drift_l2"], table[metric], "o", markersize=4)
+        axis.set(xlabel="drift, L2 norm", title=f"{title} (%)", ylim=(-3, 103))
+    return figure
+
+
+def main(study: Study) -> None:
+    runs = study.run(cells())
+    tables = {label: run.table for label, run in finished(runs).items()}
+    text = f"After the last request:\n\n{as_markdown(with_stopped(last_rows(tables), runs))}\n\n"
+    text += f"Drift and retention over the requests, with 95% intervals:\n\n{as_markdown(correlations(tables), digits=3)}\n\n"
+    text += "The requests of one run follow from each other; the intervals take them as independent and are too narrow."
+    study.write(with_stopped(over_requests(tables), runs), draw(tables), text)
+
+
+if __name__ == "__main__":
+    command(main, __doc__)

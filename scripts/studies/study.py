@@ -1,0 +1,206 @@
+"""What the studies share: the command line, the runs, the look of the pictures, and what is written.
+
+A study is `python scripts/studies/NAME.py [OVERRIDE ...] [--output DIR]`. The overrides are appended to every run, so that
+`experiment=unlearncanvas_style model.path=DIR evaluator.paths.style=DIR evaluator.paths.object=DIR` gives it on Stable Diffusion.
+It writes NAME.csv, NAME.png and NAME.md. Stopped and started again it goes on where it was; finished runs are found again.
+"""
+
+import argparse
+import math
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import matplotlib as mpl
+import pandas as pd
+
+from cu_runner.config import RunConfig, compose
+from cu_runner.help import config_dir
+from cu_runner.launch import LaunchError, cu_runs
+from cu_runner.process import one_line_failures, quiet_libraries
+from cu_runner.runs import RunRecord
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+PANELS = {"UA": "UA (%)", "RA_I": "RA-I (%)", "RA_C": "RA-C (%)", "drift_l2": "drift, L2 norm"}
+OUTPUT = Path("docs/studies")
+STABLE_DIFFUSION = (
+    "experiment=unlearncanvas_style model.path=DIR evaluator.paths.style=DIR evaluator.paths.object=DIR --output unlearncanvas"
+)
+
+
+def regularizers() -> list[str]:
+    """The public names of conf/reg: none, those alone, then the combinations."""
+    names = sorted(path.stem for path in (config_dir() / "reg").glob("*.yaml"))
+    return sorted(names, key=lambda name: (name != "none", "_" in name))
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study as it was called. name: of its script. overrides: of the user, for every run. output: the folder to write to."""
+
+    name: str
+    about: str
+    overrides: list[str]
+    output: Path
+
+    def gives(self, *keys: str) -> bool:
+        """Whether the user set one of these."""
+        return not {override.partition("=")[0].lstrip("+") for override in self.overrides}.isdisjoint(keys)
+
+    def job(self, cell: list[str]) -> list[str]:
+        """All overrides of a run."""
+        return ["wandb.mode=disabled", *cell, *self.overrides]
+
+    def plan(self, cell: list[str]) -> RunConfig:
+        """The checked configuration of a run. Raises ValueError, or an error of Hydra's own."""
+        return compose(self.job(cell))
+
+    def run(self, cells: dict[str, list[str]]) -> dict[str, RunRecord | str]:
+        """Make, resume or find the runs, by label; of a run that diverged the line that says so.
+
+        Args:
+            cells: the study's own overrides of each run, by label. All are checked before the first one starts.
+
+        Raises:
+            ValueError: the user sets what the study sets itself. LaunchError: a run failed, or every run diverged.
+        """
+        for key in {override.partition("=")[0] for cell in cells.values() for override in cell}:
+            if self.gives(key):
+                raise ValueError(f"{key}: this study sets it itself; leave it out, or run cu-run with it")
+        places = {label: self.plan(cell).directory for label, cell in cells.items()}
+        jobs = {places[label]: self.job(cell) for label, cell in cells.items()}
+        found = {}
+        for place, run in zip(jobs, cu_runs(list(jobs.values())), strict=True):  # one job where two labels are the same run
+            found[place] = run
+            labels = ", ".join(label for label in cells if places[label] == place)
+            print(f"{labels:<40} {run if isinstance(run, str) else summary_line(run.table)}", flush=True)
+        if all(isinstance(run, str) for run in found.values()):
+            raise LaunchError(f"every run diverged, the last with: {run}")
+        return {label: found[place] for label, place in places.items()}
+
+    def write(self, rows: pd.DataFrame, figure: Figure, text: str) -> None:
+        """Write the rows, the picture, and the text under the commands that made it."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        table, picture, page = (self.output / f"{self.name}.{kind}" for kind in ("csv", "png", "md"))
+        rows.to_csv(table, index=False, float_format="%.6g")
+        figure.savefig(picture, dpi=110)
+        plt.close(figure)
+        script, folder = (
+            f"    python scripts/studies/{self.name}.py",
+            [] if self.output == OUTPUT else ["--output", str(self.output)],
+        )
+        this = f"{script} {shlex.join([*self.overrides, *folder])}".rstrip()
+        commands = f"{this}\n{script} {STABLE_DIFFUSION}  # on Stable Diffusion\n"
+        image = f"![{self.about}]({picture.name})"
+        page.write_text(f"# {self.name}\n\n{self.about}\n\n{commands}\n{image}\n\n{text}\n", encoding="utf-8")
+        for path in (table, picture, page):
+            print(f"wrote {path}")
+
+
+class Parser(argparse.ArgumentParser):
+    """One line on bad usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` says what it takes\n")
+
+
+def command(main: Callable[[Study], None], docstring: str) -> None:
+    """Call a study with its command line; what a user can mend becomes one line on stderr and an exit status, as with cu-run."""
+    parser = Parser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of cu-run, for every run of the study")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"folder to write to (default: {OUTPUT})")
+    given = parser.parse_intermixed_args()
+    with one_line_failures(Path(sys.argv[0]).name):
+        quiet_libraries()
+        main(Study(Path(sys.argv[0]).stem, docstring.splitlines()[0], given.overrides, given.output))
+
+
+def summary_line(table: pd.DataFrame) -> str:
+    """The metrics after the last request."""
+    last = table.iloc[-1]
+    return f"UA {last.UA:5.1f}  RA-I {last.RA_I:5.1f}  RA-C {last.RA_C:5.1f}  drift {last.drift_l2:.1f}"
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
+def finished(runs: dict[str, RunRecord | str]) -> dict[str, RunRecord]:
+    """The runs that reached their last request."""
+    return {label: run for label, run in runs.items() if not isinstance(run, str)}
+
+
+def with_stopped(table: pd.DataFrame, runs: dict[str, RunRecord | str]) -> pd.DataFrame:
+    """The table, and a row under its first column's name for every run that diverged, with the reason."""
+    reasons = {label: run for label, run in runs.items() if isinstance(run, str)}
+    if not reasons:
+        return table
+    return pd.concat([table, pd.DataFrame({table.columns[0]: list(reasons), "stopped": list(reasons.values())})])
+
+
+def last_rows(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """One row per run: the metrics after its last request, and the seconds of all its requests (training and evaluation)."""
+    shown = ["UA", "RA_I", "RA_C", "RA_C_retained", "drift_l2"]
+    rows = [
+        {"run": label, **table[shown].iloc[-1], "seconds": table[["train_seconds", "eval_seconds"]].to_numpy().sum()}
+        for label, table in tables.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def over_requests(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """The metrics of every run after every request, one below the other."""
+    shown = ["run", "request", "concept", *PANELS, "RA_C_retained", "UA_current", "UA_previous"]
+    return pd.concat([table.assign(run=label) for label, table in tables.items()])[shown]
+
+
+def as_markdown(table: pd.DataFrame, digits: int = 1) -> str:
+    """A Markdown table; "-" for what was not measured."""
+
+    def cell(value: object) -> str:
+        if isinstance(value, float):
+            return "-" if math.isnan(value) else f"{value:.{digits}f}"
+        return str(value).replace("|", "/")
+
+    lines = [table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(cell(value) for value in line)} |" for line in lines)
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+def panels(rows: int, columns: int, width: float = 3.3, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    """A figure with a grid of axes, left to right and top to bottom; width and height of each in inches."""
+    size = (width * columns, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, constrained_layout=True, squeeze=False)
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+    return figure, list(axes.flat)
+
+
+def plot_over_requests(axes: list[Axes], tables: dict[str, pd.DataFrame], styles: dict[str, str] | None = None) -> None:
+    """UA, RA-I, RA-C and drift over the requests into four axes, one line per run. styles: matplotlib's line format by label."""
+    for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
+        for label, table in tables.items():
+            axis.plot(table["request"], table[name], (styles or {}).get(label, "o-"), markersize=3, label=label)
+        axis.set(xlabel="request", title=title)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if name != "drift_l2":
+            axis.set_ylim(-3, 103)
+    axes[0].legend(fontsize=7, loc="lower left")
+
+
+def draw_bars(table: pd.DataFrame) -> Figure:
+    """UA, RA-I, RA-C and drift after the last request, one bar per run."""
+    figure, axes = panels(1, len(PANELS), height=0.8 + 0.24 * len(table))
+    for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
+        axis.barh(table["run"], table[name], color="#1b9e77" if name != "drift_l2" else "#888888", height=0.7)
+        axis.set(title=title, yticks=range(len(table)))
+        axis.invert_yaxis()
+        if name != "drift_l2":
+            axis.set_xlim(0, 103)
+    for axis in axes[1:]:
+        axis.set_yticklabels([])
+    return figure
