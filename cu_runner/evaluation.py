@@ -5,6 +5,8 @@ Accuracies are in percent. A prediction counts as right when it equals the conce
 
 import io
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import pandas as pd
 import torch
@@ -13,13 +15,24 @@ from torch import Tensor
 
 from cu_runner.concepts import Concept, Sequence
 from cu_runner.evaluators.base import Evaluator
-from cu_runner.models import DiffusionModel
-from cu_runner.sampling import generate
 from cu_runner.settings import EvalSettings
+
+if TYPE_CHECKING:
+    from cu_runner.models import DiffusionModel
+
+ENOUGH_UA = 95.0  # percent; a run below it has forgotten too little for its retention to be compared with that of others
 
 
 class SamplingError(RuntimeError):
     """The model makes no images; the message is one line."""
+
+
+def read_predictions(file: Path | BinaryIO) -> pd.DataFrame:
+    """predictions.csv. Names stay text, also "NA" and "007"; step and seed are whole numbers, scores are floats."""
+    rows = pd.read_csv(file, dtype=str, keep_default_na=False)
+    return rows.astype(
+        {name: float if name.startswith("score_") else int for name in rows if name.startswith(("step", "seed", "score_"))}
+    )
 
 
 def accuracy_per_concept(predictions: pd.DataFrame, domain: str) -> dict[str, float]:
@@ -103,7 +116,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: DiffusionModel, evaluator: Evaluator, sequence: Sequence, concepts: list[Concept], step: int, settings: EvalSettings
+    model: "DiffusionModel", evaluator: Evaluator, sequence: Sequence, concepts: list[Concept], step: int, settings: EvalSettings
 ) -> Evaluation:
     """Generate and classify the grid concepts x sequence.cross_retain x sequence.seeds.
 
@@ -113,6 +126,8 @@ def evaluate(
     Returns:
         The rows (step, prompt, <domain>, <cross domain>, seed, predicted_..., score_...) and thumbnails for the grid.
     """
+    from cu_runner.sampling import generate  # diffusers takes seconds, and those who only read metrics do not need it
+
     domain, cross_domain = sequence.domain, sequence.cross_domain
     cells = [(concept, cross, seed) for concept in concepts for cross in sequence.cross_retain for seed in sequence.seeds]
     prompts = [sequence.evaluation_prompt(concept, cross) for concept, cross, _ in cells]

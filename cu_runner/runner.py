@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cu_runner.anchors import AnchorImages, sampler_key
 from cu_runner.concepts import Concept, Request, Sequence
-from cu_runner.evaluation import Evaluation, check_labels, draw_grid, evaluate, mean_accuracy, step_metrics
+from cu_runner.evaluation import Evaluation, check_labels, draw_grid, evaluate, mean_accuracy, read_predictions, step_metrics
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.methods.base import Method, Scope
 from cu_runner.models import DiffusionModel
@@ -269,7 +269,7 @@ class Runner:
         parent: Step | None,
     ) -> Step:
         index = request.index if request else 0
-        table = pd.read_csv(io.BytesIO(files[PREDICTIONS]))
+        table = read_predictions(io.BytesIO(files[PREDICTIONS]))
         measured = step_metrics(table, unlearned, self.sequence)
         size = drift(delta) if delta else Drift(0.0, 0.0, 0.0)
         row = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from cu_runner.evaluation import accuracy_per_concept
+from cu_runner.evaluation import accuracy_per_concept, read_predictions
 from cu_runner.store import DELTA, MERGED, PREDICTIONS, STEP, StoreError, read_record
 
 EVALUATIONS = "evaluations"  # folder of a run directory in which cu-eval puts what it measured, a run directory each
@@ -90,7 +90,7 @@ class RunRecord:
 
     def predictions(self, index: int) -> pd.DataFrame:
         """predictions.csv of a step: one row per image."""
-        return pd.read_csv(self.step_dir(index) / PREDICTIONS)
+        return read_predictions(self.step_dir(index) / PREDICTIONS)
 
     def accuracy_matrix(self) -> pd.DataFrame:
         """Percent of images recognised, rows: concepts (targets in order, then retained), columns: requests from 0 on.

@@ -23,6 +23,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from scipy.stats import t as student_t
 
 from cu_runner.config import ConfigError, RunConfig, check, compose
+from cu_runner.evaluation import ENOUGH_UA
 from cu_runner.help import shipped_dir
 from cu_runner.launch import cu_runs, submit
 from cu_runner.process import one_line_failures
@@ -31,7 +32,6 @@ from cu_runner.settings import STRICT
 from cu_runner.store import write_atomic
 from cu_runner.table_formats import as_csv, as_latex, as_markdown
 
-ENOUGH_UA = 95.0  # percent; under it a run has forgotten too little for its retention to be compared
 LEVEL = 0.95  # of intervals
 
 Overrides = list[str]

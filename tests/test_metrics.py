@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from cu_runner.evaluation import accuracy_per_concept, mean_accuracy, metrics
+from cu_runner.evaluation import accuracy_per_concept, mean_accuracy, metrics, read_predictions
 
 # style, predicted style, object, predicted object
 ROWS = [
@@ -63,3 +63,13 @@ def test_mean_accuracy_weighs_concepts_alike(predictions):
 def test_missing_concepts_are_an_error(predictions, unlearned, retain, cross, missing):
     with pytest.raises(ValueError, match=rf"^predictions hold no image of .*{missing}; the evaluation is incomplete$"):
         metrics(predictions, unlearned, retain, cross)
+
+
+def test_names_that_look_like_numbers_or_gaps_stay_text(tmp_path):
+    file = tmp_path / "predictions.csv"
+    file.write_text("step,prompt,style,object,seed,predicted_style,score_style\n1,a NA,NA,007,188,NA,0.5\n")
+    rows = read_predictions(file)
+    assert rows.iloc[0].to_dict() == {
+        "step": 1, "prompt": "a NA", "style": "NA", "object": "007", "seed": 188, "predicted_style": "NA", "score_style": 0.5,
+    }  # fmt: skip
+    assert accuracy_per_concept(rows, "style") == {"NA": 100.0}

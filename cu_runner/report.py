@@ -1,0 +1,108 @@
+"""cu-report: runs as one HTML page that needs no network: what was forgotten and kept after each request, samples, drift, cost.
+
+Exit status: 0 done, 1 a run is damaged or the page cannot be written, 2 the paths or options are wrong, 130 interrupted.
+"""
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from cu_runner.runs import RunRecord
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(2, f"{message}; `cu-report --help` lists every option")
+
+
+def main() -> None:
+    """Entry point of `cu-report`."""
+    parser = Parser(prog="cu-report", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="PATH", help="run directories, or folders that hold some: a sweep, outputs/runs"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the page goes; default: outputs/reports/NAME")
+    parser.add_argument(
+        "--details",
+        type=positive,
+        default=12,
+        metavar="N",
+        help="accuracy matrix, samples and configuration of the first N runs (%(default)s)",
+    )
+    parser.add_argument(
+        "--wandb", choices=("online", "offline"), help="also send the runs to W&B, into the project of their own configuration"
+    )
+    arguments = parser.parse_args()
+    try:
+        produce(arguments.paths, arguments.output, arguments.details, arguments.wandb)
+    except KeyboardInterrupt:
+        fail(130, "interrupted; run the same command again")
+
+
+def fail(status: int, message: str) -> NoReturn:
+    sys.stderr.write(f"cu-report: {message}\n")
+    sys.exit(status)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def produce(paths: list[Path], output: Path | None, details: int, wandb: str | None) -> None:
+    """Read the runs, write the page and its plots, and say where they are; send the runs to W&B if asked to."""
+    from cu_runner.report_data import read_all  # imported here: torch takes seconds, --help must not
+    from cu_runner.report_page import write_page
+    from cu_runner.runs import find_runs
+    from cu_runner.store import StoreError, write_atomic
+
+    try:
+        directories = list(dict.fromkeys(path.resolve() for path in find_runs(paths)))
+    except StoreError as error:
+        fail(2, str(error))
+    folder = output or Path("outputs/reports") / report_name(paths, directories)
+    try:
+        runs, unstarted = read_all(directories)
+        remarks = []
+        if len(runs) > details:
+            remarks.append(
+                f"Accuracy matrix, samples and configuration are given for the first {details} of {len(runs)} runs (--details)."
+            )
+        if unstarted:
+            remarks.append(f"Left out, since no step is finished: {', '.join(unstarted)}.")
+        (folder / "plots").mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "index.html", write_page(runs, folder / "plots", details, remarks).encode())
+    except StoreError as error:
+        fail(1, str(error))
+    except OSError as error:
+        fail(1, f"{error.filename or folder}: {error.strerror or error}; mend that or choose another --output")
+    if wandb:
+        send_all([shown.run for shown in runs], wandb)
+    sys.stdout.write("".join(f"{remark}\n" for remark in remarks) + f"report: {folder / 'index.html'}\n")
+
+
+def send_all(runs: "list[RunRecord]", mode: str) -> None:
+    """Mirror the runs to W&B, which writes its own files under the outputs folder of their configuration."""
+    from cu_runner.settings import WandbSettings
+    from cu_runner.tracking import send
+
+    for run in runs:
+        named = run.config["wandb"]
+        send(run, WandbSettings(mode, named["project"], named["entity"]), Path(run.config["paths"]["outputs"]))
+        sys.stdout.write(f"sent to W&B ({mode}): {run.directory.name}\n")
+
+
+def report_name(paths: list[Path], directories: list[Path]) -> str:
+    """Of the run, of the folder, or "N-runs-<hash of their names>"."""
+    if len(paths) == 1:
+        return paths[0].resolve().name
+    if len(directories) == 1:
+        return directories[0].name
+    names = "\n".join(sorted(directory.name for directory in directories))
+    return f"{len(directories)}-runs-{hashlib.sha256(names.encode()).hexdigest()[:8]}"

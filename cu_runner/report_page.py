@@ -1,0 +1,263 @@
+"""The sections of a report's page."""
+
+import base64
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+
+import pandas as pd
+
+from cu_runner.evaluation import ENOUGH_UA
+from cu_runner.report_data import Shown, costs, drift_by_layer, network_position, provenance, sample_images
+from cu_runner.report_html import document, legend, named, plot, scrolled, table
+from cu_runner.report_plots import (
+    PERCENTAGES,
+    format_percent,
+    layer_panel,
+    metric_panel,
+    publish,
+    tradeoff_panel,
+    write_costs,
+    write_heat_map,
+)
+
+NAMES = PERCENTAGES | {"RA_C_retained": "RA-C retained", "drift_l2": "drift"}
+MEANINGS = {
+    "UA": "100 minus the mean accuracy on images prompted with the concepts unlearned so far, in percent. High: they are gone.",
+    "RA-I": "accuracy on images of retained concepts of the same domain, in percent. High: the neighbours are still there.",
+    "RA-C": "accuracy in the other domain, on all images, in percent; RA-C retained: on images of retained concepts only.",
+    "drift": "L2 distance of the trained weights from those of the untouched model: how far, not how well.",
+}
+DAGGER, DOUBLE_DAGGER, DASH = "\N{DAGGER}", "\N{DOUBLE DAGGER}", "\N{EN DASH}"
+
+
+def write_page(runs: list[Shown], plots: Path, details: int, remarks: list[str]) -> str:
+    """The whole page as text; its plots also as PNG and SVG files.
+
+    Args:
+        plots: existing folder for the pictures.
+        details: of so many runs, the first ones, accuracy matrix, samples and configuration are given.
+        remarks: lines for the end of the summary.
+
+    Raises:
+        StoreError: a file of a run is damaged.
+    """
+    sequences = ", ".join(dict.fromkeys(shown.run.sequence for shown in runs))
+    detailed = runs[:details]
+    sections = {
+        "Summary": summary(runs, remarks),
+        "After each request": metrics(runs, plots),
+        "Trade-off": tradeoff(runs, plots),
+        "Every concept": heat_maps(detailed, plots),
+        "Samples": samples(detailed),
+        "Drift by layer": layers(runs, plots),
+        "Cost": cost(runs, plots),
+        "Configuration": configurations(detailed),
+    }
+    who = runs[0].title if len(runs) == 1 else f"{len(runs)} runs"
+    lead = (
+        "What was forgotten (UA), what its neighbours (<span>RA-I</span>) and the rest of the model (<span>RA-C</span>) kept, and "
+        "how far the weights moved (drift), after each request to unlearn a concept."
+    )
+    return document(f"{who} on {sequences}", lead, sections)
+
+
+def show(value: float, form: str = ".1f") -> str:
+    return DASH if pd.isna(value) else format(value, form)
+
+
+def form_of(name: str) -> str:
+    """How the numbers of a column of metrics.csv are written."""
+    return "#.4g" if name == "drift_l2" else ".1f"
+
+
+def footmark(mark: str) -> str:
+    """Beside a number, outside its column."""
+    return f'<span class="mark">{mark}</span>'
+
+
+# ---------------------------------------------------------------------------------------------------------- all runs
+def summary(runs: list[Shown], remarks: list[str]) -> str:
+    rows, notes = [], []
+    for shown in runs:
+        rows.append([named(shown), shown.extent, *(show(shown.last[name], form_of(name)) for name in NAMES)])
+        if shown.last["UA"] < ENOUGH_UA:
+            rows[-1][2] += footmark(DAGGER)
+    if any(shown.last["UA"] < ENOUGH_UA for shown in runs):
+        notes.append(f"{DAGGER} UA is under {ENOUGH_UA:.0f}: less was forgotten, so the retention is not comparable.")
+    if stopped := [shown.label for shown in runs if shown.run.config["setting"].get("stop_at") is not None]:
+        notes.append(f"Requests end when the evaluator that also judges measures a given UA: {', '.join(stopped)}.")
+    parts = [part for part in ("model", "evaluator") if len({shown.run.records[0][f"{part}_sha256"] for shown in runs}) > 1]
+    if parts:
+        notes.append(
+            f"Not all runs have the same weights of the {' and the '.join(parts)} (see Configuration): compare those that do."
+        )
+    meanings = "".join(f"<dt>{name}</dt><dd>{meaning}</dd>" for name, meaning in MEANINGS.items())
+    lines = "".join(f'<p class="note">{escape(note)}</p>' for note in notes + remarks)
+    return table(["run", "requests", *NAMES.values()], rows, "After the last finished request") + lines + f"<dl>{meanings}</dl>\n"
+
+
+def by_request(runs: list[Shown], name: str) -> str:
+    """A column of metrics.csv: rows runs, columns requests."""
+    longest = max(len(shown.run.records) for shown in runs)
+    rows = [
+        [named(shown), *(show(value, form_of(name)) for value in shown.run.table[name].reindex(range(longest)))] for shown in runs
+    ]
+    return table(["run", *map(str, range(longest))], rows, f"{NAMES[name]} after request")
+
+
+def metrics(runs: list[Shown], plots: Path) -> str:
+    titles = {"UA": "UA, %", "RA_I": "RA-I, %", "RA_C": "RA-C, %", "drift_l2": "drift, L2 norm"}
+    drawn = publish([metric_panel(runs, name, title) for name, title in titles.items()], runs, plots, "metrics")
+    figures = [
+        plot(svg, f"{NAMES[name]} against the request, one line per run", by_request(runs, name))
+        for name, svg in zip(titles, drawn, strict=True)
+    ]
+    return f'{legend(runs)}<div class="plots">{"".join(figures)}</div>\n'
+
+
+def tradeoff(runs: list[Shown], plots: Path) -> str:
+    drawn = publish([tradeoff_panel(runs, name) for name in ("RA_I", "RA_C")], runs, plots, "tradeoff")
+    figures = []
+    for name, svg in zip(("RA_I", "RA_C"), drawn, strict=True):
+        rows = [[named(shown), show(shown.last["UA"]), show(shown.last[name])] for shown in runs]
+        numbers = table(["run", "UA", NAMES[name]], rows, f"UA and {NAMES[name]} after the last finished request")
+        figures.append(plot(svg, f"{NAMES[name]} against UA after the last finished request, one point per run", numbers))
+    return (
+        f"<p>Each run after its last finished request; up and to the right is better. The dashed line is UA {ENOUGH_UA:.0f}.</p>"
+        f'{legend(runs)}<div class="plots">{"".join(figures)}</div>\n'
+    )
+
+
+def layers(runs: list[Shown], plots: Path) -> str:
+    drifts = [drift_by_layer(shown.run) for shown in runs]
+    found = sorted({layer for drift in drifts for layer in drift}, key=network_position)
+    if not found:
+        return "<p>No request is finished.</p>"
+    kinds = {"keys": ".to_k", "values": ".to_v"}
+    groups = {kind: [layer for layer in found if layer.endswith(ending)] for kind, ending in kinds.items()}
+    groups["all other layers"] = [layer for layer in found if not layer.endswith(tuple(kinds.values()))]
+    groups = {kind: chosen for kind, chosen in groups.items() if chosen}
+    drawn = publish([layer_panel(runs, drifts, chosen, kind) for kind, chosen in groups.items()], runs, plots, "layers")
+    figures = []
+    for (kind, chosen), svg in zip(groups.items(), drawn, strict=True):
+        rows = [[escape(layer), *(show(drift.get(layer, float("nan")), "#.4g") for drift in drifts)] for layer in chosen]
+        numbers = table(["layer", *map(named, runs)], rows, f"L2 norm of the drift of each layer: {kind}")
+        figures.append(plot(svg, f"L2 norm of the drift of each layer, {kind}, one line per run", numbers))
+    return (
+        "<p>L2 norm of the drift of each trained layer after the last finished request, in the order of the network.</p>"
+        f'{legend(runs)}<div class="plots">{"".join(figures)}</div>\n'
+    )
+
+
+def cost(runs: list[Shown], plots: Path) -> str:
+    found = costs(runs)
+    write_costs(runs, found, plots)
+    columns = {
+        "train_seconds": "training, s",
+        "eval_seconds": "evaluation, s",
+        "train_steps": "steps",
+        "peak_memory_mb": "memory, MB",
+    }
+    largest = found[list(columns)].max()
+    rows = []
+    for shown, row in zip(runs, found.to_dict("records"), strict=True):
+        mark = footmark(DOUBLE_DAGGER) if row["cached"] else ""
+        bars = [
+            f'<td class="bar" style="--v:{100 * row[name] / (largest[name] or 1):.1f}">{row[name]:,.0f}'
+            f"{mark if name == 'train_seconds' else ''}</td>"
+            for name in columns
+        ]
+        rows.append([named(shown), shown.extent, *bars, f'<td class="text">{escape(row["device"])}</td>'])
+    note = (
+        "Seconds are wall time on the device named, shared with whatever else ran there. Sums over the finished requests; the "
+        "evaluation of the untouched model, which runs share through a cache, is not counted. Memory is the peak of the process, "
+        "or on a GPU that of the device."
+    )
+    lines = [note]
+    if found["cached"].any():
+        lines.append(
+            f"{DOUBLE_DAGGER} Weights of some requests were found in the cache: their steps count, their training seconds do not."
+        )
+    head = ["run", "requests", *columns.values(), "device"]
+    return "".join(f'<p class="note">{line}</p>' for line in lines) + table(head, rows, "Cost of all finished requests")
+
+
+# ----------------------------------------------------------------------------------------------------------- per run
+def per_run(runs: list[Shown], section: Callable[[Shown], str]) -> str:
+    return "".join(f"<h3>{escape(shown.title)}</h3>\n{section(shown)}" for shown in runs)
+
+
+def heat_maps(runs: list[Shown], plots: Path) -> str:
+    def section(shown: Shown) -> str:
+        write_heat_map(shown, plots)
+        return heat_map(shown)
+
+    return (
+        "<p>Percent of images that are recognised as the concept that they were prompted with. "
+        '<span class="key"></span>kept, or not yet requested: high is good. '
+        '<span class="key gone"></span>unlearned by then: low is good, and a number that grows again is a rebound. '
+        "Empty: not measured.</p>\n" + per_run(runs, section)
+    )
+
+
+def heat_map(shown: Shown) -> str:
+    """The accuracy matrix as a table with coloured cells."""
+    accuracy, unlearned = shown.accuracy, shown.unlearned
+    head = "".join(f'<th scope="col">{request}</th>' for request in accuracy.columns)
+    lines = []
+    for concept, values, gone in zip(accuracy.index, accuracy.to_numpy(), unlearned.to_numpy(), strict=True):
+        cells = []
+        for value, is_gone in zip(values, gone, strict=True):
+            kind = ' class="gone"' if is_gone else ""
+            cells.append("<td></td>" if pd.isna(value) else f'<td{kind} style="--v:{value:g}">{format_percent(value)}</td>')
+        first = ' class="first"' if concept == shown.run.config["sequence"]["retain"][0] else ""
+        lines.append(f'<tr{first}><th scope="row">{escape(concept)}</th>{"".join(cells)}</tr>\n')
+    caption = f"Accuracy of every concept after each request: {shown.label}"
+    return scrolled(
+        f'<table class="heat"><thead><tr><th scope="col">request</th>{head}</tr></thead>\n<tbody>{"".join(lines)}</tbody></table>',
+        caption,
+    )
+
+
+def samples(runs: list[Shown]) -> str:
+    return (
+        "<p>Rows are concepts, columns requests. An image keeps its noise at every request, so that what changes in a row is the "
+        'model. <span class="key gone"></span>A bar marks concepts that are unlearned by then. Empty: not measured.</p>\n'
+        + per_run(runs, sample_grid)
+    )
+
+
+def sample_grid(shown: Shown) -> str:
+    """The sample images as one picture, its labels, and marks on its cells."""
+    found = sample_images(shown)
+    rows, columns = shown.accuracy.shape
+    parts = [f'<b style="grid-area:1/{x}">{request}</b>' for x, request in enumerate(shown.accuracy.columns, start=2)]
+    parts.append(f'<img style="grid-area:2/2/{rows + 2}/{columns + 2}" alt="{rows} by {columns} sample images" ')
+    parts[-1] += f'src="data:image/jpeg;base64,{base64.b64encode(found.jpeg).decode()}">'
+    for y, concept in enumerate(shown.accuracy.index):
+        parts.append(f'<span style="grid-area:{y + 2}/1">{escape(concept)}</span>')
+        for x, measured in enumerate(shown.accuracy.iloc[y].notna()):
+            kind = "blank" if not measured else "gone" if shown.unlearned.iat[y, x] else ""
+            parts.append(f'<i class="{kind}" style="grid-area:{y + 2}/{x + 2}"></i>')
+    name = f"Sample images of {shown.label}, with {found.cross_concept}, seed {found.seed}"
+    size = f"grid-template:auto repeat({rows},var(--cell))/auto repeat({columns},var(--cell))"
+    return f'<p class="note">Prompts with {escape(found.cross_concept)}, seed {found.seed}.</p>' + scrolled(
+        f'<div class="samples" style="{size}">{"".join(parts)}</div>', name
+    )
+
+
+def configurations(runs: list[Shown]) -> str:
+    return "<p>The same command again resumes a run, or prints its table; its full configuration stands here.</p>" + per_run(
+        runs, configuration
+    )
+
+
+def configuration(shown: Shown) -> str:
+    run = shown.run
+    here = run.directory.is_relative_to(Path.cwd())
+    directory = run.directory.relative_to(Path.cwd()) if here else run.directory
+    facts = {"directory": directory, "signature": run.records[0]["signature"], **provenance(run)}
+    entries = "".join(f"<dt>{name}</dt><dd>{escape(str(fact))}</dd>" for name, fact in facts.items())
+    text = (run.directory / "config.yaml").read_text(encoding="utf-8")
+    return f"<dl>{entries}</dl><details><summary>config.yaml</summary><pre>{escape(text)}</pre></details>\n"
