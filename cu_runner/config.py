@@ -300,7 +300,7 @@ def first_line(error: BaseException) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ signature
-NOT_SCIENTIFIC = ("dry_run", "num_threads", "device", "eval.batch_size", "wandb", "paths")
+NOT_SCIENTIFIC = ("dry_run", "num_threads", "device", "eval.batch_size", "wandb", "paths", "cluster")
 
 
 def signature(resolved: dict[str, Plain]) -> str:

@@ -1,16 +1,31 @@
 """What the commands share as processes: a device, quiet libraries, the log, and one line for a failure that a user can mend."""
 
+import argparse
 import contextlib
 import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from cu_runner.complaints import judge
 
 if TYPE_CHECKING:  # pydantic takes a while, and --help must be quick
     from cu_runner.settings import Spine
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; options and overrides may stand in any order."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` lists every option\n")
+
+
+def whole_number(text: str) -> int:
+    """A number from 1 on, as the value of an option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 def choose_device(spine: "Spine") -> str:

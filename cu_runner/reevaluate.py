@@ -6,7 +6,6 @@ The result is a directory of the same form under <run>/evaluations, with predict
 weights: reports and tables read it like a run. It resumes, and what is complete is not made again.
 """
 
-import argparse
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from cu_runner.evaluation import check_labels, draw_grid, evaluate, step_metrics
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.models import DiffusionModel
 from cu_runner.params import assign, select_parameters, snapshot
-from cu_runner.process import choose_device, one_line_failures, quiet_libraries
+from cu_runner.process import Parser, choose_device, one_line_failures, quiet_libraries
 from cu_runner.provenance import device_name, git_commit, versions
 from cu_runner.runs import EVALUATIONS, RunRecord, read_run
 from cu_runner.store import GRID, METRICS, PREDICTIONS, RunStore, Step, StoreError, read_delta, sha256_of, to_json
@@ -29,10 +28,10 @@ SHOWN = ("UA", "RA_I", "RA_C", "RA_C_retained")
 
 def main() -> None:
     """Entry point of `cu-eval`."""
-    parser = argparse.ArgumentParser(prog="cu-eval", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="cu-eval", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="a run directory, as the last line of cu-run names it")
     parser.add_argument("overrides", nargs="*", help="evaluator=NAME, eval.steps=50, 'sequence.seeds=[1,2]', device=cpu, ...")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     with one_line_failures("cu-eval"):
         quiet_libraries()
         run = read_run(arguments.run)

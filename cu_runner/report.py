@@ -3,21 +3,15 @@
 Exit status: 0 done, 1 a run is damaged or the page cannot be written, 2 the paths or options are wrong, 130 interrupted.
 """
 
-import argparse
 import hashlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from cu_runner.process import Parser, whole_number
+
 if TYPE_CHECKING:
     from cu_runner.runs import RunRecord
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(2, f"{message}; `cu-report --help` lists every option")
 
 
 def main() -> None:
@@ -29,7 +23,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the page goes; default: outputs/reports/NAME")
     parser.add_argument(
         "--details",
-        type=positive,
+        type=whole_number,
         default=12,
         metavar="N",
         help="accuracy matrix, samples and configuration of the first N runs (%(default)s)",
@@ -47,12 +41,6 @@ def main() -> None:
 def fail(status: int, message: str) -> NoReturn:
     sys.stderr.write(f"cu-report: {message}\n")
     sys.exit(status)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
 
 
 def produce(paths: list[Path], output: Path | None, details: int, wandb: str | None) -> None:

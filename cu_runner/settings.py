@@ -60,6 +60,19 @@ class Paths:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Cluster:
+    """What hydra/launcher=slurm asks for, for every job."""
+
+    partition: str | None
+    account: str | None
+    timeout_min: PositiveInt
+    mem_gb: PositiveInt
+    cpus: PositiveInt
+    gpus: PositiveInt | None
+    parallel_jobs: PositiveInt
+
+
+@dataclass(frozen=True, config=STRICT)
 class SettingChoice:
     """conf/setting: how a sequence becomes requests, and when one of them may end before train.steps."""
 
@@ -82,3 +95,4 @@ class Spine:
     eval: EvalSettings
     wandb: WandbSettings
     paths: Paths
+    cluster: Cluster

@@ -26,7 +26,7 @@ from cu_runner.config import ConfigError, RunConfig, check, compose
 from cu_runner.evaluation import ENOUGH_UA
 from cu_runner.help import shipped_dir
 from cu_runner.launch import cu_runs, submit
-from cu_runner.process import one_line_failures
+from cu_runner.process import Parser, one_line_failures, whole_number
 from cu_runner.runs import RunRecord, read_run
 from cu_runner.settings import STRICT
 from cu_runner.store import write_atomic
@@ -198,28 +198,25 @@ def orderings(measured: pd.DataFrame, tolerance: float) -> pd.DataFrame:
 # ----------------------------------------------------------------------------------------------------------- command
 def main() -> None:
     """Entry point of `cu-table`."""
-    parser = argparse.ArgumentParser(prog="cu-table", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="cu-table", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("table", help="name of a file of scripts/tables, or path of your own")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run, as for cu-run: model.path=...")
     parser.add_argument("--experiment", help="which model and sequences, from the table's own list; default: the first")
     parser.add_argument("--seeds", type=seed_list, default=[], help="0,1,2: several seeds become mean and 95%% interval")
     parser.add_argument("--run", action="store_true", help="make the runs that are missing")
-    parser.add_argument("--jobs", type=positive, help="runs side by side; default: one per core, or one on a GPU")
+    parser.add_argument("--jobs", type=whole_number, help="runs side by side; default: one per core, or one on a GPU")
     parser.add_argument("--launcher", help="make them on a cluster: a file of conf/hydra/launcher (slurm)")
     parser.add_argument("--output", type=Path, default=Path("outputs/tables"), help="where the files go")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     with one_line_failures("cu-table"):
         produce(arguments)
 
 
 def seed_list(text: str) -> list[int]:
-    return [int(entry) for entry in text.split(",")]
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+    try:
+        return [int(entry) for entry in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers; give 0,1,2") from None
 
 
 def produce(arguments: argparse.Namespace) -> None:

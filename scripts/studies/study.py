@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import matplotlib as mpl
 import pandas as pd
@@ -20,7 +19,7 @@ import pandas as pd
 from cu_runner.config import RunConfig, compose
 from cu_runner.help import config_dir
 from cu_runner.launch import LaunchError, cu_runs
-from cu_runner.process import one_line_failures, quiet_libraries
+from cu_runner.process import Parser, one_line_failures, quiet_libraries
 from cu_runner.runs import RunRecord
 
 mpl.use("Agg")
@@ -102,13 +101,6 @@ class Study:
         page.write_text(f"# {self.name}\n\n{self.about}\n\n{commands}\n{image}\n\n{text}\n", encoding="utf-8")
         for path in (table, picture, page):
             print(f"wrote {path}")
-
-
-class Parser(argparse.ArgumentParser):
-    """One line on bad usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` says what it takes\n")
 
 
 def command(main: Callable[[Study], None], docstring: str) -> None:
