@@ -28,7 +28,7 @@ class Concept:
 
 @dataclass(frozen=True)
 class Sequence:
-    """What to unlearn, in which order, and what must survive (PROTOCOL: UA, RA-I and RA-C rest on these lists).
+    """What to unlearn, in which order, and what must survive (UA, RA-I and RA-C rest on these lists).
 
     targets: concepts to unlearn, in order of request. retain: held-out concepts of the same domain. cross_retain: concepts of
     the other domain; every evaluation image shows one of them. vocabulary: further names of the target's domain that a

@@ -83,7 +83,7 @@ class RunConfig:
 
     @property
     def directory(self) -> Path:
-        """outputs/runs/<sequence>/<method>-<reg+reg|none>-<setting>-s<seed>-<sig8>, the contract of DESIGN.md section 7."""
+        """outputs/runs/<sequence>/<method>-<reg+reg|none>-<setting>-s<seed>-<sig8>: a contract, other tools read it."""
         regularizers = "+".join(self.regularizers) or "none"
         name = f"{self.method_name}-{regularizers}-{self.setting.plan}-s{self.spine.seed}-{self.signature[:8]}"
         return Path(self.spine.paths.outputs) / "runs" / str(self.sequence.arguments["name"]) / name

@@ -1,4 +1,4 @@
-"""Generate -> classify -> predictions.csv; metrics are a pure function of that file (PROTOCOL section 2; Lee et al. 2026, Sec. 4).
+"""Generate -> classify -> predictions.csv; metrics are a pure function of that file (Lee et al. 2026, Sec. 4).
 
 Accuracies are in percent. A prediction counts as right when it equals the concept that the prompt names.
 """
@@ -51,7 +51,7 @@ def mean_accuracy(predictions: pd.DataFrame, domain: str, concepts: list[str]) -
 
 
 def metrics(predictions: pd.DataFrame, unlearned: list[str], retain: list[str], cross_retain: list[str]) -> dict[str, float | None]:
-    """UA, RA_I, RA_C and RA_C_retained of one step, in percent (PROTOCOL section 2).
+    """UA, RA_I, RA_C and RA_C_retained of one step, in percent (released code of Lee et al. 2026).
 
     UA: 100 - mean accuracy over the unlearned concepts; None when there is none. RA_I: mean accuracy over the retained concepts of
     their domain. RA_C: cross-domain accuracy over all images of the cross_retain concepts, those prompted with unlearned concepts

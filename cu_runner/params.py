@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 ParameterGroup = Literal["kv_xattn", "xattn", "non_xattn", "full"]
 
-MOVED = 6e-5  # a weight counts as moved when it differs from the base by more than this (PROTOCOL section 2)
+MOVED = 6e-5  # a weight counts as moved when it differs from the base by more than this (released code of Lee et al. 2026)
 
 
 def is_cross_attention_kv(name: str) -> bool:

@@ -141,7 +141,7 @@ class Runner:
 
     # -------------------------------------------------------------------------------------------- one request
     def _serve(self, request: Request, steps: list[Step]) -> Step:
-        """One request, as DESIGN.md section 5 tells it."""
+        """One request: weights, unlearn, save, evaluate, commit."""
         started = time.monotonic()
         parent = steps[-1]
         if request.start == "previous" and parent.index > 0:

@@ -42,7 +42,7 @@ def check_composition(method: Method, regularizers: dict[str, Regularizer]) -> N
 class EarlyStop:
     """Ends a request when UA has reached setting.stop_at, measured every setting.interval steps.
 
-    UA comes from the images and the classifier that judge the run afterwards: such a run is tuned on them (PROTOCOL section 5).
+    UA comes from the images and the classifier that judge the run afterwards: such a run is tuned on them.
     """
 
     def __init__(self, setting: SettingChoice, measure: Callable[[], float]) -> None:

@@ -1,4 +1,4 @@
-"""What DESIGN and STYLE promise of the code itself."""
+"""What the code promises of its own structure: who imports whom, who prints, short files, ASCII."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""The published experiments compose to the published numbers: every cell of PROTOCOL section 5, sequences, lists, missing paths."""
+"""The published experiments compose to the published numbers: every released setting, sequences, lists, missing paths."""
 
 import re
 
@@ -31,7 +31,7 @@ def value(plan: RunConfig, key: str) -> object:
     return node
 
 
-# ------------------------------------------------------------------------------------- the table of PROTOCOL section 5
+# ------------------------------------------------------------------------------------------------- the released settings
 # (experiment, method): steps, L1, L2, SelFT, the list of projection, and the tuned combination; None where the table has a dash
 TABLE = {
     (STYLE, "conabl"): (1000, 50, 25000, 0.05, "auxiliary_styles", ("selft_gradproj", "reg.selft.fraction", 0.30)),

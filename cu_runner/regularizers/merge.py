@@ -36,7 +36,7 @@ def ties(deltas: Tensor, topk: float, lam: float = 1.0, how: Literal["mean", "su
         lam: scale of the changes, applied before trimming as in the released code.
         how: "mean", "sum" or largest magnitude ("max") of the elements that have the elected sign.
     """
-    # Yadav et al. 2023, Algorithm 1, with lambda where PROTOCOL section 5 has it; row by row, for the sake of memory
+    # Yadav et al. 2023, Algorithm 1, with lambda where the released code of Lee et al. has it; row by row, for the sake of memory
     count = math.floor(topk * deltas.shape[1])
     kept = torch.stack([largest(row.abs(), count) for row in deltas])
     total = sum(lam * row * mask for row, mask in zip(deltas, kept, strict=True))
