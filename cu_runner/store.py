@@ -153,20 +153,22 @@ class RunStore:
 
     def _check_step(self, index: int, parent: str | None) -> Step:
         directory, advice = self.step_dir(index), self._advice(index)
-        try:
-            record = read_record(directory)
-        except StoreError as error:
-            raise StoreError(f"{error}; {advice}") from None
+        path = directory / STEP
+        record = parse_record(path)
+        if record is None:
+            raise StoreError(f"{path}: cannot be read; {advice}")
         if record["signature"] != self.signature or record["index"] != index:
-            raise StoreError(f"{directory / STEP}: belongs to another run or step; {advice}")
+            raise StoreError(f"{path}: belongs to another run or step; {advice}")
         if record["parent_sha256"] != parent:
-            raise StoreError(f"{directory / STEP}: names another parent than step {index - 1}; {advice}")
+            raise StoreError(f"{path}: names another parent than step {index - 1}; {advice}")
         for name, expected in record["files"].items():
-            path = directory / name
-            if not path.is_file():
-                raise StoreError(f"{path}: is missing; {advice}")
-            if sha256_of(path) != expected:
-                raise StoreError(f"{path}: is damaged (its sha256 is not the one in {STEP}); {advice}")
+            file = directory / name
+            if not file.is_file():
+                raise StoreError(f"{file}: is missing; {advice}")
+            if sha256_of(file) != expected:
+                raise StoreError(f"{file}: is damaged (its sha256 is not the one in {STEP}); {advice}")
+        if not is_intact(record):
+            raise StoreError(f"{path}: does not match its own sha256; {advice}")
         return Step(index, directory, record["sha256"], record["row"])
 
     def _advice(self, index: int) -> str:
@@ -215,16 +217,29 @@ class RunStore:
 def read_record(directory: Path) -> dict[str, object]:
     """step.json of a step directory, checked against its own sha256. Raises StoreError; the files that it names are not read."""
     path = directory / STEP
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        files, own, parent = dict(record["files"]), record["sha256"], record["parent_sha256"]
-        dict(record["row"]), record["signature"], record["index"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise StoreError(f"{path}: cannot be read") from None
-    entries = {key: value for key, value in record.items() if key != "record_sha256"}
-    if own != chain(parent, files) or record.get("record_sha256") != hash_json(entries):
+    record = parse_record(path)
+    if record is None:
+        raise StoreError(f"{path}: cannot be read")
+    if not is_intact(record):
         raise StoreError(f"{path}: does not match its own sha256")
     return record
+
+
+def parse_record(path: Path) -> dict[str, object] | None:
+    """A step.json as it stands; None if it is missing, no JSON or lacks an entry."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        dict(record["files"]), dict(record["row"])
+        record["sha256"], record["parent_sha256"], record["signature"], record["index"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record
+
+
+def is_intact(record: dict[str, object]) -> bool:
+    """Whether a record is the one that was written: its own sha256 holds, and so does that of the step over its files."""
+    entries = {key: value for key, value in record.items() if key != "record_sha256"}
+    return record["sha256"] == chain(record["parent_sha256"], record["files"]) and record.get("record_sha256") == hash_json(entries)
 
 
 def chain(parent: str | None, files: Mapping[str, str]) -> str:

@@ -51,7 +51,7 @@ class Tracker:
                 group=group,
                 job_type=job_type,
                 resume="allow" if settings.mode == "online" else None,
-                dir=str(outputs),
+                dir=str(outputs.absolute()),  # W&B's own process may have been started elsewhere
                 config=config | {"code": {"version": __version__, "git_commit": git_commit()}},
                 settings=wandb.Settings(silent=True, console="off", x_disable_meta=True, x_save_requirements=False),
             )
