@@ -20,6 +20,7 @@ import pandas as pd
 import yaml
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
+from scipy.stats import binomtest, sem
 from scipy.stats import t as student_t
 
 from cu_runner.config import ConfigError, RunConfig, check, compose
@@ -124,8 +125,7 @@ def mean_and_interval(values: list[float]) -> tuple[float, float | None]:
     mean = sum(values) / len(values)
     if len(values) == 1:
         return mean, None
-    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return mean, float(student_t.ppf((1 + LEVEL) / 2, len(values) - 1)) * spread / math.sqrt(len(values))
+    return mean, float(student_t.ppf((1 + LEVEL) / 2, len(values) - 1) * sem(values))
 
 
 def image_interval(percent: float, num_images: int) -> float:
@@ -133,8 +133,8 @@ def image_interval(percent: float, num_images: int) -> float:
 
     It holds the chance of which noise an image got, and nothing of how a run would differ with another seed.
     """
-    z, share = 1.959964, percent / 100
-    return 100 * z / (1 + z**2 / num_images) * math.sqrt(share * (1 - share) / num_images + z**2 / (4 * num_images**2))
+    interval = binomtest(round(percent / 100 * num_images), num_images).proportion_ci(LEVEL, method="wilson")
+    return 50 * (interval.high - interval.low)
 
 
 def num_images(run: RunRecord, metric: str) -> int:

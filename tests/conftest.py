@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import hydra
@@ -190,6 +191,26 @@ def in_process(tmp_path, monkeypatch, capsys):
 
     yield run
     signal.signal(signal.SIGTERM, handler)
+    GlobalHydra.instance().clear()
+
+
+@pytest.fixture
+def call_command(tmp_path, monkeypatch, capsys):
+    """Returns call(main, name, *arguments) -> (exit status, stdout, stderr) of a command's main in this process, in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+
+    def call(entry: Callable[[], None], name: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            entry()
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capsys.readouterr()
+
+    yield call
     GlobalHydra.instance().clear()
 
 

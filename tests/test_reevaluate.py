@@ -1,33 +1,18 @@
 """cu-eval: stored weights measured again give the run's own numbers, another seed gives others, and training cannot be changed."""
 
 import shutil
-import sys
 
 import pandas as pd
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 from cu_runner import reevaluate
 from cu_runner.runs import read_run
 
 
 @pytest.fixture
-def cu_eval(tmp_path, monkeypatch, capsys):
+def cu_eval(call_command):
     """Returns run(*arguments) -> (exit status, stdout, stderr) of cu-eval in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["cu-eval", *arguments])
-        status = 0
-        try:
-            reevaluate.main()
-        except SystemExit as end:
-            status = end.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    yield run
-    GlobalHydra.instance().clear()
+    return lambda *arguments: call_command(reevaluate.main, "cu-eval", *arguments)
 
 
 def test_the_same_measurement_gives_the_same_numbers(cu_eval, run_copy, tmp_path):

@@ -97,20 +97,9 @@ def make_run(
 
 
 @pytest.fixture
-def cu_report(tmp_path, monkeypatch, capsys):
-    """Returns run(*arguments) -> (exit status, stdout, stderr) of cu-report in this process, in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["cu-report", *map(str, arguments)])
-        status = 0
-        try:
-            report.main()
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
+def cu_report(call_command):
+    """Returns run(*arguments) -> (exit status, stdout, stderr) of cu-report in tmp_path."""
+    return lambda *arguments: call_command(report.main, "cu-report", *arguments)
 
 
 class Page(HTMLParser):

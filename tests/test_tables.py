@@ -1,7 +1,5 @@
 """cu-table: statistics by hand, cells that open exactly their own run, the three formats, the check of orderings, bad input."""
 
-import sys
-
 import pandas as pd
 import pytest
 import yaml
@@ -27,23 +25,9 @@ TABLE = {
 
 
 @pytest.fixture
-def cu_table(tmp_path, monkeypatch, capsys):
+def cu_table(call_command):
     """Returns run(*arguments) -> (exit status, stdout, stderr) of cu-table in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["cu-table", *arguments])
-        status = 0
-        try:
-            tables.main()
-        except SystemExit as end:
-            status = end.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    yield run
-    GlobalHydra.instance().clear()
+    return lambda *arguments: call_command(tables.main, "cu-table", *arguments)
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def draw(halves: pd.DataFrame) -> Figure:
     figure, axes = panels(math.ceil(len(labels) / 4), 4, height=2.4)
     for axis in axes[len(labels) :]:
         axis.set_visible(False)
-    for axis, label in zip(axes, labels, strict=False):
+    for axis, label in zip(axes[: len(labels)], labels, strict=True):
         table = halves[halves["run"] == label]
         axis.plot(table["request"], table["near"], "o-", markersize=3, color="#d95f02", label="near half")
         axis.plot(table["request"], table["far"], "o--", markersize=3, color="#1b9e77", label="far half")

@@ -89,7 +89,7 @@ def correlations(table: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
 def draw(table: pd.DataFrame, paper: pd.DataFrame) -> Figure:
     """Every measure against similarity, and the paper's points."""
     figure, axes = panels(1, len(MEASURES) + 1)
-    for axis, (measure, title) in zip(axes, MEASURES.items(), strict=False):
+    for axis, (measure, title) in zip(axes[:-1], MEASURES.items(), strict=True):
         for reg, group in table.groupby("run", sort=False):
             axis.plot(group["similarity"], group[measure], "o", markersize=3, alpha=0.6, color=COLOURS[reg], label=reg)
         axis.set(xlabel="similarity to the unlearned concept", title=title)
