@@ -7,7 +7,7 @@ import pytest
 from conftest import SMOKE
 
 from cu_runner.runs import JOB, find_runs, read_run
-from cu_runner.store import StoreError
+from cu_runner.store import StoreError, chain, hash_json
 
 
 def test_what_a_run_directory_says(run_copy):
@@ -70,6 +70,17 @@ def test_damage_is_refused(run_copy, file, change, message):
 
 def test_a_step_of_another_run_breaks_the_chain(run_copy):
     (run_copy / "steps/02/step.json").write_bytes((run_copy / "steps/01/step.json").read_bytes())
+    with pytest.raises(StoreError, match=r"02/step\.json: does not continue the step before it"):
+        read_run(run_copy)
+
+
+def test_a_step_with_another_parent_breaks_the_chain(run_copy):
+    """A step that is whole in itself, but was made after another step 1."""
+    path = run_copy / "steps/02/step.json"
+    record = json.loads(path.read_text()) | {"parent_sha256": "0" * 64}
+    record["sha256"] = chain(record["parent_sha256"], record["files"])
+    record["record_sha256"] = hash_json({key: value for key, value in record.items() if key != "record_sha256"})
+    path.write_text(json.dumps(record))
     with pytest.raises(StoreError, match=r"02/step\.json: does not continue the step before it"):
         read_run(run_copy)
 
