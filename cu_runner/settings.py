@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 StepSize = Annotated[float, Field(gt=0, le=1e30)]  # beyond that float32 overflows inside the optimiser
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+SaveEvery = PositiveInt | Annotated[str, Field(pattern=r"^\d+(\.\d+)?min$")] | None  # steps, or minutes as "10min"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -21,6 +22,7 @@ class TrainSettings:
     betas: tuple[Fraction, Fraction]
     weight_decay: NonNegativeFloat
     grad_clip: NonNegativeFloat  # largest gradient norm; 0 is no clipping
+    save_every: SaveEvery = None  # how often the state of a request is saved; None is never
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -70,6 +72,8 @@ class Cluster:
     cpus: PositiveInt
     gpus: PositiveInt | None
     parallel_jobs: PositiveInt
+    warn_seconds: PositiveInt = 120
+    requeues: NonNegativeInt = 100
 
 
 @dataclass(frozen=True, config=STRICT)

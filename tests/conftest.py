@@ -109,6 +109,15 @@ def pipeline_copy(tmp_path):
     return Path(shutil.copytree(locate("package:shapecanvas/weights/pipeline"), tmp_path / "pipeline"))
 
 
+def ended_after(step: int):
+    """An on_step that ends the training after some steps."""
+
+    def on_step(training) -> None:
+        training.ended = training.done == step
+
+    return on_step
+
+
 # ------------------------------------------------------------------------------------------------------- commands
 def compose(*overrides: str):
     """The configuration that cu-run would compose, without its hydra node; the `choice` resolver works on it."""
