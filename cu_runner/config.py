@@ -145,7 +145,7 @@ def revise(resolved: dict[str, Plain], overrides: list[str]) -> dict[str, Plain]
     Raises:
         ConfigError: a key that shaped the training, or one that is not there.
     """
-    config = OmegaConf.create(resolved)
+    config = OmegaConf.create(filled_in(resolved))
     OmegaConf.set_struct(config, True)
     for override in OverridesParser.create().parse_overrides(overrides):
         key, value = override.key_or_group, override.value()
@@ -178,6 +178,16 @@ def parse(config: DictConfig) -> RunConfig:
     resolved.pop("tuned", None)
     tuned = not config.reg or "tuned" not in config or regularizer_cell(config) is not None
     return check_run(resolved, _choice("method"), tuned)
+
+
+def filled_in(resolved: dict[str, Plain]) -> dict[str, Plain]:
+    """A run's configuration with the settings that it lacks because they are newer, and that are no part of an experiment."""
+    defaults, filled = OmegaConf.to_container(OmegaConf.load(config_dir() / "config.yaml"), resolve=False), dict(resolved)
+    for path in NOT_SCIENTIFIC:
+        group, _, key = path.partition(".")
+        default = {key: defaults[group][key]} if key else defaults[group]
+        filled[group] = default | filled.get(group, {}) if isinstance(default, dict) else filled.get(group, default)
+    return filled
 
 
 def check_run(resolved: dict[str, Plain], method_name: str, tuned: bool = True) -> RunConfig:

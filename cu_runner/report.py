@@ -31,8 +31,12 @@ def main() -> None:
     parser.add_argument(
         "--wandb", choices=("online", "offline"), help="also send the runs to W&B, into the project of their own configuration"
     )
+    parser.add_argument("--pack", type=Path, metavar="FILE", help="instead of a page, write one finished run into a zip archive")
     arguments = parser.parse_args()
     try:
+        if arguments.pack:
+            pack_one(arguments.paths, arguments.pack)
+            return
         produce(arguments.paths, arguments.output, arguments.details, arguments.wandb)
     except KeyboardInterrupt:
         fail(130, "interrupted; run the same command again")
@@ -73,6 +77,24 @@ def produce(paths: list[Path], output: Path | None, details: int, wandb: str | N
     if wandb:
         send_all([shown.run for shown in runs], wandb)
     sys.stdout.write("".join(f"{remark}\n" for remark in remarks) + f"report: {folder / 'index.html'}\n")
+
+
+def pack_one(paths: list[Path], target: Path) -> None:
+    """Write the only run among the paths into one file, and say how it is looked at elsewhere."""
+    from cu_runner.pack import pack
+    from cu_runner.runs import find_runs, read_run
+    from cu_runner.store import StoreError
+
+    try:
+        directories = find_runs(paths)
+        if len(directories) != 1:
+            fail(2, f"--pack takes one run, not {len(directories)}; give its directory")
+        pack(read_run(directories[0]), target)
+    except StoreError as error:
+        fail(1, str(error))
+    except OSError as error:
+        fail(1, f"{error.filename or target}: {error.strerror or error}; mend that or choose another FILE")
+    sys.stdout.write(f"packed: {target}; `cu-doctor {target}` verifies it, `unzip {target} -d outputs/runs` makes it a run again\n")
 
 
 def send_all(runs: "list[RunRecord]", mode: str) -> None:

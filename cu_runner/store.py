@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 DELTA, MERGED, TRAINING = "delta.safetensors", "merged.safetensors", "training.csv"
+HEADER = b"# sha256 of the lines below: "
 PREDICTIONS, METRICS, GRID, STEP = "predictions.csv", "metrics.json", "grid.png", "step.json"
 
 
@@ -46,6 +47,24 @@ def write_atomic(path: Path, content: bytes) -> None:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def with_header(content: bytes) -> bytes:
+    """A text file behind a comment that holds its sha256."""
+    return HEADER + hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+
+
+def has_intact_header(content: bytes) -> bool:
+    """Whether the comment holds the sha256 of the rest; true of a file without one, as older versions wrote it."""
+    header, _, rest = content.partition(b"\n")
+    if not header.startswith(HEADER[:2]):
+        return True
+    return header == HEADER + hashlib.sha256(rest).hexdigest().encode()
+
+
+def to_table(rows: list[dict[str, object]]) -> bytes:
+    """metrics.csv of the rows of steps."""
+    return pd.DataFrame(rows).to_csv(index=False).encode()
 
 
 def to_json(value: object) -> bytes:
@@ -121,13 +140,14 @@ class RunStore:
     def _check_config(self) -> None:
         path = self.directory / "config.yaml"
         if not path.exists():
-            write_atomic(path, yaml.safe_dump(self._config, sort_keys=False, allow_unicode=True).encode())
+            write_atomic(path, with_header(yaml.safe_dump(self._config, sort_keys=False, allow_unicode=True).encode()))
             return
+        content = path.read_bytes()
         try:
-            found = self._signature_of(yaml.safe_load(path.read_text(encoding="utf-8")))
+            found = self._signature_of(yaml.safe_load(content.decode()))
         except (yaml.YAMLError, AttributeError, KeyError, TypeError, UnicodeDecodeError):
             found = "unreadable"
-        if found != self.signature:
+        if found != self.signature or not has_intact_header(content):
             raise StoreError(
                 f"{path}: was changed after the run began (signature {found[:8]}, this run is {self.signature[:8]}); "
                 "restore it, or move the directory away to start anew"
@@ -208,7 +228,7 @@ class RunStore:
 
     def write_metrics(self, rows: list[dict[str, object]]) -> None:
         """metrics.csv, made anew from the rows of the finished steps."""
-        write_atomic(self.directory / "metrics.csv", pd.DataFrame(rows).to_csv(index=False).encode())
+        write_atomic(self.directory / "metrics.csv", to_table(rows))
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         write_atomic(self.directory / "summary.json", to_json(dict(summary)))

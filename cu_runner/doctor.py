@@ -1,0 +1,74 @@
+"""cu-doctor: is a finished run what it says, and would a run that is planned get to its end?
+
+    cu-doctor outputs/runs/shapecanvas_style/conabl-none-sequential-s0-ec91c30b      # a run directory, or a packed run (.zip)
+
+Every file of a run is held against its sha256 and every step against the one before it, down to the weights of the untouched model;
+metrics are computed again from the predictions, drift from the weights. What differs is printed; nothing is changed.
+
+Exit status: 0 all is well, 1 something is not, 2 bad input.
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from cu_runner.config import check_run, filled_in
+from cu_runner.models import ModelError
+from cu_runner.pack import unpack
+from cu_runner.process import Parser, one_line_failures, quiet_libraries
+from cu_runner.store import STEP, parse_record
+from cu_runner.verify import Finding, read_config, verify_run
+
+MARKS = {True: "ok", False: "WRONG", None: "not checked"}
+
+
+def main() -> None:
+    """Entry point of `cu-doctor`."""
+    parser = Parser(prog="cu-doctor", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories or packed runs (cu-report --pack)")
+    parser.add_argument("--all", action="store_true", help="print the checks that hold as well")
+    arguments = parser.parse_args()
+    wrong = 0
+    with one_line_failures("cu-doctor"):
+        quiet_libraries()
+        for path in arguments.runs:
+            wrong += examine_run(path, not arguments.all)
+    sys.exit(1 if wrong else 0)
+
+
+def examine_run(path: Path, quiet: bool) -> int:
+    """Print every finding on a run directory or a packed run; returns how many are wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = unpack(path, Path(folder)) if path.is_file() else path
+        config = read_config(directory)
+        plan = check_run(filled_in(config), directory.name.partition("-")[0])
+        sequence = plan.sequence.build()
+        findings = [*verify_run(directory, sequence, config), *verify_origin(directory, plan)]
+    return report(str(path), findings, quiet)
+
+
+def verify_origin(directory: Path, plan) -> Iterable[Finding]:
+    """Whether the model and the evaluator of this configuration are those that the run began with."""
+    record = parse_record(directory / "steps/00" / STEP)
+    if record is None:  # said already
+        return
+    for name, node in (("model", plan.model), ("evaluator", plan.evaluator)):
+        try:
+            found = node.build(device="cpu").fingerprint()
+        except (ModelError, OSError) as error:
+            yield Finding(f"weights of the {name}", None, str(error).splitlines()[0])
+            continue
+        same = found == record[f"{name}_sha256"]
+        yield Finding(f"weights of the {name}", same, "" if same else "are not those that the run began with")
+
+
+def report(title: str, findings: list[Finding], quiet: bool) -> int:
+    """Print findings, one line each; returns how many are wrong."""
+    wrong = sum(finding.ok is False for finding in findings)
+    print(title)
+    for finding in findings:
+        if finding.ok is not True or not quiet:
+            print(f"  {MARKS[finding.ok]:<11} {finding.what}{f': {finding.detail}' if finding.detail else ''}")
+    print(f"  {len(findings)} checks, {wrong} wrong" if wrong else f"  {len(findings)} checks, all well")
+    return wrong

@@ -1,0 +1,145 @@
+"""cu-doctor on run directories and packed runs, and cu-report --pack."""
+
+import json
+import zipfile
+
+import pytest
+import safetensors.torch
+
+from cu_runner import doctor, report
+from cu_runner.store import chain, hash_json
+
+
+@pytest.fixture
+def examine(call_command):
+    """Returns examine(path) -> (exit status, the lines that are not well, the last line)."""
+
+    def call(path, *options):
+        status, out, err = call_command(doctor.main, "cu-doctor", path, *options)
+        assert err == ""
+        lines = [line.strip() for line in out.splitlines()]
+        assert lines[0] == str(path)
+        return status, lines[1:-1], lines[-1]
+
+    return call
+
+
+def rewrite(step, change) -> None:
+    """Change a step.json and make its own hashes fit, as one who forges a number would."""
+    record = json.loads((step / "step.json").read_text())
+    change(record)
+    record["sha256"] = chain(record["parent_sha256"], record["files"])
+    entries = {key: value for key, value in record.items() if key != "record_sha256"}
+    (step / "step.json").write_text(json.dumps(entries | {"record_sha256": hash_json(entries)}))
+
+
+def test_a_finished_run_is_well(examine, run_copy):
+    assert examine(run_copy) == (0, [], "26 checks, all well")
+    status, lines, _ = examine(run_copy, "--all")
+    assert status == 0
+    assert "ok          weights of the model" in lines
+    assert "ok          steps/02: drift from delta.safetensors" in lines
+
+
+def test_damage_is_found_everywhere_at_once(examine, run_copy):
+    delta = run_copy / "steps/01/delta.safetensors"
+    content = bytearray(delta.read_bytes())
+    content[-1] ^= 1
+    delta.write_bytes(content)
+    (run_copy / "steps/02/grid.png").unlink()
+    (run_copy / "metrics.csv").write_text("request,UA\n1,100\n")
+    (run_copy / "steps/02/extra.txt").write_text("")
+    status, lines, last = examine(run_copy)
+    assert status == 1
+    assert [line for line in lines if "drift" not in line] == [
+        "WRONG       steps/01/delta.safetensors: is damaged: another sha256 than in step.json",
+        "WRONG       steps/02/grid.png: is missing",
+        "WRONG       steps/02: holds files that no step names: extra.txt",
+        "WRONG       metrics.csv: differs from the steps; the run's own command writes it anew",
+    ]
+    assert last.endswith("wrong")
+
+
+def test_a_forged_number_is_found_though_its_hashes_fit(examine, run_copy):
+    true = json.loads((run_copy / "steps/02/step.json").read_text())["row"]["RA_I"]
+    rewrite(run_copy / "steps/02", lambda record: record["row"].update(RA_I=99.0))
+    _, lines, _ = examine(run_copy)
+    assert (
+        f"WRONG       steps/02: metrics from predictions.csv: RA_I is 99.0 in step.json, {true} in metrics.json, {true} from"
+        in lines[0]
+    )
+
+
+def test_a_forged_drift_is_found(examine, run_copy):
+    rewrite(run_copy / "steps/02", lambda record: record["row"].update(drift_l2=record["row"]["drift_l2"] * 1.01))
+    _, lines, _ = examine(run_copy)
+    assert any(line.startswith("WRONG       steps/02: drift from delta.safetensors") for line in lines)
+
+
+def test_a_broken_chain_and_another_base_model_are_found(examine, run_copy):
+    rewrite(run_copy / "steps/02", lambda record: record.update(parent_sha256="0" * 64))
+    rewrite(run_copy / "steps/00", lambda record: record.update(model_sha256="0" * 64))
+    status, lines, _ = examine(run_copy)
+    assert status == 1
+    assert "WRONG       steps/02: chain: does not continue the step before it" in lines
+    assert "WRONG       weights of the model: are not those that the run began with" in lines
+
+
+def test_a_changed_configuration_is_found(examine, run_copy):
+    path = run_copy / "config.yaml"
+    path.write_text(path.read_text().replace("project: cu_runner", "project: cu_runnes"))
+    assert examine(run_copy)[1] == ["WRONG       config.yaml: does not match the sha256 in its first line"]
+    path.write_text(path.read_text().replace("seed: 0", "seed: 1"))
+    lines = examine(run_copy)[1]
+    assert any("the name ends in" in line for line in lines)
+    assert any("steps/00: chain: belongs to another configuration" in line for line in lines)
+
+
+def test_what_is_no_run_gets_one_line(call_command, tmp_path):
+    status, out, err = call_command(doctor.main, "cu-doctor", tmp_path)
+    assert (status, out) == (1, "")
+    assert err == f"cu-doctor: {tmp_path}: holds no readable config.yaml; give a run directory or a packed run\n"
+
+
+# ---------------------------------------------------------------------------------------------------------- packing
+def test_a_packed_run_is_verified_and_is_a_run_again(call_command, examine, run_copy, tmp_path, in_process):
+    archive = tmp_path / "run.zip"
+    status, out, err = call_command(report.main, "cu-report", run_copy, "--pack", archive)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"packed: {archive}")
+    assert examine(archive) == (0, [], "26 checks, all well")
+    with zipfile.ZipFile(archive) as packed:
+        names = {name.removeprefix(f"smoke/{run_copy.name}/") for name in packed.namelist()}
+        packed.extractall(tmp_path / "elsewhere/outputs/runs")
+    assert {"config.yaml", "metrics.csv", "summary.json", "manifest.json", "steps/02/delta.safetensors"} <= names
+    assert not {"run.log", ".lock"} & names
+    again = tmp_path / "elsewhere/outputs/runs/smoke" / run_copy.name
+    (again / "manifest.json").unlink()
+    assert examine(again)[0] == 0
+    weights = [safetensors.torch.load_file(path / "steps/02/delta.safetensors") for path in (again, run_copy)]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+def test_a_damaged_archive_is_refused(call_command, run_copy, tmp_path):
+    archive = tmp_path / "run.zip"
+    call_command(report.main, "cu-report", run_copy, "--pack", archive)
+    content = bytearray(archive.read_bytes())
+    content[len(content) // 2] ^= 1
+    archive.write_bytes(content)
+    status, out, err = call_command(doctor.main, "cu-doctor", archive)
+    assert (status, out) == (1, "")
+    assert err.startswith(f"cu-doctor: {archive}: ")
+    assert err.count("\n") == 1
+
+
+def test_an_unfinished_or_damaged_run_is_not_packed(call_command, run_copy, tmp_path):
+    archive = tmp_path / "run.zip"
+    (run_copy / "steps/01/predictions.csv").write_text("")
+    status, _, err = call_command(report.main, "cu-report", run_copy, "--pack", archive)
+    assert status == 1
+    assert "steps/01/predictions.csv: is missing or damaged" in err
+    (run_copy / "steps/02/step.json").unlink()
+    status, _, err = call_command(report.main, "cu-report", run_copy, "--pack", archive)
+    assert status == 1
+    assert "1 of 2 requests are done; finish the run before it is packed" in err
+    assert not list(tmp_path.glob("*.zip*")) + list(tmp_path.glob(".*.tmp"))
