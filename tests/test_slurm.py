@@ -59,11 +59,12 @@ def told(tmp_path: Path) -> str:
     return "\n".join(f"--- {file}\n{file.read_text(errors='replace')}" for file in files)
 
 
-def await_(tmp_path: Path, what, seconds: int = 300):
-    """What `what` returns, as soon as that is true."""
+def await_(tmp_path: Path, process: subprocess.Popen, what, seconds: int = 300):
+    """What `what` returns, as soon as that is true, while the sweep runs."""
     deadline = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < deadline, told(tmp_path)
+        assert process.poll() is None, told(tmp_path)
         time.sleep(0.2)
     return found
 
@@ -111,9 +112,9 @@ def test_a_sweep_fills_its_directories_and_a_second_one_only_what_is_missing(sub
 
 
 def test_a_pre_empted_job_goes_on_and_ends_bitwise_the_same(submit, slurm, tmp_path, calm):
-    process = submit("reg=none,", *LONG)
-    (directory,) = await_(tmp_path, lambda: list(tmp_path.glob("outputs/runs/smoke/*")))
-    await_(tmp_path, (directory / "checkpoint.pt").exists)
+    process = submit("reg=none", *LONG)
+    (directory,) = await_(tmp_path, process, lambda: list(tmp_path.glob("outputs/runs/smoke/*")))
+    await_(tmp_path, process, (directory / "checkpoint.pt").exists)
     subprocess.run(["scontrol", "requeue", job_of(tmp_path)], env=slurm, check=True)
     ended(process, tmp_path)
     assert "goes on after step" in (directory / "run.log").read_text()
@@ -123,7 +124,7 @@ def test_a_pre_empted_job_goes_on_and_ends_bitwise_the_same(submit, slurm, tmp_p
 
 def test_a_job_out_of_time_requeues_itself_and_ends_bitwise_the_same(submit, tmp_path, calm):
     # SLURM looks at limits every half minute or so: the warning comes somewhere in the first minute
-    process = submit("reg=none,", *LONG, "train.steps=600", "cluster.timeout_min=2", "cluster.warn_seconds=110")
+    process = submit("reg=none", *LONG, "train.steps=600", "cluster.timeout_min=2", "cluster.warn_seconds=110")
     ended(process, tmp_path)
     (directory,) = tmp_path.glob("outputs/runs/smoke/*")
     assert "stopped by SIGUSR2" in told(tmp_path)
@@ -132,11 +133,15 @@ def test_a_job_out_of_time_requeues_itself_and_ends_bitwise_the_same(submit, tmp
 
 
 def test_a_cancelled_job_stays_cancelled(submit, slurm, tmp_path):
-    process = submit("reg=none,", *LONG)
-    (directory,) = await_(tmp_path, lambda: list(tmp_path.glob("outputs/runs/smoke/*")))
-    await_(tmp_path, (directory / "checkpoint.pt").exists)
+    process = submit("reg=none", *LONG)
+    (directory,) = await_(tmp_path, process, lambda: list(tmp_path.glob("outputs/runs/smoke/*")))
+    await_(tmp_path, process, (directory / "checkpoint.pt").exists)
     subprocess.run(["scancel", job_of(tmp_path)], env=slurm, check=True)
-    await_(tmp_path, lambda: not subprocess.run(["squeue", "-h"], env=slurm, capture_output=True, text=True, check=True).stdout)
+    await_(
+        tmp_path,
+        process,
+        lambda: not subprocess.run(["squeue", "-h"], env=slurm, capture_output=True, text=True, check=True).stdout,
+    )
     assert "stopped by SIGTERM" in told(tmp_path)
     assert (directory / "checkpoint.pt").exists()
     process.kill()
