@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slurm
 
 SCRIPT = Path(__file__).parent.parent / "scripts/slurm_local.sh"
 SMALL = ["cluster.gpus=null", "cluster.mem_gb=3", "cluster.cpus=1"]
-LONG = [override for override in SMOKE if not override.startswith("train.steps")] + ["train.steps=600", "train.save_every=100"]
+LONG = [override for override in SMOKE if not override.startswith("train.steps")] + ["train.steps=400", "train.save_every=50"]
 FILES = ("delta.safetensors", "training.csv", "predictions.csv", "metrics.json")
 
 
@@ -75,7 +75,7 @@ def ended(process: subprocess.Popen, tmp_path: Path) -> None:
 
 def job_of(directory: Path) -> str:
     """The SLURM job of the only sweep."""
-    (folder,) = (path for path in directory.glob("outputs/sweeps/*/.submitit/*") if re.fullmatch(r"\d+_0", path.name))
+    (folder,) = (path for path in directory.glob("outputs/sweeps/*/.submitit/*") if re.fullmatch(r"\d+(_\d+)?", path.name))
     return folder.name
 
 
@@ -124,7 +124,7 @@ def test_a_pre_empted_job_goes_on_and_ends_bitwise_the_same(submit, slurm, tmp_p
 
 def test_a_job_out_of_time_requeues_itself_and_ends_bitwise_the_same(submit, tmp_path, calm):
     # SLURM looks at limits every half minute or so: the warning comes somewhere in the first minute
-    process = submit("reg=none", *LONG, "train.steps=600", "cluster.timeout_min=2", "cluster.warn_seconds=110")
+    process = submit("reg=none", *LONG, "cluster.timeout_min=2", "cluster.warn_seconds=110")
     ended(process, tmp_path)
     (directory,) = tmp_path.glob("outputs/runs/smoke/*")
     assert "stopped by SIGUSR2" in told(tmp_path)

@@ -1,0 +1,146 @@
+"""Several processes as one: `accelerate launch --num_processes N -m cu_runner.cli ...` on N devices, or N CPU processes.
+
+The split is inside the model. Of every batch that goes through the UNet each process takes its share of the rows, and all get
+the outputs of all rows; gradients are averaged where they leave the graph. Whatever stands around the model (losses, masks,
+multipliers, the optimiser) is computed by every process, on the same numbers, and need not know. Evaluation is split by whole
+batches instead, so that its images are bitwise those of one process. The first process alone writes files.
+
+With one process every function here does nothing.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Value = TypeVar("Value")
+_alone = False  # inside alone(): the model's batches are this process's own
+
+
+def start() -> None:
+    """Join the other processes, where a launcher has started several. NCCL between GPUs, gloo between CPU processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        from accelerate import PartialState  # seconds of import that a single process is spared
+
+        PartialState()
+
+
+def rank() -> int:
+    """The number of this process, from 0 on."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and talks to the terminal."""
+    return rank() == 0
+
+
+def from_main(make: Callable[[], Value]) -> Value:
+    """What the first process makes, in all of them; an error that it meets is raised in all of them."""
+    if size() == 1:
+        return make()
+    outcome: list[object] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = make()
+        except Exception as error:  # the others would wait for ever
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def in_turn(own: Value) -> list[Value]:
+    """What every process has, in their order."""
+    if size() == 1:
+        return [own]
+    found: list[Value | None] = [None] * size()
+    dist.all_gather_object(found, own)
+    return found
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is true in one of the processes."""
+    return flag if size() == 1 else any(in_turn(flag))
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What goes through the model here is not shared: every process has batches of its own."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def share(rows: int) -> slice | None:
+    """This process's share of a batch; None where it takes all rows (one process, alone(), fewer rows than processes)."""
+    if size() == 1 or _alone or rows < size():
+        return None
+    return slice(rows * rank() // size(), rows * (rank() + 1) // size())
+
+
+def gather(own: Tensor, rows: int) -> Tensor:
+    """The outputs [rows, ...] of all shares, of this process's [own, ...]; gradients flow back into its own."""
+    return _Gather.apply(own, rows)
+
+
+class _Gather(torch.autograd.Function):
+    """all_gather whose backward hands this process the gradient of its own rows, times the number of processes.
+
+    Every process computes the same loss of all rows, so each has the whole gradient of the outputs. Behind this function flow the
+    gradients of its own rows alone, and the mean of N times the parts is their sum, while a gradient that does not come through the
+    model (a penalty's) is the same everywhere and its own mean.
+    """
+
+    @staticmethod
+    def forward(context, own: Tensor, rows: int) -> Tensor:
+        context.share = share(rows)
+        sizes = [rows * (number + 1) // size() - rows * number // size() for number in range(size())]
+        parts = [own.new_empty((count, *own.shape[1:])) for count in sizes]
+        dist.all_gather(parts, own.contiguous()) if len(set(sizes)) == 1 else _gather_uneven(parts, own.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient[context.share] * size(), None
+
+
+def _gather_uneven(parts: list[Tensor], own: Tensor) -> None:
+    """all_gather of shares of different lengths."""
+    for number, part in enumerate(parts):
+        if number == rank():
+            part.copy_(own)
+        dist.broadcast(part, src=number)
+
+
+@contextmanager
+def averaged_gradients(params: list[nn.Parameter]) -> Iterator[None]:
+    """Here every gradient with respect to a parameter is the mean over the processes, by backward() and by autograd.grad alike."""
+    if size() == 1:
+        yield
+        return
+
+    def average(gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total / size()
+
+    handles = [parameter.register_hook(average) for parameter in params]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
