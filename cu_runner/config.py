@@ -69,9 +69,10 @@ class RunConfig:
     @property
     def training_key(self) -> dict[str, Plain]:
         """What the training of a request from the base model depends on, besides the request and the model's weights."""
-        settings = {key: self.resolved[key] for key in ("seed", "train", "anchors", "method", "sequence")}
         # the weights behind the path are in the key by their fingerprint
-        settings["model"] = {key: value for key, value in self.resolved["model"].items() if key != "path"}
+        places = ("model.path", "model.revision", "model.config", "model.allow_pickle")
+        kept = drop(self.resolved, (*places, *ONLY_MEMORY))
+        settings = {key: kept[key] for key in ("seed", "train", "anchors", "method", "sequence", "model")}
         settings["setting"] = {key: value for key, value in self.resolved["setting"].items() if key != "plan"}
         if self.setting.stop_at is not None:  # then the evaluation decides when training ends
             settings |= {"evaluator": self.resolved["evaluator"], "eval": self.resolved["eval"]}
@@ -134,7 +135,7 @@ def compose(overrides: list[str]) -> RunConfig:
 
 # What decides how a run is measured and on what machine, not what it trained.
 MEASUREMENT = ("evaluator", "eval", "sequence.seeds", "sequence.retain", "sequence.cross_retain", "sequence.prompt")
-MACHINE = ("device", "num_threads", "model.path", "model.precision")
+MACHINE = ("device", "num_threads", "model.path", "model.revision", "model.config", "model.allow_pickle", "model.precision")
 
 
 def revise(resolved: dict[str, Plain], overrides: list[str]) -> dict[str, Plain]:
@@ -300,13 +301,16 @@ def first_line(error: BaseException) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ signature
-NOT_SCIENTIFIC = ("dry_run", "num_threads", "device", "eval.batch_size", "wandb", "paths", "cluster")
+ONLY_MEMORY = ("train.gradient_checkpointing", "model.vae_slicing")  # the same results with less of it
+NOT_SCIENTIFIC = (
+    "dry_run", "num_threads", "device", "eval.batch_size", "wandb", "paths", "cluster", "model.allow_pickle", *ONLY_MEMORY
+)  # fmt: skip
 
 
 def signature(resolved: dict[str, Plain]) -> str:
     """sha256 of the scientific part of a configuration, so that the same experiment is the same directory.
 
-    Devices, threads, paths of outputs, W&B and the evaluation batch are left out. Numbers are compared by value: 5 is 5.0.
+    Devices, threads, memory, paths of outputs, W&B and the evaluation batch are left out. Numbers are compared by value: 5 is 5.0.
     The order of regularizers counts (it is the order of their hooks); the order of other keys does not. Text files that the
     sequence, the method or a regularizer reads count by their content.
     """

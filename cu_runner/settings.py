@@ -21,6 +21,7 @@ class TrainSettings:
     betas: tuple[Fraction, Fraction]
     weight_decay: NonNegativeFloat
     grad_clip: NonNegativeFloat  # largest gradient norm; 0 is no clipping
+    gradient_checkpointing: bool = False  # activations are computed again on the way back: less memory, the same gradients
 
 
 @dataclass(frozen=True, config=STRICT)
