@@ -10,7 +10,7 @@ ARGS ?=
 RUN ?= method=conabl reg=gradproj
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-all lint bench weights results reproduce-table2
+.PHONY: help setup run test test-all test-slurm lint bench weights results reproduce-table2
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /\1\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -35,7 +35,10 @@ test: setup  ## the tests, without network; minutes
 	@$(BIN)/python -m pytest
 
 test-all: setup  ## the tests and the slow ones
-	@$(BIN)/python -m pytest -m ''
+	@$(BIN)/python -m pytest -m 'not slurm and not faults'
+
+test-slurm: setup  ## sweeps on a SLURM of one node: pre-empted, out of time, cancelled; needs root and slurm-wlm, munge
+	@$(BIN)/python -m pytest -m slurm tests/test_slurm.py
 
 lint: setup  ## ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

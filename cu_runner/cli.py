@@ -1,6 +1,6 @@
 """cu-run: compose -> build -> run. The only place that instantiates, and the only one that talks to the terminal.
 
-Exit status: 0 done, 1 the run failed, 2 the configuration cannot be run, 130 interrupted.
+Exit status: 0 done, 1 the run failed, 2 the configuration cannot be run, 130 interrupted, 128 + its number for another signal.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from cu_runner import __version__
 from cu_runner.help import help_text
+from cu_runner.interruption import StopSignals
 from cu_runner.process import choose_device, logging_to, one_line_failures, quiet_libraries
 
 if TYPE_CHECKING:  # imported where they are used: --help and --version must be quick
@@ -54,8 +55,9 @@ def main() -> None:
 
 def run_job(config: "DictConfig") -> None:
     """One composed job: check it, build its parts, run it, print its table."""
-    from cu_runner.config import parse, signature
+    from cu_runner.config import parse
     from cu_runner.forecast import forecast
+    from cu_runner.signature import signature
     from cu_runner.store import RunStore
 
     plan = parse(config)
@@ -64,11 +66,15 @@ def run_job(config: "DictConfig") -> None:
         print(forecast(plan))
         return
     note_job(plan)
-    with RunStore(plan.directory, plan.resolved, signature) as store, logging_to(plan.directory / "run.log"):
+    with (
+        StopSignals() as stop,
+        RunStore(plan.directory, plan.resolved, signature) as store,
+        logging_to(plan.directory / "run.log"),
+    ):
         if is_complete(plan.directory, store):
             logger.info("complete already; nothing to do")
         else:
-            execute(plan, store, outputs)
+            execute(plan, store, outputs, stop)
         print_table(plan.directory / "metrics.csv")
     print(f"run: {plan.directory}", flush=True)
 
@@ -100,7 +106,7 @@ def is_complete(directory: Path, store: "RunStore") -> bool:
     return bool(steps) and isinstance(summary, dict) and summary.get("sha256") == steps[-1].sha256
 
 
-def execute(plan: "RunConfig", store: "RunStore", outputs: Path) -> None:
+def execute(plan: "RunConfig", store: "RunStore", outputs: Path, stop: StopSignals) -> None:
     """Build every part and make the steps that are missing."""
     from cu_runner.concepts import plan_requests
     from cu_runner.runner import Runner
@@ -130,7 +136,7 @@ def execute(plan: "RunConfig", store: "RunStore", outputs: Path) -> None:
     )  # fmt: skip
     runner = Runner(
         model, evaluator, sequence, method, regularizers, requests, plan.setting, store, Cache(outputs / "cache"), tracker,
-        spine.train, spine.anchors, spine.eval, spine.seed, plan.training_key,
+        spine.train, spine.anchors, spine.eval, spine.seed, plan.training_key, stop,
     )  # fmt: skip
     try:
         runner.run()

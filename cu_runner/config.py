@@ -9,7 +9,6 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_type_hints
@@ -26,10 +25,9 @@ from pydantic import TypeAdapter, ValidationError
 from cu_runner.help import config_dir
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.settings import SettingChoice, Spine
+from cu_runner.signature import NOT_SCIENTIFIC, Plain, drop, file_hashes, numbers_by_value, signature, walk
 
 MISSING = "???"
-
-Plain = dict[str, object] | list[object] | str | int | float | bool | None
 
 
 class ConfigError(ValueError):
@@ -70,9 +68,9 @@ class RunConfig:
     def training_key(self) -> dict[str, Plain]:
         """What the training of a request from the base model depends on, besides the request and the model's weights."""
         # the weights behind the path are in the key by their fingerprint
-        places = ("model.path", "model.revision", "model.config", "model.allow_pickle")
-        kept = drop(self.resolved, (*places, *ONLY_MEMORY))
-        settings = {key: kept[key] for key in ("seed", "train", "anchors", "method", "sequence", "model")}
+        places = ("model.path", "model.revision", "model.config")
+        science = drop(self.resolved, (*NOT_SCIENTIFIC, *places))
+        settings = {key: science[key] for key in ("seed", "train", "anchors", "method", "sequence", "model")}
         settings["setting"] = {key: value for key, value in self.resolved["setting"].items() if key != "plan"}
         if self.setting.stop_at is not None:  # then the evaluation decides when training ends
             settings |= {"evaluator": self.resolved["evaluator"], "eval": self.resolved["eval"]}
@@ -284,71 +282,10 @@ def check(kind: type, value: Plain, path: str) -> object:
         raise ConfigError(f"{shown}: {message[0].lower() + message[1:]}") from None
 
 
-def walk(value: Plain, path: str = "") -> Iterator[tuple[str, Plain]]:
-    """All leaves of a nested configuration with their dotted paths."""
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            yield from walk(entry, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list):
-        for index, entry in enumerate(value):
-            yield from walk(entry, f"{path}.{index}")
-    else:
-        yield path, value
-
-
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# ------------------------------------------------------------------------------------------------------ signature
-ONLY_MEMORY = ("train.gradient_checkpointing", "model.vae_slicing")  # the same results with less of it
-NOT_SCIENTIFIC = (
-    "dry_run", "num_threads", "device", "eval.batch_size", "wandb", "paths", "cluster", "model.allow_pickle", *ONLY_MEMORY
-)  # fmt: skip
-
-
-def signature(resolved: dict[str, Plain]) -> str:
-    """sha256 of the scientific part of a configuration, so that the same experiment is the same directory.
-
-    Devices, threads, memory, paths of outputs, W&B and the evaluation batch are left out. Numbers are compared by value: 5 is 5.0.
-    The order of regularizers counts (it is the order of their hooks); the order of other keys does not. Text files that the
-    sequence, the method or a regularizer reads count by their content.
-    """
-    science = drop(resolved, NOT_SCIENTIFIC)
-    science["reg"] = [[name, node] for name, node in resolved["reg"].items()]
-    if files := file_hashes(resolved):
-        science["files"] = files
-    text = json.dumps(numbers_by_value(science), sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_hashes(resolved: dict[str, Plain]) -> dict[str, str]:
-    """sha256 of every file that a setting of the sequence, the method or a regularizer names."""
-    leaves = [value for group in ("sequence", "method", "reg") for _, value in walk(resolved[group]) if isinstance(value, str)]
-    paths = {value: Path(value).expanduser() for value in leaves if "/" in value or "." in value}
-    return {value: hashlib.sha256(path.read_bytes()).hexdigest() for value, path in paths.items() if path.is_file()}
 
 
 def source_hash(target: str) -> str:
     """sha256 of the file that defines a `_target_`: what other code has trained is not taken from the cache."""
     return hashlib.sha256(Path(inspect.getfile(get_object(target))).read_bytes()).hexdigest()
-
-
-def drop(value: dict[str, Plain], paths: tuple[str, ...]) -> dict[str, Plain]:
-    """A copy without the dotted paths."""
-    kept = {key: dict(entry) if isinstance(entry, dict) else entry for key, entry in value.items() if key not in paths}
-    for path in paths:
-        group, _, key = path.partition(".")
-        if key and isinstance(kept.get(group), dict):
-            kept[group].pop(key, None)
-    return kept
-
-
-def numbers_by_value(value: Plain) -> Plain:
-    if isinstance(value, dict):
-        return {key: numbers_by_value(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [numbers_by_value(entry) for entry in value]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return value

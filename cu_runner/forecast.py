@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import safetensors
 import torch
 
-from cu_runner.checkpoints import HUB_ID, ModelError, find_weights, locate
 from cu_runner.concepts import Request, Sequence, plan_requests
+from cu_runner.model_files import HUB_ID, ModelError, find_weights, locate
 from cu_runner.params import belongs
 from cu_runner.process import choose_device
 from cu_runner.provenance import device_name

@@ -18,7 +18,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cu_runner.checkpoints import Components, ModelError, PredictionType, locate, read_components
+from cu_runner.model_files import Components, ModelError, PredictionType, locate, read_components
 from cu_runner.settings import Sampler
 
 logger = logging.getLogger(__name__)

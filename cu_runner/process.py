@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from cu_runner.complaints import judge
+from cu_runner.interruption import Stopped
 
 if TYPE_CHECKING:  # pydantic takes a while, and --help must be quick
     from cu_runner.settings import Spine
@@ -44,12 +45,17 @@ def choose_device(spine: "Spine") -> str:
 
 @contextlib.contextmanager
 def one_line_failures(program: str, statuses: list[int] | None = None) -> Iterator[None]:
-    """Turn a failure that a user can mend into one line on stderr and an exit status: 2 bad input, 1 failed, 130 interrupted.
+    """Turn a failure that a user can mend into one line on stderr and an exit status: 2 bad input, 1 failed, 130 interrupted,
+    128 + its number for a signal that asked a run to stop.
 
     Anything else is ours and is raised. statuses: takes the status instead, so that the process goes on (a sweep).
     """
     try:
         yield
+    except Stopped as stopped:
+        print(f"{program}: {stopped}; what was done is kept. Run the same command again to go on", file=sys.stderr, flush=True)
+        stopped.requeue()
+        sys.exit(stopped.status)
     except KeyboardInterrupt:
         print(f"{program}: interrupted; finished requests are kept. Run the same command again to resume", file=sys.stderr)
         sys.exit(130)

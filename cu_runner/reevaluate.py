@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from cu_runner.concepts import Concept, Sequence
-from cu_runner.config import RunConfig, check_run, revise, signature
+from cu_runner.config import RunConfig, check_run, revise
 from cu_runner.evaluation import check_labels, draw_grid, evaluate, step_metrics
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.models import DiffusionModel
@@ -21,6 +21,7 @@ from cu_runner.params import assign, select_parameters, snapshot
 from cu_runner.process import Parser, choose_device, one_line_failures, quiet_libraries
 from cu_runner.provenance import device_name, git_commit, versions
 from cu_runner.runs import EVALUATIONS, RunRecord, read_run
+from cu_runner.signature import signature
 from cu_runner.store import GRID, METRICS, PREDICTIONS, RunStore, Step, StoreError, read_delta, sha256_of, to_json
 
 SHOWN = ("UA", "RA_I", "RA_C", "RA_C_retained")

@@ -1,8 +1,9 @@
 """run(): the untouched model first, then request by request: weights -> unlearn -> save -> evaluate -> commit.
 
-The unit of restart is the request. Randomness is derived from (seed, request, purpose), and the weights of every request start from
-the saved delta of the one before: a run that was killed anywhere and started again ends where an undisturbed one does, bitwise on a
-CPU. On a GPU some backward kernels are not deterministic, and two undisturbed runs differ in the last bits as well.
+The unit of restart is the request, and within it the step that its checkpoint was saved after. Randomness is derived from (seed,
+request, purpose), and the weights of every request start from the saved delta of the one before: a run that was killed anywhere and
+started again ends where an undisturbed one does, bitwise on a CPU. On a GPU some backward kernels are not deterministic, and two
+undisturbed runs differ in the last bits as well.
 """
 
 import io
@@ -18,9 +19,11 @@ import torch
 from torch import Tensor
 
 from cu_runner.anchors import AnchorImages, sampler_key
+from cu_runner.checkpoint import Checkpoint
 from cu_runner.concepts import Concept, Request, Sequence
 from cu_runner.evaluation import Evaluation, check_labels, draw_grid, evaluate, mean_accuracy, read_predictions, step_metrics
 from cu_runner.evaluators.base import Evaluator
+from cu_runner.interruption import StopSignals
 from cu_runner.methods.base import Method, Scope
 from cu_runner.models import DiffusionModel
 from cu_runner.params import Drift, assign, drift, select_parameters, snapshot, subtract
@@ -45,7 +48,7 @@ from cu_runner.store import (
     to_safetensors,
 )
 from cu_runner.tracking import Tracker
-from cu_runner.training import EarlyStop, check_composition, erase
+from cu_runner.training import EarlyStop, Training, check_composition, erase
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +72,7 @@ class Runner:
     eval: EvalSettings
     seed: int
     training_key: dict[str, object]  # every setting that a request from the base model depends on: names its delta in the cache
+    stop: StopSignals = field(default_factory=StopSignals)
     _first_step: float | None = field(default=None, init=False)  # seconds from the start of the process
 
     def run(self) -> list[Step]:
@@ -87,6 +91,7 @@ class Runner:
         self._anchors = AnchorImages(
             self.model, self._fingerprint, self._params, self._base, self.anchors, self.cache, self.eval.batch_size
         )
+        self._checkpoint = Checkpoint(self.store.directory, self.train.save_every, self.model.device)
         steps = self.store.finished()
         if not steps:
             steps.append(self._evaluate_base())
@@ -99,6 +104,7 @@ class Runner:
         for request in self.requests[len(steps) - 1 :]:
             steps.append(self._serve(request, steps))
             self.store.write_metrics([step.row for step in steps])
+        self._checkpoint.remove()  # of a request whose process died right after its commit
         self.store.write_metrics([step.row for step in steps])
         self.store.write_summary(self._summary(steps))
         return steps
@@ -150,7 +156,7 @@ class Runner:
         else:
             assign(self._params, self._base)
         start = snapshot(self._params)
-        files, training = self._unlearn(request, start)
+        files, training = self._unlearn(request, start, parent)
         delta = self._to_device(safetensors.torch.load(files[DELTA]))
         # What is measured is what is saved: base + delta can differ from theta in the last bit.
         assign(self._params, self._base, delta)
@@ -168,12 +174,16 @@ class Runner:
             GRID: draw_grid(evaluation.thumbnails, unlearned, f"after request {request.index}: {request.label}"),
         }
         seconds = {"train": trained - started, "eval": time.monotonic() - trained}
-        return self._commit(request, unlearned, files, delta, step_l2, training, seconds, parent)
+        with self.stop.deferred():
+            step = self._commit(request, unlearned, files, delta, step_l2, training, seconds, parent)
+            self._checkpoint.remove()
+        return step
 
-    def _unlearn(self, request: Request, start: dict[str, Tensor]) -> tuple[dict[str, bytes], dict[str, object]]:
+    def _unlearn(self, request: Request, start: dict[str, Tensor], parent: Step) -> tuple[dict[str, bytes], dict[str, object]]:
         """delta.safetensors and training.csv of a request, and the record of its training.
 
         What starts from the base model does not depend on other requests: it is cached, and shared by independent and merging runs.
+        Training that was interrupted goes on from its checkpoint.
         """
         key = {
             "model": self._fingerprint,
@@ -198,13 +208,21 @@ class Runner:
             steps=self.train.steps,
             anchors=self._anchors.latents,
         )
-        early_stop = EarlyStop(self.setting, lambda: self._unlearning_accuracy(request))
+        state = self._checkpoint.begin(key | {"parent": parent.sha256, "signature": self.store.signature})
+        early_stop = EarlyStop(self.setting, lambda: self._unlearning_accuracy(request), state["early_stop"] if state else [])
+        if state:
+            logger.info("   request %d goes on after step %d", request.index, len(state["training"]["rows"]))
 
-        def after_step(step: int) -> bool:
+        def after_step(training: Training) -> None:
             self._note_first_step()
-            return early_stop(step)
+            training.ended = early_stop(training.done)
+            last = training.ended or training.done == training.steps
+            if self.stop.received or self._checkpoint.is_due(training.done, last):
+                self._checkpoint.save({"training": training.state(), "early_stop": early_stop.seen})
+            self.stop.check()
 
-        report = erase(scope, self.method, self.regularizers, self.train, after_step)
+        with self.stop.deferred():
+            report = erase(scope, self.method, self.regularizers, self.train, after_step, state["training"] if state else None)
         files = {
             DELTA: to_safetensors(subtract(self._params, self._base)),
             TRAINING: to_csv(pd.DataFrame(report.logs)),

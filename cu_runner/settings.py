@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 StepSize = Annotated[float, Field(gt=0, le=1e30)]  # beyond that float32 overflows inside the optimiser
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+SaveEvery = PositiveInt | Annotated[str, Field(pattern=r"^\d+(\.\d+)?min$")] | None  # steps, or minutes as "10min"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -22,6 +23,7 @@ class TrainSettings:
     weight_decay: NonNegativeFloat
     grad_clip: NonNegativeFloat  # largest gradient norm; 0 is no clipping
     gradient_checkpointing: bool = False  # activations are computed again on the way back: less memory, the same gradients
+    save_every: SaveEvery = None  # how often the state of a request is saved; None is never
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -71,6 +73,8 @@ class Cluster:
     cpus: PositiveInt
     gpus: PositiveInt | None
     parallel_jobs: PositiveInt
+    warn_seconds: PositiveInt = 120
+    requeues: NonNegativeInt = 100
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,7 +1,7 @@
 """The inner loop of one request: loss and penalties, gradients, optimiser, in an order that is the same for every method."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from cu_runner.concepts import Request
 from cu_runner.methods.base import Method, Scope
-from cu_runner.params import snapshot
+from cu_runner.params import assign, snapshot
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.settings import SettingChoice, TrainSettings
 
@@ -45,10 +45,9 @@ class EarlyStop:
     UA comes from the images and the classifier that judge the run afterwards: such a run is tuned on them.
     """
 
-    def __init__(self, setting: SettingChoice, measure: Callable[[], float]) -> None:
-        """measure: UA of the weights as they are, in percent."""
-        self._setting, self._measure = setting, measure
-        self.seen: list[dict[str, float]] = []
+    def __init__(self, setting: SettingChoice, measure: Callable[[], float], seen: Sequence[dict[str, float]] = ()) -> None:
+        """measure: UA of the weights as they are, in percent. seen: what was measured before an interruption."""
+        self._setting, self._measure, self.seen = setting, measure, list(seen)
 
     def __call__(self, step: int) -> bool:
         """True if the request should end after this step."""
@@ -60,62 +59,119 @@ class EarlyStop:
         return len(last) == setting.patience and all(entry["UA"] >= setting.stop_at for entry in last)
 
 
-def erase(
-    scope: Scope,
-    method: Method,
-    regularizers: dict[str, Regularizer],
-    settings: TrainSettings,
-    on_step: Callable[[int], bool] = lambda step: False,
-) -> TrainingReport:
-    """Unlearn one request, in place in scope.params.
+class Training:
+    """One request being unlearned, in place in scope.params, step by step.
 
-    Each step: loss -> backward, penalties -> backward, on_gradients (method, then regularizers), clip, update (method),
-    on_step (regularizers).
-
-    Args:
-        scope: the weights to train and the request.
-        regularizers: by name, in hook order.
-        on_step: called with the number of each finished step; True ends the request there.
-
-    Raises:
-        TrainingError: the loss is not finite; the weights in scope are then of no use.
+    A step: loss -> backward, penalties -> backward, on_gradients (method, then regularizers), clip, update (method), on_step
+    (regularizers).
     """
-    params = list(scope.params.values())
-    for parameter in params:
-        parameter.requires_grad_(True)
-    method.begin_request(scope)
-    records = {name: regularizer.begin_request(scope, method) for name, regularizer in regularizers.items()}
-    edits_step = any("step" in regularizer.acts_on for regularizer in regularizers.values())
-    optimizer, batches, rows = make_optimizer(params, settings), method.batches(scope), []
-    steps = 1 if method.closed_form else settings.steps
-    for step in tqdm(range(steps), desc=f"  unlearn {scope.request.label}", leave=False, disable=None, ncols=100, unit="step"):
-        logs = method.backward(scope, next(batches))
-        for name, regularizer in regularizers.items():
+
+    def __init__(self, scope: Scope, method: Method, regularizers: dict[str, Regularizer], settings: TrainSettings) -> None:
+        """
+        Args:
+            scope: the weights to train, as they are at the start of the request, and the request.
+            regularizers: by name, in hook order.
+        """
+        self._scope, self._method, self._regularizers, self._settings = scope, method, regularizers, settings
+        self._params = list(scope.params.values())
+        self._rows: list[dict[str, float]] = []
+        self.steps = 1 if method.closed_form else settings.steps  # how many there will be at most
+        self.ended = False  # whether it is to end before them
+        for parameter in self._params:
+            parameter.requires_grad_(True)
+        method.begin_request(scope)
+        self._records = {name: regularizer.begin_request(scope, method) for name, regularizer in regularizers.items()}
+        self._edits_step = any("step" in regularizer.acts_on for regularizer in regularizers.values())
+        self._optimizer = make_optimizer(self._params, settings)
+
+    @property
+    def done(self) -> int:
+        """How many steps are made."""
+        return len(self._rows)
+
+    def step(self) -> None:
+        """One step. Raises TrainingError when the loss is not finite; the weights are then of no use."""
+        scope, method, regularizers = self._scope, self._method, self._regularizers.values()
+        logs = method.backward(scope, method.batch(scope, self.done))
+        for name, regularizer in self._regularizers.items():
             penalty = regularizer.penalty(scope.params)
             if penalty is not None:
                 penalty.backward()
                 logs[f"{name}_penalty"] = penalty.item()
                 logs["loss"] += logs[f"{name}_penalty"]
         if not math.isfinite(logs["loss"]):
-            raise TrainingError(diverged(f"a loss of {logs['loss']}", scope.request, step + 1, steps))
+            raise TrainingError(diverged(f"a loss of {logs['loss']}", scope.request, self.done + 1, self.steps))
         method.on_gradients(scope.params)
-        for regularizer in regularizers.values():
+        for regularizer in regularizers:
             regularizer.on_gradients(scope.params)
-        if settings.grad_clip:
-            nn.utils.clip_grad_norm_(params, settings.grad_clip)
-        before = snapshot(scope.params) if edits_step else {}
-        method.update(scope, optimizer)
-        for regularizer in regularizers.values():
+        if self._settings.grad_clip:
+            nn.utils.clip_grad_norm_(self._params, self._settings.grad_clip)
+        before = snapshot(scope.params) if self._edits_step else {}
+        method.update(scope, self._optimizer)
+        for regularizer in regularizers:
             regularizer.on_step(scope.params, before)
-        optimizer.zero_grad()
-        rows.append({"step": step + 1, **logs})
-        if on_step(step + 1):
-            break
-    for parameter in params:
-        parameter.requires_grad_(False)
-    if not all(parameter.isfinite().all() for parameter in params):
-        raise TrainingError(diverged("weights that are not finite", scope.request, steps, steps))
-    return TrainingReport(rows, method.end_request(scope), records)
+        self._optimizer.zero_grad()
+        self._rows.append({"step": self.done + 1, **logs})
+
+    def finish(self) -> TrainingReport:
+        """What was logged. Raises TrainingError when a weight is not finite."""
+        for parameter in self._params:
+            parameter.requires_grad_(False)
+        if not all(parameter.isfinite().all() for parameter in self._params):
+            raise TrainingError(diverged("weights that are not finite", self._scope.request, self.steps, self.steps))
+        return TrainingReport(self._rows, self._method.end_request(self._scope), self._records)
+
+    def state(self) -> dict[str, object]:
+        """All that restore() needs to go on from here: weights, moments, multipliers, masks, what was logged."""
+        return {
+            "rows": self._rows,
+            "ended": self.ended,
+            "params": {name: parameter.detach() for name, parameter in self._scope.params.items()},
+            "optimizer": self._optimizer.state_dict(),
+            "method": self._method.state(),
+            "regularizers": {name: regularizer.state() for name, regularizer in self._regularizers.items()},
+        }
+
+    def restore(self, state: dict[str, object]) -> None:
+        """Go on from what state() gave, which an equal request returned after some of its steps."""
+        self._rows, self.ended = state["rows"], state["ended"]
+        assign(self._scope.params, state["params"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._method.restore(state["method"])
+        for name, regularizer in self._regularizers.items():
+            regularizer.restore(state["regularizers"][name])
+
+
+def erase(
+    scope: Scope,
+    method: Method,
+    regularizers: dict[str, Regularizer],
+    settings: TrainSettings,
+    on_step: Callable[[Training], None] = lambda training: None,
+    state: dict[str, object] | None = None,
+) -> TrainingReport:
+    """Unlearn one request, in place in scope.params.
+
+    Args:
+        scope, method, regularizers, settings: as for Training.
+        on_step: called after every step; it may set training.ended.
+        state: of a Training that was interrupted; None begins with the first step.
+
+    Raises:
+        TrainingError: the loss or a weight is not finite; the weights in scope are then of no use.
+    """
+    training = Training(scope, method, regularizers, settings)
+    if state is not None:
+        training.restore(state)
+    with tqdm(
+        desc=f"  unlearn {scope.request.label}",
+        initial=training.done, total=training.steps, leave=False, disable=None, ncols=100, unit="step",
+    ) as bar:  # fmt: skip
+        while training.done < training.steps and not training.ended:
+            training.step()
+            on_step(training)
+            bar.update()
+    return training.finish()
 
 
 def make_optimizer(params: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:

@@ -61,7 +61,7 @@ ClusterName=local
 SlurmctldHost=$(hostname)(127.0.0.1)
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket=$ROOT/munge/socket
+AuthInfo=socket=$ROOT/munge/socket,cred_expire=5
 CredType=cred/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none

@@ -133,6 +133,15 @@ def pipeline_of(pipelines, tmp_path):
     return lambda kind: Path(shutil.copytree(pipelines[kind], tmp_path / kind))
 
 
+def ended_after(step: int):
+    """An on_step that ends the training after some steps."""
+
+    def on_step(training) -> None:
+        training.ended = training.done == step
+
+    return on_step
+
+
 # ------------------------------------------------------------------------------------------------------- commands
 def compose(*overrides: str):
     """The configuration that cu-run would compose, without its hydra node; the `choice` resolver works on it."""

@@ -1,19 +1,54 @@
 """Starts cu-run again and again as a forked child and kills it; run by test_kill.py with one JSON argument.
 
 One process imports the libraries, every life of the run is a fork of it: a life costs a second, not eight.
-Works in its working directory: outputs calm (undisturbed), killed0, killed1, ... Prints as JSON what was on disk at every kill.
+Works in its working directory: outputs calm (undisturbed), killed0, killed1, ... Prints as JSON what was on disk at every kill, and
+what the run was doing: a number in memory that the child shares says so.
 """
 
+import functools
 import json
-import math
 import os
 import random
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
+from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
+
+# What a run does, and for how many seconds at most it is let go on in it before it is killed.
+PHASES = {
+    "loading": 1.0, "base evaluation": 1.0, "training": 0.6, "merging": 0.02, "evaluation": 0.6, "commit": 0.03,
+    "cache writing": 0.03,
+}  # fmt: skip
+phase = RawValue("i", 0)
+
+
+def watched(name: str, function: Callable) -> Callable:
+    """The function, noting that the run is in this phase."""
+
+    @functools.wraps(function)
+    def call(*arguments, **options):
+        before = phase.value
+        if not (before and name == "evaluation"):  # the untouched model's is a phase of its own
+            phase.value = list(PHASES).index(name)
+        try:
+            return function(*arguments, **options)
+        finally:
+            phase.value = before
+
+    return call
+
+
+def watch() -> None:
+    from cu_runner.runner import Runner
+    from cu_runner.store import Cache, RunStore
+
+    for kind, method, name in (
+        (Runner, "_evaluate_base", "base evaluation"), (Runner, "_unlearn", "training"), (Runner, "_merge", "merging"),
+        (Runner, "_sample", "evaluation"), (RunStore, "save_step", "commit"), (Cache, "put", "cache writing"),
+    ):  # fmt: skip
+        setattr(kind, method, watched(name, getattr(kind, method)))
 
 
 def child(overrides: list[str], outputs: Path) -> int:
@@ -50,22 +85,23 @@ def ended(process: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if found else None
 
 
-def live(overrides: list[str], outputs: Path) -> list[float]:
-    """One undisturbed life; the seconds at which each step was committed."""
-    began, process, moments = time.monotonic(), child(overrides, outputs), []
+def live(overrides: list[str], outputs: Path) -> None:
+    """One undisturbed life."""
+    process = child(overrides, outputs)
+    _, status = os.waitpid(process, 0)
+    check(os.waitstatus_to_exitcode(status), outputs)
+
+
+def die(overrides: list[str], outputs: Path, target: str, wait: float) -> dict:
+    """One life that is killed `wait` seconds after it has come into the target phase; it may end before."""
+    phase.value, reached = 0, None
+    stage, process = commits(outputs), child(overrides, outputs)
     while (status := ended(process)) is None:
-        if commits(outputs) > len(moments):
-            moments.append(time.monotonic() - began)
-        time.sleep(0.002)
-    check(status, outputs)
-    return moments
-
-
-def die(overrides: list[str], outputs: Path, enough: Callable[[float], bool]) -> dict:
-    """One life that is killed as soon as enough(its seconds)."""
-    began, stage, process = time.monotonic(), commits(outputs), child(overrides, outputs)
-    while (status := ended(process)) is None and not enough(time.monotonic() - began):
-        time.sleep(0.001)
+        if reached is None and phase.value == list(PHASES).index(target):
+            reached = time.monotonic()
+        if reached is not None and time.monotonic() - reached >= wait:
+            break
+        time.sleep(0.0005)
     if status is None:
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
@@ -73,21 +109,13 @@ def die(overrides: list[str], outputs: Path, enough: Callable[[float], bool]) ->
         check(status, outputs)
     there = [Path(name) for name in files(outputs) if "/steps/" in name]
     partial = sorted(path.name for path in there if not (path.parent / "step.json").exists())
-    return {"from": stage, "to": commits(outputs), "killed": status is None, "partial": partial}
+    hit = list(PHASES)[phase.value]
+    return {"from": stage, "to": commits(outputs), "killed": status is None, "partial": partial, "phase": hit}
 
 
 def check(status: int, outputs: Path) -> None:
     if status:
         raise SystemExit(f"cu-run ended with {status}: {outputs.with_suffix('.log').read_text()}")
-
-
-def plan(draw: random.Random, outputs: Path, moments: list[float], early: int) -> Callable[[float], bool]:
-    """When to kill a life: after some seconds, after some changes among the files; at the latest when a step is committed."""
-    stage, last = commits(outputs), files(outputs)
-    length = moments[0] + (moments[stage] - moments[stage - 1] if stage else 0)
-    moment = draw.uniform(0.02, length) if early % 2 == 0 and early < 7 else math.inf
-    changes = draw.randint(1, 12) if early % 2 == 1 and early < 7 else math.inf
-    return lambda seconds: seconds > moment or len(files(outputs) ^ last) >= changes or commits(outputs) > stage
 
 
 if __name__ == "__main__":
@@ -103,17 +131,20 @@ if __name__ == "__main__":
     lazy += [transformers.CLIPTextModel, transformers.CLIPTokenizer, transformers.ResNetForImageClassification]
 
     torch.set_num_threads(1)
-    draw, kills, early = random.Random(arguments["seed"]), [], Counter()
-    total, calm, number = arguments["requests"] + 1, Path("calm").resolve(), 0
-    moments = live([*arguments["overrides"], f"paths.outputs={calm}"], calm)
+    watch()
+    draw, kills, number = random.Random(arguments["seed"]), [], 0
+    first = ["loading", "base evaluation", "cache writing", "commit"]
+    later = ["loading", "training", "evaluation", "commit"] + ["merging", "cache writing"] * ("reg=merge" in arguments["overrides"])
+    total, calm = arguments["requests"] + 1, Path("calm").resolve()
+    live([*arguments["overrides"], f"paths.outputs={calm}"], calm)
     while len(kills) < arguments["kills"]:
         outputs = Path(f"killed{number}").resolve()
         overrides = [*arguments["overrides"], f"paths.outputs={outputs}"]
-        while commits(outputs) < total and len(kills) < arguments["kills"]:
-            stage = commits(outputs)
-            kill = die(overrides, outputs, plan(draw, outputs, moments, early[stage]))
-            early[stage] += 1
-            kills.append(kill)
+        while (stage := commits(outputs)) < total and len(kills) < arguments["kills"]:
+            target = draw.choice(later if stage else first)
+            kill = die(overrides, outputs, target, draw.uniform(0, PHASES[target]))
+            if kill["killed"]:
+                kills.append(kill)
         live(overrides, outputs)
-        number, early = number + 1, Counter()
+        number += 1
     print(json.dumps({"kills": kills, "runs": number}))

@@ -42,7 +42,7 @@ def scope(make_scope):
 
 def first_batch(method, scope):
     method.begin_request(scope)
-    return next(method.batches(scope))
+    return method.batch(scope, 0)
 
 
 def diffusion(scope, batch):

@@ -1,7 +1,6 @@
 """Constrained unlearning on the embedded model: losses worked out from predict_noise, samples, duals through a request, runs."""
 
 import dataclasses
-import itertools
 import json
 
 import pandas as pd
@@ -87,7 +86,7 @@ def retained(scope, batch, weights) -> torch.Tensor:
 def test_reverse_kl_loss(scope, teacher, reference, kind):
     method = begin(MAKE["reverse_kl"](teacher=teacher, reference=reference, retain_loss=kind, retain_weight=0.5), scope)
     method.duals.lam = torch.tensor([0.5], dtype=torch.float64)  # alpha = 1: ESD's target with eta = 1
-    batch = next(method.batches(scope))
+    batch = method.batch(scope, 0)
     loss, logs = method.loss(scope, batch)
     weights = {"previous": scope.start, "base": scope.base}[teacher]
     own = prompts_of(scope, 0, batch.captions, 0)
@@ -129,7 +128,7 @@ def test_reverse_kl_bound_is_a_multiple_of_the_divergence_at_the_start(scope):
 
 def test_reverse_kl_in_nats_weighs_noise_levels(scope):
     method = begin(MAKE["reverse_kl"](weighting="snr"), scope)
-    batches = list(itertools.islice(method.batches(scope), 3))
+    batches = [method.batch(scope, step) for step in range(3)]
     alphas = scope.model.alphas_cumprod.double()
     for batch in batches:
         t = batch.timesteps[0].item()
@@ -144,14 +143,14 @@ def test_reverse_kl_in_nats_weighs_noise_levels(scope):
 
 def test_reverse_kl_samples_are_the_models_own_and_visit_every_level(scope):
     method = begin(MAKE["reverse_kl"](), scope)
-    batches = list(itertools.islice(method.batches(scope), 6))
+    batches = [method.batch(scope, step) for step in range(6)]
     levels = [batch.timesteps.unique().item() for batch in batches]
     assert sorted(levels[:3]) == sorted(levels[3:])
     assert len(set(levels)) == 3
-    again = next(method.batches(scope))
+    again = method.batch(scope, 0)
     assert torch.equal(again.noisy, batches[0].noisy)
     assign(scope.params, scope.base)
-    moved = list(itertools.islice(method.batches(scope), 3))
+    moved = [method.batch(scope, step) for step in range(3)]
     assert [batch.timesteps[0].item() for batch in moved] == levels[:3]
     same = [torch.equal(a.noisy, b.noisy) for a, b in zip(moved, batches[:3], strict=True)]
     assert same == [level == max(levels) for level in levels[:3]]  # pure noise is the same for all weights
@@ -169,7 +168,7 @@ def forget_terms(scope, batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_forward_kl_loss_is_the_weighted_diffusion_loss_of_all_data(scope):
     method = begin(MAKE["forward_kl"](), scope)
-    batch = next(method.batches(scope))
+    batch = method.batch(scope, 0)
     with torch.no_grad():
         (now, before), kept = forget_terms(scope, batch), retained(scope, batch.retain, None)
     for lam in (0.0, 0.25, 0.6):  # n = 6 of N = 10
@@ -181,7 +180,7 @@ def test_forward_kl_loss_is_the_weighted_diffusion_loss_of_all_data(scope):
 
 def test_forward_kl_at_its_cap_trains_on_the_kept_data_alone(scope):
     method = begin(MAKE["forward_kl"](), scope)
-    batch = next(method.batches(scope))
+    batch = method.batch(scope, 0)
     method.duals.lam = method.duals.limit(torch.tensor([9.0], dtype=torch.float64))
     assert method.duals.lam.item() == pytest.approx(0.6)
     method.backward(scope, batch)
@@ -193,7 +192,7 @@ def test_forward_kl_at_its_cap_trains_on_the_kept_data_alone(scope):
 
 def test_forward_kl_ascends_beyond_its_cap_with_a_short_gradient_until_the_stop(scope):
     method = begin(MAKE["forward_kl"](cap=3.0, ascent_stop=1.0, ascent_ratio=0.1), scope)
-    batch = next(method.batches(scope))
+    batch = method.batch(scope, 0)
     method.duals.lam = torch.tensor([1.8], dtype=torch.float64)  # v = 1/10 - 1.8/6 = -0.2
     logs = method.backward(scope, batch)
     found = torch.cat([gradient.flatten() for gradient in gradients(scope)])
@@ -232,7 +231,7 @@ def test_forward_kl_ends_on_images_that_were_not_trained_on(scope):
 def test_likelihood_loss(scope, teacher, reference):
     method = begin(MAKE["likelihood"](teacher=teacher, reference=reference, retain_weight=0.0, clip=1.02), scope)
     method.duals.lam = torch.tensor([0.4], dtype=torch.float64)
-    batch = next(method.batches(scope))
+    batch = method.batch(scope, 0)
     assert batch.retain is None
     loss, logs = method.loss(scope, batch)
     weights = {"previous": scope.start, "base": scope.base}[teacher]
@@ -254,7 +253,7 @@ def test_likelihood_loss(scope, teacher, reference):
 
 def test_likelihood_trains_on_the_models_own_images_at_several_levels(scope):
     method = begin(MAKE["likelihood"](), scope)
-    batch = next(method.batches(scope))
+    batch = method.batch(scope, 0)
     generator = scope.rng.generator("train", 0)
     torch.randperm(1, generator=generator)
     captions = torch.randint(4, (2,), generator=generator).tolist()
@@ -268,7 +267,7 @@ def test_likelihood_trains_on_the_models_own_images_at_several_levels(scope):
 def test_likelihood_says_when_the_target_is_no_longer_accurate(scope):
     method = begin(MAKE["likelihood"](bound=0.01, cap=3.0), scope)
     method.duals.lam = torch.tensor([3.0], dtype=torch.float64)
-    method.backward(scope, next(method.batches(scope)))
+    method.backward(scope, method.batch(scope, 0))
     method.update(scope, torch.optim.SGD(scope.params.values(), lr=0.0))
     record = method.end_request(scope)
     assert record["largest_push"] > 1
@@ -280,7 +279,7 @@ def test_likelihood_says_when_the_target_is_no_longer_accurate(scope):
 @EACH
 def test_scoring_with_backward_does_not_move_the_duals(scope, name):
     method = begin(MAKE[name](), scope)
-    batch = next(method.batches(scope))
+    batch = method.batch(scope, 0)
     first_logs, first = method.backward(scope, batch), gradients(scope)
     second_logs, second = method.backward(scope, batch), gradients(scope)
     assert first_logs == second_logs
@@ -308,7 +307,7 @@ def test_a_request_of_several_concepts_has_a_multiplier_for_each(scope, settings
 def test_more_concepts_than_rows(scope, name):
     scope = dataclasses.replace(both_targets(scope), batch_size=1)
     method = begin(MAKE[name](), scope)
-    method.backward(scope, next(method.batches(scope)))
+    method.backward(scope, method.batch(scope, 0))
     assert method.duals.measured.isnan().tolist() in ([True, False], [False, True])
     assert all(gradient.isfinite().all() for gradient in gradients(scope))
 

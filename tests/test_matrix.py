@@ -1,13 +1,17 @@
-"""Every method and every regularizer through cu-run: two requests, the second of them again after a kill, bitwise."""
+"""Every method and every regularizer through cu-run: two requests, the second again with an interruption in its middle, bitwise."""
 
+import os
 import shutil
+import signal
 
 import pandas as pd
 import pytest
 import safetensors.torch
 from conftest import SMOKE, read_conf, run_directory
 
+from cu_runner.checkpoint import FILE
 from cu_runner.help import config_dir
+from cu_runner.runner import Runner
 
 # Small sizes for the settings that methods and regularizers have.
 SMALL = {
@@ -48,7 +52,7 @@ CELLS = [(method, "none") for method in names("method")] + [("conabl", reg) for 
 
 
 @pytest.mark.parametrize(("method", "reg"), CELLS)
-def test_a_request_that_is_done_again_ends_bitwise_the_same(in_process, tmp_path, method, reg):
+def test_a_request_that_is_interrupted_ends_bitwise_the_same(in_process, tmp_path, monkeypatch, method, reg):
     chosen = overrides(method, reg)
     directory, first = run(in_process, tmp_path, chosen)
     table = pd.read_csv(directory / "metrics.csv")
@@ -57,8 +61,20 @@ def test_a_request_that_is_done_again_ends_bitwise_the_same(in_process, tmp_path
     for name in ("steps/02/step.json", "summary.json", "metrics.csv"):  # as if killed before the commit
         (directory / name).unlink()
     shutil.rmtree(tmp_path / "outputs/cache")
+    with monkeypatch.context() as patch:
+        steps = iter([] if method == "uce" else [None])  # signalled after step 2; the closed form has only one
+        patch.setattr(Runner, "_note_first_step", lambda runner: next(steps, 0) == 0 and os.kill(os.getpid(), signal.SIGUSR1))
+        status, _, err = in_process(*chosen)
+    assert (status, err) == (
+        128 + signal.SIGUSR1,
+        "cu-run: stopped by SIGUSR1; what was done is kept. Run the same command again to go on\n",
+    )
+    assert (directory / FILE).is_file()
+    assert not (directory / "steps/02/step.json").exists()
     again, second = run(in_process, tmp_path, chosen)
     assert again == directory
+    assert f"request 2 goes on after step {1 if method == 'uce' else 2}" in (directory / "run.log").read_text()
+    assert not (directory / FILE).exists()
     assert all(first[name].equal(second[name]) for name in first)
     columns = [name for name in table.columns if not name.endswith(("seconds", "memory_mb"))]
     pd.testing.assert_frame_equal(pd.read_csv(directory / "metrics.csv")[columns], table[columns])

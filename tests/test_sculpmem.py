@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import run_directory
+from conftest import ended_after, run_directory
 
 from cu_runner.methods.conabl import ConAbl
 from cu_runner.methods.sculpmem import SculpMem, exchange, keep_top, turnover
@@ -168,7 +168,7 @@ def test_a_warm_up_without_end_is_refused(make_scope):
 
 def test_a_request_that_ends_in_its_warm_up_was_dense(make_scope, settings):
     scope = make_scope(steps=9)
-    report = erase(scope, SculpMem(num_anchors=4, warmup=5), {}, settings(steps=9), on_step=lambda step: step == 2)
+    report = erase(scope, SculpMem(num_anchors=4, warmup=5), {}, settings(steps=9), on_step=ended_after(2))
     assert report.method == {"masked_fraction": 0.0, "exchanges": 0}
 
 

@@ -1,10 +1,10 @@
 """The inner loop: order of hooks, AdamW, a loss that is not finite, regularizers that do not commute."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import ended_after
 from torch import Tensor
 
 from cu_runner.methods.base import Method, Scope
@@ -24,12 +24,9 @@ class Pull(Method[int]):
     def begin_request(self, scope: Scope) -> None:
         self.events.append("method.begin")
 
-    def batches(self, scope: Scope) -> Iterator[int]:
-        step = 0
-        while True:
-            self.events.append(f"batch {step}")
-            yield step
-            step += 1
+    def batch(self, scope: Scope, step: int) -> int:
+        self.events.append(f"batch {step}")
+        return step
 
     def loss(self, scope: Scope, batch: int) -> tuple[Tensor, dict[str, float]]:
         self.events.append("loss")
@@ -91,11 +88,9 @@ def test_order_of_hooks(make_scope, settings):
     events: list[str] = []
     regularizers = {"b": Recorder("b", events), "a": Recorder("a", events)}
 
-    def note(step: int) -> bool:
-        events.append(f"step {step}")
-        return False
-
-    report = erase(make_scope(), Pull(events), regularizers, settings(steps=2), note)
+    report = erase(
+        make_scope(), Pull(events), regularizers, settings(steps=2), lambda training: events.append(f"step {training.done}")
+    )
     step = [
         "loss", "b.penalty", "a.penalty", "method.on_gradients", "b.on_gradients", "a.on_gradients", "b.on_step 0", "a.on_step 0",
     ]  # fmt: skip
@@ -121,7 +116,7 @@ def test_penalties_are_added_and_logged(make_scope, settings):
 
 
 def test_a_request_may_end_early(make_scope, settings):
-    report = erase(make_scope(), Pull(), {}, settings(steps=9), lambda step: step == 4)
+    report = erase(make_scope(), Pull(), {}, settings(steps=9), ended_after(4))
     assert [row["step"] for row in report.logs] == [1, 2, 3, 4]
 
 
@@ -155,8 +150,8 @@ class Solve(Method[None]):
 
     closed_form = True
 
-    def batches(self, scope):
-        yield None
+    def batch(self, scope, step):
+        return None
 
     def backward(self, scope, batch):
         return {"loss": 7.0}

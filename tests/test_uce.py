@@ -97,7 +97,7 @@ def test_single_precision_weights_are_solved_in_double(drawn):
 def test_positions_from_the_concept_on_go_to_those_of_the_anchor_and_the_others_stay(make_scope):
     scope = make_scope()
     model = scope.model
-    batch = next(UCE(retain=RetainSet("anchors")).batches(scope))
+    batch = UCE(retain=RetainSet("anchors")).batch(scope, 0)
     hidden = model.encode_prompts(["a tree image in ember stripe style", "a tree image"]).hidden
     length = hidden.shape[1]
     assert torch.equal(hidden[0, :4], hidden[1, :4])  # begin, a, tree, image: the text encoder is causal
@@ -113,12 +113,12 @@ def test_earlier_targets_are_preserved_and_all_targets_edited(make_scope, sequen
     retain = RetainSet("anchors")
     length, captions = make_scope().model.encode_prompts([""]).hidden.shape[1], len(sequence.captions)
     scope = make_scope(request=2)
-    batch = next(UCE(retain=retain).batches(scope))
+    batch = UCE(retain=retain).batch(scope, 0)
     assert len(batch.preserved) == 2 * captions * length
     earlier = scope.model.encode_prompts(["a tree image in ember stripe style"]).hidden[0]
     assert torch.equal(batch.preserved[captions * length :][:length], earlier)
     both = dataclasses.replace(scope, request=plan_requests(sequence, "simultaneous")[1])
-    together = next(UCE(retain=retain).batches(both))
+    together = UCE(retain=retain).batch(both, 0)
     assert len(together.concept) == 2 * len(batch.concept)
     assert len(together.preserved) == captions * length
 
@@ -144,7 +144,7 @@ def test_an_exact_fit_makes_the_concept_act_like_its_anchor(make_scope, settings
 def test_logs_are_mean_squares_before_and_after(make_scope, settings):
     scope = make_scope()
     method = UCE(retain=RetainSet("both", prompts=10))
-    batch = next(method.batches(scope))
+    batch = method.batch(scope, 0)
     (row,) = erase(scope, method, {}, settings()).logs
     gaps = {"loss": [], "before": [], "preservation_loss": []}
     for name, parameter in scope.params.items():
@@ -160,7 +160,7 @@ def test_backward_leaves_weights_and_gradients_alone(make_scope):
     scope = make_scope()
     method = UCE(retain=RetainSet("anchors"))
     method.begin_request(scope)
-    method.backward(scope, next(method.batches(scope)))
+    method.backward(scope, method.batch(scope, 0))
     assert all(torch.equal(parameter, scope.base[name]) for name, parameter in scope.params.items())
     assert all(parameter.grad is None for parameter in scope.params.values())
 

@@ -8,8 +8,8 @@ import transformers
 from pydantic import PositiveInt
 from torch import Tensor
 
-from cu_runner.checkpoints import load_weights, locate
 from cu_runner.evaluators.base import Evaluator, Prediction
+from cu_runner.model_files import load_weights, locate
 
 
 class Classifier(Evaluator):

@@ -4,7 +4,7 @@ Shapes: B batch, C latent channels, H W latent size, L tokens, D text width.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -39,7 +39,25 @@ class Scope:
     anchors: Callable[..., Tensor]  # (prompts, number of images, mirrored=False) -> latents [number, C, H, W]
 
 
-class Method(ABC, Generic[Batch]):
+class Resumable:
+    """Something that changes from step to step of a request, and that a request which goes on in its middle needs back.
+
+    begin_request comes first then too, with the weights of the request's start: what it makes must not be listed here.
+    """
+
+    changing: tuple[str, ...] = ()  # attributes: tensors, numbers, lists and dictionaries of them
+
+    def state(self) -> dict[str, object]:
+        """What changes, as it is now; later steps may change it in place."""
+        return {name: getattr(self, name) for name in self.changing}
+
+    def restore(self, state: dict[str, object]) -> None:
+        """Take what state() gave."""
+        for name in self.changing:
+            setattr(self, name, state[name])
+
+
+class Method(Resumable, ABC, Generic[Batch]):
     """An unlearning loss and the batches it is computed on; beyond that, whatever of a step a method wants to do its own way."""
 
     params: ParameterGroup = "kv_xattn"  # which weights are trained
@@ -49,8 +67,8 @@ class Method(ABC, Generic[Batch]):
         """Prepare for a request: anchor sets, teachers, masks. State of an earlier request must not survive it."""
 
     @abstractmethod
-    def batches(self, scope: Scope) -> Iterator[Batch]:
-        """An endless stream; batch number n depends on the request, the weights and n alone."""
+    def batch(self, scope: Scope, step: int) -> Batch:
+        """What step number `step`, from 0 on, trains on; it depends on the request, the weights and that number alone."""
 
     def loss(self, scope: Scope, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The scalar to minimise and what to log of it."""

@@ -3,8 +3,6 @@
 Shapes: B batch, C latent channels, H W latent size, L tokens, D text width.
 """
 
-import itertools
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -48,10 +46,9 @@ class ConAbl(Method[NoisyBatch]):
         targets = [[target for target, _ in prompts] for prompts in pairs]
         self._images = CaptionedImages(scope, anchors, targets, number=self.num_anchors, flip=self.flip)
 
-    def batches(self, scope: Scope) -> Iterator[NoisyBatch]:
+    def batch(self, scope: Scope, step: int) -> NoisyBatch:
         """Anchor images under noise; texts: (anchor's prompts, concept's prompts)."""
-        for step in itertools.count():
-            yield self._images.draw(scope.rng.generator("train", step), scope.batch_size)
+        return self._images.draw(scope.rng.generator("train", step), scope.batch_size)
 
     def loss(self, scope: Scope, batch: NoisyBatch) -> tuple[Tensor, dict[str, float]]:
         """E ||e(x_t, c*) - sg e(x_t, c)||^2 (eq. 3), or the true noise in place of the teacher (eq. 4), + w L_diffusion(anchor)."""

@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from torch.optim import Optimizer
 
 from cu_runner.data import NoisyBatch
-from cu_runner.methods.base import Batch, Method, Scope
+from cu_runner.methods.base import Batch, Method, Resumable, Scope
 
 Reference = Literal["empty", "anchor"]
 Teacher = Literal["previous", "base"]
@@ -77,8 +77,10 @@ class DualAscent:
     rounds: PositiveInt = 2
 
 
-class Duals:
+class Duals(Resumable):
     """One multiplier per constraint, and the running mean of what the constraint bounds. All tensors are [m] on the CPU."""
+
+    changing = ("lam", "mean", "cut", "_steps")
 
     def __init__(
         self,
@@ -165,6 +167,13 @@ class PrimalDual(Method[Batch]):
     @abstractmethod
     def final_constraint(self, scope: Scope) -> Tensor:
         """The constrained values [m], measured on fresh samples of the weights as they are."""
+
+    def state(self) -> dict[str, object]:
+        return super().state() | {"duals": self.duals.state()}
+
+    def restore(self, state: dict[str, object]) -> None:
+        super().restore(state)
+        self.duals.restore(state["duals"])
 
     def update(self, scope: Scope, optimizer: Optimizer) -> None:
         """The primal step, then the duals. Not in backward, which a regularizer may call to score weights."""

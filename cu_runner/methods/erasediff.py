@@ -15,8 +15,6 @@ and for L_f, two predictions for L_f(theta_K), and the retain term.
 Shapes: P trainable weights in one vector.
 """
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,11 +87,10 @@ class EraseDiff(Method[EraseDiffBatch]):
         self._forget = CaptionedImages(scope, target_prompts(scope), other, number=self.num_images)
         self._kept = self.retain.images_of(scope)
 
-    def batches(self, scope: Scope) -> Iterator[EraseDiffBatch]:
+    def batch(self, scope: Scope, step: int) -> EraseDiffBatch:
         """K batches for the inner passes and one pair for the outer step; texts: (concept's prompts, unrelated prompts)."""
-        for step in itertools.count():
-            inner = [self._forget.draw(scope.rng.generator(f"inner {k}", step), scope.batch_size) for k in range(self.num_inner)]
-            yield EraseDiffBatch(inner, draw_pair(scope, step, self._forget, self._kept))
+        inner = [self._forget.draw(scope.rng.generator(f"inner {k}", step), scope.batch_size) for k in range(self.num_inner)]
+        return EraseDiffBatch(inner, draw_pair(scope, step, self._forget, self._kept))
 
     def backward(self, scope: Scope, batch: EraseDiffBatch) -> dict[str, float]:
         """grad L_r + lam grad qhat; theta_K lives in copies, the weights themselves are never touched."""

@@ -13,8 +13,6 @@ Shapes: B batch, C latent channels, H W latent size, L tokens, D text width.
 """
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -68,21 +66,20 @@ class ESD(Method[Trajectories]):
         self.prompt, self.eta, self.teacher = prompt, eta, teacher
         self.guidance, self.sampler_steps = guidance, sampler_steps
 
-    def batches(self, scope: Scope) -> Iterator[Trajectories]:
+    def batch(self, scope: Scope, step: int) -> Trajectories:
         """Samples of the current weights for the concepts' prompts, denoised for a random number of steps."""
         captions = scope.sequence.captions if "{caption}" in self.prompt else [""]
         prompts = [
             self.prompt.format(concept=concept.name, caption=caption) for concept in scope.request.targets for caption in captions
         ]
         sampler = dataclasses.replace(scope.model.sampler, steps=self.sampler_steps, guidance=self.guidance)
-        for step in itertools.count():
-            generator = scope.rng.generator("train", step)
-            stop = int(torch.randint(self.sampler_steps, (), generator=generator))
-            chosen = [prompts[row] for row in torch.randint(len(prompts), (scope.batch_size,), generator=generator)]
-            seeds = torch.randint(2**62, (scope.batch_size,), generator=generator).tolist()
-            noisy, timestep = sample_partly(scope.model, chosen, seeds, sampler, stop)
-            # some schedulers stop between two training timesteps
-            yield Trajectories(noisy, timestep.round().long().expand(scope.batch_size), chosen)
+        generator = scope.rng.generator("train", step)
+        stop = int(torch.randint(self.sampler_steps, (), generator=generator))
+        chosen = [prompts[row] for row in torch.randint(len(prompts), (scope.batch_size,), generator=generator)]
+        seeds = torch.randint(2**62, (scope.batch_size,), generator=generator).tolist()
+        noisy, timestep = sample_partly(scope.model, chosen, seeds, sampler, stop)
+        # some schedulers stop between two training timesteps
+        return Trajectories(noisy, timestep.round().long().expand(scope.batch_size), chosen)
 
     def loss(self, scope: Scope, batch: Trajectories) -> tuple[Tensor, dict[str, float]]:
         """E ||e(x_t, c*) - sg [e_q(x_t, null) - eta (e_q(x_t, c*) - e_q(x_t, null))]||^2   (Sec. 4)."""

@@ -10,8 +10,6 @@ A step costs 1.7 times ConAbl's, 2.1 with ascent.
 Shapes: B batch, C latent channels, H W latent size, P trainable weights in one vector, m unlearning concepts (groups of data).
 """
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -102,16 +100,15 @@ class ForwardKL(PrimalDual[DataBatch]):
         ones = torch.ones_like(self._sizes)  # values are relative to the loss at the start
         self.duals = Duals(self.dual, ones, self.bound * ones, "at least", lambda lam: lam.minimum(caps))
 
-    def batches(self, scope: Scope) -> Iterator[DataBatch]:
+    def batch(self, scope: Scope, step: int) -> DataBatch:
         """As many images of the groups, about equally many of each, as of what is kept."""
         number = len(self._groups)
-        for step in itertools.count():
-            generator = scope.rng.generator("train", step)
-            chosen = torch.randperm(number, generator=generator)[: scope.batch_size].tolist()
-            counts = [len(range(k, scope.batch_size, len(chosen))) for k in range(len(chosen))]
-            parts = [self._groups[group].draw(generator, count) for group, count in zip(chosen, counts, strict=True)]
-            groups = [group for group, count in zip(chosen, counts, strict=True) for _ in range(count)]
-            yield DataBatch(join(parts), groups, self._retain.draw(generator, scope.batch_size))
+        generator = scope.rng.generator("train", step)
+        chosen = torch.randperm(number, generator=generator)[: scope.batch_size].tolist()
+        counts = [len(range(k, scope.batch_size, len(chosen))) for k in range(len(chosen))]
+        parts = [self._groups[group].draw(generator, count) for group, count in zip(chosen, counts, strict=True)]
+        groups = [group for group, count in zip(chosen, counts, strict=True) for _ in range(count)]
+        return DataBatch(join(parts), groups, self._retain.draw(generator, scope.batch_size))
 
     def terms(self, scope: Scope, batch: DataBatch) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Two parts of sum_j v_j ||e(x_t, c) - eps||^2: of samples with v_j >= 0, and of those that are ascended on."""

@@ -4,9 +4,6 @@ After NegGrad (Golatkar et al., CVPR 2020, arXiv 1911.04933) and Thudi et al. (E
 lower bound, so the model breaks down when the steps are many or large: a cheap baseline, not a remedy.
 """
 
-import itertools
-from collections.abc import Iterator
-
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
@@ -40,10 +37,9 @@ class GradientAscent(Method[ForgetBatch]):
         self._forget = CaptionedImages(scope, target_prompts(scope), number=self.num_images)
         self._kept = self.retain.images_of(scope) if self.retain_weight else None
 
-    def batches(self, scope: Scope) -> Iterator[ForgetBatch]:
+    def batch(self, scope: Scope, step: int) -> ForgetBatch:
         """Both kinds of images under noise."""
-        for step in itertools.count():
-            yield draw_pair(scope, step, self._forget, self._kept)
+        return draw_pair(scope, step, self._forget, self._kept)
 
     def loss(self, scope: Scope, batch: ForgetBatch) -> tuple[Tensor, dict[str, float]]:
         """- E ||e(x_t, c*) - eps||^2 + w E ||e(x_t, c) - eps||^2."""

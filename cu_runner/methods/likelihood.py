@@ -12,9 +12,7 @@ three teacher passes, and the retain term. A request of m concepts takes m + 2, 
 Shapes: B batch, C latent channels, H W latent size, L tokens, D text width, m unlearning concepts, S draws of noise per image.
 """
 
-import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -78,6 +76,8 @@ class SampledBatch:
 class Likelihood(PrimalDual[SampledBatch]):
     """Push the concepts' prompts away from images that the concepts make likely, as far as the constraints ask."""
 
+    changing = ("_largest_push",)
+
     def __init__(
         self,
         bound: PositiveFloat = 0.5,
@@ -124,13 +124,12 @@ class Likelihood(PrimalDual[SampledBatch]):
         bound = torch.full_like(initial, self.bound)
         self.duals = Duals(self.dual, initial, bound, "at most", lambda lam: lam.clamp(max=self.cap))
 
-    def batches(self, scope: Scope) -> Iterator[SampledBatch]:
+    def batch(self, scope: Scope, step: int) -> SampledBatch:
         """On-policy images of the concepts' prompts at S noise levels each, B rows in all."""
-        for step in itertools.count():
-            generator = scope.rng.generator("train", step)
-            rows = draw_rows(scope, generator, max(1, scope.batch_size // self.draws))
-            retain = self._images and self._images.draw(generator, scope.batch_size)
-            yield self._draw(scope, generator, *rows, retain)
+        generator = scope.rng.generator("train", step)
+        rows = draw_rows(scope, generator, max(1, scope.batch_size // self.draws))
+        retain = self._images and self._images.draw(generator, scope.batch_size)
+        return self._draw(scope, generator, *rows, retain)
 
     def loss(self, scope: Scope, batch: SampledBatch) -> tuple[Tensor, dict[str, float]]:
         """E ||e_theta(x_t, c*) - sg e*||^2 + w L_retain on noised samples of the model in training."""

@@ -4,8 +4,6 @@ After Golatkar et al. (CVPR 2020, arXiv 1911.04933), who train classifiers so; f
 generation (Fan et al., ICLR 2024, arXiv 2310.12508, Sec. 4), whose released code gives one fixed other class to all images.
 """
 
-import itertools
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -62,10 +60,9 @@ class RandomLabel(Method[ForgetBatch]):
         chosen = torch.randint(len(choices), (concepts, self.num_images), generator=generator).tolist()
         return [[choices[choice][i % len(captions)] for i, choice in enumerate(row)] for row in chosen]
 
-    def batches(self, scope: Scope) -> Iterator[ForgetBatch]:
+    def batch(self, scope: Scope, step: int) -> ForgetBatch:
         """Both kinds of images under noise; texts of the forget batch: (concept's prompts, labels)."""
-        for step in itertools.count():
-            yield draw_pair(scope, step, self._forget, self._kept)
+        return draw_pair(scope, step, self._forget, self._kept)
 
     def loss(self, scope: Scope, batch: ForgetBatch) -> tuple[Tensor, dict[str, float]]:
         """E ||e(x_t, c*) - sg e(x_t, c')||^2 + w E ||e(x_t, c) - eps||^2   (Fan et al. 2024, Sec. 4)."""

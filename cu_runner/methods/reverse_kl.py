@@ -10,8 +10,6 @@ request of m concepts takes m + 1 teacher passes, since every q_i enters the tar
 Shapes: B batch, C latent channels, H W latent size, L tokens, D text width, m unlearning concepts.
 """
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -116,16 +114,15 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
             initial = self._measure(scope, "initial")
         self.duals = Duals(self.dual, initial, self.bound * initial, "at least", lambda lam: limit_lambda(lam, self.cap))
 
-    def batches(self, scope: Scope) -> Iterator[OnPolicyBatch]:
+    def batch(self, scope: Scope, step: int) -> OnPolicyBatch:
         """On-policy x_t for the concepts' prompts at one noise level per step."""
-        for step in itertools.count():
-            generator = scope.rng.generator("train", step)
-            concepts, captions, seeds = draw_rows(scope, generator, scope.batch_size)
-            levels = scope.rng.generator("levels", step // self.sampling_steps)
-            stop = torch.randperm(self.sampling_steps, generator=levels)[step % self.sampling_steps].item()
-            noisy, timesteps = self._sample(scope, own_prompts(scope, concepts, captions), seeds, stop)
-            retain = self._images and self._images.draw(generator, scope.batch_size)
-            yield OnPolicyBatch(noisy, timesteps, concepts, captions, retain)
+        generator = scope.rng.generator("train", step)
+        concepts, captions, seeds = draw_rows(scope, generator, scope.batch_size)
+        levels = scope.rng.generator("levels", step // self.sampling_steps)
+        stop = torch.randperm(self.sampling_steps, generator=levels)[step % self.sampling_steps].item()
+        noisy, timesteps = self._sample(scope, own_prompts(scope, concepts, captions), seeds, stop)
+        retain = self._images and self._images.draw(generator, scope.batch_size)
+        return OnPolicyBatch(noisy, timesteps, concepts, captions, retain)
 
     def loss(self, scope: Scope, batch: OnPolicyBatch) -> tuple[Tensor, dict[str, float]]:
         """E ||e_theta(x_t, c*) - sg e*||^2 + w L_retain, x_t from the model in training."""

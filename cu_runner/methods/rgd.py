@@ -7,8 +7,6 @@ Neither loss is hurt to first order by a plain gradient step (train.optimizer=sg
 Shapes: P trainable weights in one vector.
 """
 
-import itertools
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -97,10 +95,9 @@ class RGD(Method[ForgetBatch]):
         else:
             self._kept = CaptionedImages(scope, keep, number=self.num_images)
 
-    def batches(self, scope: Scope) -> Iterator[ForgetBatch]:
+    def batch(self, scope: Scope, step: int) -> ForgetBatch:
         """Both kinds of images under noise, each with its own prompts."""
-        for step in itertools.count():
-            yield draw_pair(scope, step, self._forget, self._kept)
+        return draw_pair(scope, step, self._forget, self._kept)
 
     def backward(self, scope: Scope, batch: ForgetBatch) -> dict[str, float]:
         """The restricted gradient, or that of the retained images alone where the concept is forgotten enough."""

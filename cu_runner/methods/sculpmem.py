@@ -26,6 +26,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class SculpMem(ConAbl):
     """ConAbl's loss; each tensor moves in its active entries alone, which change as training goes on."""
 
+    changing = ("_step", "_exchanges", "_gathered", "_masks")
+
     def __init__(
         self,
         active: Annotated[float, Field(gt=0, le=1)] = 0.5,

@@ -9,7 +9,6 @@ know of it and is held where it is. Where both prompts begin alike, an exact fit
 Shapes: L tokens, D text width, N edited and M preserved token positions, out attention width.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,7 +53,7 @@ class UCE(Method[TextPairs]):
         """
         self.preserve, self.ridge, self.retain, self.params = preserve, ridge, retain, params
 
-    def batches(self, scope: Scope) -> Iterator[TextPairs]:
+    def batch(self, scope: Scope, step: int) -> TextPairs:
         """The one batch: all positions of all prompts."""
         model, sequence = scope.model, scope.sequence
         concept, anchor = [], []
@@ -69,7 +68,7 @@ class UCE(Method[TextPairs]):
             for name in earlier_targets(scope)
             for caption in sequence.captions
         ]
-        yield TextPairs(torch.cat(concept), torch.cat(anchor), model.encode_prompts(kept).hidden.flatten(0, 1))
+        return TextPairs(torch.cat(concept), torch.cat(anchor), model.encode_prompts(kept).hidden.flatten(0, 1))
 
     @torch.no_grad()
     def backward(self, scope: Scope, batch: TextPairs) -> dict[str, float]:

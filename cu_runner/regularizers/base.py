@@ -5,12 +5,12 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from cu_runner.methods.base import Method, Scope
+from cu_runner.methods.base import Method, Resumable, Scope
 
 Stage = Literal["loss", "gradient", "step", "weights"]
 
 
-class Regularizer:
+class Regularizer(Resumable):
     """Hooks of one request, in the order in which they are called."""
 
     acts_on: tuple[Stage, ...] = ()  # what the hooks change; the loop keeps the weights before a step only for "step"

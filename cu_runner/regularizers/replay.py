@@ -21,6 +21,7 @@ class Replay(Regularizer):
     """weight * mean ||e(x_t, c) - wanted||^2 over images x of prompts c to keep."""
 
     acts_on = ("loss",)
+    changing = ("_step",)
 
     def __init__(
         self,

@@ -3,7 +3,6 @@
 Shapes: n trainable elements, C latent channels, H W latent size.
 """
 
-import itertools
 import math
 from typing import Annotated, Literal
 
@@ -101,8 +100,8 @@ class SelFT(Regularizer):
                 "use reg.selft.scoring=trajectory"
             )
         else:
-            for batch in itertools.islice(method.batches(scope), self.num_batches):
-                method.backward(scope, batch)
+            for step in range(self.num_batches):
+                method.backward(scope, method.batch(scope, step))
         grads = {name: parameter.grad for name, parameter in scope.params.items()}
         self._mask = topk_mask(scope.params, grads, self.fraction)
         for parameter in scope.params.values():

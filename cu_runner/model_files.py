@@ -19,6 +19,8 @@ import torch
 import transformers
 from torch import nn
 
+from cu_runner.safe_loading import check_pickle
+
 logger = logging.getLogger(__name__)
 
 PredictionType = Literal["epsilon", "v_prediction"]
@@ -119,17 +121,6 @@ def find_weights(directory: Path) -> WeightFiles | None:
     return None
 
 
-def refuse_pickles(paths: Sequence[Path], allow_pickle: Sequence[str]) -> None:
-    """Raises ModelError for a pickle that the user did not name."""
-    allowed = {Path(name).expanduser().resolve() for name in allow_pickle}
-    for path in paths:
-        if path.suffix != ".safetensors" and path.resolve() not in allowed:
-            raise ModelError(
-                f"{path}: is a pickle and no safetensors file; convert it, or name it as in 'model.allow_pickle=[{path}]' "
-                "if you trust where it comes from (it is read as weights only)"
-            )
-
-
 # ------------------------------------------------------------------------------------------------------------ reading
 def read_components(
     root: Path, *, config: str | None, prediction_type: PredictionType | None, allow_pickle: Sequence[str]
@@ -208,7 +199,7 @@ def read_single_file(file: Path, config: str | None, allow_pickle: Sequence[str]
     """A checkpoint in the original layout, all weights in one file. Raises ModelError."""
     if file.suffix not in SINGLE_FILES:
         raise ModelError(f"{file}: is no checkpoint; give a diffusers directory or a file that ends in {', '.join(SINGLE_FILES)}")
-    refuse_pickles([file], allow_pickle)
+    check_pickle(file, allow_pickle)
     place = None if config is None else str(locate(config, download=False))
     try:
         pipe = read_original(file, place)
@@ -246,10 +237,11 @@ def read_original(file: Path, config: str | None) -> diffusers.DiffusionPipeline
 
 
 def load_weights(kind: type[nn.Module], directory: Path, allow_pickle: Sequence[str] = ()) -> nn.Module:
-    """from_pretrained in fp32 from local files, refusing what it would only warn of. Raises ModelError."""
+    """from_pretrained in fp32 from local files, refusing what it would only warn of. Raises ModelError, WeightFileError."""
     dtype = {"torch_dtype": torch.float32} if issubclass(kind, diffusers.ModelMixin) else {"dtype": torch.float32}
     files = find_weights(directory) or WeightFiles([], None, "safetensors")
-    refuse_pickles(files.paths, allow_pickle)
+    for path in files.paths:
+        check_pickle(path, allow_pickle)
     place = {"variant": files.variant, "use_safetensors": files.kind == "safetensors", "local_files_only": True}
     try:
         model, info = kind.from_pretrained(directory, output_loading_info=True, **place, **dtype)
