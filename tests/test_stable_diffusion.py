@@ -6,13 +6,16 @@ from pathlib import Path
 
 import diffusers
 import open_clip
+import pandas as pd
 import pytest
 import torch
 import transformers
 from conftest import read_conf
+from test_matrix import overrides, run
 
 from cu_runner.evaluators.classifier import Classifier
 from cu_runner.models import DiffusionModel, Text, load_model
+from cu_runner.params import select_parameters
 from cu_runner.sampling import generate
 from cu_runner.seeding import image_noise
 from cu_runner.settings import Sampler
@@ -150,3 +153,31 @@ def test_classifiers_fit_the_evaluator(random_pipeline, tmp_path):
     settings = read_conf("evaluator/unlearncanvas.yaml") | {"paths": {name: str(tmp_path / name) for name in ("style", "object")}}
     judge = Classifier(**settings)
     assert {domain: len(names) for domain, names in judge.labels().items()} == {"style": 51, "object": 20}
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+@pytest.mark.parametrize(
+    ("kind", "method", "reg"),
+    [
+        ("sd15", "conabl", "gradproj"),
+        ("sd21_base", "conabl", "nullspace"),
+        ("sdxl", "esd", "gradproj"),
+        ("sdxl", "forward_kl", "none"),
+    ],
+)
+def test_requests_through_cu_run(in_process, tmp_path, pipelines, kind, method, reg):
+    """In the precision and with the settings that save memory."""
+    chosen = (f"model={kind}", f"model.path={pipelines[kind]}", "model.resolution=64", "model.precision=bf16")
+    _, delta = run(in_process, tmp_path, [*overrides(method, reg), *chosen, "train.gradient_checkpointing=true"])
+    params = select_parameters(load(pipelines[kind]).unet, "kv_xattn")
+    assert {name: tensor.shape for name, tensor in delta.items() if name in params} == {name: p.shape for name, p in params.items()}
+    assert {tensor.dtype for tensor in delta.values()} == {torch.float32}
+    assert max(tensor.abs().max() for tensor in delta.values()) > 0
+
+
+def test_uce_moves_the_keys_of_sdxl_to_the_anchors(in_process, tmp_path, pipelines):
+    """Its closed form is in the concatenated text."""
+    chosen = ("model=sdxl", f"model.path={pipelines['sdxl']}", "model.resolution=64", "model.precision=fp32")
+    directory, _ = run(in_process, tmp_path, [*overrides("uce", "none"), *chosen])
+    log = pd.read_csv(directory / "steps/01/training.csv").iloc[0]
+    assert log["loss"] < 0.5 * log["before"]
