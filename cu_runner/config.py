@@ -67,10 +67,10 @@ class RunConfig:
     @property
     def training_key(self) -> dict[str, Plain]:
         """What the training of a request from the base model depends on, besides the request and the model's weights."""
-        science = drop(self.resolved, NOT_SCIENTIFIC)
-        settings = {key: science[key] for key in ("seed", "train", "anchors", "method", "sequence")}
         # the weights behind the path are in the key by their fingerprint
-        settings["model"] = {key: value for key, value in self.resolved["model"].items() if key != "path"}
+        places = ("model.path", "model.revision", "model.config")
+        science = drop(self.resolved, (*NOT_SCIENTIFIC, *places))
+        settings = {key: science[key] for key in ("seed", "train", "anchors", "method", "sequence", "model")}
         settings["setting"] = {key: value for key, value in self.resolved["setting"].items() if key != "plan"}
         if self.setting.stop_at is not None:  # then the evaluation decides when training ends
             settings |= {"evaluator": self.resolved["evaluator"], "eval": self.resolved["eval"]}
@@ -133,7 +133,7 @@ def compose(overrides: list[str]) -> RunConfig:
 
 # What decides how a run is measured and on what machine, not what it trained.
 MEASUREMENT = ("evaluator", "eval", "sequence.seeds", "sequence.retain", "sequence.cross_retain", "sequence.prompt")
-MACHINE = ("device", "num_threads", "model.path", "model.precision")
+MACHINE = ("device", "num_threads", "model.path", "model.revision", "model.config", "model.allow_pickle", "model.precision")
 
 
 def revise(resolved: dict[str, Plain], overrides: list[str]) -> dict[str, Plain]:

@@ -13,18 +13,18 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Generator, Tensor
 
 from cu_runner.methods.base import Scope
-from cu_runner.models import DiffusionModel
+from cu_runner.models import DiffusionModel, Text
 from cu_runner.names import Names, kept_names, read_listed
 
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """Images under noise. texts: one [B, L, D] for each list of captions."""
+    """Images under noise. texts: of B prompts, one for each list of captions."""
 
     noisy: Tensor  # [B, C, H, W]
     noise: Tensor  # [B, C, H, W]
     timesteps: Tensor  # [B]
-    texts: tuple[Tensor, ...]
+    texts: tuple[Text, ...]
 
 
 class CaptionedImages:
@@ -56,7 +56,7 @@ class CaptionedImages:
             chosen = (torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5).to(device)
             clean = torch.where(chosen, self.mirrored[concepts, images], clean)
         rows = [(concept, image % len(self.texts[0][concept])) for concept, image in zip(concepts, images, strict=True)]
-        texts = tuple(torch.stack([groups[concept][row] for concept, row in rows]) for groups in self.texts)
+        texts = tuple(Text.cat([groups[concept][row : row + 1] for concept, row in rows]) for groups in self.texts)
         return NoisyBatch(model.add_noise(clean, noise, timesteps), noise, timesteps, texts)
 
 

@@ -14,7 +14,7 @@ import safetensors
 import torch
 
 from cu_runner.concepts import Request, Sequence, plan_requests
-from cu_runner.models import locate
+from cu_runner.model_files import HUB_ID, ModelError, find_weights, locate
 from cu_runner.params import belongs
 from cu_runner.process import choose_device
 from cu_runner.provenance import device_name
@@ -99,14 +99,26 @@ def seconds_of(run: RunRecord) -> tuple[list[float], list[float]]:
     return steps, images
 
 
-def delta_bytes(path: str, group: str) -> int:
-    """Size of the weights that a method trains, from the headers of the UNet's safetensors files. Raises ModelError."""
+def delta_bytes(path: str, revision: str | None, group: str) -> int | None:
+    """Size of the weights that a method trains, from the headers of safetensors files; None where there are no such headers.
+
+    Raises ModelError for a path that is not there; a repository of the hub that is not on this machine has no headers yet.
+    """
+    try:
+        root = locate(path, revision, download=False)
+    except ModelError:
+        if HUB_ID.fullmatch(path):
+            return None
+        raise
+    weights = find_weights(root / "unet")
+    paths, prefix = ([root], "model.diffusion_model.") if root.is_file() else (weights.paths if weights else [], "")
+    if not paths or paths[0].suffix != ".safetensors":
+        return None
     total = 0
-    for file in sorted((locate(path) / "unet").glob("diffusion_pytorch_model*.safetensors")):
-        if file.name != "diffusion_pytorch_model.safetensors" and "-of-" not in file.name:  # another precision of the same
-            continue
-        with safetensors.safe_open(file, framework="pt") as weights:
-            sizes = {name: torch.Size(weights.get_slice(name).get_shape()).numel() for name in weights.keys()}  # noqa: SIM118
+    for file in paths:
+        with safetensors.safe_open(file, framework="pt") as content:
+            names = [name for name in content.keys() if name.startswith(prefix)]  # noqa: SIM118
+            sizes = {name: torch.Size(content.get_slice(name).get_shape()).numel() for name in names}
         total += sum(4 * size for name, size in sizes.items() if belongs(name, group))
     return total
 
@@ -140,9 +152,11 @@ def forecast(plan: "RunConfig") -> str:
     )
     lines.append("time: " + time_left(num_steps, num_images, rates, device, most))
     copies = (2 if merges else 1) * sum(1 for entry in left if entry.request)
-    size = copies * delta_bytes(plan.model.arguments["path"], method.params) / 1e6
+    model = plan.model.arguments
+    weights = delta_bytes(model["path"], model.get("revision"), method.params)
+    size = "unknown size" if weights is None else f"{copies * weights / 1e6:.1f} MB"
     free = shutil.disk_usage(existing_parent(plan.directory)).free / 1e9
-    lines.append(f"disk: {size:.1f} MB of checkpoints, besides tables and pictures; {free:.1f} GB are free")
+    lines.append(f"disk: {size} of checkpoints, besides tables and pictures; {free:.1f} GB are free")
     return "\n".join([*lines, f"run: {plan.directory} (not touched)"])
 
 

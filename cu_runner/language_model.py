@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from cu_runner.models import ModelError, load_weights
+from cu_runner.model_files import ModelError, load_weights
 
 TOKENS_PER_NAME = 12  # of an answer, its number and its line break among them
 MARK = re.compile(r"(?:\(?\d+\s*[.):]|[-*\u2022\u2013])\s*")  # 1. 1) (1) 1: - * and the like, at the start of a line

@@ -1,34 +1,50 @@
 """A text-to-image diffusion model as the unlearning code sees it: encode prompts, predict noise, encode and decode images.
 
-Loads an ordinary diffusers directory component by component and refuses one whose weights are incomplete or do not fit.
-The embedded ShapeCanvas model and Stable Diffusion differ in their files only.
+The embedded ShapeCanvas model, Stable Diffusion 1 and 2, and SDXL differ in their files only.
 
-Shapes: B batch, C latent channels, H W latent size, L tokens, D text width, S image side.
+Shapes: B batch, C latent channels, H W latent size, L tokens, D text width, P pooled text width, S image side.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
-from pathlib import Path
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-import diffusers
 import torch
-import transformers
 from pydantic import PositiveInt
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from cu_runner.model_files import Components, ModelError, PredictionType, locate, read_components
 from cu_runner.settings import Sampler
 
 logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
-class ModelError(ValueError):
-    """A model directory that cannot be used; the message is one line."""
+@dataclass(frozen=True)
+class Text:
+    """Encoded prompts, as the UNet reads them."""
+
+    hidden: Tensor  # [B, L, D], at every token position; keys and values of cross-attention are linear in it
+    pooled: Tensor | None = None  # [B, P], of SDXL
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, rows: slice | list[int]) -> "Text":
+        return Text(self.hidden[rows], None if self.pooled is None else self.pooled[rows])
+
+    @staticmethod
+    def cat(parts: Sequence["Text"]) -> "Text":
+        """The rows of all parts, in order."""
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return Text(torch.cat([part.hidden for part in parts]), torch.cat(pooled) if pooled else None)
 
 
 class DiffusionModel:
@@ -39,29 +55,28 @@ class DiffusionModel:
 
     def __init__(
         self,
-        unet: diffusers.UNet2DConditionModel,
-        vae: diffusers.AutoencoderKL,
-        text_encoder: nn.Module,
-        tokenizer: transformers.PreTrainedTokenizerBase,
-        scheduler: diffusers.SchedulerMixin,
+        components: Components,
         *,
         resolution: int,
         sampler: Sampler,
         precision: Precision,
         device: torch.device,
+        vae_slicing: bool = False,
     ) -> None:
-        self.unet, self.vae, self.text_encoder = (
-            part.to(device).eval().requires_grad_(False) for part in (unet, vae, text_encoder)
+        self.components = components
+        self.unet, self.vae, *self.text_encoders = (
+            part.to(device).eval().requires_grad_(False) for part in (components.unet, components.vae, *components.text_encoders)
         )
-        self.tokenizer, self.scheduler = tokenizer, scheduler
-        self.sampler, self.device = sampler, device
+        self.tokenizer, self.scheduler = components.tokenizers[0], components.scheduler
+        self.sampler, self.device, self.resolution = sampler, device, resolution
         self.dtype, self.precision = DTYPES[precision], precision
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae.use_slicing = vae_slicing
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         if resolution % factor:
             raise ModelError(f"model.resolution={resolution}: not a multiple of {factor}, the autoencoder's factor")
-        self.latent_shape = (unet.config.in_channels, resolution // factor, resolution // factor)
-        self.alphas_cumprod = scheduler.alphas_cumprod.to(device)
-        self._embeddings: dict[str, Tensor] = {}
+        self.latent_shape = (self.unet.config.in_channels, resolution // factor, resolution // factor)
+        self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
+        self._embeddings: dict[str, Text] = {}
 
     @property
     def num_train_timesteps(self) -> int:
@@ -73,18 +88,33 @@ class DiffusionModel:
         return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Text encoder outputs [B, L, D] at every token position; each distinct prompt is encoded once per process."""
+    def encode_prompts(self, prompts: list[str]) -> Text:
+        """The text of B prompts; each distinct prompt is encoded once per process, in fp32."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         for start in range(0, len(new), 256):
             chunk = new[start : start + 256]
-            tokens = self.tokenizer(chunk, padding="max_length", truncation=True, return_tensors="pt")
-            longest = max(len(self.tokenizer(prompt).input_ids) for prompt in chunk)
-            if longest > tokens.input_ids.shape[1]:
-                logger.warning("a prompt of %d tokens is cut to the %d that the model reads", longest, tokens.input_ids.shape[1])
-            hidden = self.text_encoder(tokens.input_ids.to(self.device))[0].float()
-            self._embeddings |= {prompt: row.clone() for prompt, row in zip(chunk, hidden, strict=True)}
-        return torch.stack([self._embeddings[prompt] for prompt in prompts])
+            text = self._encode(chunk)
+            for row, prompt in enumerate(chunk):
+                encoded = Text.cat([text[row : row + 1]])  # a copy: a view would keep the whole chunk
+                if prompt == "" and self.components.zero_empty_prompt:
+                    encoded = Text(torch.zeros_like(encoded.hidden), torch.zeros_like(encoded.pooled))
+                self._embeddings[prompt] = encoded
+        return Text.cat([self._embeddings[prompt] for prompt in prompts])
+
+    def _encode(self, prompts: list[str]) -> Text:
+        """One encoder: its last hidden states. SDXL: the last but one of both, side by side, and the second's projection."""
+        ids = []
+        for tokenizer in self.components.tokenizers:
+            tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            longest, limit = max(len(tokenizer(prompt).input_ids) for prompt in prompts), tokens.shape[1]
+            if longest > limit and not ids:
+                logger.warning("a prompt of %d tokens is cut to the %d that the model reads", longest, limit)
+            ids.append(tokens.to(self.device))
+        if len(ids) == 1:
+            return Text(self.text_encoders[0](ids[0])[0].float())
+        outputs = [encoder(rows, output_hidden_states=True) for encoder, rows in zip(self.text_encoders, ids, strict=True)]
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return Text(hidden.float(), outputs[1].text_embeds.float())
 
     def token_span(self, text: str, inside: str) -> slice:
         """The token positions of `text` in the prompt `inside`, counting the begin-of-text token as position 0."""
@@ -100,20 +130,29 @@ class DiffusionModel:
         alpha_bar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         return alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
 
-    def predict_noise(
-        self, noisy: Tensor, timesteps: Tensor, embeddings: Tensor, weights: dict[str, Tensor] | None = None
-    ) -> Tensor:
-        """e(x_t, t, c) [B, C, H, W] for noisy latents [B, C, H, W], timesteps [B] and text [B, L, D].
+    def unet_output(self, noisy: Tensor, timesteps: Tensor, text: Text, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """What the UNet says [B, C, H, W], fp32, as the scheduler's prediction type means it.
 
-        weights: values to use in place of some UNet parameters (a frozen teacher); the UNet itself is not changed.
+        Args:
+            noisy: [B, C, H, W]. timesteps: [B], or one for all.
+            weights: values to use in place of some UNet parameters (a frozen teacher); the UNet itself is not changed.
         """
-        arguments = (noisy, timesteps, embeddings)
+        more = {}
+        if text.pooled is not None:
+            # original size, crop corner, target size: an image that was never resized or cropped   (Podell et al. 2023, Sec. 2.2)
+            size = [self.resolution, self.resolution, 0, 0, self.resolution, self.resolution]
+            more["added_cond_kwargs"] = {"text_embeds": text.pooled, "time_ids": noisy.new_tensor([size] * len(text))}
+        arguments = (noisy, timesteps, text.hidden)
         with self.autocast():
             if weights is None:
-                output = self.unet(*arguments).sample
+                output = self.unet(*arguments, **more).sample
             else:
-                output = torch.func.functional_call(self.unet, weights, arguments).sample
-        output = output.float()
+                output = torch.func.functional_call(self.unet, weights, arguments, more).sample
+        return output.float()
+
+    def predict_noise(self, noisy: Tensor, timesteps: Tensor, text: Text, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """e(x_t, t, c) [B, C, H, W] for noisy latents [B, C, H, W], timesteps [B] and the text of B prompts; weights as above."""
+        output = self.unet_output(noisy, timesteps, text, weights)
         if self.scheduler.config.prediction_type == "epsilon":
             return output
         # v = sqrt(ab) eps - sqrt(1 - ab) x_0   =>   eps = sqrt(ab) v + sqrt(1 - ab) x_t   (Salimans & Ho 2022, App. D)
@@ -128,30 +167,52 @@ class DiffusionModel:
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, C, H, W] to images [B, 3, S, S] in 0..1."""
-        with self.autocast():
+        # SDXL's autoencoder overflows in fp16; others leave force_upcast at its default, and their pipeline does not read it
+        overflows = self.precision == "fp16" and self.vae.config.force_upcast and len(self.text_encoders) == 2
+        with contextlib.nullcontext() if overflows else self.autocast():
             images = self.vae.decode(latents / self.vae.config.scaling_factor).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def lower_frozen(self, trained: Container[str]) -> None:
+        """With precision=bf16, hold the UNet's matrices in bf16 that are not trained: half their memory, bitwise the same outputs.
+
+        Call it after fingerprint(), which is over the weights as they were loaded. The other precisions also run in fp32.
+
+        Args:
+            trained: names of UNet parameters that stay fp32.
+        """
+        if self.precision != "bf16":
+            return
+        for name, module in self.unet.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):  # what autocast would cast at every forward pass
+                for key, parameter in module.named_parameters(recurse=False):
+                    if f"{name}.{key}" not in trained:
+                        parameter.data = parameter.data.to(self.dtype)
+
+    def checkpoint_gradients(self) -> None:
+        """Keep no activations inside the UNet's blocks, and compute them again on the way back: less memory, more time."""
+
+        def run(module: nn.Module, *arguments: object) -> object:
+            # the weights as they are now: on the way back, those of a functional_call are no longer in place
+            weights = dict(module.named_parameters())
+            call = lambda *inputs: torch.func.functional_call(module, weights, inputs)  # noqa: E731
+            return checkpoint(call, *arguments, use_reentrant=False)
+
+        self.unet.enable_gradient_checkpointing(run)
 
     def fingerprint(self) -> str:
         """sha256 over weights, scheduler, vocabulary and latent size: two models with one fingerprint make the same images."""
         digest = hashlib.sha256()
         settings = {"scheduler": type(self.scheduler).__name__, **self.scheduler.config, "latent": self.latent_shape}
         settings |= {"scaling_factor": self.vae.config.scaling_factor, "words": self.tokenizer.get_vocab()}
+        if len(self.text_encoders) == 2:
+            settings |= {"words_2": self.components.tokenizers[1].get_vocab(), "zero_empty": self.components.zero_empty_prompt}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-        for part in (self.unet, self.vae, self.text_encoder):
+        for part in (self.unet, self.vae, *self.text_encoders):
             for name, tensor in part.state_dict().items():
                 digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
-
-
-def locate(path: str) -> Path:
-    """A local path; `package:` starts at the installed cu_runner. Raises ModelError if it is not there."""
-    inside = path.removeprefix("package:")
-    found = Path(__file__).parent / inside if inside != path else Path(path).expanduser()
-    if not found.exists():
-        raise ModelError(f"{path}: no such file or directory; give a local diffusers directory or file")
-    return found
 
 
 def load_model(
@@ -160,63 +221,37 @@ def load_model(
     sampler: Sampler,
     precision: Precision = "fp32",
     *,
+    revision: str | None = None,
+    config: str | None = None,
+    prediction_type: PredictionType | None = None,
+    vae_slicing: bool = False,
+    allow_pickle: tuple[str, ...] = (),
     device: str = "cpu",
 ) -> DiffusionModel:
-    """Load a diffusers directory of a text-to-image pipeline.
+    """Load a text-to-image model: Stable Diffusion 1 or 2, SDXL, or one that is built like them.
 
     Args:
-        path: a local directory; `package:...` is one inside the installed package.
+        path: a diffusers directory, a single file in the original layout, or the id of a diffusers repository on the Hugging Face
+            hub; `package:...` is inside the installed package.
         resolution: image side in pixels.
         sampler: default denoising steps and guidance.
-        precision: of the forward passes.
+        precision: of the forward passes. bf16 holds what is not trained in it too; fp16 is for passes without gradients, those with
+            gradients are fp32.
+        revision: branch, tag or commit of a hub repository.
+        config: for a single file, a diffusers directory (or hub id) of the same kind: its configurations and tokenizers are read.
+        prediction_type: what the UNet predicts, where the checkpoint's scheduler says it wrongly.
+        vae_slicing: encode and decode images one by one: less memory.
+        allow_pickle: files that may be read although they are pickles; as weights only, whatever they hold.
         device: as torch names it.
 
     Raises:
-        ModelError: missing directory or component, weights that are incomplete or of a wrong shape.
+        ModelError: missing checkpoint or component, weights that are incomplete or of a wrong shape, a precision that the device
+            does not have.
     """
-    root = locate(path)
-    try:
-        index = json.loads((root / "model_index.json").read_text())
-    except (OSError, ValueError):
-        raise ModelError(f"{path}: no readable model_index.json; it must be a diffusers directory (save_pretrained)") from None
-    missing = [part for part in COMPONENTS if part not in index or not (root / part).is_dir()]
-    if missing:
-        raise ModelError(f"{path}: the component {missing[0]} is missing; a complete pipeline has {', '.join(COMPONENTS)}")
-    unet = load_weights(diffusers.UNet2DConditionModel, root / "unet")
-    vae = load_weights(diffusers.AutoencoderKL, root / "vae")
-    text_encoder = load_weights(getattr(transformers, index["text_encoder"][1]), root / "text_encoder")
-    width = text_encoder.config.hidden_size
-    if unet.config.cross_attention_dim != width:
-        raise ModelError(
-            f"{path}: unet reads text of width {unet.config.cross_attention_dim}, text_encoder writes {width}; they must match"
-        )
-    if unet.config.in_channels != vae.config.latent_channels:
-        raise ModelError(
-            f"{path}: unet has {unet.config.in_channels} latent channels, vae {vae.config.latent_channels}; they must match"
-        )
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(root / "tokenizer")
-        scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(root / "scheduler")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path}: tokenizer or scheduler cannot be read: {str(error).splitlines()[0]}") from error
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise ModelError(f"{path}: prediction type {scheduler.config.prediction_type!r}; epsilon and v_prediction are known")
-    parts = (unet, vae, text_encoder, tokenizer, scheduler)
-    return DiffusionModel(*parts, resolution=resolution, sampler=sampler, precision=precision, device=torch.device(device))
-
-
-def load_weights(kind: type[nn.Module], directory: Path) -> nn.Module:
-    """from_pretrained in fp32 from safetensors, refusing what it would only warn of."""
-    dtype = {"torch_dtype": torch.float32} if issubclass(kind, diffusers.ModelMixin) else {"dtype": torch.float32}
-    try:
-        model, info = kind.from_pretrained(
-            directory, output_loading_info=True, use_safetensors=True, local_files_only=True, **dtype
-        )
-    except Exception as error:  # damaged files raise many types; the cause is kept and the line says which component
-        raise ModelError(f"{directory}: cannot be loaded as {kind.__name__}: {str(error).strip().splitlines()[0]}") from error
-    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if info.get(problem):
-            raise ModelError(
-                f"{directory}: {problem.replace('_', ' ')}, e.g. {next(iter(info[problem]))}; the weights do not fit config.json"
-            )
-    return model
+    target = torch.device(device)
+    if precision == "bf16" and target.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ModelError("model.precision=bf16: this GPU does not have it; use fp16 or fp32")
+    components = read_components(locate(path, revision), config=config, prediction_type=prediction_type, allow_pickle=allow_pickle)
+    return DiffusionModel(
+        components, resolution=resolution, sampler=sampler, precision=precision, device=target, vae_slicing=vae_slicing
+    )

@@ -71,6 +71,7 @@ def measure_again(run: RunRecord, plan: RunConfig, store: RunStore) -> Iterator[
     if fingerprint != run.records[0]["model_sha256"]:
         raise StoreError(f"{run.directory}: was made with other weights of the model; restore them or give model.path=...")
     params = select_parameters(model.unet, plan.method.build().params)
+    model.lower_frozen(params)
     base = snapshot(params)
     for index in range(len(steps), len(run.records)):
         started, record = time.monotonic(), run.records[index]

@@ -86,6 +86,7 @@ class Runner:
         check_composition(self.method, self.regularizers)
         self._fingerprint, self._judge = self.model.fingerprint(), self.evaluator.fingerprint()
         self._params = select_parameters(self.model.unet, self.method.params)
+        self.model.lower_frozen(self._params)
         self._base = snapshot(self._params)
         self._anchors = AnchorImages(
             self.model, self._fingerprint, self._params, self._base, self.anchors, self.cache, self.eval.batch_size

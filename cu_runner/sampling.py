@@ -1,6 +1,6 @@
 """Batched text-to-image generation with noise fixed per image.
 
-Shapes: B batch, C latent channels, H W latent size, L tokens, D text width, S image side.
+Shapes: B batch, C latent channels, H W latent size, S image side.
 """
 
 import copy
@@ -79,9 +79,7 @@ def denoise(
 ) -> Tensor:
     """The first `stop` steps of the scheduler from each image's own noise; latents [B, C, H, W]."""
     latents = image_noise(prompts, seeds, model.latent_shape).to(model.device) * scheduler.init_noise_sigma
-    text = model.encode_prompts(prompts)
-    if guidance != 1:
-        text = torch.cat([model.encode_prompts([""]).expand_as(text), text])
+    text = model.encode_prompts(([""] * len(prompts) if guidance != 1 else []) + prompts)
     extra = {}
     if "generator" in inspect.signature(scheduler.step).parameters:  # stochastic samplers draw per image too
         extra["generator"] = [
@@ -89,8 +87,7 @@ def denoise(
         ]
     for timestep in scheduler.timesteps[:stop]:
         rows = torch.cat([latents, latents]) if guidance != 1 else latents
-        with model.autocast():
-            output = model.unet(scheduler.scale_model_input(rows, timestep), timestep, text).sample.float()
+        output = model.unet_output(scheduler.scale_model_input(rows, timestep), timestep, text)
         if guidance != 1:
             unconditional, conditional = output.chunk(2)
             output = unconditional + guidance * (conditional - unconditional)

@@ -22,6 +22,7 @@ class TrainSettings:
     betas: tuple[Fraction, Fraction]
     weight_decay: NonNegativeFloat
     grad_clip: NonNegativeFloat  # largest gradient norm; 0 is no clipping
+    gradient_checkpointing: bool = False  # activations are computed again on the way back: less memory, the same gradients
     save_every: SaveEvery = None  # how often the state of a request is saved; None is never
 
 

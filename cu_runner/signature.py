@@ -7,13 +7,16 @@ from pathlib import Path
 
 Plain = dict[str, object] | list[object] | str | int | float | bool | None
 
-NOT_SCIENTIFIC = ("dry_run", "num_threads", "device", "train.save_every", "eval.batch_size", "wandb", "paths", "cluster")
+NOT_SCIENTIFIC = (
+    "dry_run", "num_threads", "device", "train.save_every", "train.gradient_checkpointing", "eval.batch_size", "wandb", "paths",
+    "cluster", "model.vae_slicing", "model.allow_pickle",
+)  # fmt: skip
 
 
 def signature(resolved: dict[str, Plain]) -> str:
     """sha256 of the scientific part of a configuration, so that the same experiment is the same directory.
 
-    Devices, threads, paths of outputs, W&B and the evaluation batch are left out. Numbers are compared by value: 5 is 5.0.
+    Devices, threads, memory, paths of outputs, W&B and the evaluation batch are left out. Numbers are compared by value: 5 is 5.0.
     The order of regularizers counts (it is the order of their hooks); the order of other keys does not. Text files that the
     sequence, the method or a regularizer reads count by their content.
     """

@@ -55,7 +55,9 @@ def text_similarity(model: DiffusionModel, names: list[str], targets: list[str],
     That is the paper's "X Style" (Lee et al. 2026, arXiv 2511.07970).
     """
     units = [
-        F.normalize(model.encode_prompts([f"{name} {domain.capitalize()}" for name in group]).flatten(1).double(), dim=1).cpu()
+        F.normalize(
+            model.encode_prompts([f"{name} {domain.capitalize()}" for name in group]).hidden.flatten(1).double(), dim=1
+        ).cpu()
         for group in (names, targets)
     ]
     return pd.DataFrame((units[0] @ units[1].T).numpy(), index=names, columns=targets)

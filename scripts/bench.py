@@ -79,7 +79,7 @@ def unet_flops(model: DiffusionModel) -> int:
     latents = torch.randn(1, *model.latent_shape, device=model.device)
     text = model.encode_prompts(["a tree image"])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.unet(latents, torch.tensor(500, device=model.device), text)
+        model.unet_output(latents, torch.tensor(500, device=model.device), text)
     return counter.get_total_flops()
 
 

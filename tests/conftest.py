@@ -1,5 +1,6 @@
 """The loaded embedded model, scopes of real requests, and cu-run as a subprocess and in-process."""
 
+import importlib
 import logging
 import os
 import shutil
@@ -107,6 +108,29 @@ def make_scope(model, sequence):
 def pipeline_copy(tmp_path):
     """A copy of the shipped diffusers directory, to be damaged."""
     return Path(shutil.copytree(locate("package:shapecanvas/weights/pipeline"), tmp_path / "pipeline"))
+
+
+@pytest.fixture(scope="session")
+def random_pipeline():
+    """scripts/make_random_pipeline.py as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
+        return importlib.import_module("make_random_pipeline")
+
+
+@pytest.fixture(scope="session")
+def pipelines(random_pipeline, tmp_path_factory):
+    """A small diffusers directory of every kind of Stable Diffusion, with random weights."""
+    root = tmp_path_factory.mktemp("pipelines")
+    for kind in random_pipeline.KINDS:
+        random_pipeline.make_pipeline(kind, root / kind, tiny=True)
+    return {kind: root / kind for kind in random_pipeline.KINDS}
+
+
+@pytest.fixture
+def pipeline_of(pipelines, tmp_path):
+    """Returns copy(kind) -> a copy of its directory, to be damaged."""
+    return lambda kind: Path(shutil.copytree(pipelines[kind], tmp_path / kind))
 
 
 def ended_after(step: int):

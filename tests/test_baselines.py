@@ -203,12 +203,15 @@ def test_an_image_keeps_its_own_prompt_and_its_label(make_scope):
     retain = RetainSet(names=Names(number=3))
     method = RandomLabel(retain_weight=0.0, num_images=6, retain=retain)
     batch = first_batch(method, scope)
-    own = scope.model.encode_prompts([target for target, _ in scope.sequence.training_pairs(scope.request.targets[0])])
+    own = scope.model.encode_prompts([target for target, _ in scope.sequence.training_pairs(scope.request.targets[0])]).hidden
     (labels,) = method._labels(scope)
-    encoded = scope.model.encode_prompts(labels)
+    encoded = scope.model.encode_prompts(labels).hidden
     pairs = [(own[i % 4], encoded[i]) for i in range(6)]
     for row in range(16):
-        assert any(torch.equal(batch.forget.texts[0][row], a) and torch.equal(batch.forget.texts[1][row], b) for a, b in pairs)
+        assert any(
+            torch.equal(batch.forget.texts[0].hidden[row], a) and torch.equal(batch.forget.texts[1].hidden[row], b)
+            for a, b in pairs
+        )
     assert len({label.split(" in ")[1] for label in labels}) <= 3
 
 

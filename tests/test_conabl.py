@@ -122,7 +122,7 @@ def stream(scope, number: int, **options) -> list:
 
 
 def equal(a, b) -> bool:
-    tensors = [(one.noisy, one.noise, one.timesteps, *one.texts) for one in (a, b)]
+    tensors = [(one.noisy, one.noise, one.timesteps, *(text.hidden for text in one.texts)) for one in (a, b)]
     return all(torch.equal(x, y) for x, y in zip(*tensors, strict=True))
 
 
@@ -152,8 +152,8 @@ def test_a_batch_is_an_anchor_image_under_noise_with_both_prompts_of_its_caption
         image = (clean[row] - latents).flatten(1).norm(dim=1).argmin().item()
         torch.testing.assert_close(batch.noisy[row], ab[row].sqrt() * latents[image] + (1 - ab[row]).sqrt() * batch.noise[row])
         target, anchor = pairs[image % len(pairs)]
-        assert torch.equal(batch.texts[1][row], model.encode_prompts([target])[0])
-        assert torch.equal(batch.texts[0][row], model.encode_prompts([anchor])[0])
+        assert torch.equal(batch.texts[1].hidden[row], model.encode_prompts([target]).hidden[0])
+        assert torch.equal(batch.texts[0].hidden[row], model.encode_prompts([anchor]).hidden[0])
         seen.add(image)
     assert len(seen) > 2
 

@@ -46,9 +46,9 @@ def test_fewer_images_than_prompts_take_prompts_from_the_whole_list(make_scope):
     retain, scope = RetainSet("both", prompts=40, images=6), make_scope()
     images = retain.images_of(scope)
     assert images.latents.shape[:2] == (1, 6)
-    assert images.texts[0][0].shape[0] == 6
-    text = scope.model.encode_prompts(spread(retain.read(scope), 6))
-    assert torch.equal(images.texts[0][0], text)
+    assert len(images.texts[0][0]) == 6
+    text = scope.model.encode_prompts(spread(retain.read(scope), 6)).hidden
+    assert torch.equal(images.texts[0][0].hidden, text)
 
 
 def test_a_list_or_file_that_cannot_be_read_is_refused_at_once(tmp_path):
@@ -64,9 +64,10 @@ def test_every_caption_list_follows_the_images(make_scope):
     images = CaptionedImages(scope, [["a tree image", "a star image"]], [["a fish image", "a cup image"]], number=4)
     batch = images.draw(torch.Generator().manual_seed(0), 16)
     made, other = (
-        scope.model.encode_prompts(prompts) for prompts in (["a tree image", "a star image"], ["a fish image", "a cup image"])
+        scope.model.encode_prompts(prompts).hidden
+        for prompts in (["a tree image", "a star image"], ["a fish image", "a cup image"])
     )
     for row in range(16):
-        pair = 0 if torch.equal(batch.texts[0][row], made[0]) else 1
-        assert torch.equal(batch.texts[0][row], made[pair])
-        assert torch.equal(batch.texts[1][row], other[pair])
+        pair = 0 if torch.equal(batch.texts[0].hidden[row], made[0]) else 1
+        assert torch.equal(batch.texts[0].hidden[row], made[pair])
+        assert torch.equal(batch.texts[1].hidden[row], other[pair])

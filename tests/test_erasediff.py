@@ -140,9 +140,10 @@ def test_qhat_is_positive_where_the_passes_lower_the_loss(scope):  # noqa: F811
 def test_the_unrelated_prompt(make_scope, unrelated, expected):
     scope = make_scope(batch_size=8)  # noqa: F811
     batch = first_batch(EraseDiff(unrelated=unrelated, **SMALL), scope).outer.forget
-    own = scope.model.encode_prompts([f"a {caption} image in ember stripe style" for caption in scope.sequence.captions])
-    other = scope.model.encode_prompts([expected.format(caption) for caption in scope.sequence.captions])
+    own = scope.model.encode_prompts([f"a {caption} image in ember stripe style" for caption in scope.sequence.captions]).hidden
+    other = scope.model.encode_prompts([expected.format(caption) for caption in scope.sequence.captions]).hidden
     for row in range(8):
         assert any(
-            torch.equal(batch.texts[0][row], a) and torch.equal(batch.texts[1][row], b) for a, b in zip(own, other, strict=True)
+            torch.equal(batch.texts[0].hidden[row], a) and torch.equal(batch.texts[1].hidden[row], b)
+            for a, b in zip(own, other, strict=True)
         )

@@ -9,6 +9,7 @@ from cu_runner.concepts import make_sequence, plan_requests
 from cu_runner.config import ConfigError, RunConfig, parse
 from cu_runner.help import config_dir
 from cu_runner.lists import read_shipped
+from cu_runner.model_files import HUB_ID
 
 PATHS = {
     "unlearncanvas_style": ("model.path=/x", "evaluator.paths.style=/x", "evaluator.paths.object=/x"),
@@ -366,10 +367,15 @@ def test_paths_are_checked_before_anything_is_loaded(in_process):
     assert (status, err) == (2, "cu-run: /x: no such file or directory; give a local diffusers directory or file\n")
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd14", "sdxl", "unlearncanvas"])
-def test_every_model_of_the_user_asks_for_its_path(name):
+def test_a_model_that_no_hub_has_asks_for_its_path():
     with pytest.raises(ConfigError, match=r"^not set, and without a default: model.path; add model.path=\.\.\.$"):
-        parse(compose(f"model={name}"))
+        parse(compose("model=unlearncanvas"))
+
+
+@pytest.mark.parametrize("name", ["sd14", "sd15", "sd21_base", "sdxl"])
+def test_other_models_come_from_the_hub_unless_a_path_is_given(name):
+    assert HUB_ID.fullmatch(parse(compose(f"model={name}")).model.arguments["path"])
+    assert parse(compose(f"model={name}", "model.path=/x")).model.arguments["path"] == "/x"
 
 
 @pytest.mark.parametrize("name", sorted(PATHS))

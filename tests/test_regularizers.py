@@ -163,7 +163,7 @@ def test_the_nearest_names_are_chosen_first(make_scope, model):
 
 def test_concept_vectors_are_the_mean_over_the_names_own_tokens(model):
     context = "a tree image in {concept} style"
-    hidden = model.encode_prompts([context.format(concept="ember stripe")])[0]
+    hidden = model.encode_prompts([context.format(concept="ember stripe")]).hidden[0]
     tokens = model.tokenizer(context.format(concept="ember stripe")).input_ids
     own = model.tokenizer("ember stripe").input_ids[1:-1]
     start = next(i for i in range(len(tokens)) if tokens[i : i + len(own)] == own)
@@ -183,7 +183,7 @@ def test_similar_names_are_dropped_and_the_record_says_which_were_used(make_scop
 
 
 def test_prompt_vectors_hold_every_position_and_one_column_for_end_and_padding(model):
-    hidden = model.encode_prompts(["an image in ember stripe style"])[0]
+    hidden = model.encode_prompts(["an image in ember stripe style"]).hidden[0]
     columns = prompt_vectors(model, ["ember stripe"], "an image in {concept} style")
     assert columns.shape == (128, 8)  # begin, an, image, in, ember, stripe, style, end with padding
     torch.testing.assert_close(columns[:, :7], hidden[:7].T)
@@ -199,7 +199,7 @@ def test_principal_columns_hold_the_energy_with_the_fewest_directions():
 def test_all_tokens_protect_the_prompts_that_share_words_with_the_target(make_scope, settings):
     """With every position in the subspace a step leaves the begin token and the words of other prompts alone."""
     scope = make_scope()
-    shared = scope.model.encode_prompts(["a tree image"])[0, :4].T  # begin, a, tree, image
+    shared = scope.model.encode_prompts(["a tree image"]).hidden[0, :4].T  # begin, a, tree, image
     moved = {}
     for tokens, contexts in (("own", ("{concept}",)), ("all", None)):
         assign(scope.params, scope.base)

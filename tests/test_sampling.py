@@ -1,5 +1,7 @@
 """Noise fixed per image, batches that change nothing, guidance, v-prediction."""
 
+import dataclasses
+
 import diffusers
 import pytest
 import torch
@@ -71,10 +73,10 @@ def test_the_same_call_gives_bitwise_the_same_images(model):
 
 def test_a_prompts_embedding_does_not_depend_on_what_is_encoded_with_it(model):
     model._embeddings.clear()
-    together = model.encode_prompts(PROMPTS)
+    together = model.encode_prompts(PROMPTS).hidden
     for i, prompt in enumerate(PROMPTS[:4]):
         model._embeddings.clear()
-        assert torch.equal(model.encode_prompts([prompt])[0], together[i])
+        assert torch.equal(model.encode_prompts([prompt]).hidden[0], together[i])
 
 
 def test_batches_come_in_the_order_of_the_prompts(model):
@@ -139,8 +141,8 @@ def test_sampling_leaves_the_models_scheduler_as_it_was(model):
 
 # -------------------------------------------------------------------------------------------------- other schedulers
 def with_scheduler(model, scheduler) -> DiffusionModel:
-    parts = (model.unet, model.vae, model.text_encoder, model.tokenizer, scheduler)
-    return DiffusionModel(*parts, resolution=64, sampler=Sampler(2, 1.0), precision="fp32", device=model.device)
+    parts = dataclasses.replace(model.components, scheduler=scheduler)
+    return DiffusionModel(parts, resolution=64, sampler=Sampler(2, 1.0), precision="fp32", device=model.device)
 
 
 def test_v_prediction_identity(model):
@@ -151,7 +153,7 @@ def test_v_prediction_identity(model):
     noisy, timesteps = torch.randn(4, 4, 16, 16, generator=draw), torch.tensor([1, 250, 700, 998])
     text = model.encode_prompts(PROMPTS[:4])
     with torch.no_grad():
-        v, eps = model.unet(noisy, timesteps, text).sample, other.predict_noise(noisy, timesteps, text)
+        v, eps = model.unet_output(noisy, timesteps, text), other.predict_noise(noisy, timesteps, text)
     ab = other.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     x_0 = ab.sqrt() * noisy - (1 - ab).sqrt() * v
     torch.testing.assert_close(scheduler.get_velocity(x_0, eps, timesteps), v, atol=1e-5, rtol=0)
@@ -164,7 +166,7 @@ def test_epsilon_is_what_the_unet_says(model):
     noisy, timesteps = torch.ones(2, 4, 16, 16), torch.tensor([1, 998])
     text = model.encode_prompts(PROMPTS[:2])
     with torch.no_grad():
-        assert torch.equal(other.predict_noise(noisy, timesteps, text), model.unet(noisy, timesteps, text).sample)
+        assert torch.equal(other.predict_noise(noisy, timesteps, text), model.unet_output(noisy, timesteps, text))
 
 
 def test_a_stochastic_sampler_draws_per_image_too(model):

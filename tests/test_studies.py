@@ -92,7 +92,7 @@ def test_near_and_far_halves():
 def test_text_similarity_is_the_cosine_of_all_positions(model):
     found = text_similarity(model, ["ember stripe", "glacier dot"], ["ember stripe"], "style")
     assert found.columns.tolist() == ["ember stripe"]
-    one, two = model.encode_prompts(["ember stripe Style", "glacier dot Style"]).numpy().reshape(2, -1)
+    one, two = model.encode_prompts(["ember stripe Style", "glacier dot Style"]).hidden.numpy().reshape(2, -1)
     assert found.loc["ember stripe"].item() == pytest.approx(1)
     assert found.loc["glacier dot"].item() == pytest.approx(one @ two / np.linalg.norm(one) / np.linalg.norm(two), abs=1e-6)
 
@@ -108,7 +108,7 @@ def test_output_change_by_hand():
 def test_output_change_of_the_model(model):
     base = select_parameters(model.unet, "kv_xattn")
     doubled = {name: weight.detach() for name, weight in base.items()}
-    assert output_change(base, doubled, model.encode_prompts(["a tree image"])) == pytest.approx(1)
+    assert output_change(base, doubled, model.encode_prompts(["a tree image"]).hidden) == pytest.approx(1)
 
 
 # ------------------------------------------------------------------------------------------------------------ runs

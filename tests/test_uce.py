@@ -98,24 +98,24 @@ def test_positions_from_the_concept_on_go_to_those_of_the_anchor_and_the_others_
     scope = make_scope()
     model = scope.model
     batch = UCE(retain=RetainSet("anchors")).batch(scope, 0)
-    hidden = model.encode_prompts(["a tree image in ember stripe style", "a tree image"])
+    hidden = model.encode_prompts(["a tree image in ember stripe style", "a tree image"]).hidden
     length = hidden.shape[1]
     assert torch.equal(hidden[0, :4], hidden[1, :4])  # begin, a, tree, image: the text encoder is causal
     assert batch.concept.shape == batch.anchor.shape == (4 * length, hidden.shape[2])
     assert torch.equal(batch.concept[:length], hidden[0])
     assert torch.equal(batch.anchor[:5], hidden[0, :5])  # up to "in"
     assert torch.equal(batch.anchor[5:length], hidden[1, 5:])
-    kept = model.encode_prompts(["a tree image", "a star image", "a fish image", "a cup image"])
+    kept = model.encode_prompts(["a tree image", "a star image", "a fish image", "a cup image"]).hidden
     assert torch.equal(batch.preserved, kept.flatten(0, 1))
 
 
 def test_earlier_targets_are_preserved_and_all_targets_edited(make_scope, sequence):
     retain = RetainSet("anchors")
-    length, captions = make_scope().model.encode_prompts([""]).shape[1], len(sequence.captions)
+    length, captions = make_scope().model.encode_prompts([""]).hidden.shape[1], len(sequence.captions)
     scope = make_scope(request=2)
     batch = UCE(retain=retain).batch(scope, 0)
     assert len(batch.preserved) == 2 * captions * length
-    earlier = scope.model.encode_prompts(["a tree image in ember stripe style"])[0]
+    earlier = scope.model.encode_prompts(["a tree image in ember stripe style"]).hidden[0]
     assert torch.equal(batch.preserved[captions * length :][:length], earlier)
     both = dataclasses.replace(scope, request=plan_requests(sequence, "simultaneous")[1])
     together = UCE(retain=retain).batch(both, 0)

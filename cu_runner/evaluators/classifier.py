@@ -9,7 +9,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from cu_runner.evaluators.base import Evaluator, Prediction
-from cu_runner.models import load_weights, locate
+from cu_runner.model_files import load_weights, locate
 
 
 class Classifier(Evaluator):

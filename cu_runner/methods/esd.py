@@ -85,7 +85,7 @@ class ESD(Method[Trajectories]):
         """E ||e(x_t, c*) - sg [e_q(x_t, null) - eta (e_q(x_t, c*) - e_q(x_t, null))]||^2   (Sec. 4)."""
         model, weights = scope.model, {"previous": scope.start, "base": scope.base}[self.teacher]
         text = model.encode_prompts(batch.prompts)
-        both = torch.cat([model.encode_prompts([""]).expand_as(text), text])
+        both = model.encode_prompts([""] * len(text) + batch.prompts)
         with torch.no_grad():
             taught = model.predict_noise(torch.cat([batch.noisy] * 2), torch.cat([batch.timesteps] * 2), both, weights)
         loss = F.mse_loss(model.predict_noise(batch.noisy, batch.timesteps, text), erasing_target(*taught.chunk(2), self.eta))

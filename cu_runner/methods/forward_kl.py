@@ -20,6 +20,7 @@ from cu_runner.data import CaptionedImages, NoisyBatch, RetainSet, diffusion_los
 from cu_runner.methods.base import Scope
 from cu_runner.methods.constrained import DualAscent, Duals, PrimalDual, group_means, squared_error
 from cu_runner.methods.forgetting import add_gradient, target_prompts
+from cu_runner.models import Text
 from cu_runner.params import ParameterGroup
 
 
@@ -169,6 +170,6 @@ class ForwardKL(PrimalDual[DataBatch]):
 
 def join(parts: list[NoisyBatch]) -> NoisyBatch:
     """One batch of the rows of several."""
-    texts = tuple(torch.cat(texts) for texts in zip(*(part.texts for part in parts), strict=True))
+    texts = tuple(Text.cat(texts) for texts in zip(*(part.texts for part in parts), strict=True))
     noisy, noise, timesteps = (torch.cat([getattr(part, name) for part in parts]) for name in ("noisy", "noise", "timesteps"))
     return NoisyBatch(noisy, noise, timesteps, texts)

@@ -60,7 +60,7 @@ class UCE(Method[TextPairs]):
         for target in scope.request.targets:
             for prompts in sequence.training_pairs(target):
                 first = model.token_span(target.name, prompts[0]).start
-                own, wanted = model.encode_prompts(list(prompts))  # [L, D] each
+                own, wanted = model.encode_prompts(list(prompts)).hidden  # [L, D] each
                 concept.append(own)
                 anchor.append(torch.cat([own[:first], wanted[first:]]))
         kept = self.retain.read(scope) + [
@@ -68,7 +68,7 @@ class UCE(Method[TextPairs]):
             for name in earlier_targets(scope)
             for caption in sequence.captions
         ]
-        return TextPairs(torch.cat(concept), torch.cat(anchor), model.encode_prompts(kept).flatten(0, 1))
+        return TextPairs(torch.cat(concept), torch.cat(anchor), model.encode_prompts(kept).hidden.flatten(0, 1))
 
     @torch.no_grad()
     def backward(self, scope: Scope, batch: TextPairs) -> dict[str, float]:

@@ -75,14 +75,14 @@ def orthogonal_projector(C: Tensor) -> Tensor:
 def concept_vectors(model: DiffusionModel, names: list[str], context: str) -> Tensor:
     """[D, K]: the mean text-encoder output over each name's own tokens, the name standing in `context`."""
     prompts = [context.format(concept=name) for name in names]
-    hidden = model.encode_prompts(prompts)
+    hidden = model.encode_prompts(prompts).hidden
     spans = [model.token_span(name, prompt) for name, prompt in zip(names, prompts, strict=True)]
     return torch.stack([hidden[row, span].mean(0) for row, span in enumerate(spans)], dim=1)
 
 
 def text_vectors(model: DiffusionModel, prompts: list[str]) -> Tensor:
     """[D, positions of all prompts]: every token's output; those of the end and the padding are averaged into one."""
-    hidden = model.encode_prompts(prompts)
+    hidden = model.encode_prompts(prompts).hidden
     columns = []
     for row, prompt in zip(hidden, prompts, strict=True):
         end = min(len(model.tokenizer(prompt).input_ids), len(row)) - 1

@@ -62,7 +62,7 @@ def per_concept(model: DiffusionModel, runs: dict[str, RunRecord]) -> pd.DataFra
         delta = safetensors.torch.load_file(run.weights(1))
         reg, _, fold = label.partition(", ")
         for name in names:
-            change = output_change(base, delta, model.encode_prompts(list(prompts[name])))
+            change = output_change(base, delta, model.encode_prompts(list(prompts[name])).hidden)
             values = (similarity[name], before[name], after[name], before[name] - after[name], change)
             rows.append(dict(zip(COLUMNS, (reg, fold, name, *values), strict=True)))
     return pd.DataFrame(rows)

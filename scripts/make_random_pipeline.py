@@ -1,0 +1,187 @@
+"""Write a diffusers directory of Stable Diffusion's exact architecture with random weights, to try and test without a download.
+
+    python scripts/make_random_pipeline.py sd15 DIR --dtype fp16          # 2 GB; sd21_base 2.6 GB, sdxl 7 GB
+    python scripts/make_random_pipeline.py sdxl DIR --tiny --classifiers  # the same layout in miniature, and matching classifiers
+
+Layer counts, widths, heads, schedulers and tokenizers are those of the published checkpoints; --tiny keeps the layout with smaller
+sizes. The tokenizer is CLIP's, whose merges come with open_clip. Then: cu-run model=sd15 model.path=DIR.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from open_clip.tokenizer import SimpleTokenizer
+
+from cu_runner.lists import read_shipped
+from cu_runner.models import DTYPES
+
+KINDS = ("sd15", "sd21_base", "sdxl")
+NOISE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def unet_config(kind: str, tiny: bool) -> dict[str, object]:
+    """Arguments of UNet2DConditionModel. Its attention_head_dim is, for historical reasons, the number of heads."""
+    cross, plain = "CrossAttn{}Block2D", "{}Block2D"
+    layout = [plain, cross, cross] if kind == "sdxl" else [cross, cross, cross, plain]
+    if tiny:
+        widths, heads, text = [16, 32, 32], [2, 4, 4], {"sd15": 32, "sd21_base": 48, "sdxl": 80}[kind]
+    else:
+        widths, heads, text = [320, 640, 1280], [5, 10, 20], {"sd15": 768, "sd21_base": 1024, "sdxl": 2048}[kind]
+    config = {
+        "sample_size": 8 if tiny else 128 if kind == "sdxl" else 64,
+        "block_out_channels": widths + widths[-1:] * (kind != "sdxl"),
+        "down_block_types": [name.format("Down") for name in layout],
+        "up_block_types": [name.format("Up") for name in reversed(layout)],
+        "layers_per_block": 2,
+        "cross_attention_dim": text,
+        "attention_head_dim": 8 if kind == "sd15" else heads + heads[-1:] * (kind != "sdxl"),
+        "norm_num_groups": 8 if tiny else 32,
+        "use_linear_projection": kind != "sd15",
+    }
+    if kind == "sdxl":
+        time, pooled = (8, 48) if tiny else (256, 1280)
+        config |= {
+            "transformer_layers_per_block": [1, 2, 3] if tiny else [1, 2, 10],
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": time,
+            "projection_class_embeddings_input_dim": 6 * time + pooled,
+        }
+    return config
+
+
+def vae_config(kind: str, tiny: bool) -> dict[str, object]:
+    """Arguments of AutoencoderKL; eight pixels a side become one latent, in the small one too."""
+    return {
+        "sample_size": 64 if tiny else 1024 if kind == "sdxl" else 512,
+        "block_out_channels": [8, 8, 16, 16] if tiny else [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 1 if tiny else 2,
+        "latent_channels": 4,
+        "norm_num_groups": 4 if tiny else 32,
+        "scaling_factor": 0.13025 if kind == "sdxl" else 0.18215,
+    } | ({"force_upcast": True} if kind == "sdxl" else {})
+
+
+def text_config(name: str, tiny: bool) -> transformers.CLIPTextConfig:
+    """One of the three text encoders: OpenAI's CLIP L, OpenCLIP's H without its last layer, OpenCLIP's bigG."""
+    width, layers, heads, activation, projection = {
+        "L": (768, 12, 12, "quick_gelu", 768),
+        "H": (1024, 23, 16, "gelu", 512),
+        "bigG": (1280, 32, 20, "gelu", 1280),
+    }[name]
+    if tiny:
+        width = {"L": 32, "H": 48, "bigG": 48}[name]
+        layers, heads, projection = 3, 4, width
+    return transformers.CLIPTextConfig(
+        vocab_size=49408, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
+        hidden_act=activation, projection_dim=projection, max_position_embeddings=77, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+
+
+def scheduler_of(kind: str) -> diffusers.SchedulerMixin:
+    """The scheduler that the published checkpoint comes with."""
+    if kind == "sdxl":
+        return diffusers.EulerDiscreteScheduler(**NOISE, timestep_spacing="leading")
+    return diffusers.PNDMScheduler(**NOISE, skip_prk_steps=True, set_alpha_to_one=False)
+
+
+def write_tokenizer(directory: Path, pad_token: str) -> None:
+    """CLIP's vocabulary of 49408 entries as vocab.json and merges.txt, from the merges in open_clip."""
+    clip = SimpleTokenizer()
+    special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # open_clip's names for them, and CLIP's
+    words = {special.get(word, word): number for word, number in clip.encoder.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "vocab.json", words)
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in clip.bpe_ranks)]
+    (directory / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    ends = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token=pad_token)
+    write_json(directory / "special_tokens_map.json", ends)
+    write_json(directory / "tokenizer_config.json", ends | {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77})
+
+
+def write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def building_in(dtype: torch.dtype) -> Iterator[None]:
+    """New modules get weights of this type, so that a large one never exists in fp32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def make_pipeline(kind: str, directory: Path, *, tiny: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+    """Write a whole diffusers directory, one component in memory at a time.
+
+    Args:
+        kind: "sd15" (as 1.4), "sd21_base" or "sdxl".
+        tiny: toy sizes.
+        seed: of the weights.
+    """
+    torch.manual_seed(seed)
+    index = {"scheduler": ["diffusers", type(scheduler_of(kind)).__name__]}
+    scheduler_of(kind).save_pretrained(directory / "scheduler")
+    encoders = {"sd15": ["L"], "sd21_base": ["H"], "sdxl": ["L", "bigG"]}[kind]
+    with building_in(dtype):
+        diffusers.UNet2DConditionModel(**unet_config(kind, tiny)).save_pretrained(directory / "unet", max_shard_size="100GB")
+        diffusers.AutoencoderKL(**vae_config(kind, tiny)).save_pretrained(directory / "vae")
+        for name, suffix in zip(encoders, ("", "_2"), strict=False):
+            model = transformers.CLIPTextModelWithProjection if suffix else transformers.CLIPTextModel
+            model(text_config(name, tiny)).save_pretrained(directory / f"text_encoder{suffix}")
+            write_tokenizer(directory / f"tokenizer{suffix}", "<|endoftext|>" if name == "L" else "!")
+            index[f"text_encoder{suffix}"] = ["transformers", model.__name__]
+            index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
+    index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    if kind == "sdxl":
+        index |= {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True, "add_watermarker": None}
+    else:
+        unused = {key: [None, None] for key in ("safety_checker", "feature_extractor", "image_encoder")}
+        index |= {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **unused}
+    write_json(directory / "model_index.json", index | {"_diffusers_version": diffusers.__version__})
+
+
+def make_classifiers(directory: Path, *, tiny: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+    """Write the judges of UnlearnCanvas, ViT-L/16 for 51 styles and 20 objects: DIR/style and DIR/object."""
+    torch.manual_seed(seed)
+    sizes = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+    if tiny:
+        sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    for domain in ("style", "object"):
+        names = dict(enumerate(read_shipped(f"unlearncanvas_{domain}s")))
+        with building_in(dtype):
+            config = transformers.ViTConfig(
+                **sizes, image_size=224, patch_size=16, id2label=names, label2id={name: i for i, name in names.items()}
+            )
+            transformers.ViTForImageClassification(config).save_pretrained(directory / domain)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("directory", type=Path, help="where it goes")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes: a few megabytes")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the files")
+    parser.add_argument("--classifiers", action="store_true", help="also DIR/classifiers/style and DIR/classifiers/object")
+    arguments = parser.parse_args()
+    options = {"tiny": arguments.tiny, "seed": arguments.seed, "dtype": DTYPES[arguments.dtype]}
+    make_pipeline(arguments.kind, arguments.directory, **options)
+    if arguments.classifiers:
+        make_classifiers(arguments.directory / "classifiers", **options)
+    size = sum(path.stat().st_size for path in arguments.directory.rglob("*") if path.is_file())
+    print(f"{arguments.directory}: {arguments.kind}, {size / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
