@@ -9,7 +9,6 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -118,7 +117,9 @@ def check_images(plan: "RunConfig", model: DiffusionModel, evaluator: Evaluator,
     per_image = (time.monotonic() - started) / len(found)
     own = mean_accuracy(found, sequence.domain, [concept.name for concept in concepts])
     other = mean_accuracy(found, sequence.cross_domain, [concept.name for concept in crosses])
-    detail = f"{len(found)} images of the untouched model: {own:.0f}% {sequence.domain}, {other:.0f}% {sequence.cross_domain} recognised"
+    detail = (
+        f"{len(found)} images of the untouched model: {own:.0f}% {sequence.domain}, {other:.0f}% {sequence.cross_domain} recognised"
+    )
     well = min(own, other) >= RECOGNISED
     advice = "" if well else "; the model does not know these names, or the labels are in another order"
     yield Finding("base accuracy", well, detail + advice)
@@ -171,5 +172,3 @@ def estimate(plan: "RunConfig", sequence: Sequence, per_image: float, per_step: 
         f"about {hours:.1f} h for {images} images at {per_image:.2f} s and {steps} training steps at {per_step:.2f} s, both measured "
         "just now and in small; methods that sample or make two passes take more"
     )
-
-

@@ -127,6 +127,7 @@ def execute(plan: "RunConfig", store: "RunStore", outputs: Path, stop: StopSigna
     if not plan.tuned:
         logger.info("no tuned settings for these regularizers in this order (conf/tuned): those of their own files hold")
     model = plan.model.build(device=device)
+    model.speed_up(spine.speed)
     if spine.train.gradient_checkpointing:
         model.checkpoint_gradients()
     evaluator = plan.evaluator.build(device=device)

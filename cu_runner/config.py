@@ -185,6 +185,8 @@ def filled_in(resolved: dict[str, Plain]) -> dict[str, Plain]:
     defaults, filled = OmegaConf.to_container(OmegaConf.load(config_dir() / "config.yaml"), resolve=False), dict(resolved)
     for path in NOT_SCIENTIFIC:
         group, _, key = path.partition(".")
+        if group not in defaults:  # of a chosen file, whose arguments have defaults of their own
+            continue
         default = {key: defaults[group][key]} if key else defaults[group]
         filled[group] = default | filled.get(group, {}) if isinstance(default, dict) else filled.get(group, default)
     return filled

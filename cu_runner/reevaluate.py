@@ -66,6 +66,7 @@ def measure_again(run: RunRecord, plan: RunConfig, store: RunStore) -> Iterator[
         return
     device, sequence = choose_device(plan.spine), plan.sequence.build()
     model, evaluator = plan.model.build(device=device), plan.evaluator.build(device=device)
+    model.speed_up(plan.spine.speed)
     check_labels(sequence, evaluator)
     fingerprint = model.fingerprint()
     if fingerprint != run.records[0]["model_sha256"]:

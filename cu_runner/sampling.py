@@ -85,11 +85,12 @@ def denoise(
         extra["generator"] = [
             torch.Generator().manual_seed(derive_seed("sampler", prompt, seed)) for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-    for timestep in scheduler.timesteps[:stop]:
-        rows = torch.cat([latents, latents]) if guidance != 1 else latents
-        output = model.unet_output(scheduler.scale_model_input(rows, timestep), timestep, text)
-        if guidance != 1:
-            unconditional, conditional = output.chunk(2)
-            output = unconditional + guidance * (conditional - unconditional)
-        latents = scheduler.step(output, timestep, latents, **extra).prev_sample
+    with model.constant_text():
+        for timestep in scheduler.timesteps[:stop]:
+            rows = torch.cat([latents, latents]) if guidance != 1 else latents
+            output = model.unet_output(scheduler.scale_model_input(rows, timestep), timestep, text)
+            if guidance != 1:
+                unconditional, conditional = output.chunk(2)
+                output = unconditional + guidance * (conditional - unconditional)
+            latents = scheduler.step(output, timestep, latents, **extra).prev_sample
     return latents

@@ -56,6 +56,19 @@ class WandbSettings:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Speed:
+    """What gives the same results faster, up to rounding.
+
+    kv_cache: keys and values of a prompt are computed once per image, not at every denoising step. channels_last: on a GPU, the
+    memory layout that its convolutions are fastest in. compile: torch.compile of the UNet, once per process and batch shape.
+    """
+
+    kv_cache: bool = True
+    channels_last: bool = True
+    compile: bool = False
+
+
+@dataclass(frozen=True, config=STRICT)
 class Paths:
     """outputs: the folder that holds runs, cache, sweeps and W&B files."""
 
@@ -98,6 +111,7 @@ class Spine:
     train: TrainSettings
     anchors: Sampler
     eval: EvalSettings
+    speed: Speed
     wandb: WandbSettings
     paths: Paths
     cluster: Cluster

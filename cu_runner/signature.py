@@ -8,7 +8,7 @@ from pathlib import Path
 Plain = dict[str, object] | list[object] | str | int | float | bool | None
 
 NOT_SCIENTIFIC = (
-    "dry_run", "num_threads", "device", "train.save_every", "train.gradient_checkpointing", "eval.batch_size", "wandb", "paths",
+    "dry_run", "num_threads", "device", "train.save_every", "train.gradient_checkpointing", "eval.batch_size", "speed", "wandb", "paths",
     "cluster", "model.vae_slicing", "model.allow_pickle",
 )  # fmt: skip
 
