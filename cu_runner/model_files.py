@@ -19,6 +19,7 @@ import torch
 import transformers
 from torch import nn
 
+from cu_runner.complaints import first_line
 from cu_runner.safe_loading import check_pickle
 
 logger = logging.getLogger(__name__)
@@ -87,17 +88,10 @@ def locate(path: str, revision: str | None = None, *, download: bool = True) -> 
 
 def fetch(repository: str, revision: str | None, download: bool) -> Path:
     """The local copy of a repository: configurations and safetensors, fp16 ones where there are no others. Raises ModelError."""
-    configurations = ["model_index.json", "scheduler/*", "tokenizer*/*", "*/config.json"]
+    place = {"revision": revision, "local_files_only": not download}
     for variant in ("", ".fp16"):
-        stems = [f"model{variant}", f"model{variant}-0*", f"model-0*{variant}"]
-        names = [f"*{stem}.safetensors" for stem in stems] + [f"*model.safetensors.index{variant}.json"]
-        patterns = configurations + [f"{part}/{name}" for part in ("unet", "vae", "text_encoder*") for name in names]
         try:
-            root = Path(
-                huggingface_hub.snapshot_download(
-                    repository, revision=revision, allow_patterns=patterns, local_files_only=not download
-                )
-            )
+            root = Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted_files(variant), **place))
         except Exception as error:  # no network, no such repository or revision, no permission: the library has a type for each
             raise ModelError(
                 f"{repository}: no such directory here, and the Hugging Face hub did not give it "
@@ -106,6 +100,14 @@ def fetch(repository: str, revision: str | None, download: bool) -> Path:
         if all(find_weights(part.parent) for part in root.glob("*/config.json") if part.parent.name in COMPONENTS + SECOND):
             break
     return root
+
+
+def wanted_files(variant: str) -> list[str]:
+    """Patterns of the files of a hub repository that make up a model; variant: "" or ".fp16"."""
+    stems = [f"model{variant}", f"model{variant}-0*", f"model-0*-of-?????{variant}"]
+    weights = [f"*{stem}.safetensors" for stem in stems] + [f"*model.safetensors.index{variant}.json"]
+    configurations = ["model_index.json", "scheduler/*", "tokenizer*/*", "*/config.json"]
+    return configurations + [f"{part}/{name}" for part in ("unet", "vae", "text_encoder*") for name in weights]
 
 
 def find_weights(directory: Path) -> WeightFiles | None:
@@ -253,8 +255,3 @@ def load_weights(kind: type[nn.Module], directory: Path, allow_pickle: Sequence[
                 f"{directory}: {problem.replace('_', ' ')}, e.g. {next(iter(info[problem]))}; the weights do not fit config.json"
             )
     return model
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says first."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
