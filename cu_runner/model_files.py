@@ -238,13 +238,21 @@ def read_original(file: Path, config: str | None) -> diffusers.DiffusionPipeline
     return kind.from_single_file(str(file), torch_dtype=torch.float32, **places, **unused)
 
 
-def load_weights(kind: type[nn.Module], directory: Path, allow_pickle: Sequence[str] = ()) -> nn.Module:
-    """from_pretrained in fp32 from local files, refusing what it would only warn of. Raises ModelError, WeightFileError."""
+def load_weights(kind: type[nn.Module], directory: Path, allow_pickle: Sequence[str] | None = None) -> nn.Module:
+    """from_pretrained in fp32 from local files, refusing what it would only warn of.
+
+    Args:
+        allow_pickle: pickles that may be read; None never looks at one.
+
+    Raises:
+        ModelError: weights that are missing, damaged or do not fit. WeightFileError: a pickle that is not allowed.
+    """
     dtype = {"torch_dtype": torch.float32} if issubclass(kind, diffusers.ModelMixin) else {"dtype": torch.float32}
     files = find_weights(directory) or WeightFiles([], None, "safetensors")
-    for path in files.paths:
+    for path in files.paths if allow_pickle is not None else []:
         check_pickle(path, allow_pickle)
-    place = {"variant": files.variant, "use_safetensors": files.kind == "safetensors", "local_files_only": True}
+    safe = files.kind == "safetensors" or allow_pickle is None
+    place = {"variant": files.variant, "use_safetensors": safe, "local_files_only": True}
     try:
         model, info = kind.from_pretrained(directory, output_loading_info=True, **place, **dtype)
     except Exception as error:  # damaged files raise many types; the cause is kept and the line says which component
