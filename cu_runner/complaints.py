@@ -42,6 +42,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def explain(text: str, overrides: list[str]) -> str:
     """Hydra's message in our words where it has a frequent cause, else its own without the noise."""
     if found := re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", text):

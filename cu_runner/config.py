@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
+from cu_runner.complaints import first_line
 from cu_runner.help import config_dir
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.settings import SettingChoice, Spine
@@ -292,10 +293,6 @@ def check(kind: type, value: Plain, path: str) -> object:
         message = first["msg"].removeprefix("Value error, ").replace("array", "list")
         shown = key if isinstance(first["input"], dict) else f"{key}={first['input']!r}"
         raise ConfigError(f"{shown}: {message[0].lower() + message[1:]}") from None
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def source_hash(target: str) -> str:

@@ -19,6 +19,7 @@ import torch
 import transformers
 from torch import nn
 
+from cu_runner.complaints import first_line
 from cu_runner.safe_loading import check_pickle
 
 logger = logging.getLogger(__name__)
@@ -87,17 +88,10 @@ def locate(path: str, revision: str | None = None, *, download: bool = True) -> 
 
 def fetch(repository: str, revision: str | None, download: bool) -> Path:
     """The local copy of a repository: configurations and safetensors, fp16 ones where there are no others. Raises ModelError."""
-    configurations = ["model_index.json", "scheduler/*", "tokenizer*/*", "*/config.json"]
+    place = {"revision": revision, "local_files_only": not download}
     for variant in ("", ".fp16"):
-        stems = [f"model{variant}", f"model{variant}-0*", f"model-0*{variant}"]
-        names = [f"*{stem}.safetensors" for stem in stems] + [f"*model.safetensors.index{variant}.json"]
-        patterns = configurations + [f"{part}/{name}" for part in ("unet", "vae", "text_encoder*") for name in names]
         try:
-            root = Path(
-                huggingface_hub.snapshot_download(
-                    repository, revision=revision, allow_patterns=patterns, local_files_only=not download
-                )
-            )
+            root = Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted_files(variant), **place))
         except Exception as error:  # no network, no such repository or revision, no permission: the library has a type for each
             raise ModelError(
                 f"{repository}: no such directory here, and the Hugging Face hub did not give it "
@@ -106,6 +100,14 @@ def fetch(repository: str, revision: str | None, download: bool) -> Path:
         if all(find_weights(part.parent) for part in root.glob("*/config.json") if part.parent.name in COMPONENTS + SECOND):
             break
     return root
+
+
+def wanted_files(variant: str) -> list[str]:
+    """Patterns of the files of a hub repository that make up a model; variant: "" or ".fp16"."""
+    stems = [f"model{variant}", f"model{variant}-0*", f"model-0*-of-?????{variant}"]
+    weights = [f"*{stem}.safetensors" for stem in stems] + [f"*model.safetensors.index{variant}.json"]
+    configurations = ["model_index.json", "scheduler/*", "tokenizer*/*", "*/config.json"]
+    return configurations + [f"{part}/{name}" for part in ("unet", "vae", "text_encoder*") for name in weights]
 
 
 def find_weights(directory: Path) -> WeightFiles | None:
@@ -236,13 +238,21 @@ def read_original(file: Path, config: str | None) -> diffusers.DiffusionPipeline
     return kind.from_single_file(str(file), torch_dtype=torch.float32, **places, **unused)
 
 
-def load_weights(kind: type[nn.Module], directory: Path, allow_pickle: Sequence[str] = ()) -> nn.Module:
-    """from_pretrained in fp32 from local files, refusing what it would only warn of. Raises ModelError, WeightFileError."""
+def load_weights(kind: type[nn.Module], directory: Path, allow_pickle: Sequence[str] | None = None) -> nn.Module:
+    """from_pretrained in fp32 from local files, refusing what it would only warn of.
+
+    Args:
+        allow_pickle: pickles that may be read; None never looks at one.
+
+    Raises:
+        ModelError: weights that are missing, damaged or do not fit. WeightFileError: a pickle that is not allowed.
+    """
     dtype = {"torch_dtype": torch.float32} if issubclass(kind, diffusers.ModelMixin) else {"dtype": torch.float32}
     files = find_weights(directory) or WeightFiles([], None, "safetensors")
-    for path in files.paths:
+    for path in files.paths if allow_pickle is not None else []:
         check_pickle(path, allow_pickle)
-    place = {"variant": files.variant, "use_safetensors": files.kind == "safetensors", "local_files_only": True}
+    safe = files.kind == "safetensors" or allow_pickle is None
+    place = {"variant": files.variant, "use_safetensors": safe, "local_files_only": True}
     try:
         model, info = kind.from_pretrained(directory, output_loading_info=True, **place, **dtype)
     except Exception as error:  # damaged files raise many types; the cause is kept and the line says which component
@@ -253,8 +263,3 @@ def load_weights(kind: type[nn.Module], directory: Path, allow_pickle: Sequence[
                 f"{directory}: {problem.replace('_', ' ')}, e.g. {next(iter(info[problem]))}; the weights do not fit config.json"
             )
     return model
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says first."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,11 +8,12 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import SMOKE
+from huggingface_hub.utils import filter_repo_objects
 from single_file import original_weights
 from test_bad_input import assert_one_line
 
 from cu_runner.forecast import delta_bytes
-from cu_runner.model_files import ModelError, find_weights, locate
+from cu_runner.model_files import ModelError, find_weights, locate, wanted_files
 from cu_runner.models import DiffusionModel, load_model
 from cu_runner.params import select_parameters
 from cu_runner.safe_loading import WeightFileError
@@ -194,6 +195,27 @@ def test_a_repository_in_the_cache_is_used_without_network(hub, pipelines):
         with pytest.raises(ModelError, match=r"the Hugging Face hub did not give it \(\w+\); give model.path a local") as error:
             load("some/other" if revision is None else "some/model", revision=revision)
         assert "\n" not in str(error.value)
+
+
+def test_what_is_fetched_from_a_repository():
+    """One precision of safetensors, of the parts that are used; not the other formats that repositories hold too."""
+    parts, stem = ("unet", "vae", "text_encoder"), {"text_encoder": "model"}
+    present = [
+        "model_index.json",
+        "README.md",
+        "v1-5-pruned.safetensors",
+        "scheduler/scheduler_config.json",
+        "tokenizer/vocab.json",
+    ]
+    for part in (*parts, "safety_checker"):
+        name = stem.get(part, "diffusion_pytorch_model")
+        present += [f"{part}/config.json", *(f"{part}/{name}{end}" for end in (".safetensors", ".fp16.safetensors", ".bin"))]
+    present += ["unet/diffusion_pytorch_model.non_ema.safetensors", "text_encoder/flax_model.msgpack", "unet/model.onnx"]
+    for variant in ("", ".fp16"):
+        wanted = set(filter_repo_objects(present, allow_patterns=wanted_files(variant)))
+        expected = {f"{part}/{stem.get(part, 'diffusion_pytorch_model')}{variant}.safetensors" for part in parts}
+        assert {name for name in wanted if not name.endswith(".json")} == expected
+        assert {"model_index.json", "unet/config.json", "tokenizer/vocab.json", "scheduler/scheduler_config.json"} <= wanted
 
 
 def test_a_hub_id_without_network_is_one_line(in_process, hub):
