@@ -145,6 +145,6 @@ def print_table(path: Path) -> None:
     shown = ["request", "concept", "UA", "RA_I", "RA_C", "RA_C_retained", "UA_current", "UA_previous", "drift_l2"]
     cells = table[shown].map(lambda value: f"{value:.1f}" if isinstance(value, float) else str(value))
     cells["drift_l2"] = table["drift_l2"].map("{:.3f}".format)
-    for column in ("UA", "UA_current", "UA_previous"):
+    for column in ("UA", "UA_current", "UA_previous", "RA_C", "RA_C_retained"):
         cells[column] = [f"{float(value):.1f}" if value != "" else "-" for value in table[column]]
     print("\n" + cells.to_string(index=False) + "\n")

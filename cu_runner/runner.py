@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cu_runner.anchors import AnchorImages, sampler_key
 from cu_runner.concepts import Concept, Request, Sequence
-from cu_runner.evaluation import Evaluation, check_labels, draw_grid, evaluate, mean_accuracy, read_predictions, step_metrics
+from cu_runner.evaluation import Evaluation, check_labels, draw_grid, evaluate, read_predictions, step_metrics, unlearning_accuracy
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.methods.base import Method, Scope
 from cu_runner.models import DiffusionModel
@@ -122,8 +122,8 @@ class Runner:
             "model": self._fingerprint,
             "evaluator": self._judge,
             "precision": self.model.precision,
-            "prompts": [sequence.evaluation_prompt(concept, cross) for concept in concepts for cross in sequence.cross_retain],
-            "seeds": list(sequence.seeds),
+            "domains": [sequence.domain, sequence.cross_domain],
+            "images": [[image.prompt, image.seed, image.concept, image.cross] for image in sequence.evaluation_images(concepts)],
             "sampler": sampler_key(self.eval),
             "device": self.model.device.type,
             "torch": torch.__version__,
@@ -221,9 +221,9 @@ class Runner:
         return files, record
 
     def _unlearning_accuracy(self, request: Request) -> float:
-        """UA of the weights as they are, in percent."""
+        """UA of the weights as they are, in percent; 0 where it cannot be told, since no image shows a face."""
         predictions = self._sample(list(request.erased), request.index).predictions
-        return 100 - mean_accuracy(predictions, self.sequence.domain, [concept.name for concept in request.erased])
+        return unlearning_accuracy(predictions, self.sequence.domain, [concept.name for concept in request.erased]) or 0.0
 
     def _merge(self, delta: dict[str, Tensor], steps: list[Step]) -> dict[str, Tensor] | None:
         """What a regularizer makes of this request's delta and the earlier ones; None if none of them wants to."""
@@ -317,10 +317,10 @@ class Runner:
 def describe(row: dict[str, object], total: int) -> str:
     """The line that the terminal shows for a step."""
     width = len(str(total))
-    ua = "    -" if row["UA"] is None else f"{row['UA']:5.1f}"
+    ua, ra_i, ra_c = ("    -" if row[name] is None else f"{row[name]:5.1f}" for name in ("UA", "RA_I", "RA_C"))
     cost = f"{row['train_seconds']:.0f} s train, {row['eval_seconds']:.0f} s eval"
     head = f"{row['request']:>{width}}/{total}  {row['concept'] or 'untouched model':<18}"
-    return f"{head} UA {ua}  RA-I {row['RA_I']:5.1f}  RA-C {row['RA_C']:5.1f}  drift {row['drift_l2']:7.3f}  ({cost})"
+    return f"{head} UA {ua}  RA-I {ra_i}  RA-C {ra_c}  drift {row['drift_l2']:7.3f}  ({cost})"
 
 
 def to_csv(table: pd.DataFrame) -> bytes:
