@@ -122,13 +122,14 @@ def execute(plan: "RunConfig", store: "RunStore", outputs: Path) -> None:
         logger.info("no tuned settings for these regularizers in this order (conf/tuned): those of their own files hold")
     model = plan.model.build(device=device)
     evaluator = plan.evaluator.build(device=device)
+    retention = plan.retention.build(device=device) if plan.retention else None
     tracker = Tracker(
         spine.wandb, plan.directory.name, outputs, plan.resolved,
         group=f"{sequence.name}-{plan.method_name}", job_type="+".join(regularizers) or "none",
     )  # fmt: skip
     runner = Runner(
         model, evaluator, sequence, method, regularizers, requests, plan.setting, store, Cache(outputs / "cache"), tracker,
-        spine.train, spine.anchors, spine.eval, spine.seed, plan.training_key,
+        spine.train, spine.anchors, spine.eval, spine.seed, plan.training_key, retention,
     )  # fmt: skip
     try:
         runner.run()

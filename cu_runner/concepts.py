@@ -30,7 +30,7 @@ class Concept:
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """One evaluation image: prompt and seed fix it; the concept and the concept of the other domain ("" for none) are its content."""
+    """One evaluation image, fixed by prompt and seed. concept, cross: what it shows, in both domains; cross is "" for nothing."""
 
     prompt: str
     seed: int
@@ -183,7 +183,7 @@ def make_sequence(
 
 
 def read_images(sequence: Sequence, path: str) -> tuple[ImagePrompt, ...]:
-    """The images of a user's CSV file. Raises ValueError, with the concept that is unknown, missing or the image that is there twice."""
+    """The images of a user's CSV file. Raises ValueError for a concept that is unknown or missing, or an image that is there twice."""
     key, cross_domain = "sequence.prompts", sequence.cross_domain
     rows = read_prompts(key, path, ("prompt", "concept", "seed"))
     images = [ImagePrompt(row["prompt"], int(row["seed"]), row["concept"], row.get(cross_domain, "")) for row in rows]

@@ -9,7 +9,6 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_type_hints
@@ -26,10 +25,9 @@ from pydantic import TypeAdapter, ValidationError
 from cu_runner.help import config_dir
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.settings import SettingChoice, Spine
+from cu_runner.signatures import Plain, file_hashes, numbers_by_value, signature, walk
 
 MISSING = "???"
-
-Plain = dict[str, object] | list[object] | str | int | float | bool | None
 
 
 class ConfigError(ValueError):
@@ -57,6 +55,7 @@ class RunConfig:
     sequence: Node
     method: Node
     regularizers: dict[str, Node]
+    retention: Node | None  # None: what general prompts keep is not measured
     setting: SettingChoice
     method_name: str
     tuned: bool  # whether conf/tuned has settings for this method with these regularizers, where it has any at all
@@ -118,7 +117,14 @@ def regularizer_cell(config: DictConfig) -> dict[str, Plain] | None:
     return method_cells(config).get("+".join(str(name) for name in config.reg) or "none")
 
 
+def _concepts(*, _root_: DictConfig) -> DictConfig:
+    """The concepts of the chosen sequence by domain, as labels of a judge that needs no training: `${concepts:}`."""
+    sequence = _root_.sequence
+    return OmegaConf.create({sequence.domain: sequence.targets + sequence.retain, sequence.cross_domain: sequence.cross_retain})
+
+
 OmegaConf.register_new_resolver("choice", _choice, replace=True)
+OmegaConf.register_new_resolver("concepts", _concepts, replace=True)
 OmegaConf.register_new_resolver("tuned", _tuned, replace=True)
 
 
@@ -133,7 +139,9 @@ def compose(overrides: list[str]) -> RunConfig:
 
 
 # What decides how a run is measured and on what machine, not what it trained.
-MEASUREMENT = ("evaluator", "eval", "sequence.seeds", "sequence.retain", "sequence.cross_retain", "sequence.prompt")
+CHOICES = ("evaluator", "retention")  # groups of which cu-eval may take another file
+SHOWN = ("seeds", "retain", "cross_retain", "prompt", "prompts")  # what a sequence says of evaluation images
+MEASUREMENT = (*CHOICES, "eval", *(f"sequence.{key}" for key in SHOWN))
 MACHINE = ("device", "num_threads", "model.path", "model.precision")
 
 
@@ -141,7 +149,7 @@ def revise(resolved: dict[str, Plain], overrides: list[str]) -> dict[str, Plain]
     """A run's resolved configuration with another way of measuring it.
 
     Args:
-        overrides: evaluator=NAME, or keys under MEASUREMENT and MACHINE: eval.steps=50, sequence.seeds=[1,2], device=cpu.
+        overrides: evaluator=NAME, retention=NAME, or keys under MEASUREMENT and MACHINE: eval.steps=50, device=cpu.
 
     Raises:
         ConfigError: a key that shaped the training, or one that is not there.
@@ -152,12 +160,12 @@ def revise(resolved: dict[str, Plain], overrides: list[str]) -> dict[str, Plain]
         key, value = override.key_or_group, override.value()
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in MEASUREMENT + MACHINE):
             raise ConfigError(f"{key}: shaped the training and cannot change here; allowed: {', '.join(MEASUREMENT + MACHINE)}")
-        if key == "evaluator":
-            path = Path(value) if str(value).endswith(".yaml") else config_dir() / "evaluator" / f"{value}.yaml"
+        if key in CHOICES:
+            path = Path(value) if str(value).endswith(".yaml") else config_dir() / key / f"{value}.yaml"
             if not path.is_file():
                 known = ", ".join(sorted(entry.stem for entry in path.parent.glob("*.yaml")))
-                raise ConfigError(f"evaluator={value}: no such file; allowed: {known or 'the path of a YAML file'}")
-            OmegaConf.update(config, key, OmegaConf.load(path), merge=False)
+                raise ConfigError(f"{key}={value}: no such file; allowed: {known or 'the path of a YAML file'}")
+            OmegaConf.update(config, key, OmegaConf.load(path), merge=False, force_add=True)
             continue
         try:
             OmegaConf.update(config, key, value, merge=False)
@@ -189,7 +197,9 @@ def check_run(resolved: dict[str, Plain], method_name: str, tuned: bool = True) 
     for path, value in walk(resolved):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{path}={value}: not a finite number; give a finite one")
-    groups = {"model", "evaluator", "sequence", "method", "reg", "setting"}
+    if not resolved.get("retention"):  # off: then it is no part of the run, nor of its signature
+        resolved.pop("retention", None)
+    groups = {"model", "evaluator", "sequence", "method", "reg", "retention", "setting"}
     known = groups | {field.name for field in dataclasses.fields(Spine)}
     unknown = sorted(set(resolved) - known)
     if unknown:
@@ -210,6 +220,7 @@ def check_run(resolved: dict[str, Plain], method_name: str, tuned: bool = True) 
         sequence=make_node("sequence", resolved["sequence"]),
         method=make_node("method", resolved["method"]),
         regularizers=regularizers,
+        retention=make_node("retention", resolved["retention"]) if "retention" in resolved else None,
         setting=setting,
         method_name=method_name,
         tuned=tuned,
@@ -283,68 +294,10 @@ def check(kind: type, value: Plain, path: str) -> object:
         raise ConfigError(f"{shown}: {message[0].lower() + message[1:]}") from None
 
 
-def walk(value: Plain, path: str = "") -> Iterator[tuple[str, Plain]]:
-    """All leaves of a nested configuration with their dotted paths."""
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            yield from walk(entry, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list):
-        for index, entry in enumerate(value):
-            yield from walk(entry, f"{path}.{index}")
-    else:
-        yield path, value
-
-
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# ------------------------------------------------------------------------------------------------------ signature
-NOT_SCIENTIFIC = ("dry_run", "num_threads", "device", "eval.batch_size", "wandb", "paths", "cluster")
-
-
-def signature(resolved: dict[str, Plain]) -> str:
-    """sha256 of the scientific part of a configuration, so that the same experiment is the same directory.
-
-    Devices, threads, paths of outputs, W&B and the evaluation batch are left out. Numbers are compared by value: 5 is 5.0.
-    The order of regularizers counts (it is the order of their hooks); the order of other keys does not. Text files that the
-    sequence, the method or a regularizer reads count by their content.
-    """
-    science = drop(resolved, NOT_SCIENTIFIC)
-    science["reg"] = [[name, node] for name, node in resolved["reg"].items()]
-    if files := file_hashes(resolved):
-        science["files"] = files
-    text = json.dumps(numbers_by_value(science), sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_hashes(resolved: dict[str, Plain]) -> dict[str, str]:
-    """sha256 of every file that a setting of the sequence, the method or a regularizer names."""
-    leaves = [value for group in ("sequence", "method", "reg") for _, value in walk(resolved[group]) if isinstance(value, str)]
-    paths = {value: Path(value).expanduser() for value in leaves if "/" in value or "." in value}
-    return {value: hashlib.sha256(path.read_bytes()).hexdigest() for value, path in paths.items() if path.is_file()}
 
 
 def source_hash(target: str) -> str:
     """sha256 of the file that defines a `_target_`: what other code has trained is not taken from the cache."""
     return hashlib.sha256(Path(inspect.getfile(get_object(target))).read_bytes()).hexdigest()
-
-
-def drop(value: dict[str, Plain], paths: tuple[str, ...]) -> dict[str, Plain]:
-    """A copy without the dotted paths."""
-    kept = {key: dict(entry) if isinstance(entry, dict) else entry for key, entry in value.items() if key not in paths}
-    for path in paths:
-        group, _, key = path.partition(".")
-        if key and isinstance(kept.get(group), dict):
-            kept[group].pop(key, None)
-    return kept
-
-
-def numbers_by_value(value: Plain) -> Plain:
-    if isinstance(value, dict):
-        return {key: numbers_by_value(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [numbers_by_value(entry) for entry in value]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return value

@@ -141,6 +141,9 @@ def forecast(plan: "RunConfig") -> str:
         f"to do: {len(left)} of {len(work)} evaluations, {most}{num_steps} training steps of batch {plan.spine.train.batch_size}, "
         f"{num_images} images ({sampler})"
     )
+    if plan.retention:
+        retained = len(left) * plan.retention.build().num_images
+        lines.append(f"retention: {retained} further images, of general prompts; their time is not in the estimate")
     lines.append("time: " + time_left(num_steps, num_images, rates, device, most))
     copies = (2 if merges else 1) * sum(1 for entry in left if entry.request)
     size = copies * delta_bytes(plan.model.arguments["path"], method.params) / 1e6

@@ -26,6 +26,7 @@ from cu_runner.models import DiffusionModel
 from cu_runner.params import Drift, assign, drift, select_parameters, snapshot, subtract
 from cu_runner.provenance import device_name, git_commit, peak_memory_mb, versions
 from cu_runner.regularizers.base import Regularizer
+from cu_runner.retention.base import Retention
 from cu_runner.seeding import RandomSource
 from cu_runner.settings import EvalSettings, Sampler, SettingChoice, TrainSettings
 from cu_runner.store import (
@@ -69,6 +70,7 @@ class Runner:
     eval: EvalSettings
     seed: int
     training_key: dict[str, object]  # every setting that a request from the base model depends on: names its delta in the cache
+    retention: Retention | None = None  # what else the model keeps is measured too
     _first_step: float | None = field(default=None, init=False)  # seconds from the start of the process
 
     def run(self) -> list[Step]:
@@ -86,6 +88,8 @@ class Runner:
         self._anchors = AnchorImages(
             self.model, self._fingerprint, self._params, self._base, self.anchors, self.cache, self.eval.batch_size
         )
+        if self.retention:
+            self.retention.begin(self.model, self._fingerprint, self.eval, self.cache)
         steps = self.store.finished()
         if not steps:
             steps.append(self._evaluate_base())
@@ -106,7 +110,9 @@ class Runner:
     def _check_base(self, base: Step) -> None:
         """A run continues only on the model and the evaluator that it began with."""
         record = json.loads((base.directory / "step.json").read_text(encoding="utf-8"))
-        for name, now in (("model", self._fingerprint), ("evaluator", self._judge)):
+        judges = {"model": self._fingerprint, "evaluator": self._judge}
+        judges |= {"retention": self.retention.fingerprint()} if self.retention else {}
+        for name, now in judges.items():
             if record[f"{name}_sha256"] != now:
                 raise StoreError(
                     f"{self.store.directory}: was begun with other weights of the {name}; restore them or move the run away"
@@ -136,8 +142,9 @@ class Runner:
                 GRID: draw_grid(evaluation.thumbnails, [], "the untouched model"),
             }
             self.cache.put("base_eval", key, files)
+        kept = self.retention.measure(0) if self.retention else {}
         seconds = {"train": 0.0, "eval": time.monotonic() - started}
-        return self._commit(None, [], files, None, 0.0, {}, seconds, None)
+        return self._commit(None, [], files, kept, None, 0.0, {}, seconds, None)
 
     # -------------------------------------------------------------------------------------------- one request
     def _serve(self, request: Request, steps: list[Step]) -> Step:
@@ -166,8 +173,9 @@ class Runner:
             PREDICTIONS: to_csv(evaluation.predictions),
             GRID: draw_grid(evaluation.thumbnails, unlearned, f"after request {request.index}: {request.label}"),
         }
+        kept = self.retention.measure(request.index) if self.retention else {}
         seconds = {"train": trained - started, "eval": time.monotonic() - trained}
-        return self._commit(request, unlearned, files, delta, step_l2, training, seconds, parent)
+        return self._commit(request, unlearned, files, kept, delta, step_l2, training, seconds, parent)
 
     def _unlearn(self, request: Request, start: dict[str, Tensor]) -> tuple[dict[str, bytes], dict[str, object]]:
         """delta.safetensors and training.csv of a request, and the record of its training.
@@ -262,6 +270,7 @@ class Runner:
         request: Request | None,
         unlearned: list[str],
         files: dict[str, bytes],
+        kept: dict[str, float | None],
         delta: dict[str, Tensor] | None,
         step_l2: float,
         training: dict[str, object],
@@ -270,7 +279,7 @@ class Runner:
     ) -> Step:
         index = request.index if request else 0
         table = read_predictions(io.BytesIO(files[PREDICTIONS]))
-        measured = step_metrics(table, unlearned, self.sequence)
+        measured = step_metrics(table, unlearned, self.sequence) | kept
         size = drift(delta) if delta else Drift(0.0, 0.0, 0.0)
         row = {
             "request": index,
@@ -295,6 +304,8 @@ class Runner:
             "device": device_name(self.model.device),
             "git_commit": git_commit(),
         }
+        if self.retention:
+            record["retention_sha256"] = self.retention.fingerprint()
         files = files | {METRICS: to_json(measured)}
         step = self.store.save_step(index, files, record, row, parent)
         self.tracker.log(index, row, files[GRID], files.get(TRAINING))

@@ -51,5 +51,6 @@ def check_pickle(file: str | Path, allow_pickle: Sequence[str]) -> None:
     allowed = {Path(name).expanduser().resolve() for name in allow_pickle}
     if file.suffix != ".safetensors" and file.resolve() not in allowed:
         raise WeightFileError(
-            f"{file}: is no .safetensors file, and other formats can carry code; convert it, or allow this one: allow_pickle=[{file}]"
+            f"{file}: is no .safetensors file, and other formats can carry code; convert it, or allow this one with "
+            f"allow_pickle=[{file}]"
         )

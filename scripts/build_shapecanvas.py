@@ -42,9 +42,9 @@ from cu_runner.shapecanvas.render import IMAGE_SIZE, OBJECTS, STYLES, render
 
 TEXT_WIDTH, NUM_TOKENS = 128, 16
 LATENTS_PER_PAIR = 16  # renders of each (object, style) pair whose latents the UNet trains on
-STEPS = {"vae": 1200, "text": 1000, "style": 3000, "object": 3000, "unet": 6000, "open_clip": 1200}
-BATCH = {"vae": 32, "text": 96, "style": 64, "object": 64, "unet": 64, "open_clip": 96}
-PEAK_RATE = {"vae": 2e-3, "text": 1e-3, "style": 2e-3, "object": 2e-3, "unet": 1e-3, "open_clip": 2e-3}
+STEPS = {"vae": 1200, "text": 1000, "style": 3000, "object": 3000, "unet": 6000, "open_clip": 900}
+BATCH = {"vae": 32, "text": 96, "style": 64, "object": 64, "unet": 64, "open_clip": 64}
+PEAK_RATE = {"vae": 2e-3, "text": 1e-3, "style": 2e-3, "object": 2e-3, "unet": 1e-3, "open_clip": 3e-3}
 TEXT_SCALE = 10.0  # inverse temperature of the contrastive loss
 SEED = {name: 1000 + index for index, name in enumerate(STEPS)}
 
@@ -253,23 +253,22 @@ def train_vae(work: Path, device: str) -> AutoencoderKL:
     return vae.eval()
 
 
-def captioned(count: int, generator: torch.Generator, unsaid: float) -> tuple[Tensor, list[str], Tensor]:
-    """Images [B, 3, S, S], a caption of each, and which captions describe which images [B captions, B images], 1 or 0.
+def describe(objects: Tensor, styles: Tensor, silent: Tensor) -> tuple[list[str], Tensor]:
+    """Captions of B images, and which of them describe which image [captions, B images], 1 or 0.
 
-    unsaid: how often the object is left out of a caption, and how often the style.
+    silent: [2, n B], true where the object, and where the style, is left unsaid; caption i is of image i modulo B.
     """
-    images, objects, styles = draw(count, generator)
-    silent = torch.rand(2, count, generator=generator) < unsaid
+    named_object, named_style = (indices.repeat(silent.shape[1] // len(indices)) for indices in (objects, styles))
     captions = [
         caption(None if silent[0, i] else OBJECTS[o], None if silent[1, i] else STYLES[s])
-        for i, (o, s) in enumerate(zip(objects, styles, strict=True))
+        for i, (o, s) in enumerate(zip(named_object, named_style, strict=True))
     ]
-    match = (silent[0, :, None] | (objects[:, None] == objects)) & (silent[1, :, None] | (styles[:, None] == styles))
-    return images, captions, match.float()
+    match = (silent[0, :, None] | (named_object[:, None] == objects)) & (silent[1, :, None] | (named_style[:, None] == styles))
+    return captions, match.float()
 
 
 def contrast(logits: Tensor, match: Tensor) -> Tensor:
-    """Cross-entropy both ways, every image that a caption describes a positive; logits and match [B captions, B images]."""
+    """Cross-entropy both ways, every image that a caption describes a positive; logits and match [captions, images]."""
     rows = F.cross_entropy(logits, match / match.sum(1, keepdim=True))
     columns = F.cross_entropy(logits.T, match.T / match.T.sum(1, keepdim=True))
     return (rows + columns) / 2
@@ -284,7 +283,8 @@ def train_text(work: Path, device: str) -> CLIPTextModel:
     modules = nn.ModuleDict({"text": text, "image": image, "project": project})
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        images, captions, match = captioned(BATCH["text"], generator, 0.12)
+        images, objects, styles = draw(BATCH["text"], generator)
+        captions, match = describe(objects, styles, torch.rand(2, len(images), generator=generator) < 0.12)
         tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
         text_embedding = F.normalize(project(text(tokens).pooler_output), dim=-1)
         image_embedding = F.normalize(image(images.to(device) * 2 - 1).logits, dim=-1)
@@ -320,9 +320,13 @@ def train_clip(work: Path, device: str) -> open_clip.CLIP:
     """The image-text model that judges without labels and gives the CLIP score; contrastive (Radford et al. 2021)."""
     tokenizer = make_tokenizer()
     model = open_clip.CLIP(**clip_config(tokenizer)["model_cfg"]).to(device)
+    # Each image has three captions: of both, of the style alone, of the object alone. With one of both, styles would do: hardly
+    # two images of a batch share theirs.
+    silent = torch.tensor([[False, True, False], [False, False, True]]).repeat_interleave(BATCH["open_clip"], dim=1)
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        images, captions, match = captioned(BATCH["open_clip"], generator, 0.3)
+        images, objects, styles = draw(BATCH["open_clip"], generator)
+        captions, match = describe(objects, styles, silent)
         images = soften(images, generator).to(device) * 2 - 1
         tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
         text, image = model.encode_text(tokens, normalize=True), model.encode_image(images, normalize=True)

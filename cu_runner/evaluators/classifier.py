@@ -35,6 +35,7 @@ class Classifier(Evaluator):
         *,
         architectures: dict[str, str] | None = None,
         labels: dict[str, str | list[str]] | None = None,
+        templates: dict[str, list[str]] | None = None,
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
         allow_pickle: list[str] | None = None,
         faces: FaceSettings | None = None,
@@ -45,11 +46,11 @@ class Classifier(Evaluator):
             paths: domain -> classifier directory or weight file; `package:...` is one inside the installed package.
             size: image side that the classifiers read, in pixels; other sizes are resized with anti-aliasing.
             mean, std: of each colour channel, for images in 0..1.
-            architectures: domain -> `timm:NAME` for a weight file of timm, `open_clip:NAME` for one of open_clip, `open_clip` for an
-                open_clip directory (these have a size and a normalisation of their own). A domain without one is a transformers
-                directory.
-            labels: domain -> the labels in the order of the outputs: themselves, a shipped list, a text file, or imagenet. Needed but
-                for transformers directories, which bring their own.
+            architectures: domain -> what a weight file belongs to, `timm:NAME` or `open_clip:NAME`, or `open_clip` for an open_clip
+                directory. Any other directory is one of transformers. open_clip has a size and a normalisation of its own.
+            labels: domain -> the labels in the order of the outputs: themselves, a shipped list, a text file, or imagenet. A
+                transformers directory may bring its own.
+            templates: domain -> prompts with {label}, where open_clip judges.
             allow_pickle: weight files other than safetensors that may be read.
             faces: finds the images whose labels count in one domain; None: all count.
 
@@ -58,14 +59,21 @@ class Classifier(Evaluator):
                 pickle that allow_pickle does not name. ValueError: a setting for a domain that is not in paths.
         """
         architectures, labels = architectures or {}, labels or {}
-        for key, domains in (("architectures", architectures), ("labels", labels), ("faces", [faces.domain] if faces else [])):
+        for key, domains in (
+            ("architectures", architectures),
+            ("labels", labels),
+            ("templates", templates or {}),
+            ("faces", [faces.domain] if faces else []),
+        ):
             if strangers := [domain for domain in domains if domain not in paths]:
                 raise ValueError(f"evaluator.{key}: {strangers[0]} is no domain of evaluator.paths ({', '.join(paths)})")
         named = {domain: read_labels(f"evaluator.labels.{domain}", source) for domain, source in labels.items()}
         self._networks: dict[str, tuple[nn.Module, list[str]]] = {}
-        self._zero_shot: dict[str, "OpenClip"] = {}
+        self._zero_shot: dict[str, OpenClip] = {}
         for domain, path in paths.items():
             kind, _, name = architectures.get(domain, "transformers").partition(":")
+            if kind == "timm" and locate(path).is_dir():
+                kind = "transformers"
             if kind not in ("transformers", "timm", "open_clip") or (kind == "timm" and not name):
                 raise ValueError(
                     f"evaluator.architectures.{domain}={architectures[domain]}: allowed: timm:NAME, open_clip:NAME, open_clip; a "
@@ -74,7 +82,7 @@ class Classifier(Evaluator):
             if kind != "transformers" and domain not in named:
                 raise ValueError(f"evaluator.labels.{domain} is not set; {kind} weights do not name their outputs")
             if kind == "open_clip":
-                self._zero_shot[domain] = zero_shot(domain, name, path, named[domain], allow_pickle, device)
+                self._zero_shot[domain] = zero_shot(domain, name, path, named[domain], templates, allow_pickle, device)
             else:
                 network = (
                     load_timm(name, path, len(named[domain]), allow_pickle or [])
@@ -125,13 +133,19 @@ class Classifier(Evaluator):
 
 
 def zero_shot(
-    domain: str, architecture: str, path: str, labels: list[str], allow_pickle: list[str] | None, device: str
+    domain: str,
+    architecture: str,
+    path: str,
+    labels: list[str],
+    templates: dict[str, list[str]] | None,
+    allow_pickle: list[str] | None,
+    device: str,
 ) -> "OpenClip":
     """A judge of one domain by open_clip; without an architecture, path is a directory."""
     from cu_runner.evaluators.open_clip import OpenClip  # importing open_clip takes seconds, and most evaluators do without
 
     model, weights = (architecture, path) if architecture else (str(locate(path)), None)
-    return OpenClip(model, {domain: labels}, path=weights, allow_pickle=allow_pickle, device=device)
+    return OpenClip(model, {domain: labels}, path=weights, templates=templates, allow_pickle=allow_pickle, device=device)
 
 
 def only_faces(prediction: Prediction, faces: list[bool]) -> Prediction:

@@ -20,6 +20,8 @@ def read_labels(key: str, source: str | list[str]) -> list[str]:
 
 
 def imagenet_classes() -> list[str]:
-    import open_clip  # takes seconds, and most evaluators do without
+    """The 1000 names of open_clip; of two with one name (missile, sunglasses) the second has its number behind it."""
+    from open_clip import IMAGENET_CLASSNAMES  # takes seconds, and most evaluators do without
 
-    return list(open_clip.IMAGENET_CLASSNAMES)
+    names = list(IMAGENET_CLASSNAMES)
+    return [f"{name} ({index})" if name in names[:index] else name for index, name in enumerate(names)]
