@@ -183,7 +183,7 @@ def make_sequence(
 
 
 def read_images(sequence: Sequence, path: str) -> tuple[ImagePrompt, ...]:
-    """The images of a user's CSV file. Raises ValueError for a concept that is unknown or missing, or an image that is there twice."""
+    """The images of a user's CSV file. Raises ValueError for a concept that is unknown or missing, or an image listed twice."""
     key, cross_domain = "sequence.prompts", sequence.cross_domain
     rows = read_prompts(key, path, ("prompt", "concept", "seed"))
     images = [ImagePrompt(row["prompt"], int(row["seed"]), row["concept"], row.get(cross_domain, "")) for row in rows]

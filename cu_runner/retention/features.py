@@ -24,8 +24,8 @@ from cu_runner.safe_loading import check_pickle, load_tensors
 class FeatureSource:
     """What computes the features.
 
-    architecture: "inception", torch-fidelity's Inception-v3 with its 2048 features, as FID is published; "timm:NAME"; "open_clip:NAME"
-    or "open_clip" (a directory); or "module", a TorchScript file that maps images to [B, D].
+    architecture: "inception", torch-fidelity's Inception-v3 with its 2048 features, as FID is published; "timm:NAME";
+    "open_clip:NAME" or "open_clip" (a directory); or "module", a TorchScript file that maps images to [B, D].
     path: weight file, directory or module file; None with "inception" downloads the published weights.
     size, mean, std: what "timm" and "module" read, in pixels and for images in 0..1; the others know theirs.
     allow_pickle: files other than safetensors that may be read; a module file must be among them.

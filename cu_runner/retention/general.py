@@ -1,8 +1,8 @@
 """What a model keeps on general prompts, after every request: CLIP score, FID, KID.
 
-CLIP score: 100 x cosine of image and prompt, a mean over images (Hessel et al. 2021, arXiv 2104.08718, without its weight 2.5 and its
-clip at zero). FID: Heusel et al. 2017, arXiv 1706.08500. KID: Binkowski et al. 2018, arXiv 1801.01401; both by torchmetrics. FID falls
-with the number of images: compare only runs with as many.
+CLIP score: 100 x cosine of image and prompt, a mean over images (Hessel et al. 2021, arXiv 2104.08718, without its weight 2.5 and
+its clip at zero). FID: Heusel et al. 2017, arXiv 1706.08500. KID: Binkowski et al. 2018, arXiv 1801.01401; both by torchmetrics.
+FID falls with the number of images: compare only runs with as many.
 
 Shapes: N images, B batch, S image side, D feature width.
 """
@@ -60,7 +60,7 @@ class GeneralRetention(Retention):
             num_prompts: at most so many, evenly spread over all.
             clip_score: the image-text model of the CLIP score; None: not measured.
             features: what FID and KID compare; None: neither is measured.
-            reference: a folder of images, each cropped to its middle square; None: the untouched model's images of the same prompts.
+            reference: a folder of images, each cropped to its middle square; None: the untouched model's own images.
             kid_subset: images in each random subset of KID.
 
         Raises:
@@ -152,7 +152,7 @@ def find_pictures(folder: str) -> list[Path]:
 
 
 def read_pictures(paths: list[Path], side: int, batch_size: int) -> Iterator[Tensor]:
-    """Image files as batches [B, 3, side, side] in 0..1, cropped to their middle square. Raises ValueError for one that is damaged."""
+    """Image files as batches [B, 3, side, side] in 0..1, cropped to their middle square. Raises ValueError for a damaged one."""
     for start in range(0, len(paths), batch_size):
         rows = []
         for path in paths[start : start + batch_size]:
@@ -195,7 +195,7 @@ def frechet_distance(reference: Tensor, features: Tensor) -> float:
 
 
 def kernel_distance(reference: Tensor, features: Tensor, subset: int) -> float:
-    """Squared MMD of features [N, D] and [M, D] with the kernel (x.y / D + 1)^3, over random subsets (Binkowski et al. 2018, eq. 4).
+    """Squared MMD of features [N, D] and [M, D] with the kernel (x.y / D + 1)^3, over random subsets (Binkowski et al. 2018).
 
     Unbiased, so that equal distributions give numbers around zero, also below. The subsets are the same at every call.
     """
