@@ -44,7 +44,7 @@ TEXT_WIDTH, NUM_TOKENS = 128, 16
 LATENTS_PER_PAIR = 16  # renders of each (object, style) pair whose latents the UNet trains on
 STEPS = {"vae": 1200, "text": 1000, "style": 3000, "object": 3000, "unet": 6000, "open_clip": 900}
 BATCH = {"vae": 32, "text": 96, "style": 64, "object": 64, "unet": 64, "open_clip": 64}
-PEAK_RATE = {"vae": 2e-3, "text": 1e-3, "style": 2e-3, "object": 2e-3, "unet": 1e-3, "open_clip": 3e-3}
+PEAK_RATE = {"vae": 2e-3, "text": 1e-3, "style": 2e-3, "object": 2e-3, "unet": 1e-3, "open_clip": 2e-3}
 TEXT_SCALE = 10.0  # inverse temperature of the contrastive loss
 SEED = {name: 1000 + index for index, name in enumerate(STEPS)}
 
@@ -146,11 +146,11 @@ def make_classifier(labels: tuple[str, ...]) -> ResNetForImageClassification:
 
 
 def clip_config(tokenizer: CLIPTokenizer) -> dict[str, object]:
-    """open_clip_config.json: an image-text model of a million weights. Its tokenizer is the pipeline's, in the same directory."""
+    """open_clip_config.json: an image-text model of half a million weights. Its tokenizer is the pipeline's, in the same directory."""
     text = {"context_length": NUM_TOKENS, "vocab_size": len(tokenizer), "hf_tokenizer_name": "local"}
     model = {
         "embed_dim": 96,
-        "vision_cfg": {"image_size": IMAGE_SIZE, "layers": [1, 1, 1, 1], "width": 12, "head_width": 16},
+        "vision_cfg": {"image_size": IMAGE_SIZE, "timm_model_name": "test_resnet", "timm_pool": "avg"},
         "text_cfg": text | {"width": 96, "heads": 4, "layers": 2, "mlp_ratio": 2.0},
     }
     return {"model_cfg": model, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}}
