@@ -131,13 +131,14 @@ def execute(plan: "RunConfig", store: "RunStore", outputs: Path, stop: StopSigna
     if spine.train.gradient_checkpointing:
         model.checkpoint_gradients()
     evaluator = plan.evaluator.build(device=device)
+    retention = plan.retention.build(device=device) if plan.retention else None
     tracker = Tracker(
         spine.wandb, plan.directory.name, outputs, plan.resolved,
         group=f"{sequence.name}-{plan.method_name}", job_type="+".join(regularizers) or "none",
     )  # fmt: skip
     runner = Runner(
         model, evaluator, sequence, method, regularizers, requests, plan.setting, store, Cache(outputs / "cache"), tracker,
-        spine.train, spine.anchors, spine.eval, spine.seed, plan.training_key, stop,
+        spine.train, spine.anchors, spine.eval, spine.seed, plan.training_key, retention, stop,
     )  # fmt: skip
     try:
         runner.run()
@@ -150,10 +151,10 @@ def print_table(path: Path) -> None:
     """metrics.csv as the final table."""
     import pandas as pd
 
-    table = pd.read_csv(path, keep_default_na=False)
-    shown = ["request", "concept", "UA", "RA_I", "RA_C", "RA_C_retained", "UA_current", "UA_previous", "drift_l2"]
-    cells = table[shown].map(lambda value: f"{value:.1f}" if isinstance(value, float) else str(value))
-    cells["drift_l2"] = table["drift_l2"].map("{:.3f}".format)
-    for column in ("UA", "UA_current", "UA_previous"):
-        cells[column] = [f"{float(value):.1f}" if value != "" else "-" for value in table[column]]
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    names = list(table)
+    cells = table[["request", "concept", *names[names.index("UA") : names.index("drift_l2") + 1]]].copy()
+    for name in cells.columns[2:]:
+        form = ".3f" if name == "drift_l2" else ".1f" if name.startswith(("UA", "RA")) else ".5g"
+        cells[name] = [format(float(value), form) if value else "-" for value in table[name]]
     print("\n" + cells.to_string(index=False) + "\n")

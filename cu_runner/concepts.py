@@ -4,12 +4,14 @@ Everything here is a plain value: no model, no file, no randomness.
 """
 
 import random
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from cu_runner.lists import read_file, read_shipped
+from cu_runner.prompt_files import read_prompts
 
 Setting = Literal["sequential", "independent", "simultaneous"]
 
@@ -24,6 +26,16 @@ class Concept:
     name: str
     domain: str
     anchor: str | None = None
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """One evaluation image, fixed by prompt and seed. concept, cross: what it shows, in both domains; cross is "" for nothing."""
+
+    prompt: str
+    seed: int
+    concept: str
+    cross: str
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ class Sequence:
     anchor_prompt: str  # training prompt of its anchor: placeholders {anchor}, {caption}
     captions: tuple[str, ...]  # what {caption} runs through
     seeds: tuple[int, ...]  # evaluation noise seeds; one image per prompt and seed
+    images: tuple[ImagePrompt, ...] = ()  # evaluation images of one's own, in place of prompt and seeds
 
     @property
     def domain(self) -> str:
@@ -62,6 +75,22 @@ class Sequence:
                 self.anchor_prompt.format(anchor=concept.anchor or "", caption=caption),
             )
             for caption in self.captions
+        ]
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """The domains in which images are judged; images of one's own need not name a concept of the other domain."""
+        return (self.domain, self.cross_domain) if all(image.cross for image in self.images) else (self.domain,)
+
+    def evaluation_images(self, concepts: Iterable[Concept]) -> list[ImagePrompt]:
+        """The images that are judged of these concepts: the grid with cross_retain and seeds, or the user's own."""
+        if self.images:
+            return [image for concept in concepts for image in self.images if image.concept == concept.name]
+        return [
+            ImagePrompt(self.evaluation_prompt(concept, cross), seed, concept.name, cross.name)
+            for concept in concepts
+            for cross in self.cross_retain
+            for seed in self.seeds
         ]
 
     def evaluation_prompt(self, concept: Concept, cross: Concept) -> str:
@@ -83,6 +112,7 @@ def make_sequence(
     seeds: list[int],
     anchors: dict[str, str] | None = None,
     order: Annotated[str, Field(pattern=r"^(paper|reversed|shuffle-\d+)$")] = "paper",
+    prompts: str | None = None,
 ) -> Sequence:
     """Check the lists of a sequence file (conf/sequence) and build the Sequence.
 
@@ -91,13 +121,15 @@ def make_sequence(
             text file with one entry a line.
         anchors: maps a target to what {anchor} in anchor_prompt stands for.
         order: of the requests: as listed, reversed, or a shuffle with a seed of its own.
+        prompts: a CSV file with a row per evaluation image, in place of prompt and seeds: columns prompt, concept, seed, and one
+            named after cross_domain if RA-C is to be measured.
 
     Raises:
         ValueError: names the entry that is wrong.
     """
-    cross_retain = read_entries("cross_retain", cross_retain)
-    vocabulary = read_entries("vocabulary", vocabulary)
-    captions = read_entries("captions", captions)
+    cross_retain = read_entries("sequence.cross_retain", cross_retain)
+    vocabulary = read_entries("sequence.vocabulary", vocabulary)
+    captions = read_entries("sequence.captions", captions)
     for label, names in {
         "targets": targets,
         "retain": retain,
@@ -147,7 +179,28 @@ def make_sequence(
         sequence.training_pairs(sequence.targets[0])
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f"sequence {name}: a prompt has an unknown placeholder {error}; see conf/sequence for examples") from None
-    return sequence
+    return sequence if prompts is None else replace(sequence, images=read_images(sequence, prompts))
+
+
+def read_images(sequence: Sequence, path: str) -> tuple[ImagePrompt, ...]:
+    """The images of a user's CSV file. Raises ValueError for a concept that is unknown or missing, or an image listed twice."""
+    key, cross_domain = "sequence.prompts", sequence.cross_domain
+    rows = read_prompts(key, path, ("prompt", "concept", "seed"))
+    images = [ImagePrompt(row["prompt"], int(row["seed"]), row["concept"], row.get(cross_domain, "")) for row in rows]
+    known = [concept.name for concept in (*sequence.targets, *sequence.retain)]
+    if strangers := [image.concept for image in images if image.concept not in known]:
+        raise ValueError(f"{key}={path}: {strangers[0]!r} is neither in sequence.targets nor in sequence.retain")
+    if missing := [name for name in known if name not in {image.concept for image in images}]:
+        raise ValueError(f"{key}={path}: holds no image of {', '.join(missing)}; every target and retained concept needs one")
+    if twice := [image for image in images if images.count(image) > 1]:
+        raise ValueError(f"{key}={path}: {twice[0].prompt!r} with seed {twice[0].seed} is there twice; it would be one image")
+    crosses = {image.cross for image in images}
+    kept = {concept.name for concept in sequence.cross_retain}
+    if crosses != {""} and (wrong := sorted(crosses - kept)):
+        raise ValueError(
+            f"{key}={path}: {cross_domain} {wrong[0]!r} is not in sequence.cross_retain; leave the column out, or fill it"
+        )
+    return tuple(images)
 
 
 def reorder(targets: list[str], order: str) -> list[str]:
@@ -159,14 +212,17 @@ def reorder(targets: list[str], order: str) -> list[str]:
     return random.Random(int(order.removeprefix("shuffle-"))).sample(targets, len(targets))
 
 
-def read_entries(label: str, source: str | list[str]) -> list[str]:
-    """The entries as given, of a shipped list, or of a text file where the source looks like a path. Raises ValueError."""
+def read_entries(key: str, source: str | list[str]) -> list[str]:
+    """The entries as given, of a shipped list, or of a text file where the source looks like a path. Raises ValueError.
+
+    key: the setting that names the source, for the complaint.
+    """
     if isinstance(source, list):
         return source
     try:
         return read_file(source) if "/" in source or source.endswith(".txt") else read_shipped(source)
     except ValueError as error:
-        raise ValueError(f"sequence.{label}={error}") from None
+        raise ValueError(f"{key}={error}") from None
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ class RunConfig:
     sequence: Node
     method: Node
     regularizers: dict[str, Node]
+    retention: Node | None  # None: what general prompts keep is not measured
     setting: SettingChoice
     method_name: str
     tuned: bool  # whether conf/tuned has settings for this method with these regularizers, where it has any at all
@@ -118,7 +119,14 @@ def regularizer_cell(config: DictConfig) -> dict[str, Plain] | None:
     return method_cells(config).get("+".join(str(name) for name in config.reg) or "none")
 
 
+def _concepts(*, _root_: DictConfig) -> DictConfig:
+    """The concepts of the chosen sequence by domain, as labels of a judge that needs no training: `${concepts:}`."""
+    sequence = _root_.sequence
+    return OmegaConf.create({sequence.domain: sequence.targets + sequence.retain, sequence.cross_domain: sequence.cross_retain})
+
+
 OmegaConf.register_new_resolver("choice", _choice, replace=True)
+OmegaConf.register_new_resolver("concepts", _concepts, replace=True)
 OmegaConf.register_new_resolver("tuned", _tuned, replace=True)
 
 
@@ -133,7 +141,9 @@ def compose(overrides: list[str]) -> RunConfig:
 
 
 # What decides how a run is measured and on what machine, not what it trained.
-MEASUREMENT = ("evaluator", "eval", "sequence.seeds", "sequence.retain", "sequence.cross_retain", "sequence.prompt")
+CHOICES = ("evaluator", "retention")  # groups of which cu-eval may take another file
+SHOWN = ("seeds", "retain", "cross_retain", "prompt", "prompts")  # what a sequence says of evaluation images
+MEASUREMENT = (*CHOICES, "eval", *(f"sequence.{key}" for key in SHOWN))
 MACHINE = ("device", "num_threads", "model.path", "model.revision", "model.config", "model.allow_pickle", "model.precision")
 
 
@@ -141,7 +151,7 @@ def revise(resolved: dict[str, Plain], overrides: list[str]) -> dict[str, Plain]
     """A run's resolved configuration with another way of measuring it.
 
     Args:
-        overrides: evaluator=NAME, or keys under MEASUREMENT and MACHINE: eval.steps=50, sequence.seeds=[1,2], device=cpu.
+        overrides: evaluator=NAME, retention=NAME, or keys under MEASUREMENT and MACHINE: eval.steps=50, device=cpu.
 
     Raises:
         ConfigError: a key that shaped the training, or one that is not there.
@@ -152,12 +162,12 @@ def revise(resolved: dict[str, Plain], overrides: list[str]) -> dict[str, Plain]
         key, value = override.key_or_group, override.value()
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in MEASUREMENT + MACHINE):
             raise ConfigError(f"{key}: shaped the training and cannot change here; allowed: {', '.join(MEASUREMENT + MACHINE)}")
-        if key == "evaluator":
-            path = Path(value) if str(value).endswith(".yaml") else config_dir() / "evaluator" / f"{value}.yaml"
+        if key in CHOICES:
+            path = Path(value) if str(value).endswith(".yaml") else config_dir() / key / f"{value}.yaml"
             if not path.is_file():
                 known = ", ".join(sorted(entry.stem for entry in path.parent.glob("*.yaml")))
-                raise ConfigError(f"evaluator={value}: no such file; allowed: {known or 'the path of a YAML file'}")
-            OmegaConf.update(config, key, OmegaConf.load(path), merge=False)
+                raise ConfigError(f"{key}={value}: no such file; allowed: {known or 'the path of a YAML file'}")
+            OmegaConf.update(config, key, OmegaConf.load(path), merge=False, force_add=True)
             continue
         try:
             OmegaConf.update(config, key, value, merge=False)
@@ -201,7 +211,9 @@ def check_run(resolved: dict[str, Plain], method_name: str, tuned: bool = True) 
     for path, value in walk(resolved):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{path}={value}: not a finite number; give a finite one")
-    groups = {"model", "evaluator", "sequence", "method", "reg", "setting"}
+    if not resolved.get("retention"):  # off: then it is no part of the run, nor of its signature
+        resolved.pop("retention", None)
+    groups = {"model", "evaluator", "sequence", "method", "reg", "retention", "setting"}
     known = groups | {field.name for field in dataclasses.fields(Spine)}
     unknown = sorted(set(resolved) - known)
     if unknown:
@@ -222,6 +234,7 @@ def check_run(resolved: dict[str, Plain], method_name: str, tuned: bool = True) 
         sequence=make_node("sequence", resolved["sequence"]),
         method=make_node("method", resolved["method"]),
         regularizers=regularizers,
+        retention=make_node("retention", resolved["retention"]) if "retention" in resolved else None,
         setting=setting,
         method_name=method_name,
         tuned=tuned,

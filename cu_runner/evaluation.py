@@ -31,7 +31,7 @@ def read_predictions(file: Path | BinaryIO) -> pd.DataFrame:
     """predictions.csv. Names stay text, also "NA" and "007"; step and seed are whole numbers, scores are floats."""
     rows = pd.read_csv(file, dtype=str, keep_default_na=False)
     return rows.astype(
-        {name: float if name.startswith("score_") else int for name in rows if name.startswith(("step", "seed", "score_"))}
+        {name: float if name.startswith("score_") else int for name in rows if name.startswith(("step", "seed", "face", "score_"))}
     )
 
 
@@ -50,42 +50,73 @@ def mean_accuracy(predictions: pd.DataFrame, domain: str, concepts: list[str]) -
     return sum(accuracy[name] for name in concepts) / len(concepts)
 
 
-def metrics(predictions: pd.DataFrame, unlearned: list[str], retain: list[str], cross_retain: list[str]) -> dict[str, float | None]:
+def metrics(
+    predictions: pd.DataFrame, unlearned: list[str], retain: list[str], cross_retain: list[str] | None
+) -> dict[str, float | None]:
     """UA, RA_I, RA_C and RA_C_retained of one step, in percent (released code of Lee et al. 2026).
 
     UA: 100 - mean accuracy over the unlearned concepts; None when there is none. RA_I: mean accuracy over the retained concepts of
     their domain. RA_C: cross-domain accuracy over all images of the cross_retain concepts, those prompted with unlearned concepts
     included; RA_C_retained: over those prompted with retained concepts only.
 
+    Where the rows say whether an image shows a face, UA is over the images that do, and None when none does: an image without one
+    is neither a success nor a failure of unlearning. Retained concepts are not recognised in such an image.
+
     Args:
         predictions: rows of predictions.csv. The domain is the column that holds the retained concepts, the cross domain the one
             that holds the cross_retain concepts.
+        cross_retain: None if the images name no concept of another domain; RA_C and RA_C_retained are then None.
 
     Raises:
         ValueError: a concept has no image, or a list of retained concepts is empty.
     """
-    if not retain or not cross_retain:
+    if not retain or cross_retain == []:
         raise ValueError("metrics: retain and cross_retain need at least one concept each")
-    domain, cross_domain = domain_of(predictions, retain), domain_of(predictions, cross_retain)
-    shown = predictions[predictions[cross_domain].isin(cross_retain)]
-    right = shown[cross_domain] == shown[f"predicted_{cross_domain}"]
-    return {
-        "UA": 100 - mean_accuracy(shown, domain, unlearned) if unlearned else None,
-        "RA_I": mean_accuracy(shown, domain, retain),
-        "RA_C": 100.0 * right.mean().item(),
-        "RA_C_retained": 100.0 * right[shown[domain].isin(retain)].mean().item(),
-    }
+    domain, shown, across = domain_of(predictions, retain), predictions, {"RA_C": None, "RA_C_retained": None}
+    if cross_retain is not None:
+        cross_domain = domain_of(predictions, cross_retain)
+        shown = predictions[predictions[cross_domain].isin(cross_retain)]
+        right = shown[cross_domain] == shown[f"predicted_{cross_domain}"]
+        across = {"RA_C": 100.0 * right.mean().item(), "RA_C_retained": 100.0 * right[shown[domain].isin(retain)].mean().item()}
+    return {"UA": unlearning_accuracy(shown, domain, unlearned), "RA_I": mean_accuracy(shown, domain, retain)} | across
+
+
+def unlearning_accuracy(predictions: pd.DataFrame, domain: str, unlearned: list[str]) -> float | None:
+    """UA in percent: 100 - mean accuracy over the concepts, on images with a face where the rows tell. None without any image.
+
+    Raises:
+        ValueError: a concept has no image at all.
+    """
+    if not unlearned:
+        return None
+    accuracy = mean_accuracy(predictions, domain, unlearned)
+    if "face" in predictions:
+        with_face = predictions[predictions["face"] == 1]
+        concepts = [name for name in unlearned if name in set(with_face[domain])]
+        if not concepts:
+            return None
+        accuracy = mean_accuracy(with_face, domain, concepts)
+    return 100 - accuracy
+
+
+def count_faceless(predictions: pd.DataFrame, domain: str, concepts: list[str]) -> int:
+    """How many images of the concepts show no face."""
+    return int((predictions["face"] == 0)[predictions[domain].isin(concepts)].sum())
 
 
 def step_metrics(predictions: pd.DataFrame, unlearned: list[str], sequence: Sequence) -> dict[str, float | None]:
     """The metrics of one step of a run, in percent, to a thousandth.
 
-    Those of metrics(), and UA_current: UA of the concept unlearned last; UA_previous: of the others (their rebound).
+    Those of metrics(), and UA_current: UA of the concept unlearned last; UA_previous: of the others (their rebound). Where faces
+    are looked for: faceless_unlearned and faceless_retained, the numbers of images without one.
     """
     retain, cross_retain = ([concept.name for concept in concepts] for concepts in (sequence.retain, sequence.cross_retain))
-    measured = metrics(predictions, unlearned, retain, cross_retain)
+    measured = metrics(predictions, unlearned, retain, cross_retain if sequence.cross_domain in sequence.judged else None)
     for name, concepts in (("UA_current", unlearned[-1:]), ("UA_previous", unlearned[:-1])):
-        measured[name] = 100 - mean_accuracy(predictions, sequence.domain, concepts) if concepts else None
+        measured[name] = unlearning_accuracy(predictions, sequence.domain, concepts)
+    if "face" in predictions:
+        measured["faceless_unlearned"] = count_faceless(predictions, sequence.domain, unlearned)
+        measured["faceless_retained"] = count_faceless(predictions, sequence.domain, retain)
     return {name: None if value is None else round(value, 3) for name, value in measured.items()}
 
 
@@ -102,14 +133,14 @@ def check_labels(sequence: Sequence, evaluator: Evaluator) -> None:
     """Every concept whose accuracy is measured must be a label of the evaluator. Raises ValueError."""
     labels = evaluator.labels()
     for concept in (*sequence.targets, *sequence.retain, *sequence.cross_retain):
-        if concept.name not in labels.get(concept.domain, []):
+        if concept.domain in sequence.judged and concept.name not in labels.get(concept.domain, []):
             known = ", ".join(labels.get(concept.domain, [])[:5]) or "none"
             raise ValueError(f"sequence: the evaluator has no {concept.domain} {concept.name!r} (it knows {known}, ...)")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """predictions: one row per image. thumbnails: the first seed's images by (concept, cross concept), uint8 [S, S, 3]."""
+    """predictions: one row per image. thumbnails: the first image of each (concept, cross concept), uint8 [S, S, 3]."""
 
     predictions: pd.DataFrame
     thumbnails: dict[tuple[str, str], Image.Image]
@@ -118,20 +149,19 @@ class Evaluation:
 def evaluate(
     model: "DiffusionModel", evaluator: Evaluator, sequence: Sequence, concepts: list[Concept], step: int, settings: EvalSettings
 ) -> Evaluation:
-    """Generate and classify the grid concepts x sequence.cross_retain x sequence.seeds.
+    """Generate and classify the sequence's evaluation images of the concepts.
 
     Args:
         step: number of the request, for the rows of predictions.csv; it does not touch the noise.
 
     Returns:
-        The rows (step, prompt, <domain>, <cross domain>, seed, predicted_..., score_...) and thumbnails for the grid.
+        The rows (step, prompt, <domain>, <cross domain>, seed, predicted_..., score_..., face where it is looked for) and
+        thumbnails for the grid.
     """
     from cu_runner.sampling import generate  # diffusers takes seconds, and those who only read metrics do not need it
 
-    domain, cross_domain = sequence.domain, sequence.cross_domain
-    cells = [(concept, cross, seed) for concept in concepts for cross in sequence.cross_retain for seed in sequence.seeds]
-    prompts = [sequence.evaluation_prompt(concept, cross) for concept, cross, _ in cells]
-    seeds = [seed for _, _, seed in cells]
+    wanted = sequence.evaluation_images(concepts)
+    prompts, seeds = [image.prompt for image in wanted], [image.seed for image in wanted]
     rows, thumbnails = [], {}
     for images in generate(model, prompts, seeds, settings, batch_size=settings.batch_size, label="evaluate"):
         if not images.isfinite().all():
@@ -140,14 +170,17 @@ def evaluate(
             )
         predictions = evaluator.predict(images)
         for i, image in enumerate(images):
-            concept, cross, seed = cells[len(rows)]
-            row = {"step": step, "prompt": prompts[len(rows)], domain: concept.name, cross_domain: cross.name, "seed": seed}
-            for kind in (domain, cross_domain):
+            shown = wanted[len(rows)]
+            row = {"step": step, "prompt": shown.prompt, sequence.domain: shown.concept, sequence.cross_domain: shown.cross}
+            row["seed"] = shown.seed
+            for kind in sequence.judged:
                 row[f"predicted_{kind}"] = predictions[kind].labels[i]
                 row[f"score_{kind}"] = round(predictions[kind].scores[i], 4)
+            if (faces := predictions[sequence.domain].faces) is not None:
+                row["face"] = int(faces[i])
             rows.append(row)
-            if seed == sequence.seeds[0]:
-                thumbnails[concept.name, cross.name] = to_picture(image)
+            if (shown.concept, shown.cross) not in thumbnails:
+                thumbnails[shown.concept, shown.cross] = to_picture(image)
     return Evaluation(pd.DataFrame(rows), thumbnails)
 
 
@@ -179,7 +212,8 @@ def draw_grid(thumbnails: dict[tuple[str, str], Image.Image], unlearned: list[st
         if gone:
             pen.rectangle((left - 7, height, left - 3, height + side - 1), fill="#c00000")
         for x, column in enumerate(columns):
-            canvas.paste(thumbnails[row, column], (left + x * (side + gap), height))
+            if (row, column) in thumbnails:
+                canvas.paste(thumbnails[row, column], (left + x * (side + gap), height))
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG")
     return buffer.getvalue()

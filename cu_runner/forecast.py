@@ -6,6 +6,7 @@ said to be unknown.
 
 import shutil
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import safetensors
 import torch
 
-from cu_runner.concepts import Request, Sequence, plan_requests
+from cu_runner.concepts import Concept, Request, Sequence, plan_requests
 from cu_runner.model_files import HUB_ID, ModelError, find_weights, locate
 from cu_runner.params import belongs
 from cu_runner.process import choose_device
@@ -54,12 +55,14 @@ def plan_work(sequence: Sequence, requests: list[Request], train_steps: int, mer
         train_steps: of one request, at most.
         merges: whether a regularizer merges: then every concept so far is measured, though each request unlearns one.
     """
-    per_concept = len(sequence.cross_retain) * len(sequence.seeds)
-    retained = len(sequence.retain)
-    work = [Work(0, "untouched model", "", 0, (len(sequence.targets) + retained) * per_concept)]
+
+    def count(unlearned: Iterable[Concept]) -> int:
+        return len(sequence.evaluation_images([*unlearned, *sequence.retain]))
+
+    work = [Work(0, "untouched model", "", 0, count(sequence.targets))]
     for request in requests:
-        unlearned = request.index if merges else len(request.erased)
-        work.append(Work(request.index, request.label, request.start, train_steps, (unlearned + retained) * per_concept))
+        unlearned = [each.targets[-1] for each in requests[: request.index]] if merges else request.erased
+        work.append(Work(request.index, request.label, request.start, train_steps, count(unlearned)))
     return work
 
 
@@ -150,6 +153,9 @@ def forecast(plan: "RunConfig") -> str:
         f"to do: {len(left)} of {len(work)} evaluations, {most}{num_steps} training steps of batch {plan.spine.train.batch_size}, "
         f"{num_images} images ({sampler})"
     )
+    if plan.retention:
+        retained = len(left) * plan.retention.build().num_images
+        lines.append(f"retention: {retained} further images, of general prompts; their time is not in the estimate")
     lines.append("time: " + time_left(num_steps, num_images, rates, device, most))
     copies = (2 if merges else 1) * sum(1 for entry in left if entry.request)
     model = plan.model.arguments

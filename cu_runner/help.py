@@ -11,6 +11,7 @@ GROUPS = {
     "sequence": "concepts to unlearn, in order, and concepts to retain",
     "method": "the unlearning loss",
     "reg": "regularizers; a list combines them in that order: 'reg=[l2,gradproj]'",
+    "retention": "what else the model keeps: CLIP score, FID, KID on general prompts; off by default",
     "setting": "how the sequence becomes requests",
     "experiment": "a preset of the choices and settings of a published experiment",
 }
@@ -48,7 +49,7 @@ def help_text() -> str:
     lines += ["", "Settings (KEY=VALUE), with their defaults:"]
     text = (conf / "config.yaml").read_text(encoding="utf-8")
     lines += options("dry_run:" + text.partition("\ndry_run:")[2].partition("\nhydra:")[0])
-    for group in ("model", "evaluator", "method", "reg", "setting"):
+    for group in ("model", "evaluator", "method", "reg", "retention", "setting"):
         for path in sorted((conf / group).glob("*.yaml")):
             found = options(path.read_text(encoding="utf-8"), f"{group}.")
             if found:

@@ -22,7 +22,7 @@ from cu_runner.process import Parser, choose_device, one_line_failures, quiet_li
 from cu_runner.provenance import device_name, git_commit, versions
 from cu_runner.runs import EVALUATIONS, RunRecord, read_run
 from cu_runner.signature import signature
-from cu_runner.store import GRID, METRICS, PREDICTIONS, RunStore, Step, StoreError, read_delta, sha256_of, to_json
+from cu_runner.store import GRID, METRICS, PREDICTIONS, Cache, RunStore, Step, StoreError, read_delta, sha256_of, to_json
 
 SHOWN = ("UA", "RA_I", "RA_C", "RA_C_retained")
 
@@ -31,7 +31,9 @@ def main() -> None:
     """Entry point of `cu-eval`."""
     parser = Parser(prog="cu-eval", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="a run directory, as the last line of cu-run names it")
-    parser.add_argument("overrides", nargs="*", help="evaluator=NAME, eval.steps=50, 'sequence.seeds=[1,2]', device=cpu, ...")
+    parser.add_argument(
+        "overrides", nargs="*", help="evaluator=NAME, retention=NAME, eval.steps=50, 'sequence.seeds=[1,2]', device=cpu, ..."
+    )
     arguments = parser.parse_intermixed_args()
     with one_line_failures("cu-eval"):
         quiet_libraries()
@@ -74,6 +76,9 @@ def measure_again(run: RunRecord, plan: RunConfig, store: RunStore) -> Iterator[
     params = select_parameters(model.unet, plan.method.build().params)
     model.lower_frozen(params)
     base = snapshot(params)
+    retention = plan.retention.build(device=device) if plan.retention else None
+    if retention:
+        retention.begin(model, fingerprint, plan.spine.eval, Cache(Path(plan.spine.paths.outputs) / "cache"))
     for index in range(len(steps), len(run.records)):
         started, record = time.monotonic(), run.records[index]
         if index:
@@ -83,7 +88,7 @@ def measure_again(run: RunRecord, plan: RunConfig, store: RunStore) -> Iterator[
             assign(params, base, {name: change.to(model.device) for name, change in read_delta(path, base).items()})
         unlearned = run.unlearned(index)
         predictions, grid = sample(model, evaluator, sequence, unlearned, index, plan)
-        measured = step_metrics(predictions, unlearned, sequence)
+        measured = step_metrics(predictions, unlearned, sequence) | (retention.measure(index) if retention else {})
         files = {PREDICTIONS: predictions.to_csv(index=False).encode(), GRID: grid, METRICS: to_json(measured)}
         row = record["row"] | measured | {"eval_seconds": round(time.monotonic() - started, 2)}
         provenance = {
@@ -97,6 +102,8 @@ def measure_again(run: RunRecord, plan: RunConfig, store: RunStore) -> Iterator[
             "git_commit": git_commit(),
             "training": record["training"],
         }
+        if retention:
+            provenance["retention_sha256"] = retention.fingerprint()
         steps.append(store.save_step(index, files, provenance, row, steps[-1] if steps else None))
         yield steps[-1]
 

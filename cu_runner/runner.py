@@ -21,7 +21,7 @@ from torch import Tensor
 from cu_runner.anchors import AnchorImages, sampler_key
 from cu_runner.checkpoint import Checkpoint
 from cu_runner.concepts import Concept, Request, Sequence
-from cu_runner.evaluation import Evaluation, check_labels, draw_grid, evaluate, mean_accuracy, read_predictions, step_metrics
+from cu_runner.evaluation import Evaluation, check_labels, draw_grid, evaluate, read_predictions, step_metrics, unlearning_accuracy
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.interruption import StopSignals
 from cu_runner.methods.base import Method, Scope
@@ -29,6 +29,7 @@ from cu_runner.models import DiffusionModel
 from cu_runner.params import Drift, assign, drift, select_parameters, snapshot, subtract
 from cu_runner.provenance import device_name, git_commit, peak_memory_mb, versions
 from cu_runner.regularizers.base import Regularizer
+from cu_runner.retention.base import Retention
 from cu_runner.seeding import RandomSource
 from cu_runner.settings import EvalSettings, Sampler, SettingChoice, TrainSettings
 from cu_runner.store import (
@@ -72,6 +73,7 @@ class Runner:
     eval: EvalSettings
     seed: int
     training_key: dict[str, object]  # every setting that a request from the base model depends on: names its delta in the cache
+    retention: Retention | None = None  # what else the model keeps is measured too
     stop: StopSignals = field(default_factory=StopSignals)
     _first_step: float | None = field(default=None, init=False)  # seconds from the start of the process
 
@@ -92,6 +94,8 @@ class Runner:
             self.model, self._fingerprint, self._params, self._base, self.anchors, self.cache, self.eval.batch_size
         )
         self._checkpoint = Checkpoint(self.store.directory, self.train.save_every, self.model.device)
+        if self.retention:
+            self.retention.begin(self.model, self._fingerprint, self.eval, self.cache)
         steps = self.store.finished()
         if not steps:
             steps.append(self._evaluate_base())
@@ -113,7 +117,9 @@ class Runner:
     def _check_base(self, base: Step) -> None:
         """A run continues only on the model and the evaluator that it began with."""
         record = json.loads((base.directory / "step.json").read_text(encoding="utf-8"))
-        for name, now in (("model", self._fingerprint), ("evaluator", self._judge)):
+        judges = {"model": self._fingerprint, "evaluator": self._judge}
+        judges |= {"retention": self.retention.fingerprint()} if self.retention else {}
+        for name, now in judges.items():
             if record[f"{name}_sha256"] != now:
                 raise StoreError(
                     f"{self.store.directory}: was begun with other weights of the {name}; restore them or move the run away"
@@ -129,8 +135,8 @@ class Runner:
             "model": self._fingerprint,
             "evaluator": self._judge,
             "precision": self.model.precision,
-            "prompts": [sequence.evaluation_prompt(concept, cross) for concept in concepts for cross in sequence.cross_retain],
-            "seeds": list(sequence.seeds),
+            "domains": [sequence.domain, sequence.cross_domain],
+            "images": [[image.prompt, image.seed, image.concept, image.cross] for image in sequence.evaluation_images(concepts)],
             "sampler": sampler_key(self.eval),
             "device": self.model.device.type,
             "torch": torch.__version__,
@@ -143,8 +149,9 @@ class Runner:
                 GRID: draw_grid(evaluation.thumbnails, [], "the untouched model"),
             }
             self.cache.put("base_eval", key, files)
+        kept = self.retention.measure(0) if self.retention else {}
         seconds = {"train": 0.0, "eval": time.monotonic() - started}
-        return self._commit(None, [], files, None, 0.0, {}, seconds, None)
+        return self._commit(None, [], files, kept, None, 0.0, {}, seconds, None)
 
     # -------------------------------------------------------------------------------------------- one request
     def _serve(self, request: Request, steps: list[Step]) -> Step:
@@ -173,9 +180,10 @@ class Runner:
             PREDICTIONS: to_csv(evaluation.predictions),
             GRID: draw_grid(evaluation.thumbnails, unlearned, f"after request {request.index}: {request.label}"),
         }
+        kept = self.retention.measure(request.index) if self.retention else {}
         seconds = {"train": trained - started, "eval": time.monotonic() - trained}
         with self.stop.deferred():
-            step = self._commit(request, unlearned, files, delta, step_l2, training, seconds, parent)
+            step = self._commit(request, unlearned, files, kept, delta, step_l2, training, seconds, parent)
             self._checkpoint.remove()
         return step
 
@@ -240,9 +248,9 @@ class Runner:
         return files, record
 
     def _unlearning_accuracy(self, request: Request) -> float:
-        """UA of the weights as they are, in percent."""
+        """UA of the weights as they are, in percent; 0 where it cannot be told, since no image shows a face."""
         predictions = self._sample(list(request.erased), request.index).predictions
-        return 100 - mean_accuracy(predictions, self.sequence.domain, [concept.name for concept in request.erased])
+        return unlearning_accuracy(predictions, self.sequence.domain, [concept.name for concept in request.erased]) or 0.0
 
     def _merge(self, delta: dict[str, Tensor], steps: list[Step]) -> dict[str, Tensor] | None:
         """What a regularizer makes of this request's delta and the earlier ones; None if none of them wants to."""
@@ -281,6 +289,7 @@ class Runner:
         request: Request | None,
         unlearned: list[str],
         files: dict[str, bytes],
+        kept: dict[str, float | None],
         delta: dict[str, Tensor] | None,
         step_l2: float,
         training: dict[str, object],
@@ -289,7 +298,7 @@ class Runner:
     ) -> Step:
         index = request.index if request else 0
         table = read_predictions(io.BytesIO(files[PREDICTIONS]))
-        measured = step_metrics(table, unlearned, self.sequence)
+        measured = step_metrics(table, unlearned, self.sequence) | kept
         size = drift(delta) if delta else Drift(0.0, 0.0, 0.0)
         row = {
             "request": index,
@@ -314,6 +323,8 @@ class Runner:
             "device": device_name(self.model.device),
             "git_commit": git_commit(),
         }
+        if self.retention:
+            record["retention_sha256"] = self.retention.fingerprint()
         files = files | {METRICS: to_json(measured)}
         step = self.store.save_step(index, files, record, row, parent)
         self.tracker.log(index, row, files[GRID], files.get(TRAINING))
@@ -336,10 +347,10 @@ class Runner:
 def describe(row: dict[str, object], total: int) -> str:
     """The line that the terminal shows for a step."""
     width = len(str(total))
-    ua = "    -" if row["UA"] is None else f"{row['UA']:5.1f}"
+    ua, ra_i, ra_c = ("    -" if row[name] is None else f"{row[name]:5.1f}" for name in ("UA", "RA_I", "RA_C"))
     cost = f"{row['train_seconds']:.0f} s train, {row['eval_seconds']:.0f} s eval"
     head = f"{row['request']:>{width}}/{total}  {row['concept'] or 'untouched model':<18}"
-    return f"{head} UA {ua}  RA-I {row['RA_I']:5.1f}  RA-C {row['RA_C']:5.1f}  drift {row['drift_l2']:7.3f}  ({cost})"
+    return f"{head} UA {ua}  RA-I {ra_i}  RA-C {ra_c}  drift {row['drift_l2']:7.3f}  ({cost})"
 
 
 def to_csv(table: pd.DataFrame) -> bytes:

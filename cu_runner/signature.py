@@ -8,9 +8,10 @@ from pathlib import Path
 Plain = dict[str, object] | list[object] | str | int | float | bool | None
 
 NOT_SCIENTIFIC = (
-    "dry_run", "num_threads", "device", "train.save_every", "train.gradient_checkpointing", "eval.batch_size", "speed", "wandb", "paths",
-    "cluster", "model.vae_slicing", "model.allow_pickle",
+    "dry_run", "num_threads", "device", "train.save_every", "train.gradient_checkpointing", "eval.batch_size", "speed", "wandb",
+    "paths", "cluster", "model.vae_slicing", "model.allow_pickle", "evaluator.allow_pickle",
 )  # fmt: skip
+WITH_FILES = ("sequence", "method", "reg", "retention")  # groups whose settings may name text files
 
 
 def signature(resolved: dict[str, Plain]) -> str:
@@ -18,7 +19,7 @@ def signature(resolved: dict[str, Plain]) -> str:
 
     Devices, threads, memory, paths of outputs, W&B and the evaluation batch are left out. Numbers are compared by value: 5 is 5.0.
     The order of regularizers counts (it is the order of their hooks); the order of other keys does not. Text files that the
-    sequence, the method or a regularizer reads count by their content.
+    sequence, the method, a regularizer or the retention reads count by their content.
     """
     science = drop(resolved, NOT_SCIENTIFIC)
     science["reg"] = [[name, node] for name, node in resolved["reg"].items()]
@@ -29,8 +30,8 @@ def signature(resolved: dict[str, Plain]) -> str:
 
 
 def file_hashes(resolved: dict[str, Plain]) -> dict[str, str]:
-    """sha256 of every file that a setting of the sequence, the method or a regularizer names."""
-    leaves = [value for group in ("sequence", "method", "reg") for _, value in walk(resolved[group]) if isinstance(value, str)]
+    """sha256 of every file that a setting of the sequence, the method, a regularizer or the retention names."""
+    leaves = [value for group in WITH_FILES for _, value in walk(resolved.get(group, {})) if isinstance(value, str)]
     paths = {value: Path(value).expanduser() for value in leaves if "/" in value or "." in value}
     return {value: hashlib.sha256(path.read_bytes()).hexdigest() for value, path in paths.items() if path.is_file()}
 

@@ -2,10 +2,12 @@
 
     python scripts/build_shapecanvas.py                    # resumes where it stopped; about an hour on two CPU cores
     python scripts/build_shapecanvas.py --device cuda      # the same recipe on a GPU
+    python scripts/build_shapecanvas.py --only open_clip   # the image-text model alone, from rendered images and captions
+    python scripts/build_shapecanvas.py --only measure_clip  # how well it names rendered and generated images
 
-Stages: vae | text -> style, object (beside the VAE) -> unet -> pack -> measure. Each saves a checkpoint every minute under
---work and is skipped once it is finished. Results go to --out: an ordinary `StableDiffusionPipeline` directory, the two
-classifier directories and base_accuracy.json. The classifiers see rendered images only.
+Stages: vae | text -> style, object, open_clip (beside the VAE) -> unet -> pack -> measure. Each saves a checkpoint every minute
+under --work and is skipped once it is finished. Results go to --out: an ordinary `StableDiffusionPipeline` directory, the two
+classifier directories, the open_clip directory and base_accuracy.json. Classifiers and open_clip see rendered images only.
 
 Shapes: B batch, L tokens, D text width, N cached latents.
 """
@@ -22,6 +24,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import open_clip
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import yaml
@@ -33,19 +37,21 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ResNetCon
 from cu_runner.concepts import Concept, make_sequence
 from cu_runner.evaluation import evaluate
 from cu_runner.evaluators.classifier import Classifier
+from cu_runner.evaluators.open_clip import OpenClip
 from cu_runner.models import load_model
 from cu_runner.settings import EvalSettings, Sampler
 from cu_runner.shapecanvas.render import IMAGE_SIZE, OBJECTS, STYLES, render
 
 TEXT_WIDTH, NUM_TOKENS = 128, 16
 LATENTS_PER_PAIR = 16  # renders of each (object, style) pair whose latents the UNet trains on
-STEPS = {"vae": 1200, "text": 1000, "style": 3000, "object": 3000, "unet": 6000}
-BATCH = {"vae": 32, "text": 96, "style": 64, "object": 64, "unet": 64}
-PEAK_RATE = {"vae": 2e-3, "text": 1e-3, "style": 2e-3, "object": 2e-3, "unet": 1e-3}
+STEPS = {"vae": 1200, "text": 1000, "style": 3000, "object": 3000, "unet": 6000, "open_clip": 1200}
+BATCH = {"vae": 32, "text": 96, "style": 64, "object": 64, "unet": 64, "open_clip": 96}
+PEAK_RATE = {"vae": 2e-3, "text": 1e-3, "style": 2e-3, "object": 2e-3, "unet": 1e-3, "open_clip": 2e-3}
 TEXT_SCALE = 10.0  # inverse temperature of the contrastive loss
 SEED = {name: 1000 + index for index, name in enumerate(STEPS)}
 
 
+CONF = Path(__file__).parent.parent / "conf"
 PARTS = {"model": "shapecanvas", "evaluator": "shapecanvas", "sequence": "shapecanvas_style"}  # what measure() rests on
 
 
@@ -140,6 +146,17 @@ def make_classifier(labels: tuple[str, ...]) -> ResNetForImageClassification:
         label2id={label: index for index, label in enumerate(labels)},
     )
     return ResNetForImageClassification(config)
+
+
+def clip_config(tokenizer: CLIPTokenizer) -> dict[str, object]:
+    """open_clip_config.json: an image-text model of a million weights. Its tokenizer is the pipeline's, in the same directory."""
+    text = {"context_length": NUM_TOKENS, "vocab_size": len(tokenizer), "hf_tokenizer_name": "local"}
+    model = {
+        "embed_dim": 96,
+        "vision_cfg": {"image_size": IMAGE_SIZE, "layers": [1, 1, 1, 1], "width": 12, "head_width": 16},
+        "text_cfg": text | {"width": 96, "heads": 4, "layers": 2, "mlp_ratio": 2.0},
+    }
+    return {"model_cfg": model, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}}
 
 
 def make_scheduler() -> DPMSolverMultistepScheduler:
@@ -239,6 +256,28 @@ def train_vae(work: Path, device: str) -> AutoencoderKL:
     return vae.eval()
 
 
+def captioned(count: int, generator: torch.Generator, unsaid: float) -> tuple[Tensor, list[str], Tensor]:
+    """Images [B, 3, S, S], a caption of each, and which captions describe which images [B captions, B images], 1 or 0.
+
+    unsaid: how often the object is left out of a caption, and how often the style.
+    """
+    images, objects, styles = draw(count, generator)
+    silent = torch.rand(2, count, generator=generator) < unsaid
+    captions = [
+        caption(None if silent[0, i] else OBJECTS[o], None if silent[1, i] else STYLES[s])
+        for i, (o, s) in enumerate(zip(objects, styles, strict=True))
+    ]
+    match = (silent[0, :, None] | (objects[:, None] == objects)) & (silent[1, :, None] | (styles[:, None] == styles))
+    return images, captions, match.float()
+
+
+def contrast(logits: Tensor, match: Tensor) -> Tensor:
+    """Cross-entropy both ways, every image that a caption describes a positive; logits and match [B captions, B images]."""
+    rows = F.cross_entropy(logits, match / match.sum(1, keepdim=True))
+    columns = F.cross_entropy(logits.T, match.T / match.T.sum(1, keepdim=True))
+    return (rows + columns) / 2
+
+
 def train_text(work: Path, device: str) -> CLIPTextModel:
     """Contrastive training against a small image network; the text encoder is frozen afterwards."""
     tokenizer = make_tokenizer()
@@ -248,21 +287,11 @@ def train_text(work: Path, device: str) -> CLIPTextModel:
     modules = nn.ModuleDict({"text": text, "image": image, "project": project})
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        images, objects, styles = draw(BATCH["text"], generator)
-        unsaid = torch.rand(2, len(images), generator=generator) < 0.12
-        captions = [
-            caption(None if unsaid[0, i] else OBJECTS[o], None if unsaid[1, i] else STYLES[s])
-            for i, (o, s) in enumerate(zip(objects, styles, strict=True))
-        ]
-        match = (unsaid[0, :, None] | (objects[:, None] == objects)) & (unsaid[1, :, None] | (styles[:, None] == styles))
-        target = match.float().to(device)  # [B captions, B images]: every image that a caption describes is a positive
+        images, captions, match = captioned(BATCH["text"], generator, 0.12)
         tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
         text_embedding = F.normalize(project(text(tokens).pooler_output), dim=-1)
         image_embedding = F.normalize(image(images.to(device) * 2 - 1).logits, dim=-1)
-        logits = TEXT_SCALE * text_embedding @ image_embedding.T
-        rows = F.cross_entropy(logits, target / target.sum(1, keepdim=True))
-        columns = F.cross_entropy(logits.T, target.T / target.T.sum(1, keepdim=True))
-        return (rows + columns) / 2
+        return contrast(TEXT_SCALE * text_embedding @ image_embedding.T, match.to(device))
 
     train("text", modules, loss_of, work)
     return text.eval()
@@ -287,6 +316,22 @@ def train_classifier(domain: str, work: Path, device: str) -> ResNetForImageClas
         return F.cross_entropy(model(images.to(device) * 2 - 1).logits, labels, label_smoothing=0.05)
 
     train(domain, nn.ModuleDict({"model": model}), loss_of, work)
+    return model.eval()
+
+
+def train_clip(work: Path, device: str) -> open_clip.CLIP:
+    """The image-text model that judges without labels and gives the CLIP score; contrastive (Radford et al. 2021)."""
+    tokenizer = make_tokenizer()
+    model = open_clip.CLIP(**clip_config(tokenizer)["model_cfg"]).to(device)
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        images, captions, match = captioned(BATCH["open_clip"], generator, 0.3)
+        images = soften(images, generator).to(device) * 2 - 1
+        tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
+        text, image = model.encode_text(tokens, normalize=True), model.encode_image(images, normalize=True)
+        return contrast(model.logit_scale.exp().clamp(max=100) * text @ image.T, match.to(device))
+
+    train("open_clip", nn.ModuleDict({"model": model}), loss_of, work)
     return model.eval()
 
 
@@ -364,14 +409,23 @@ def pack(work: Path, out: Path, device: str) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     for domain in ("style", "object"):
         train_classifier(domain, work, device).half().save_pretrained(out / f"{domain}_classifier", safe_serialization=True)
+    pack_clip(work, out, device)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size / 2**20:.2f} MB")
 
 
+def pack_clip(work: Path, out: Path, device: str) -> None:
+    """Write the open_clip directory: configuration, tokenizer, half-precision safetensors."""
+    tokenizer, folder = make_tokenizer(), out / "open_clip"
+    tokenizer.save_pretrained(folder)
+    (folder / "open_clip_config.json").write_text(json.dumps(clip_config(tokenizer), indent=2) + "\n")
+    weights = {name: tensor.half().cpu().contiguous() for name, tensor in train_clip(work, device).state_dict().items()}
+    safetensors.torch.save_file(weights, folder / "open_clip_model.safetensors")
+
+
 def measure(out: Path, device: str) -> None:
     """Base accuracy of generated images at the default sampler, printed and saved as base_accuracy.json."""
-    conf = Path(__file__).parent.parent / "conf"
-    read = {group: yaml.safe_load((conf / group / f"{name}.yaml").read_text()) for group, name in PARTS.items()}
+    read = {group: yaml.safe_load((CONF / group / f"{name}.yaml").read_text()) for group, name in PARTS.items()}
     for part in read.values():
         del part["_target_"]
     sampler = Sampler(**read["model"].pop("sampler"))
@@ -395,9 +449,34 @@ def measure(out: Path, device: str) -> None:
     (out / "base_accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
+def measure_clip(out: Path, device: str) -> None:
+    """Zero-shot accuracy of the image-text model on 1000 rendered images, and on the base model's grid of the benchmark."""
+    read = {
+        name: yaml.safe_load((CONF / f"{name}.yaml").read_text())
+        for name in ("evaluator/shapecanvas_clip", "model/shapecanvas", "sequence/shapecanvas_style")
+    }
+    for part in read.values():
+        del part["_target_"]
+    judge = OpenClip(**read["evaluator/shapecanvas_clip"] | {"model": str(out / "open_clip")}, device=device)
+    generator, rows = torch.Generator().manual_seed(987654321), []
+    for _ in range(10):
+        images, objects, styles = draw(100, generator)
+        found = judge.predict(images.to(device))
+        rows += zip(found["style"].labels, found["object"].labels, styles.tolist(), objects.tolist(), strict=True)
+    style, thing = sum(row[0] == STYLES[row[2]] for row in rows) / 10, sum(row[1] == OBJECTS[row[3]] for row in rows) / 10
+    print(f"zero-shot, rendered: {len(rows)} images, style {style:.1f}%, object {thing:.1f}%")
+    sampler, sequence = Sampler(**read["model/shapecanvas"].pop("sampler")), make_sequence(**read["sequence/shapecanvas_style"])
+    model = load_model(**read["model/shapecanvas"] | {"path": str(out / "pipeline")}, sampler=sampler, device=device)
+    settings = EvalSettings(sampler.steps, sampler.guidance, sampler.scheduler, batch_size=96)
+    grid = evaluate(model, judge, sequence, [*sequence.targets, *sequence.retain], 0, settings).predictions
+    right = {domain: 100 * (grid[domain] == grid[f"predicted_{domain}"]).mean() for domain in ("style", "object")}
+    print(f"zero-shot, generated: {len(grid)} images, style {right['style']:.1f}%, object {right['object']:.1f}%")
+
+
 def beside(stages: list[str], arguments: argparse.Namespace) -> subprocess.Popen:
     """Train further stages in a second process while this one goes on."""
-    command = [sys.executable, __file__, "--work", str(arguments.work), "--device", arguments.device, "--only", *stages]
+    places = ["--work", str(arguments.work), "--out", str(arguments.out), "--device", arguments.device]
+    command = [sys.executable, __file__, *places, "--only", *stages]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} if arguments.device == "cpu" else os.environ
     return subprocess.Popen(command, env=environment, stderr=(arguments.work / "beside.log").open("a"))
 
@@ -417,6 +496,8 @@ def main() -> None:
         "text": train_text,
         "style": lambda work, device: train_classifier("style", work, device),
         "object": lambda work, device: train_classifier("object", work, device),
+        "open_clip": lambda work, device: pack_clip(work, arguments.out, device),
+        "measure_clip": lambda work, device: measure_clip(arguments.out, device),
         "unet": lambda work, device: train_unet(train_vae(work, device), train_text(work, device), work, device),
     }
     if arguments.only:
@@ -424,7 +505,7 @@ def main() -> None:
         for stage in arguments.only:
             stages[stage](arguments.work, arguments.device)
         return
-    helper = beside(["text", "style", "object"], arguments)
+    helper = beside(["text", "style", "object", "open_clip"], arguments)
     torch.set_num_threads(1)
     vae = train_vae(arguments.work, arguments.device)
     if helper.wait() != 0:
@@ -433,6 +514,7 @@ def main() -> None:
     train_unet(vae, train_text(arguments.work, arguments.device), arguments.work, arguments.device)
     pack(arguments.work, arguments.out, arguments.device)
     measure(arguments.out, arguments.device)
+    measure_clip(arguments.out, arguments.device)
 
 
 if __name__ == "__main__":

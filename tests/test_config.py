@@ -29,14 +29,24 @@ EMBEDDED = {
     "evaluator.paths.style": f"{PARTS}/style_classifier",
     "evaluator.paths.object": f"{PARTS}/object_classifier",
     "evaluator.paths.celebrity": f"{PARTS}/style_classifier",
-    "evaluator.paths.scene": f"{PARTS}/object_classifier",
+    "evaluator.paths.scene": f"{PARTS}/open_clip",
+    "evaluator.path": "null",
+    "retention.clip_score.path": "null",
+    "retention.prompts": "general_captions",
 }
+LABELS = {"style": "shapecanvas_styles", "object": "shapecanvas_objects", "scene": "portrait_scenes"}
 
 
 def compose_complete(*overrides: str):
-    """compose, with the embedded model's parts for paths that only a user can give."""
-    missing = OmegaConf.missing_keys(compose(*overrides))
-    return compose(*overrides, *(f"{key}={EMBEDDED[key]}" for key in missing))
+    """compose, with the embedded model's parts for paths that only a user can give, and their labels."""
+    config = compose(*overrides)
+    missing = sorted(OmegaConf.missing_keys(config))
+    given = [f"{key}={EMBEDDED[key]}" for key in missing]
+    if "evaluator.path" in missing:
+        given.append(f"evaluator.model={PARTS}/open_clip")
+    elif missing:
+        given += [f"evaluator.labels.{domain}={LABELS[domain]}" for domain in config.evaluator.get("labels", {})]
+    return compose(*overrides, *given)
 
 
 def signature(*overrides: str) -> str:
@@ -51,6 +61,8 @@ def test_every_file_composes_and_every_node_builds(file):
     for node in (plan.sequence, plan.method, *plan.regularizers.values()):
         assert isinstance(node, Node)
         assert type(node.build()).__module__.startswith("cu_runner.")
+    if plan.retention:
+        assert plan.retention.build(device="cpu").num_images > 0
     for node in (plan.model, plan.evaluator):
         assert type(node.build(device="cpu")).__module__.startswith("cu_runner.")
 
@@ -95,6 +107,25 @@ def test_where_and_how_fast_does_not_count(override):
 )  # fmt: skip
 def test_science_counts(override):
     assert signature(override) != signature()
+
+
+def test_retention_that_is_off_is_no_part_of_a_run():
+    """A run that was made before there was any keeps its directory, and cu-eval reads its configuration."""
+    plan = parse(compose("method=conabl", "reg=gradproj"))
+    assert plan.signature[:8] == "6e2c7941"
+    assert plan.retention is None
+    assert "retention" not in plan.resolved
+    assert signature("retention=shapecanvas") != signature()
+    assert signature("retention=shapecanvas", "retention.seeds=[6]") != signature("retention=shapecanvas")
+
+
+def test_the_zero_shot_labels_are_the_concepts_of_the_sequence():
+    plan = parse(compose("sequence=smoke", "evaluator=open_clip", "evaluator.path=/x.safetensors"))
+    styles = ["ember stripe", "glacier dot", "blaze slash", "fog ray"]
+    assert plan.evaluator.arguments["labels"] == {"style": styles, "object": ["tree", "star"]}
+    assert signature("evaluator=open_clip", "evaluator.path=/x", "evaluator.allow_pickle=[/x]") == signature(
+        "evaluator=open_clip", "evaluator.path=/x"
+    )
 
 
 def test_order_of_regularizers_is_kept_and_counts():

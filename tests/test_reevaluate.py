@@ -53,14 +53,26 @@ def test_another_seed_is_another_evaluation_and_resumes(cu_eval, run_copy, tmp_p
     assert {path: path.read_bytes() for path in first} == first
 
 
+def test_retention_can_be_measured_afterwards(cu_eval, run_copy, tmp_path):
+    status, out, err = cu_eval(str(run_copy), "retention=shapecanvas", "retention.num_prompts=4")
+    assert (status, err) == (0, "")
+    directory = tmp_path / out.splitlines()[-1].removeprefix("evaluation: ")
+    assert directory.name != run_copy.name
+    again, run = read_run(directory).table, read_run(run_copy).table
+    assert list(again["UA"][1:]) == list(run["UA"][1:])
+    assert again[["fid", "kid"]].iloc[0].isna().all()
+    assert (again["fid"][1:] > 0).all()
+    assert again["clip_score"].between(-100, 100).all()
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.lr=1", "train.lr: shaped the training and cannot change here; allowed: evaluator, eval, "),
+        ("train.lr=1", "train.lr: shaped the training and cannot change here; allowed: evaluator, retention, eval, "),
         ("method=esd", "method: shaped the training"),
         ("eval.stps=3", "unknown key eval.stps; the run's config.yaml holds every key"),
         ("eval.steps=0", "eval.steps"),
-        ("evaluator=nix", "evaluator=nix: no such file; allowed: celebrity, shapecanvas, unlearncanvas"),
+        ("evaluator=nix", "evaluator=nix: no such file; allowed: celebrity, classifier, imagenet, open_clip, shapecanvas, "),
         ("evaluator=unlearncanvas", "not set, and without a default: evaluator.paths.style"),
         ("sequence.retain=[nobody]", "the evaluator has no style 'nobody'"),
         ("eval.steps", "eval.steps"),

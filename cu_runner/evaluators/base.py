@@ -8,10 +8,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of B images in one domain: labels, and the score (probability) of each label [B]."""
+    """Of B images in one domain: labels, and the score (probability) of each label [B].
+
+    faces: whether each image shows a face, where labels are only worth something on faces; the label of one without is "".
+    """
 
     labels: list[str]
     scores: list[float]
+    faces: list[bool] | None = None
 
 
 class Evaluator(ABC):

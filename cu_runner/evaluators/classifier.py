@@ -1,59 +1,203 @@
-"""One image classifier per domain, each a transformers directory (config.json with id2label, safetensors)."""
+"""One image classifier per domain: a transformers directory, a timm architecture with a weight file, or open_clip without training.
+
+Shapes: B batch, S image side, K labels of a domain.
+"""
 
 import hashlib
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 import transformers
 from pydantic import PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from cu_runner.evaluators.base import Evaluator, Prediction
-from cu_runner.model_files import load_weights, locate
+from cu_runner.evaluators.faces import FaceDetector, FaceSettings
+from cu_runner.evaluators.labels import read_labels
+from cu_runner.hashing import hash_weights
+from cu_runner.model_files import ModelError, load_weights, locate
+from cu_runner.safe_loading import load_tensors
+
+if TYPE_CHECKING:
+    from cu_runner.evaluators.open_clip import OpenClip
 
 
 class Classifier(Evaluator):
     """Predicts the most probable label of each domain."""
 
     def __init__(
-        self, paths: dict[str, str], size: PositiveInt, mean: list[float], std: list[float], *, device: str = "cpu"
+        self,
+        paths: dict[str, str],
+        size: PositiveInt,
+        mean: list[float],
+        std: list[float],
+        *,
+        architectures: dict[str, str] | None = None,
+        labels: dict[str, str | list[str]] | None = None,
+        templates: dict[str, list[str]] | None = None,
+        interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+        allow_pickle: list[str] | None = None,
+        faces: FaceSettings | None = None,
+        device: str = "cpu",
     ) -> None:
         """
         Args:
-            paths: domain -> classifier directory; `package:...` is one inside the installed package.
-            size: image side that the classifiers read, in pixels; other sizes are resized (bilinear, anti-aliased).
+            paths: domain -> classifier directory or weight file; `package:...` is one inside the installed package.
+            size: image side that the classifiers read, in pixels; other sizes are resized with anti-aliasing.
             mean, std: of each colour channel, for images in 0..1.
+            architectures: domain -> what a weight file belongs to, `timm:NAME` or `open_clip:NAME`, or `open_clip` for an open_clip
+                directory. Any other directory is one of transformers. open_clip has a size and a normalisation of its own.
+            labels: domain -> the labels in the order of the outputs: themselves, a shipped list, a text file, or imagenet. A
+                transformers directory may bring its own.
+            templates: domain -> prompts with {label}, where open_clip judges.
+            allow_pickle: weight files other than safetensors that may be read.
+            faces: finds the images whose labels count in one domain; None: all count.
 
         Raises:
-            ModelError: a directory is missing, incomplete or does not fit its configuration.
+            ModelError: a directory or file is missing, incomplete, or does not fit its architecture or labels. WeightFileError: a
+                pickle that allow_pickle does not name. ValueError: a setting for a domain that is not in paths.
         """
-        kind = transformers.AutoModelForImageClassification
-        self._models = {domain: load_weights(kind, locate(path)).to(device).eval() for domain, path in paths.items()}
-        self._size = size
+        architectures, labels = architectures or {}, labels or {}
+        for key, domains in (
+            ("architectures", architectures),
+            ("labels", labels),
+            ("templates", templates or {}),
+            ("faces", [faces.domain] if faces else []),
+        ):
+            if strangers := [domain for domain in domains if domain not in paths]:
+                raise ValueError(f"evaluator.{key}: {strangers[0]} is no domain of evaluator.paths ({', '.join(paths)})")
+        named = {domain: read_labels(f"evaluator.labels.{domain}", source) for domain, source in labels.items()}
+        self._networks: dict[str, tuple[nn.Module, list[str]]] = {}
+        self._zero_shot: dict[str, OpenClip] = {}
+        for domain, path in paths.items():
+            kind, _, name = architectures.get(domain, "transformers").partition(":")
+            if kind == "timm" and locate(path).is_dir():
+                kind = "transformers"
+            if kind not in ("transformers", "timm", "open_clip") or (kind == "timm" and not name):
+                raise ValueError(
+                    f"evaluator.architectures.{domain}={architectures[domain]}: allowed: timm:NAME, open_clip:NAME, open_clip; a "
+                    "transformers directory needs none"
+                )
+            if kind != "transformers" and domain not in named:
+                raise ValueError(f"evaluator.labels.{domain} is not set; {kind} weights do not name their outputs")
+            if kind == "open_clip":
+                self._zero_shot[domain] = zero_shot(domain, name, path, named[domain], templates, allow_pickle, device)
+            else:
+                network = (
+                    load_timm(name, path, len(named[domain]), allow_pickle or [])
+                    if kind == "timm"
+                    else load_weights(transformers.AutoModelForImageClassification, locate(path))
+                )
+                self._networks[domain] = (network.to(device).eval(), check_outputs(path, network, named.get(domain)))
+        self._size, self._interpolation = size, interpolation
         self._mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
         self._std = torch.tensor(std, device=device).view(1, -1, 1, 1)
+        self._faces = faces
+        self._detector = FaceDetector(faces, device) if faces else None
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> dict[str, Prediction]:
+        predictions = {domain: judge.predict(images)[domain] for domain, judge in self._zero_shot.items()}
+        resized = images
         if images.shape[-1] != self._size:
-            images = F.interpolate(images, size=(self._size, self._size), mode="bilinear", antialias=True)
-        inputs = (images - self._mean) / self._std
-        predictions = {}
-        for domain, model in self._models.items():
-            best = model(inputs).logits.float().softmax(1).max(1)
-            names = model.config.id2label
+            resized = F.interpolate(images, size=(self._size, self._size), mode=self._interpolation, antialias=True)
+        inputs = (resized - self._mean) / self._std
+        for domain, (network, names) in self._networks.items():
+            output = network(inputs)
+            best = (output if isinstance(output, Tensor) else output.logits).float().softmax(1).max(1)
             predictions[domain] = Prediction([names[index] for index in best.indices.tolist()], best.values.tolist())
+        if self._detector:
+            domain = self._faces.domain
+            predictions[domain] = only_faces(predictions[domain], self._detector.find(images))
         return predictions
 
     def labels(self) -> dict[str, list[str]]:
-        return {domain: list(model.config.id2label.values()) for domain, model in self._models.items()}
+        labels = {domain: names for domain, (_, names) in self._networks.items()}
+        return labels | {domain: judge.labels()[domain] for domain, judge in self._zero_shot.items()}
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         digest.update(repr((self._size, self._mean.tolist(), self._std.tolist())).encode())
-        for domain, model in sorted(self._models.items()):
-            digest.update(repr((domain, sorted(model.config.id2label.items()))).encode())
-            for name, tensor in model.state_dict().items():
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        for domain, (network, names) in sorted(self._networks.items()):
+            digest.update(repr((domain, list(enumerate(names)))).encode())
+            hash_weights(digest, network)
+        for domain, judge in sorted(self._zero_shot.items()):
+            digest.update(f"{domain}{judge.fingerprint()}".encode())
+        if self._interpolation != "bilinear":
+            digest.update(self._interpolation.encode())
+        if self._detector:
+            digest.update(repr((self._faces.domain, self._faces.threshold, self._faces.classes)).encode())
+            hash_weights(digest, self._detector.network)
         return digest.hexdigest()
+
+
+def zero_shot(
+    domain: str,
+    architecture: str,
+    path: str,
+    labels: list[str],
+    templates: dict[str, list[str]] | None,
+    allow_pickle: list[str] | None,
+    device: str,
+) -> "OpenClip":
+    """A judge of one domain by open_clip; without an architecture, path is a directory."""
+    from cu_runner.evaluators.open_clip import OpenClip  # importing open_clip takes seconds, and most evaluators do without
+
+    model, weights = (architecture, path) if architecture else (str(locate(path)), None)
+    return OpenClip(model, {domain: labels}, path=weights, templates=templates, allow_pickle=allow_pickle, device=device)
+
+
+def only_faces(prediction: Prediction, faces: list[bool]) -> Prediction:
+    """The same without labels where there is no face."""
+    labels = [label if face else "" for label, face in zip(prediction.labels, faces, strict=True)]
+    scores = [score if face else 0.0 for score, face in zip(prediction.scores, faces, strict=True)]
+    return Prediction(labels, scores, faces)
+
+
+def check_outputs(path: str, network: nn.Module, labels: list[str] | None) -> list[str]:
+    """The labels of a network's outputs in order; those in a transformers directory must not contradict a given list.
+
+    Raises:
+        ModelError: another number of labels than of outputs, or the directory has the same labels in another order.
+    """
+    if not isinstance(network, transformers.PreTrainedModel):
+        assert labels is not None
+        return labels
+    own = [network.config.id2label[index] for index in range(network.config.num_labels)]
+    if labels is None:
+        return own
+    if len(labels) != len(own):
+        raise ModelError(f"{path}: has {len(own)} outputs and the label list {len(labels)} labels; they must be as many")
+    if own != labels and sorted(own) == sorted(labels):
+        first = next(index for index, label in enumerate(labels) if label != own[index])
+        raise ModelError(
+            f"{path}: output {first} is {own[first]!r} in its config.json and {labels[first]!r} in the label list; put the "
+            "list in its order"
+        )
+    return labels
+
+
+def load_timm(architecture: str, path: str, num_labels: int, allow_pickle: list[str]) -> nn.Module:
+    """A timm network with the weights of a file. Raises ModelError, or WeightFileError for the file."""
+    import timm  # takes seconds, and most evaluators do without
+
+    try:
+        network = timm.create_model(architecture, pretrained=False, num_classes=num_labels)
+    except RuntimeError as error:
+        raise ModelError(f"timm:{architecture}: {' '.join(str(error).split())}; timm.list_models() has all names") from None
+    weights, wanted = load_tensors(locate(path), allow_pickle), network.state_dict()
+    head = f"{network.pretrained_cfg['classifier']}."
+    for name, tensor in wanted.items():
+        if name not in weights:
+            raise ModelError(f"{path}: lacks {name} of {architecture}; the file belongs to another architecture")
+        if weights[name].shape != tensor.shape and name.startswith(head):
+            raise ModelError(
+                f"{path}: has {len(weights[name])} outputs and the label list {num_labels} labels; they must be as many"
+            )
+        if weights[name].shape != tensor.shape:
+            raise ModelError(f"{path}: {name} is {list(weights[name].shape)}, that of {architecture} is {list(tensor.shape)}")
+    if strangers := sorted(set(weights) - set(wanted)):
+        raise ModelError(f"{path}: holds {strangers[0]}, which {architecture} has not; the file belongs to another architecture")
+    network.load_state_dict(weights)
+    return network

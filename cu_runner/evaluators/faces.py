@@ -1,0 +1,58 @@
+"""Whether an image shows a face: a name read off an image without one is worth nothing.
+
+Shapes: B batch, S image side.
+"""
+
+from typing import Annotated
+
+import torch
+import transformers
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from cu_runner.models import ModelError, load_weights, locate
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class FaceSettings:
+    """How faces are found.
+
+    path: a transformers object-detection directory that knows faces. domain: whose labels need a face ("celebrity").
+    threshold: least score of a face, 0..1. classes: the detector's classes that are faces; None: all of them.
+    """
+
+    path: str
+    domain: str
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    classes: tuple[str, ...] | None = None
+
+
+class FaceDetector:
+    """A transformers object detector with its own image processor."""
+
+    def __init__(self, settings: FaceSettings, device: str) -> None:
+        """Raises ModelError for a directory that cannot be loaded, or without the classes that are asked for."""
+        directory = locate(settings.path)
+        self.network = load_weights(transformers.AutoModelForObjectDetection, directory).to(device).eval()
+        try:
+            self._processor = transformers.AutoImageProcessor.from_pretrained(directory, local_files_only=True)
+        except (OSError, ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(f"{settings.path}: its image processor cannot be read ({reason})") from error
+        names = self.network.config.id2label
+        wanted = list(names.values()) if settings.classes is None else settings.classes
+        if unknown := [name for name in wanted if name not in names.values()]:
+            known = ", ".join(list(names.values())[:5])
+            raise ModelError(
+                f"{settings.path}: detects no class {unknown[0]!r} (it knows {known}); correct evaluator.faces.classes"
+            )
+        self._faces = [index for index, name in names.items() if name in wanted]
+        self._threshold, self._device = settings.threshold, device
+
+    @torch.no_grad()
+    def find(self, images: Tensor) -> list[bool]:
+        """Of images [B, 3, S, S] in 0..1: whether each shows a face."""
+        inputs = self._processor(images=list(images.cpu()), do_rescale=False, return_tensors="pt").to(self._device)
+        found = self._processor.post_process_object_detection(self.network(**inputs), threshold=self._threshold)
+        return [any(label in self._faces for label in each["labels"].tolist()) for each in found]

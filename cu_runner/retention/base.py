@@ -1,0 +1,34 @@
+"""What a measurement of retention provides, beside RA-I and RA-C."""
+
+from abc import ABC, abstractmethod
+
+from cu_runner.models import DiffusionModel
+from cu_runner.settings import EvalSettings
+from cu_runner.store import Cache
+
+
+class Retention(ABC):
+    """Measures the model after every request on what is no concept of the run."""
+
+    @property
+    @abstractmethod
+    def num_images(self) -> int:
+        """Images that are made at every step."""
+
+    @abstractmethod
+    def begin(self, model: DiffusionModel, model_sha256: str, settings: EvalSettings, cache: Cache) -> None:
+        """Load what judges, and measure the untouched model (or take that from the cache).
+
+        Args:
+            model: with its own weights; measure() later finds it with those of a step.
+            model_sha256: fingerprint of the untouched model.
+            settings: how images are sampled.
+        """
+
+    @abstractmethod
+    def measure(self, step: int) -> dict[str, float | None]:
+        """Metrics of the model as it is: columns of metrics.csv, the same names at every step. None where one means nothing."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """sha256 over what judges, after begin()."""

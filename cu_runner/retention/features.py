@@ -1,0 +1,125 @@
+"""Image features that FID and KID compare.
+
+Shapes: B batch, S image side, D feature width.
+"""
+
+import hashlib
+from importlib.util import find_spec
+from typing import Annotated
+
+import timm
+import torch
+import torch.nn.functional as F
+from pydantic import ConfigDict, Field, PositiveInt
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from cu_runner.hashing import hash_weights
+from cu_runner.image_text import ImageTextModel, ImageTextSource, load_image_text
+from cu_runner.models import ModelError, locate
+from cu_runner.safe_loading import check_pickle, load_tensors
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class FeatureSource:
+    """What computes the features.
+
+    architecture: "inception", torch-fidelity's Inception-v3 with its 2048 features, as FID is published; "timm:NAME";
+    "open_clip:NAME" or "open_clip" (a directory); or "module", a TorchScript file that maps images to [B, D].
+    path: weight file, directory or module file; None with "inception" downloads the published weights.
+    size, mean, std: what "timm" and "module" read, in pixels and for images in 0..1; the others know theirs.
+    allow_pickle: files other than safetensors that may be read; a module file must be among them.
+    """
+
+    architecture: Annotated[str, Field(pattern=r"^(inception|timm:.+|open_clip(:.+)?|module)$")]
+    path: str | None = None
+    size: PositiveInt = 224
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    allow_pickle: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an architecture that needs a path and has none."""
+        if self.path is None and self.architecture != "inception":
+            raise ValueError(f"features.path is not set; {self.architecture} needs a file or a directory")
+
+
+class FeatureExtractor:
+    """Images to features, in float64 on the CPU, where their covariances are summed."""
+
+    def __init__(self, source: FeatureSource, device: str) -> None:
+        """Raises ModelError or WeightFileError for what cannot be loaded."""
+        self._source, self._device = source, device
+        network = load_network(source, device)
+        self._tower = network if isinstance(network, ImageTextModel) else None
+        self._network = None if self._tower else network.to(device).eval()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] in 0..1 to features [B, D]. Raises ModelError for a module that makes something else of them."""
+        images, source = images.to(self._device), self._source
+        if self._tower:
+            features = self._tower.embed_images(images)
+        elif source.architecture == "inception":  # resizes by itself, as the published implementation does
+            features = self._network((images * 255).round().to(torch.uint8))
+        else:
+            if images.shape[-1] != source.size:
+                images = F.interpolate(images, size=(source.size, source.size), mode="bicubic", antialias=True).clamp(0, 1)
+            mean, std = (torch.tensor(value, device=self._device).view(1, -1, 1, 1) for value in (source.mean, source.std))
+            features = self._network((images - mean) / std)
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+            raise ModelError(f"{source.path}: must map {len(images)} images to as many rows of features")
+        return features.double().cpu()
+
+    def fingerprint(self) -> str:
+        """sha256 over weights and preprocessing."""
+        digest = hashlib.sha256()
+        digest.update(repr((self._source.architecture, self._source.size, self._source.mean, self._source.std)).encode())
+        if self._tower:
+            digest.update(self._tower.fingerprint().encode())
+        else:
+            hash_weights(digest, self._network)
+        return digest.hexdigest()
+
+
+def load_network(source: FeatureSource, device: str) -> nn.Module | ImageTextModel:
+    """What FeatureSource names. Raises ModelError or WeightFileError."""
+    kind, _, name = source.architecture.partition(":")
+    if kind == "open_clip":
+        model, path = (name, source.path) if name else (str(locate(source.path)), None)
+        return load_image_text(ImageTextSource(model, path, source.allow_pickle), device)
+    if kind == "inception":
+        return load_inception(source)
+    path = locate(source.path)
+    if kind == "module":
+        check_pickle(path, source.allow_pickle)
+        try:
+            return torch.jit.load(path, map_location=device)
+        except RuntimeError as error:
+            raise ModelError(f"{source.path}: is no TorchScript file ({' '.join(str(error).split())[:200]})") from error
+    try:
+        network = timm.create_model(name, pretrained=False)
+    except RuntimeError as error:
+        raise ModelError(f"timm:{name}: {' '.join(str(error).split())}; timm.list_models() has all names") from None
+    network.reset_classifier(0)
+    weights, wanted = load_tensors(path, source.allow_pickle), network.state_dict()
+    if wrong := sorted(name for name, tensor in wanted.items() if name not in weights or weights[name].shape != tensor.shape):
+        raise ModelError(f"{source.path}: {wrong[0]} is missing or has another shape; the file belongs to another architecture")
+    network.load_state_dict({name: weights[name] for name in wanted})  # the head, if there is one, is not needed
+    return network
+
+
+def load_inception(source: FeatureSource) -> nn.Module:
+    """The Inception-v3 of torch-fidelity. Raises ModelError without it, or without its weights and a network."""
+    if find_spec("torch_fidelity") is None:
+        raise ModelError("features.architecture=inception needs the package torch-fidelity: pip install 'cu_runner[fid]'")
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    if source.path is not None:
+        check_pickle(locate(source.path), source.allow_pickle)
+    weights = None if source.path is None else str(locate(source.path))
+    try:
+        return NoTrainInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
+    except Exception as error:  # network, file and torch errors; the cause is kept in the line
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"inception: its weights cannot be had ({reason}); give features.path") from error
