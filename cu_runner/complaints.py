@@ -60,6 +60,8 @@ def explain(text: str, overrides: list[str]) -> str:
         )
     if found := re.search(r"Key '(\w+)' is not in struct", text):
         return f"{found[1]}: choose one file, as in {found[1]}=NAME; only reg takes a list"
+    if cause := text.partition(" raised while resolving interpolation: ")[2]:  # of one of our own resolvers
+        text = cause
     for noise in (" Config search path:", " See https://", " full_key:", " Set the environment variable HYDRA_FULL_ERROR"):
         text = text.partition(noise)[0]
     return f"{text}; overrides are KEY=VALUE, `cu-run --help` lists every group and option"

@@ -55,7 +55,7 @@ def test_a_method_and_a_regularizer_from_a_users_directory(cu_run, tmp_path):
     (tmp_path / "tree/method/halve.yaml").write_text("# Weights shrink.\n_target_: halving.Halve\nstrength: 2.0\n")
     (tmp_path / "tree/reg/undo.yaml").write_text("# Nothing moves.\nundo:\n  _target_: undoing.Undo\n  fraction: 1.0\n")
     overrides = [override for override in SMOKE if not override.startswith("method.")]
-    mine = ("--config-dir", str(tmp_path / "tree"), *overrides, "method=halve", "reg=[l2,undo]")
+    mine = ("--config-dir", str(tmp_path / "tree"), *overrides, "method=halve", "reg=[l2,undo]", "allow_modules=[halving,undoing]")
     env = {"PYTHONPATH": str(tmp_path / "modules")}
 
     done = cu_run(*mine, env=env)
