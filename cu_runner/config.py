@@ -24,7 +24,7 @@ from cu_runner.credentials import names_secret, refuse_secrets
 from cu_runner.help import config_dir
 from cu_runner.nodes import ConfigError, Node, Plain, check, check_file_name, check_keys, make_node, make_regularizer, walk
 from cu_runner.settings import SettingChoice, Spine
-from cu_runner.trust import allowed_modules, check_search_path
+from cu_runner.trust import allowed_modules, searched_folders
 
 MISSING = "???"
 
@@ -116,7 +116,7 @@ OmegaConf.register_new_resolver("tuned", _tuned, replace=True)
 # -------------------------------------------------------------------------------------------------------- parsing
 def compose(overrides: list[str]) -> RunConfig:
     """The checked configuration that `cu-run` makes of a command line. Raises ConfigError, or an error of Hydra's own."""
-    check_search_path(overrides)
+    searched_folders(overrides)
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = hydra.compose("config", overrides, return_hydra_config=True)

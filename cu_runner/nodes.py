@@ -125,7 +125,9 @@ def make_node(path: str, node: Plain, allowed: tuple[str, ...]) -> Node:
 
 
 def check_keys(value: Plain, path: str = "") -> None:
-    """Raises ConfigError for a key that is no text, and for a word of Hydra's (`_target_`, `_args_`) where none is read."""
+    """Raises ConfigError for a key or value that YAML has and JSON has not, and for a word of Hydra's (`_args_`) where none is read."""
+    if not isinstance(value, dict | list | str | int | float | None):
+        raise ConfigError(f"{path}={value!r}: is no text, number, list or mapping; put it in quotes")
     if isinstance(value, list):
         for index, entry in enumerate(value):
             check_keys(entry, f"{path}.{index}")
@@ -144,7 +146,7 @@ def check_keys(value: Plain, path: str = "") -> None:
 def check(kind: type, value: Plain, path: str) -> object:
     """Validate one value against a type; ConfigError names the key, the value and what is allowed."""
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)  # strict: true is no 1, "2" is no 2
+        return TypeAdapter(kind).validate_json(json.dumps(value, default=str), strict=True)  # strict: true is no 1, "2" is no 2
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join([path] * bool(path) + [part for part in first["loc"] if isinstance(part, str)])

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.plugins.config_source import ConfigSource
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from pydantic import Field
@@ -38,7 +38,6 @@ def check_command(arguments: list[str]) -> None:
         raise ConfigError(
             "--config-path and --config-name replace conf/config.yaml, which every run needs; add a tree by --config-dir"
         )
-    check_search_path(options.overrides)
     if options.config_dir and not Path(options.config_dir).is_dir():
         raise ConfigError(f"--config-dir {options.config_dir}: no such directory")
     path = create_config_search_path(str(config_dir()))
@@ -48,18 +47,19 @@ def check_command(arguments: list[str]) -> None:
 
 
 def complain(message: str) -> NoReturn:
-    raise ConfigError(f"{message}; `cu-run --help` lists every option")
+    raise ConfigError(f"{message}; options stand together, before the overrides or after them (`cu-run --help`)")
 
 
 def check_trees(loader: ConfigLoader, overrides: list[str], mode: RunMode) -> None:
     """Raises ConfigError if a file outside conf/ that these overrides bring in sets anything of Hydra's own node."""
     ours = next(source for source in loader.get_sources() if source.provider == "main")
-    if not (any("hydra.searchpath" in override for override in overrides) or foreign(loader)):
+    others = [source for source in loader.get_sources() if source.scheme() == "file" and source is not ours]
+    others += [FileConfigSource("hydra.searchpath", folder) for folder in searched_folders(overrides)]
+    if not others:
         return
-    entries = loader.compute_defaults_list("config", overrides, mode).defaults  # it also adds hydra.searchpath to the sources
-    for entry in entries:
+    for entry in loader.compute_defaults_list("config", overrides, mode).defaults:
         file = entry.config_path or ""
-        for source in [] if ours.is_config(file) else foreign(loader):  # ours comes first
+        for source in [] if ours.is_config(file) else others:  # ours comes first
             if source.is_config(file):
                 placed = OmegaConf.create({"_": {}})
                 OmegaConf.update(placed, entry.package or "_", source.load_config(file).config)
@@ -67,16 +67,16 @@ def check_trees(loader: ConfigLoader, overrides: list[str], mode: RunMode) -> No
                     raise ConfigError(f"{source.path}/{file}.yaml: sets hydra.*, which can run code; set it on the command line")
 
 
-def foreign(loader: ConfigLoader) -> list[ConfigSource]:
-    """The folders outside conf/ from which configuration files come."""
-    return [source for source in loader.get_sources() if source.scheme() == "file" and Path(source.path) != config_dir()]
-
-
-def check_search_path(overrides: list[str]) -> None:
-    """Raises ConfigError if hydra.searchpath names anything but folders: pkg:// would import a module."""
-    for override in overrides:
-        if "hydra.searchpath" in override and "pkg:" in override:
-            raise ConfigError(f"{override}: imports code; name a folder, as in hydra.searchpath=[file://DIR]")
+def searched_folders(overrides: list[str]) -> list[str]:
+    """What hydra.searchpath names. Raises ConfigError for anything but folders: pkg:// would import a module."""
+    folders: list[str] = []
+    for override in OverridesParser.create().parse_overrides([text for text in overrides if "searchpath" in text]):
+        if override.key_or_group == "hydra.searchpath":
+            folders = check(list[str], override.value(), "hydra.searchpath")
+    for folder in folders:
+        if "://" in folder and not folder.startswith("file://"):
+            raise ConfigError(f"hydra.searchpath: {folder} imports code; name a folder, as in hydra.searchpath=[file://DIR]")
+    return folders
 
 
 def allowed_modules(overrides: list[str]) -> tuple[str, ...]:
