@@ -27,6 +27,7 @@ from cu_runner.settings import SettingChoice, Spine
 from cu_runner.trust import allowed_modules, searched_folders
 
 MISSING = "???"
+LONGEST = 128  # characters of a run directory's name, which is also the id of its W&B run
 
 
 @dataclass(frozen=True)
@@ -183,9 +184,10 @@ def check_run(resolved: dict[str, Plain], method_name: str, tuned: bool = True, 
 
     allowed: modules beside cu_runner that a `_target_` may name.
     """
+    for group, name in [("method", method_name), *(("reg", name) for name in resolved["reg"])]:
+        check_file_name(group, str(name))
     check_keys(resolved)
     refuse_secrets(walk(resolved))
-    check_file_name("method", method_name)
     missing = [path for path, value in walk(resolved) if value == MISSING]
     if missing:
         raise ConfigError(f"not set, and without a default: {', '.join(missing)}; add {' '.join(f'{key}=...' for key in missing)}")
@@ -206,7 +208,7 @@ def check_run(resolved: dict[str, Plain], method_name: str, tuned: bool = True, 
     if merging and setting.plan == "sequential":
         resolved["setting"] = {**resolved["setting"], "plan": "independent"}
         setting = dataclasses.replace(setting, plan="independent")
-    return RunConfig(
+    plan = RunConfig(
         spine=spine,
         model=make_node("model", resolved["model"], allowed),
         evaluator=make_node("evaluator", resolved["evaluator"], allowed),
@@ -218,6 +220,9 @@ def check_run(resolved: dict[str, Plain], method_name: str, tuned: bool = True, 
         tuned=tuned,
         resolved=resolved,
     )
+    if len(plan.directory.name) > LONGEST:
+        raise ConfigError(f"reg: the run's directory would have a name of {len(plan.directory.name)} characters; at most {LONGEST}")
+    return plan
 
 
 def reads_tuned(config: DictConfig, key: str) -> bool:

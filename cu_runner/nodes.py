@@ -79,8 +79,7 @@ def locate_target(path: str, target: str, allowed: tuple[str, ...]) -> Callable[
 
 
 def make_regularizer(name: str, node: Plain, chosen: dict[str, Plain], allowed: tuple[str, ...]) -> Node:
-    """make_node for an entry of `reg`; `chosen` are all entries. Raises ConfigError, also for a name that no directory can have."""
-    check_file_name("reg", name)
+    """make_node for an entry of `reg`; `chosen` are all entries. Raises ConfigError."""
     if not isinstance(node, dict) or "_target_" not in node:
         selected = [other for other, entry in chosen.items() if isinstance(entry, dict) and "_target_" in entry]
         raise ConfigError(
@@ -125,7 +124,10 @@ def make_node(path: str, node: Plain, allowed: tuple[str, ...]) -> Node:
 
 
 def check_keys(value: Plain, path: str = "") -> None:
-    """Raises ConfigError for a key or value that YAML has and JSON has not, and for a word of Hydra's (`_args_`) where none is read."""
+    """Raises ConfigError for keys and values that YAML has and JSON has not, and for Hydra's words (`_args_`) where none is read.
+
+    path: the dotted key at which value stands.
+    """
     if not isinstance(value, dict | list | str | int | float | None):
         raise ConfigError(f"{path}={value!r}: is no text, number, list or mapping; put it in quotes")
     if isinstance(value, list):

@@ -99,7 +99,7 @@ def read_job(path: Path, number: int, queue: dict[str, str], alone: bool) -> Job
     run = Path(str(note["run"])) if "run" in note else None
     logs = submitit_folder(path.parent.parent / SUBMITIT, note, path.parent.name, alone)
     state, why = "pending", ""
-    if run is not None and is_done(run):
+    if run is not None and is_done(run) and ("error" not in note or (run / "summary.json").stat().st_mtime >= path.stat().st_mtime):
         state = "done"
     elif run is not None and is_locked(run / ".lock"):
         state = "running"
