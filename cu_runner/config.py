@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -259,8 +260,8 @@ def source_hash(node: Node) -> str:
 def file_hashes(resolved: dict[str, Plain]) -> dict[str, str]:
     """sha256 of every file that a setting of the sequence, the method or a regularizer names."""
     leaves = [value for group in ("sequence", "method", "reg") for _, value in walk(resolved[group]) if isinstance(value, str)]
-    paths = {value: Path(value).expanduser() for value in leaves if "/" in value or "." in value}
-    return {value: hashlib.sha256(path.read_bytes()).hexdigest() for value, path in paths.items() if path.is_file()}
+    paths = {value: os.path.expanduser(value) for value in leaves if "/" in value or "." in value}  # any text: pathlib may raise
+    return {value: hashlib.sha256(Path(path).read_bytes()).hexdigest() for value, path in paths.items() if os.path.isfile(path)}
 
 
 def drop(value: dict[str, Plain], paths: tuple[str, ...]) -> dict[str, Plain]:
