@@ -121,7 +121,9 @@ def submitit_folder(root: Path, note: dict[str, object], number: str, alone: boo
     """Where the submitted job's logs lie: by the id that it noted when it began, or its index in SLURM's array before that."""
     if "job_id" in note:
         return root / str(note["job_id"])
-    return next((entry for entry in root.glob("*") if alone or entry.name.endswith(f"_{number}")), None)
+    return next(
+        (entry for entry in root.glob("*") if (alone and entry.name.isdecimal()) or entry.name.endswith(f"_{number}")), None
+    )
 
 
 def is_done(run: Path) -> bool:
