@@ -169,6 +169,6 @@ def estimate(plan: "RunConfig", sequence: Sequence, per_image: float, per_step: 
     images, steps = sum(entry.images for entry in work), sum(entry.train_steps for entry in work)
     hours = (images * per_image + steps * per_step) / 3600
     return (
-        f"about {hours:.1f} h for {images} images at {per_image:.2f} s and {steps} training steps at {per_step:.2f} s, both measured "
-        "just now and in small; methods that sample or make two passes take more"
+        f"about {hours:.1f} h for {images} images at {per_image:.2f} s and {steps} training steps at {per_step:.2f} s, both "
+        "measured just now and in small; methods that sample or make two passes take more"
     )

@@ -3,6 +3,7 @@
 Exit status: 0 done, 1 the run failed, 2 the configuration cannot be run, 130 interrupted, 128 + its number for another signal.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -44,9 +45,12 @@ def main() -> None:
 
         import cu_runner.config  # noqa: F401, registers the resolvers that --cfg job --resolve needs
         from cu_runner.help import config_dir
+        from cu_runner.trust import check_command
 
-        def job(config: "DictConfig") -> None:
-            with one_line_failures("cu-run", statuses):  # here, so that one failed job does not end a sweep
+        check_command(arguments)
+
+        def job(config: "DictConfig") -> None:  # its failure is caught here, so that it does not end a sweep
+            with one_line_failures("cu-run", statuses, lambda line: note_job(error=line)):
                 run_job(config)
 
         hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")(job)()
@@ -65,7 +69,7 @@ def run_job(config: "DictConfig") -> None:
     if plan.spine.dry_run:
         print(forecast(plan))
         return
-    note_job(plan)
+    note_job()
     with (
         StopSignals() as stop,
         RunStore(plan.directory, plan.resolved, signature) as store,
@@ -79,20 +83,20 @@ def run_job(config: "DictConfig") -> None:
     print(f"run: {plan.directory}", flush=True)
 
 
-def note_job(plan: "RunConfig") -> None:
-    """In a sweep, leave in the job's folder which run it writes: the job itself composes again, later and elsewhere."""
+def note_job(**entries: str) -> None:
+    """In a sweep, note in job.json which of the launcher's jobs has begun, and the error with which it ended."""
     from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
 
-    from cu_runner.provenance import git_commit
-    from cu_runner.runs import JOB
     from cu_runner.store import to_json, write_atomic
+    from cu_runner.sweeps import JOB
 
     node = HydraConfig.get()
-    if node.mode == RunMode.MULTIRUN:
-        job = {"run": str(plan.directory.absolute()), "signature": plan.signature, "git_commit": git_commit()}
-        job["command"] = ["cu-run", *node.overrides.task]
-        write_atomic(Path(node.runtime.output_dir) / JOB, to_json(job))
+    path = Path(node.runtime.output_dir) / JOB
+    if path.is_file():  # submission.py wrote it for every job of a sweep but dry runs
+        note = json.loads(path.read_text(encoding="utf-8")) | {"job_id": str(node.job.id)}
+        note.pop("error", None)
+        with contextlib.suppress(OSError):  # a full disk is complained of by the run itself
+            write_atomic(path, to_json(note | entries))
 
 
 def is_complete(directory: Path, store: "RunStore") -> bool:

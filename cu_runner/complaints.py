@@ -7,6 +7,8 @@ import yaml
 
 from cu_runner.help import GROUPS, config_dir
 
+READERS = ("hydra", "omegaconf", "antlr4", "yaml")  # what reads a user's configuration
+
 
 def judge(error: Exception, overrides: list[str]) -> tuple[int, str]:
     """Exit status (2 configuration, 1 run) and message; raises the error again if it is not one that a user can mend.
@@ -35,7 +37,20 @@ def judge(error: Exception, overrides: list[str]) -> tuple[int, str]:
 
         if isinstance(error, StoreError | TrainingError | SamplingError | LaunchError):
             return 1, one_line(error)
+    if raised_by(error) in READERS:  # an assertion, a KeyError, ... on input that they did not expect
+        return (
+            2,
+            f"the configuration cannot be composed ({type(error).__name__}: {one_line(error)}); `cu-run --help` shows the form",
+        )
     raise error
+
+
+def raised_by(error: BaseException) -> str:
+    """The package in whose code an exception was raised."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0] if trace is not None else ""
 
 
 def one_line(error: BaseException) -> str:
@@ -65,6 +80,8 @@ def explain(text: str, overrides: list[str]) -> str:
         )
     if found := re.search(r"Key '(\w+)' is not in struct", text):
         return f"{found[1]}: choose one file, as in {found[1]}=NAME; only reg takes a list"
+    if cause := text.partition(" raised while resolving interpolation: ")[2]:  # of one of our own resolvers
+        text = cause
     for noise in (" Config search path:", " See https://", " full_key:", " Set the environment variable HYDRA_FULL_ERROR"):
         text = text.partition(noise)[0]
     return f"{text}; overrides are KEY=VALUE, `cu-run --help` lists every group and option"

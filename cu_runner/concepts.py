@@ -98,7 +98,7 @@ class Sequence:
 
 
 def make_sequence(
-    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")],
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]{0,63}$")],  # a folder of outputs/runs
     domain: str,
     cross_domain: str,
     targets: list[str],
@@ -142,6 +142,9 @@ def make_sequence(
             raise ValueError(f"sequence.{label} lists {', '.join(repeated)} more than once; name each entry once")
         if not names:
             raise ValueError(f"sequence.{label} is empty; it needs at least one entry")
+        strange = [entry for entry in names if isinstance(entry, str) and not (entry.strip() and entry.isprintable())]
+        if strange:
+            raise ValueError(f"sequence.{label}: {strange[0]!r} is blank or holds a line break or control character; take it out")
     if domain == cross_domain:
         raise ValueError(f"sequence {name}: domain and cross_domain are both {domain}; they must differ")
     both = sorted(set(targets) & set(retain))

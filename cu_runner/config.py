@@ -1,49 +1,33 @@
 """From a composed Hydra configuration to checked plain values: the typed spine, the nodes to instantiate, the signature.
 
-This file and cli.py are the only ones that know OmegaConf. Every complaint is a ConfigError of one line: what was wrong, what
-is allowed, how to fix it. It is raised before a model is loaded.
+Only the files at the door (this one, trust.py, submission.py, cli.py) know Hydra and OmegaConf. Every complaint is a ConfigError
+of one line: what was wrong, what is allowed, how to fix it. It is raised before a model is loaded.
 """
 
 import dataclasses
 import hashlib
 import inspect
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_type_hints
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
+from omegaconf.resolvers import oc
 
-from cu_runner.complaints import first_line
+from cu_runner.credentials import names_secret, refuse_secrets
 from cu_runner.help import config_dir
-from cu_runner.regularizers.base import Regularizer
+from cu_runner.nodes import ConfigError, Node, check, check_file_name, check_keys, make_node, make_regularizer
 from cu_runner.settings import SettingChoice, Spine
 from cu_runner.signature import NOT_SCIENTIFIC, Plain, drop, file_hashes, numbers_by_value, signature, walk
+from cu_runner.trust import allowed_modules, searched_folders
 
 MISSING = "???"
-
-
-class ConfigError(ValueError):
-    """The user's configuration cannot be run; the message is one line."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """A checked `_target_` with its arguments, ready to be called by cli.py."""
-
-    target: str
-    arguments: dict[str, Plain]
-
-    def build(self, **more: object) -> object:
-        return get_object(self.target)(**self.arguments, **more)
+LONGEST = 128  # characters of a run directory's name, which is also the id of its W&B run
 
 
 @dataclass(frozen=True)
@@ -76,10 +60,10 @@ class RunConfig:
         settings["setting"] = {key: value for key, value in self.resolved["setting"].items() if key != "plan"}
         if self.setting.stop_at is not None:  # then the evaluation decides when training ends
             settings |= {"evaluator": self.resolved["evaluator"], "eval": self.resolved["eval"]}
-        training = {name: node for name, node in self.regularizers.items() if regularizer_class(node).acts_on != ("weights",)}
+        training = {name: node for name, node in self.regularizers.items() if node.function.acts_on != ("weights",)}
         settings["reg"] = [[name, self.resolved["reg"][name]] for name in training]
         settings["files"] = file_hashes(self.resolved)
-        settings["code"] = {node.target: source_hash(node.target) for node in (self.method, *training.values())}
+        settings["code"] = {node.target: source_hash(node) for node in (self.method, *training.values())}
         return numbers_by_value(settings)
 
     @property
@@ -111,7 +95,8 @@ def tuned_cell(config: DictConfig) -> dict[str, Plain]:
 
 def method_cells(config: DictConfig) -> dict[str, Plain]:
     """All entries of conf/tuned for the chosen method."""
-    return (OmegaConf.to_container(config.tuned) if "tuned" in config else {}).get(_choice("method")) or {}
+    cells = config.tuned.get(_choice("method")) if "tuned" in config else None
+    return OmegaConf.to_container(cells) if cells is not None else {}
 
 
 def regularizer_cell(config: DictConfig) -> dict[str, Plain] | None:
@@ -125,6 +110,14 @@ def _concepts(*, _root_: DictConfig) -> DictConfig:
     return OmegaConf.create({sequence.domain: sequence.targets + sequence.retain, sequence.cross_domain: sequence.cross_retain})
 
 
+def _environment(name: str, *default: str | None) -> str | None:
+    """OmegaConf's own `${oc.env:NAME,default}`, but for names of secrets: what is resolved is written to config.yaml."""
+    if names_secret(name):
+        raise ConfigError(f"oc.env:{name}: looks like a secret, and config.yaml would hold it; rename the variable if it is none")
+    return oc.env(name, *default)
+
+
+OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
 OmegaConf.register_new_resolver("choice", _choice, replace=True)
 OmegaConf.register_new_resolver("concepts", _concepts, replace=True)
 OmegaConf.register_new_resolver("tuned", _tuned, replace=True)
@@ -133,6 +126,7 @@ OmegaConf.register_new_resolver("tuned", _tuned, replace=True)
 # -------------------------------------------------------------------------------------------------------- parsing
 def compose(overrides: list[str]) -> RunConfig:
     """The checked configuration that `cu-run` makes of a command line. Raises ConfigError, or an error of Hydra's own."""
+    searched_folders(overrides)
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = hydra.compose("config", overrides, return_hydra_config=True)
@@ -160,6 +154,8 @@ def revise(resolved: dict[str, Plain], overrides: list[str]) -> dict[str, Plain]
     OmegaConf.set_struct(config, True)
     for override in OverridesParser.create().parse_overrides(overrides):
         key, value = override.key_or_group, override.value()
+        if key == "allow_modules":
+            continue
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in MEASUREMENT + MACHINE):
             raise ConfigError(f"{key}: shaped the training and cannot change here; allowed: {', '.join(MEASUREMENT + MACHINE)}")
         if key in CHOICES:
@@ -187,8 +183,11 @@ def parse(config: DictConfig) -> RunConfig:
     resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict)
     resolved.pop("tuned", None)
+    allowed = allowed_modules(list(HydraConfig.get().overrides.task))
+    if list(allowed) != resolved.pop("allow_modules"):  # a file must not vouch for itself
+        raise ConfigError("allow_modules: set by a configuration file; only the command line may allow modules")
     tuned = not config.reg or "tuned" not in config or regularizer_cell(config) is not None
-    return check_run(resolved, _choice("method"), tuned)
+    return check_run(resolved, _choice("method"), tuned, allowed)
 
 
 def filled_in(resolved: dict[str, Plain]) -> dict[str, Plain]:
@@ -203,8 +202,15 @@ def filled_in(resolved: dict[str, Plain]) -> dict[str, Plain]:
     return filled
 
 
-def check_run(resolved: dict[str, Plain], method_name: str, tuned: bool = True) -> RunConfig:
-    """Check a resolved configuration, as config.yaml of a run directory holds one. Raises ConfigError."""
+def check_run(resolved: dict[str, Plain], method_name: str, tuned: bool = True, allowed: tuple[str, ...] = ()) -> RunConfig:
+    """Check a resolved configuration, as config.yaml of a run directory holds one. Raises ConfigError.
+
+    allowed: modules beside cu_runner that a `_target_` may name.
+    """
+    for group, name in [("method", method_name), *(("reg", name) for name in resolved["reg"])]:
+        check_file_name(group, str(name))
+    check_keys(resolved)
+    refuse_secrets(walk(resolved))
     missing = [path for path, value in walk(resolved) if value == MISSING]
     if missing:
         raise ConfigError(f"not set, and without a default: {', '.join(missing)}; add {' '.join(f'{key}=...' for key in missing)}")
@@ -219,27 +225,30 @@ def check_run(resolved: dict[str, Plain], method_name: str, tuned: bool = True) 
     if unknown:
         raise ConfigError(f"unknown key {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
     spine = check(Spine, {key: resolved[key] for key in resolved if key not in groups}, "")
-    regularizers = {name: make_regularizer(name, node, resolved["reg"]) for name, node in resolved["reg"].items()}
+    regularizers = {name: make_regularizer(name, node, resolved["reg"], allowed) for name, node in resolved["reg"].items()}
     setting = check(SettingChoice, resolved["setting"], "setting")
-    merging = [name for name, node in regularizers.items() if regularizer_class(node).independent_starts]
+    merging = [name for name, node in regularizers.items() if node.function.independent_starts]
     if merging and setting.plan == "simultaneous":
         raise ConfigError(f"reg={merging[0]} merges requests that each start from the base model; use setting=independent")
     if merging and setting.plan == "sequential":
         resolved["setting"] = {**resolved["setting"], "plan": "independent"}
         setting = dataclasses.replace(setting, plan="independent")
-    return RunConfig(
+    plan = RunConfig(
         spine=spine,
-        model=make_node("model", resolved["model"]),
-        evaluator=make_node("evaluator", resolved["evaluator"]),
-        sequence=make_node("sequence", resolved["sequence"]),
-        method=make_node("method", resolved["method"]),
+        model=make_node("model", resolved["model"], allowed),
+        evaluator=make_node("evaluator", resolved["evaluator"], allowed),
+        sequence=make_node("sequence", resolved["sequence"], allowed),
+        method=make_node("method", resolved["method"], allowed),
         regularizers=regularizers,
-        retention=make_node("retention", resolved["retention"]) if "retention" in resolved else None,
+        retention=make_node("retention", resolved["retention"], allowed) if "retention" in resolved else None,
         setting=setting,
         method_name=method_name,
         tuned=tuned,
         resolved=resolved,
     )
+    if len(plan.directory.name) > LONGEST:
+        raise ConfigError(f"reg: the run's directory would have a name of {len(plan.directory.name)} characters; at most {LONGEST}")
+    return plan
 
 
 def reads_tuned(config: DictConfig, key: str) -> bool:
@@ -249,65 +258,6 @@ def reads_tuned(config: DictConfig, key: str) -> bool:
     return str(raw[last]).startswith(f"${{tuned:{key},")
 
 
-def make_regularizer(name: str, node: Plain, chosen: dict[str, Plain]) -> Node:
-    if not isinstance(node, dict) or "_target_" not in node:
-        selected = [other for other, entry in chosen.items() if isinstance(entry, dict) and "_target_" in entry]
-        raise ConfigError(
-            f"reg.{name} has settings but the regularizer is not selected (selected: {', '.join(selected) or 'none'}); "
-            f"add it, as in 'reg=[{','.join([*selected, name])}]', or drop its settings"
-        )
-    return make_node(f"reg.{name}", node)
-
-
-def regularizer_class(node: Node) -> type[Regularizer]:
-    """The class that a regularizer's node names. Raises ConfigError if it is none."""
-    kind = get_object(node.target)
-    if not (inspect.isclass(kind) and issubclass(kind, Regularizer)):
-        raise ConfigError(f"{node.target} is no regularizer; subclass cu_runner.regularizers.base.Regularizer")
-    return kind
-
-
-def make_node(path: str, node: Plain) -> Node:
-    """Check a group's arguments against the signature of its `_target_`: names, types, bounds, nothing missing."""
-    if not isinstance(node, dict) or "_target_" not in node:
-        raise ConfigError(f"{path} has no _target_; choose a file of conf/{path.split('.')[0]}")
-    arguments = {key: value for key, value in node.items() if key != "_target_"}
-    target = str(node["_target_"])
-    try:
-        function = get_object(target)
-    except Exception as error:  # whatever importing the user's module raises; reported with its cause
-        raise ConfigError(f"{path}._target_={target}: cannot be imported ({first_line(error)})") from error
-    parameters = {
-        key: spec for key, spec in inspect.signature(function).parameters.items() if key != "device"
-    }  # the top-level setting
-    unknown = sorted(set(arguments) - set(parameters))
-    if unknown:
-        raise ConfigError(f"unknown key {path}.{unknown[0]}; allowed: {', '.join(sorted(parameters))}")
-    missing = sorted(key for key, spec in parameters.items() if spec.default is spec.empty and key not in arguments)
-    if missing:
-        raise ConfigError(f"{path}.{missing[0]} is not set; add it to the file of conf/{path.split('.')[0]}")
-    hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
-    bare = sorted(key for key in arguments if key not in hints)
-    if bare:
-        raise ConfigError(f"{path}.{bare[0]}: the argument has no type in {target}; annotate it, the annotation is its check")
-    checked = {key: check(hints[key], value, f"{path}.{key}") for key, value in arguments.items()}
-    return Node(target, checked)
-
-
-def check(kind: type, value: Plain, path: str) -> object:
-    """Validate one value against a type; ConfigError names the key, the value and what is allowed."""
-    try:
-        return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)  # strict: true is no 1, "2" is no 2
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join([path] * bool(path) + [part for part in first["loc"] if isinstance(part, str)])
-        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            raise ConfigError(f"unknown key {key}; `cu-run --cfg job` prints every key") from None
-        message = first["msg"].removeprefix("Value error, ").replace("array", "list")
-        shown = key if isinstance(first["input"], dict) else f"{key}={first['input']!r}"
-        raise ConfigError(f"{shown}: {message[0].lower() + message[1:]}") from None
-
-
-def source_hash(target: str) -> str:
-    """sha256 of the file that defines a `_target_`: what other code has trained is not taken from the cache."""
-    return hashlib.sha256(Path(inspect.getfile(get_object(target))).read_bytes()).hexdigest()
+def source_hash(node: Node) -> str:
+    """sha256 of the file that defines a node's class: what other code has trained is not taken from the cache."""
+    return hashlib.sha256(Path(inspect.getfile(node.function)).read_bytes()).hexdigest()

@@ -20,7 +20,8 @@ EXAMPLES = """\
   cu-run method=conabl reg=gradproj              run, or resume, or do nothing if it is complete
   cu-run -m reg=none,l2,gradproj seed=0,1,2      sweep
   cu-run method=conabl reg=l2 --cfg job          print the composed configuration (--resolve: with every value)
-  cu-run --config-dir DIR method=mine            add your own configuration tree"""
+  cu-run --config-dir DIR method=mine            add your own configuration tree ('allow_modules=[MODULE]': and its code)
+  cu-sweep status outputs/sweeps/DATE            which jobs of a sweep are done, running, failed and why"""
 
 
 def config_dir() -> Path:

@@ -105,7 +105,7 @@ class DiffusionModel:
 
     @contextlib.contextmanager
     def constant_text(self) -> Iterator[None]:
-        """Here the UNet is run without gradients on few distinct texts, again and again: their keys and values are computed once."""
+        """Here the UNet runs without gradients on one text, again and again: its keys and values are computed once."""
         if not self._caches_text:
             yield
             return

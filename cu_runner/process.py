@@ -4,11 +4,12 @@ import argparse
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from cu_runner.complaints import judge
+from cu_runner.credentials import redact
 from cu_runner.interruption import Stopped
 
 if TYPE_CHECKING:  # pydantic takes a while, and --help must be quick
@@ -44,11 +45,12 @@ def choose_device(spine: "Spine") -> str:
 
 
 @contextlib.contextmanager
-def one_line_failures(program: str, statuses: list[int] | None = None) -> Iterator[None]:
+def one_line_failures(program: str, statuses: list[int] | None = None, note: Callable[[str], None] | None = None) -> Iterator[None]:
     """Turn a failure that a user can mend into one line on stderr and an exit status: 2 bad input, 1 failed, 130 interrupted,
     128 + its number for a signal that asked a run to stop.
 
-    Anything else is ours and is raised. statuses: takes the status instead, so that the process goes on (a sweep).
+    Anything else is ours and is raised. statuses: takes the status instead, so that the process goes on (a sweep). note: is told
+    the line, too.
     """
     try:
         yield
@@ -61,7 +63,9 @@ def one_line_failures(program: str, statuses: list[int] | None = None) -> Iterat
         sys.exit(130)
     except Exception as error:
         status, message = judge(error, sys.argv[1:])
-        print(f"{program}: {message}", file=sys.stderr, flush=True)
+        print(redact(f"{program}: {message}"), file=sys.stderr, flush=True)
+        if note is not None:
+            note(redact(message))
         if statuses is None:
             sys.exit(status)
         statuses.append(status)
@@ -83,13 +87,20 @@ def quiet_libraries() -> None:
     diffusers.utils.logging.disable_progress_bar()
 
 
+class Line(logging.Formatter):
+    """A line of the log without secrets of the environment, which an error of a library may quote."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 @contextlib.contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """Send the package's log to the terminal, plain, and to run.log with the time."""
     package = logging.getLogger("cu_runner")
     terminal, file = logging.StreamHandler(sys.stdout), logging.FileHandler(path, encoding="utf-8")
-    terminal.setFormatter(logging.Formatter("%(message)s"))
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    terminal.setFormatter(Line("%(message)s"))
+    file.setFormatter(Line("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     package.setLevel(logging.INFO)
     package.propagate = False
     package.addHandler(terminal)

@@ -23,6 +23,7 @@ from cu_runner.provenance import device_name, git_commit, versions
 from cu_runner.runs import EVALUATIONS, RunRecord, read_run
 from cu_runner.signature import signature
 from cu_runner.store import GRID, METRICS, PREDICTIONS, Cache, RunStore, Step, StoreError, read_delta, sha256_of, to_json
+from cu_runner.trust import allowed_modules
 
 SHOWN = ("UA", "RA_I", "RA_C", "RA_C_retained")
 
@@ -38,7 +39,8 @@ def main() -> None:
     with one_line_failures("cu-eval"):
         quiet_libraries()
         run = read_run(arguments.run)
-        plan = check_run(revise(run.config, arguments.overrides), run.method)
+        allowed = allowed_modules(arguments.overrides)
+        plan = check_run(revise(run.config, arguments.overrides), run.method, allowed=allowed)
         directory = run.directory / EVALUATIONS / f"{run.directory.name[:-8]}{plan.signature[:8]}"
         with RunStore(directory, plan.resolved, signature) as store:
             for step in measure_again(run, plan, store):

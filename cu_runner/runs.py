@@ -15,9 +15,9 @@ import yaml
 
 from cu_runner.evaluation import accuracy_per_concept, read_predictions
 from cu_runner.store import DELTA, MERGED, PREDICTIONS, STEP, StoreError, read_record
+from cu_runner.sweeps import JOB
 
 EVALUATIONS = "evaluations"  # folder of a run directory in which cu-eval puts what it measured, a run directory each
-JOB = "job.json"  # what a job of a sweep leaves in the sweep's folder: the run directory that it writes, its command, its commit
 
 
 @dataclass(frozen=True)
@@ -138,16 +138,17 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
             inside = [path]
         else:
             inside = sorted(entry.parent for entry in path.glob("**/config.yaml") if EVALUATIONS not in entry.parts)
-            inside += [run_of_job(entry) for entry in sorted(path.glob(f"**/{JOB}"))]
+            inside += [run for entry in sorted(path.glob(f"**/{JOB}")) if (run := run_of_job(entry))]
         if not inside:
             raise StoreError(f"{path}: holds no run; give run directories or folders that hold some (outputs/runs/...)")
         found |= dict.fromkeys(inside)
     return list(found)
 
 
-def run_of_job(path: Path) -> Path:
-    """The run directory that a job of a sweep names. Raises StoreError."""
+def run_of_job(path: Path) -> Path | None:
+    """The run directory that a job of a sweep names; None for a job whose configuration cannot be run. Raises StoreError."""
     try:
-        return Path(json.loads(path.read_text(encoding="utf-8"))["run"])
+        note = json.loads(path.read_text(encoding="utf-8"))
+        return None if "error" in note and "run" not in note else Path(note["run"])
     except (OSError, ValueError, KeyError, TypeError):
         raise StoreError(f"{path}: cannot be read; give the run directories themselves") from None

@@ -9,6 +9,7 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 StepSize = Annotated[float, Field(gt=0, le=1e30)]  # beyond that float32 overflows inside the optimiser
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 SaveEvery = PositiveInt | Annotated[str, Field(pattern=r"^\d+(\.\d+)?min$")] | None  # steps, or minutes as "10min"
+ClusterName = Annotated[str, Field(pattern=r"^[\w.,:@+-]+$")]  # it stands in the scripts of jobs
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -72,15 +73,15 @@ class Speed:
 class Paths:
     """outputs: the folder that holds runs, cache, sweeps and W&B files."""
 
-    outputs: Annotated[str, Field(min_length=1)]
+    outputs: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]  # it stands in the scripts of jobs: no line breaks
 
 
 @dataclass(frozen=True, config=STRICT)
 class Cluster:
     """What hydra/launcher=slurm asks for, for every job."""
 
-    partition: str | None
-    account: str | None
+    partition: ClusterName | None
+    account: ClusterName | None
     timeout_min: PositiveInt
     mem_gb: PositiveInt
     cpus: PositiveInt

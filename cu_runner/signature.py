@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,8 +33,8 @@ def signature(resolved: dict[str, Plain]) -> str:
 def file_hashes(resolved: dict[str, Plain]) -> dict[str, str]:
     """sha256 of every file that a setting of the sequence, the method, a regularizer or the retention names."""
     leaves = [value for group in WITH_FILES for _, value in walk(resolved.get(group, {})) if isinstance(value, str)]
-    paths = {value: Path(value).expanduser() for value in leaves if "/" in value or "." in value}
-    return {value: hashlib.sha256(path.read_bytes()).hexdigest() for value, path in paths.items() if path.is_file()}
+    paths = {value: os.path.expanduser(value) for value in leaves if "/" in value or "." in value}  # any text: pathlib may raise
+    return {value: hashlib.sha256(Path(path).read_bytes()).hexdigest() for value, path in paths.items() if os.path.isfile(path)}
 
 
 def drop(value: dict[str, Plain], paths: tuple[str, ...]) -> dict[str, Plain]:

@@ -23,10 +23,11 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from scipy.stats import binomtest, sem
 from scipy.stats import t as student_t
 
-from cu_runner.config import ConfigError, RunConfig, check, compose
+from cu_runner.config import RunConfig, compose
 from cu_runner.evaluation import ENOUGH_UA
 from cu_runner.help import shipped_dir
 from cu_runner.launch import cu_runs, submit
+from cu_runner.nodes import ConfigError, check
 from cu_runner.process import Parser, one_line_failures, whole_number
 from cu_runner.runs import RunRecord, read_run
 from cu_runner.settings import STRICT

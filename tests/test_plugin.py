@@ -1,6 +1,7 @@
 """A user's own method and regularizer: one Python file and one YAML each, no fork."""
 
 import json
+import os
 
 from conftest import SMOKE, run_directory
 
@@ -54,8 +55,8 @@ def test_a_method_and_a_regularizer_from_a_users_directory(cu_run, tmp_path):
     (tmp_path / "tree/method/halve.yaml").write_text("# Weights shrink.\n_target_: halving.Halve\nstrength: 2.0\n")
     (tmp_path / "tree/reg/undo.yaml").write_text("# Nothing moves.\nundo:\n  _target_: undoing.Undo\n  fraction: 1.0\n")
     overrides = [override for override in SMOKE if not override.startswith("method.")]
-    mine = ("--config-dir", str(tmp_path / "tree"), *overrides, "method=halve", "reg=[l2,undo]")
-    env = {"PYTHONPATH": str(tmp_path / "modules")}
+    mine = ("--config-dir", str(tmp_path / "tree"), *overrides, "method=halve", "reg=[l2,undo]", "allow_modules=[halving,undoing]")
+    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "modules"), os.environ.get("PYTHONPATH", "")])}
 
     done = cu_run(*mine, env=env)
     assert (done.returncode, done.stderr) == (0, "")
@@ -64,6 +65,10 @@ def test_a_method_and_a_regularizer_from_a_users_directory(cu_run, tmp_path):
     record = json.loads((directory / "steps/01/step.json").read_text())
     assert record["training"]["regularizers"] == {"l2": {}, "undo": {"undone": 1.0}}
     assert record["row"]["drift_l2"] == 0.0
+
+    done = cu_run(*mine[:-1], env=env)
+    assert done.returncode == 2
+    assert done.stderr.startswith("cu-run: reg.undo._target_=undoing.Undo: lies outside cu_runner")
 
     done = cu_run(*mine, "method.strenght=3", env=env)
     assert done.returncode == 2

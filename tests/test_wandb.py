@@ -1,6 +1,8 @@
 """An offline W&B run, read back from the file that W&B wrote: configuration, metrics, the grid, the id of a resumed run."""
 
+import itertools
 import json
+import re
 import shutil
 import struct
 import time
@@ -12,6 +14,7 @@ from conftest import SMOKE, run_directory
 from PIL import Image
 
 from cu_runner import __version__
+from cu_runner.config import compose
 from cu_runner.runs import read_run
 from cu_runner.settings import WandbSettings
 from cu_runner.tracking import send
@@ -144,3 +147,25 @@ def test_a_finished_run_can_be_sent_later(run_copy, tmp_path):
         assert row["grid._type"] == "image-file"
     assert "accuracy.path" in found["history"][2]
     assert "training.path" in found["history"][1]
+
+
+def test_the_shipped_sweep_composes_for_every_combination_as_an_agent_would_call_it():
+    """Through W&B's own reader of a sweep's file and its own filling of the command."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
+
+    sweep = load_sweep_config(str(Path(__file__).parent.parent / "scripts/wandb_sweep.yaml"))
+    names, choices = zip(*((name, entry["values"]) for name, entry in sweep["parameters"].items()), strict=True)
+    signatures = set()
+    for values in itertools.product(*choices):
+        arguments = create_sweep_command_args({"args": {name: {"value": value} for name, value in zip(names, values, strict=True)}})
+        command = []
+        for part in create_sweep_command(list(sweep["command"])):
+            found = re.fullmatch(r"\$\{(\w+)\}", part)
+            command += [part] if found is None else ["/usr/bin/env"] if found[1] == "env" else arguments[found[1]]
+        assert command[:3] == ["/usr/bin/env", "cu-run", "wandb.mode=online"]
+        plan = compose(command[2:])
+        assert plan.spine.wandb.mode == "online"
+        assert (plan.method_name, "+".join(plan.regularizers) or "none", plan.spine.train.lr) == values
+        signatures.add(plan.signature)
+    assert len(signatures) == 8
+    assert sweep["metric"]["name"] in ("UA", "RA_I", "RA_C")

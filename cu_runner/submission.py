@@ -1,0 +1,82 @@
+"""What a sweep leaves in its folder before its first job starts: sweep.json, and for every job its command and its run.
+
+Hydra calls NoteJobs (conf/config.yaml, hydra.callbacks) in the process that submits, so that a job which never starts is known too.
+"""
+
+import sys
+from pathlib import Path
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from cu_runner.config import parse
+from cu_runner.credentials import refuse_secrets
+from cu_runner.nodes import ConfigError, check, walk
+from cu_runner.process import one_line_failures
+from cu_runner.provenance import git_commit
+from cu_runner.settings import Cluster, Paths
+from cu_runner.store import to_json, write_atomic
+from cu_runner.sweeps import JOB, SWEEP
+from cu_runner.trust import check_trees
+
+
+class NoteJobs(Callback):
+    """Writes the notes of a sweep, or ends the process with one line if it may not be submitted."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
+        with one_line_failures("cu-run"):
+            note_jobs(config, GlobalHydra.instance().config_loader())
+
+
+def note_jobs(config: DictConfig, loader: ConfigLoader) -> None:
+    """Compose every job of a sweep and write its notes; a job that cannot run is noted with its error. Raises ConfigError."""
+    refuse_secrets(walk(OmegaConf.to_container(config, resolve=False)))  # Hydra writes multirun.yaml from it
+    check(Cluster, OmegaConf.to_container(config.cluster, resolve=True), "cluster")  # both stand in the scripts of jobs
+    check(Paths, OmegaConf.to_container(config.paths, resolve=True), "paths")
+    if not str(config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper"):
+        raise ConfigError("hydra/sweeper: only Hydra's basic sweeper knows its jobs beforehand; leave it out")
+    arguments = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()] + list(config.hydra.overrides.task)
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
+    (jobs,) = BasicSweeper.split_arguments(parsed, None)
+    folder, before = Path(config.hydra.sweep.dir), HydraConfig.instance().cfg
+    notes = {}
+    for number, overrides in enumerate(jobs):
+        check_trees(loader, [*config.hydra.overrides.hydra, *overrides], RunMode.RUN)
+        job = loader.load_sweep_config(config, overrides)
+        with open_dict(job.hydra.job):
+            job.hydra.job.num = number
+        HydraConfig.instance().set_config(job)
+        if note := note_of(job):
+            notes[folder / job.hydra.sweep.subdir / JOB] = note
+    HydraConfig.instance().cfg = before
+    if not notes:
+        return
+    whole = {"command": ["cu-run", *sys.argv[1:]], "launcher": config.hydra.launcher["_target_"], "git_commit": git_commit()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / SWEEP, to_json(whole))
+    for path, note in notes.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, to_json(note))
+
+
+def note_of(job: DictConfig) -> dict[str, object] | None:
+    """job.json of a composed job: run, signature, commit, command, or the error in their place; None for a dry run."""
+    tree = get_args_parser().parse_args(sys.argv[1:]).config_dir
+    options = ([f"--config-dir={tree}"] if tree else []) + [
+        override for override in job.hydra.overrides.hydra if override.startswith("hydra.searchpath")
+    ]
+    note = {"command": ["cu-run", *options, *job.hydra.overrides.task], "git_commit": git_commit()}
+    try:
+        plan = parse(OmegaConf.masked_copy(job, [key for key in job if key != "hydra"]))
+    except ValueError as error:
+        return note | {"error": " ".join(str(error).split())}
+    if plan.spine.dry_run:
+        return None
+    return note | {"run": str(plan.directory.absolute()), "signature": plan.signature}

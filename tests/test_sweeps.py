@@ -1,0 +1,148 @@
+"""cu-sweep status: what became of every job of a sweep, and the notes that a sweep leaves before its jobs begin."""
+
+import json
+import os
+import shlex
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SMOKE
+from filelock import FileLock
+
+from cu_runner.runs import find_runs
+from cu_runner.sweeps import JOB, SWEEP, main, read_sweep
+
+SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+
+
+@pytest.fixture
+def status(call_command):
+    """Returns status(*arguments) -> (exit status, stdout, stderr) of `cu-sweep status`."""
+    return lambda *arguments: call_command(main, "cu-sweep", "status", *arguments)
+
+
+@pytest.fixture
+def make_sweep(tmp_path):
+    """Returns make(number, launcher) -> folder of a sweep whose jobs were submitted and have not begun."""
+
+    def make(number: int, launcher: str = "basic.BasicLauncher") -> Path:
+        folder = tmp_path / "sweep"
+        for index in range(number):
+            (folder / str(index)).mkdir(parents=True)
+            note = {"command": ["cu-run", f"seed={index}"], "git_commit": None, "run": str(tmp_path / f"runs/{index}")}
+            (folder / str(index) / JOB).write_text(json.dumps(note | {"signature": "0" * 64}))
+        (folder / SWEEP).write_text(json.dumps({"command": ["cu-run", "-m", "seed=0,1"], "launcher": launcher, "git_commit": None}))
+        return folder
+
+    return make
+
+
+def finish(run: Path, sha256: str = "a") -> None:
+    (run / "steps/02").mkdir(parents=True, exist_ok=True)
+    (run / "steps/02/step.json").write_text(json.dumps({"sha256": sha256}))
+    (run / "summary.json").write_text(json.dumps({"sha256": "a"}))
+
+
+def test_a_real_sweep_with_a_job_that_cannot_run(in_process, run_copy, status, tmp_path):
+    assert in_process("-m", *SMOKE, "seed=0,-1")[0] == 2
+    (folder,) = (tmp_path / "outputs/sweeps").iterdir()
+    code, out, err = status(folder)
+    assert (code, err) == (1, "")
+    lines = out.splitlines()
+    assert lines[0] == f"   0  done     {shlex.join(SMOKE)} seed=0"
+    assert lines[1] == f"   1  failed   {shlex.join(SMOKE)} seed=-1  (seed=-1: input should be greater than or equal to 0)"
+    assert lines[2] == "2 jobs: 1 done, 1 failed"
+    assert lines[5] == f"  cu-run {shlex.join(SMOKE)} seed=-1"
+    assert lines[7] == f"  cu-run -m {shlex.join(SMOKE)} seed=0,-1"
+    assert find_runs([folder]) == [run_copy]  # the job without a run is left out of a report
+
+    (run_copy / "summary.json").unlink()
+    assert status(folder)[1].startswith("   0  failed   ")
+    command = shlex.split(lines[5])[1:]
+    assert in_process(*command)[2] == "cu-run: seed=-1: input should be greater than or equal to 0\n"
+
+
+def test_a_failure_of_a_run_is_noted_in_one_line(in_process, run_copy, status, tmp_path):
+    (run_copy / "steps/01/step.json").write_text("{")
+    assert in_process("-m", *SMOKE, "seed=0")[0] == 1
+    (folder,) = (tmp_path / "outputs/sweeps").iterdir()
+    (job,) = read_sweep(folder)
+    assert job.state == "failed"
+    assert "steps/01/step.json: cannot be read" in job.why
+    assert status(folder)[0] == 1
+
+
+def test_notes_hold_what_a_job_needs_and_a_dry_run_leaves_none(in_process, run_copy, tmp_path):
+    (tmp_path / "tree/experiment").mkdir(parents=True)
+    (tmp_path / "tree/experiment/mine.yaml").write_text("# @package _global_\ndevice: cpu\n")
+    tree = f"--config-dir={tmp_path}/tree"
+    assert in_process("-m", tree, *SMOKE, "experiment=mine")[0] == 0
+    (path,) = (tmp_path / "outputs/sweeps").glob(f"*/0/{JOB}")
+    note = json.loads(path.read_text())
+    assert note["command"] == ["cu-run", tree, *SMOKE, "experiment=mine"]
+    assert note["run"] == str(run_copy)
+    assert note["signature"][:8] == run_copy.name[-8:]
+    assert json.loads((path.parents[1] / SWEEP).read_text())["command"] == ["cu-run", "-m", tree, *SMOKE, "experiment=mine"]
+    assert in_process("-m", *SMOKE, "dry_run=true", "seed=0,1")[0] == 0
+    assert len(list((tmp_path / "outputs/sweeps").glob(f"*/*/{JOB}"))) == 1
+
+
+def test_running_is_a_held_lock(make_sweep, status, tmp_path):
+    folder = make_sweep(3)
+    finish(tmp_path / "runs/0")
+    finish(tmp_path / "runs/1", sha256="b")  # a step after the summary
+    (tmp_path / "runs/2").mkdir()
+    with FileLock(tmp_path / "runs/1/.lock"):
+        assert [job.state for job in read_sweep(folder)] == ["done", "running", "pending"]
+        assert status(folder)[0] == 0
+    (tmp_path / "runs/1/run.log").write_text("2026 INFO begun\n2026 INFO  1/2  ember stripe\n\n")
+    jobs = read_sweep(folder)
+    assert [job.state for job in jobs] == ["done", "failed", "pending"]
+    assert jobs[1].why == "ended without a message; last line of run.log: 2026 INFO  1/2  ember stripe"
+    os.utime(tmp_path / "runs/1/run.log", (0, 0))  # of an earlier attempt, outside this sweep
+    assert read_sweep(folder)[1].state == "pending"
+
+
+def test_jobs_in_slurms_queue(make_sweep, tmp_path, monkeypatch):
+    folder = make_sweep(4, SLURM)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/squeue").write_text("#!/bin/sh\necho 77_0 PENDING\necho 77_1 RUNNING\n")
+    (tmp_path / "bin/squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    for index in range(4):
+        (folder / f".submitit/77_{index}").mkdir(parents=True)
+    log = folder / ".submitit/77_2/77_2_0_log.err"
+    log.write_text("slurmstepd: error: *** JOB 79 ON node CANCELLED AT 2026 DUE TO TIME LIMIT ***\n")
+    jobs = read_sweep(folder)
+    assert [job.state for job in jobs] == ["queued", "running", "failed", "pending"]
+    assert jobs[2].why.endswith(
+        "last line of 77_2_0_log.err: slurmstepd: error: *** JOB 79 ON node CANCELLED AT 2026 DUE TO TIME LIMIT ***"
+    )
+    (tmp_path / "bin/squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact controller' >&2\nexit 1\n")
+    with pytest.raises(ValueError, match="squeue: slurm_load_jobs error"):
+        read_sweep(folder)
+
+
+def test_hundreds_of_jobs_take_less_than_a_second(make_sweep, status, tmp_path):
+    folder = make_sweep(400)
+    for index in range(200):
+        finish(tmp_path / f"runs/{index}")
+    started = time.process_time()
+    code, out, _ = status(folder, "--json")
+    assert time.process_time() - started < 1
+    jobs = json.loads(out)
+    assert code == 0
+    assert [job["number"] for job in jobs] == list(range(400))
+    assert [job["state"] for job in jobs] == ["done"] * 200 + ["pending"] * 200
+    assert jobs[399]["command"] == ["cu-run", "seed=399"]
+
+
+def test_a_folder_that_is_no_sweep(status, make_sweep, tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        code, out, err = status(folder)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert f"{folder}/sweep.json: cannot be read" in err
+    folder = make_sweep(1)
+    (folder / "0" / JOB).write_text("[")
+    assert status(folder)[2] == f"cu-sweep: {folder}/0/job.json: cannot be read; give the folder of a sweep, outputs/sweeps/DATE\n"
