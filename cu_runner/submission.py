@@ -18,10 +18,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cu_runner.config import parse
 from cu_runner.credentials import refuse_secrets
-from cu_runner.nodes import ConfigError, check, walk
+from cu_runner.nodes import ConfigError, check
 from cu_runner.process import one_line_failures
 from cu_runner.provenance import git_commit
 from cu_runner.settings import Cluster, Paths
+from cu_runner.signature import walk
 from cu_runner.store import to_json, write_atomic
 from cu_runner.sweeps import JOB, SWEEP
 from cu_runner.trust import check_trees
