@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cu_runner.config import check_run, filled_in
-from cu_runner.models import ModelError
+from cu_runner.model_files import ModelError
 from cu_runner.pack import unpack
 from cu_runner.process import Parser, one_line_failures, quiet_libraries
 from cu_runner.store import STEP, parse_record

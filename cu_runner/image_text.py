@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from cu_runner.hashing import hash_weights
-from cu_runner.models import ModelError, locate
+from cu_runner.model_files import ModelError, locate
 from cu_runner.safe_loading import check_pickle
 
 

@@ -10,8 +10,9 @@ from conftest import compose
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from cu_runner.config import ConfigError, Node, parse
+from cu_runner.config import parse
 from cu_runner.help import config_dir
+from cu_runner.nodes import ConfigError, Node
 from cu_runner.settings import TrainSettings
 
 FILES = sorted(path.relative_to(config_dir()).as_posix() for path in config_dir().rglob("*.yaml"))

@@ -19,7 +19,7 @@ from cu_runner.evaluators.faces import FaceSettings
 from cu_runner.evaluators.labels import read_labels
 from cu_runner.evaluators.open_clip import OpenClip
 from cu_runner.image_text import ImageTextSource, load_image_text
-from cu_runner.models import ModelError, locate
+from cu_runner.model_files import ModelError, locate
 from cu_runner.safe_loading import WeightFileError
 from cu_runner.settings import EvalSettings
 from cu_runner.shapecanvas.render import OBJECTS, STYLES, render

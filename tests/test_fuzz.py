@@ -16,7 +16,8 @@ from cu_runner.complaints import judge
 from cu_runner.concepts import plan_requests
 from cu_runner.config import compose
 from cu_runner.help import config_dir
-from cu_runner.nodes import FILE_NAME, walk
+from cu_runner.nodes import FILE_NAME
+from cu_runner.signature import walk
 from cu_runner.trust import check_command
 
 TIMES = int(os.environ.get("CU_FUZZ", "1"))

@@ -12,7 +12,7 @@ from test_wandb import read_run_of_wandb
 
 from cu_runner.config import parse
 from cu_runner.help import config_dir
-from cu_runner.models import locate
+from cu_runner.model_files import locate
 from cu_runner.nodes import ConfigError
 from cu_runner.report import main as cu_report
 

@@ -6,10 +6,11 @@ import pytest
 from conftest import SMOKE, compose, read_conf
 
 from cu_runner.concepts import make_sequence, plan_requests
-from cu_runner.config import ConfigError, RunConfig, parse
+from cu_runner.config import RunConfig, parse
 from cu_runner.help import config_dir
 from cu_runner.lists import read_shipped
 from cu_runner.model_files import HUB_ID
+from cu_runner.nodes import ConfigError
 
 PATHS = {
     "unlearncanvas_style": ("model.path=/x", "evaluator.paths.style=/x", "evaluator.paths.object=/x"),

@@ -14,7 +14,7 @@ from scipy.linalg import sqrtm
 
 from cu_runner.image_text import ImageTextSource, load_image_text
 from cu_runner.lists import read_shipped
-from cu_runner.models import ModelError
+from cu_runner.model_files import ModelError
 from cu_runner.retention.features import FeatureExtractor, FeatureSource
 from cu_runner.retention.general import GeneralRetention, frechet_distance, kernel_distance, read_images, read_pictures
 from cu_runner.safe_loading import WeightFileError

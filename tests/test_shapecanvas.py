@@ -10,7 +10,7 @@ from conftest import SMOKE, read_conf
 from cu_runner.concepts import make_sequence
 from cu_runner.help import config_dir
 from cu_runner.lists import read_shipped
-from cu_runner.models import locate
+from cu_runner.model_files import locate
 from cu_runner.shapecanvas.render import OBJECTS, PALETTES, STYLE_PARTS, STYLES, TEXTURES, render
 
 WEIGHTS = locate("package:shapecanvas/weights")

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from cu_runner.models import ModelError, load_weights, locate
+from cu_runner.model_files import ModelError, load_weights, locate
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cu_runner.hashing import hash_weights
 from cu_runner.image_text import ImageTextModel, ImageTextSource, load_image_text
-from cu_runner.models import ModelError, locate
+from cu_runner.model_files import ModelError, locate
 from cu_runner.safe_loading import check_pickle, load_tensors
 
 
