@@ -6,11 +6,11 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from cu_runner import parallel
 from cu_runner.settings import SaveEvery
 from cu_runner.store import hash_json, write_atomic
 
@@ -38,6 +38,10 @@ class Checkpoint:
     def begin(self, key: Mapping[str, object]) -> dict[str, object] | None:
         """Begin or go on with the request that the key names: its saved state, None if there is none or it is damaged."""
         self._key, self._saved = hash_json(key), time.monotonic()
+        content = parallel.from_main(self._read)
+        return None if content is None else torch.load(io.BytesIO(content), map_location=self._place, weights_only=True)
+
+    def _read(self) -> bytes | None:
         try:
             header, _, content = self.path.read_bytes().partition(b"\n")
         except FileNotFoundError:
@@ -52,7 +56,7 @@ class Checkpoint:
             return None
         if entries["key"] != self._key:  # of a request that was finished, or made elsewhere
             return None
-        return torch.load(io.BytesIO(content), map_location=self._place, weights_only=True)
+        return content
 
     def _place(self, storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
         return storage if location == "cpu" else storage.cuda(self._device.index)
@@ -72,10 +76,10 @@ class Checkpoint:
         torch.save(dict(state), buffer)
         content = buffer.getvalue()
         header = json.dumps({"key": self._key, "sha256": hashlib.sha256(content).hexdigest()})
-        write_atomic(self.path, header.encode() + b"\n" + content)
+        parallel.from_main(lambda: write_atomic(self.path, header.encode() + b"\n" + content))
         self._saved = time.monotonic()
 
     def remove(self) -> None:
         """The request is committed."""
-        with suppress(FileNotFoundError):
-            self.path.unlink()
+        if parallel.is_main():
+            self.path.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,7 @@ def main() -> None:
 
 def run_job(config: "DictConfig") -> None:
     """One composed job: check it, build its parts, run it, print its table."""
+    from cu_runner import parallel
     from cu_runner.config import parse
     from cu_runner.forecast import forecast
     from cu_runner.signature import signature
@@ -66,6 +68,7 @@ def run_job(config: "DictConfig") -> None:
 
     plan = parse(config)
     outputs = Path(plan.spine.paths.outputs)
+    parallel.start()
     if plan.spine.dry_run:
         print(forecast(plan))
         return
@@ -73,14 +76,16 @@ def run_job(config: "DictConfig") -> None:
     with (
         StopSignals() as stop,
         RunStore(plan.directory, plan.resolved, signature) as store,
-        logging_to(plan.directory / "run.log"),
+        logging_to(plan.directory / "run.log") if parallel.is_main() else contextlib.nullcontext(),
     ):
         if is_complete(plan.directory, store):
             logger.info("complete already; nothing to do")
         else:
             execute(plan, store, outputs, stop)
-        print_table(plan.directory / "metrics.csv")
-    print(f"run: {plan.directory}", flush=True)
+        if parallel.is_main():
+            print_table(plan.directory / "metrics.csv")
+    if parallel.is_main():
+        print(f"run: {plan.directory}", flush=True)
 
 
 def note_job(**entries: str) -> None:
@@ -112,6 +117,7 @@ def is_complete(directory: Path, store: "RunStore") -> bool:
 
 def execute(plan: "RunConfig", store: "RunStore", outputs: Path, stop: StopSignals) -> None:
     """Build every part and make the steps that are missing."""
+    from cu_runner import parallel
     from cu_runner.concepts import plan_requests
     from cu_runner.runner import Runner
     from cu_runner.runs import read_run
@@ -137,7 +143,7 @@ def execute(plan: "RunConfig", store: "RunStore", outputs: Path, stop: StopSigna
     evaluator = plan.evaluator.build(device=device)
     retention = plan.retention.build(device=device) if plan.retention else None
     tracker = Tracker(
-        spine.wandb, plan.directory.name, outputs, plan.resolved,
+        spine.wandb if parallel.is_main() else replace(spine.wandb, mode="disabled"), plan.directory.name, outputs, plan.resolved,
         group=f"{sequence.name}-{plan.method_name}", job_type="+".join(regularizers) or "none",
     )  # fmt: skip
     runner = Runner(
@@ -146,7 +152,8 @@ def execute(plan: "RunConfig", store: "RunStore", outputs: Path, stop: StopSigna
     )  # fmt: skip
     try:
         runner.run()
-        tracker.log_accuracy(read_run(plan.directory).accuracy_matrix())
+        if parallel.is_main():
+            tracker.log_accuracy(read_run(plan.directory).accuracy_matrix())
     finally:
         tracker.finish()
 
@@ -162,3 +169,7 @@ def print_table(path: Path) -> None:
         form = ".3f" if name == "drift_l2" else ".1f" if name.startswith(("UA", "RA")) else ".5g"
         cells[name] = [format(float(value), form) if value else "-" for value in table[name]]
     print("\n" + cells.to_string(index=False) + "\n")
+
+
+if __name__ == "__main__":  # accelerate launch --num_processes N -m cu_runner.cli ...
+    main()

@@ -4,6 +4,8 @@ Accuracies are in percent. A prediction counts as right when it equals the conce
 """
 
 import io
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -13,12 +15,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from cu_runner.concepts import Concept, Sequence
+from cu_runner import parallel
+from cu_runner.concepts import Concept, ImagePrompt, Sequence
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.settings import EvalSettings
 
 if TYPE_CHECKING:
     from cu_runner.models import DiffusionModel
+
+logger = logging.getLogger(__name__)
 
 ENOUGH_UA = 95.0  # percent; a run below it has forgotten too little for its retention to be compared with that of others
 
@@ -158,30 +163,71 @@ def evaluate(
         The rows (step, prompt, <domain>, <cross domain>, seed, predicted_..., score_..., face where it is looked for) and
         thumbnails for the grid.
     """
-    from cu_runner.sampling import generate  # diffusers takes seconds, and those who only read metrics do not need it
-
     wanted = sequence.evaluation_images(concepts)
-    prompts, seeds = [image.prompt for image in wanted], [image.seed for image in wanted]
+    batches = [range(start, min(start + settings.batch_size, len(wanted))) for start in range(0, len(wanted), settings.batch_size)]
+    # of several processes each takes whole batches: the images are those of a single one, bitwise
+    own = [place for batch in batches[parallel.rank() :: parallel.size()] for place in batch]
+    seen: dict[int, Seen | None] = {}
+    with parallel.alone():
+        for rows, images in in_batches(model, [wanted[place] for place in own], settings):
+            judged = judge(evaluator, images, sequence) if images.isfinite().all() else [None] * len(images)
+            seen |= dict(zip(own[rows], judged, strict=True))
+    seen = {place: found for part in parallel.in_turn(seen) for place, found in part.items()}
+    if not all(seen.values()):
+        raise SamplingError(
+            f"the images after request {step} are not finite: the weights diverged; lower train.lr. Finished requests are kept"
+        )
     rows, thumbnails = [], {}
-    for images in generate(model, prompts, seeds, settings, batch_size=settings.batch_size, label="evaluate"):
-        if not images.isfinite().all():
-            raise SamplingError(
-                f"the images after request {step} are not finite: the weights diverged; lower train.lr. Finished requests are kept"
-            )
-        predictions = evaluator.predict(images)
-        for i, image in enumerate(images):
-            shown = wanted[len(rows)]
-            row = {"step": step, "prompt": shown.prompt, sequence.domain: shown.concept, sequence.cross_domain: shown.cross}
-            row["seed"] = shown.seed
-            for kind in sequence.judged:
-                row[f"predicted_{kind}"] = predictions[kind].labels[i]
-                row[f"score_{kind}"] = round(predictions[kind].scores[i], 4)
-            if (faces := predictions[sequence.domain].faces) is not None:
-                row["face"] = int(faces[i])
-            rows.append(row)
-            if (shown.concept, shown.cross) not in thumbnails:
-                thumbnails[shown.concept, shown.cross] = to_picture(image)
+    for place, shown in enumerate(wanted):
+        row = {"step": step, "prompt": shown.prompt, sequence.domain: shown.concept, sequence.cross_domain: shown.cross}
+        rows.append(row | {"seed": shown.seed} | seen[place].row)
+        thumbnails.setdefault((shown.concept, shown.cross), seen[place].picture)
     return Evaluation(pd.DataFrame(rows), thumbnails)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was seen in one image. row: its columns of predictions.csv."""
+
+    row: dict[str, object]
+    picture: Image.Image
+
+
+def in_batches(model: "DiffusionModel", wanted: list[ImagePrompt], settings: EvalSettings) -> Iterator[tuple[slice, Tensor]]:
+    """The images, batch by batch, and which of those wanted they are. Where GPU memory runs out, batches become half as large."""
+    from cu_runner.sampling import progress, sample_images  # diffusers takes seconds, and reading metrics does not need it
+
+    start, size = 0, settings.batch_size
+    with progress(len(wanted), "evaluate") as bar:
+        while start < len(wanted):
+            rows = slice(start, min(start + size, len(wanted)))
+            prompts, seeds = [image.prompt for image in wanted[rows]], [image.seed for image in wanted[rows]]
+            try:
+                images = sample_images(model, prompts, seeds, settings)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size //= 2
+                logger.warning("   out of GPU memory: the evaluation goes on with batches of %d images", size)
+                continue
+            yield rows, images
+            bar.update(len(images))
+            start = rows.stop
+
+
+def judge(evaluator: Evaluator, images: Tensor, sequence: Sequence) -> list[Seen]:
+    """What the evaluator sees in images [B, 3, S, S]."""
+    predictions = evaluator.predict(images)
+    found = []
+    for i, image in enumerate(images):
+        row: dict[str, object] = {}
+        for kind in sequence.judged:
+            row[f"predicted_{kind}"] = predictions[kind].labels[i]
+            row[f"score_{kind}"] = round(predictions[kind].scores[i], 4)
+        if (faces := predictions[sequence.domain].faces) is not None:
+            row["face"] = int(faces[i])
+        found.append(Seen(row, to_picture(image)))
+    return found
 
 
 def to_picture(image: Tensor, largest: int = 128) -> Image.Image:

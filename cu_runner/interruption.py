@@ -65,6 +65,13 @@ class StopSignals:
     def received(self) -> bool:
         return self._received is not None
 
+    def share(self) -> None:
+        """Of several processes, each takes notice when one of them was asked to stop."""
+        from cu_runner import parallel  # torch takes seconds, and commands that only look at runs do not need it
+
+        if parallel.any_of(self.received) and self._received is None:
+            self._received = signal.SIGTERM
+
     def check(self) -> None:
         """Stop here if that was asked for."""
         if self._received is not None:

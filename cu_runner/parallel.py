@@ -27,6 +27,8 @@ def start() -> None:
         from accelerate import PartialState  # seconds of import that a single process is spared
 
         PartialState()
+        if not is_main():
+            os.environ["TQDM_DISABLE"] = "1"
 
 
 def rank() -> int:
@@ -56,6 +58,7 @@ def from_main(make: Callable[[], Value]) -> Value:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
+        outcome[1].told = not is_main()  # the first process says it
         raise outcome[1]
     return outcome[0]
 
@@ -138,7 +141,7 @@ def averaged_gradients(params: list[nn.Parameter]) -> Iterator[None]:
         dist.all_reduce(total)
         return total / size()
 
-    handles = [parameter.register_hook(average) for parameter in params]
+    handles = [parameter.requires_grad_(True).register_hook(average) for parameter in params]
     try:
         yield
     finally:

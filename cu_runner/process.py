@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,7 +37,9 @@ def choose_device(spine: "Spine") -> str:
 
     if spine.num_threads:
         torch.set_num_threads(spine.num_threads)
-    device = spine.device if spine.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = spine.device
+    if device == "auto":  # of several processes, each has a GPU of its own
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device}: no CUDA device is visible; use device=cpu or device=auto")
     if device.startswith("cuda:") and int(device[5:]) >= torch.cuda.device_count():
@@ -63,6 +66,8 @@ def one_line_failures(program: str, statuses: list[int] | None = None, note: Cal
         sys.exit(130)
     except Exception as error:
         status, message = judge(error, sys.argv[1:])
+        if getattr(error, "told", False):  # by the first of several processes
+            sys.exit(status)
         print(redact(f"{program}: {message}"), file=sys.stderr, flush=True)
         if note is not None:
             note(redact(message))

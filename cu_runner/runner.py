@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from cu_runner import parallel
 from cu_runner.anchors import AnchorImages, sampler_key
 from cu_runner.checkpoint import Checkpoint
 from cu_runner.concepts import Concept, Request, Sequence
@@ -225,7 +226,8 @@ class Runner:
             self._note_first_step()
             training.ended = early_stop(training.done)
             last = training.ended or training.done == training.steps
-            if self.stop.received or self._checkpoint.is_due(training.done, last):
+            self.stop.share()
+            if self.stop.received or parallel.from_main(lambda: self._checkpoint.is_due(training.done, last)):
                 self._checkpoint.save({"training": training.state(), "early_stop": early_stop.seen})
             self.stop.check()
 

@@ -30,13 +30,22 @@ def generate(
     Yields:
         [B, 3, S, S] float in 0..1, on the model's device.
     """
-    with tqdm(total=len(prompts), desc=f"  {label}", leave=False, disable=None, ncols=100, unit="image") as bar:
+    with progress(len(prompts), label) as bar:
         for start in range(0, len(prompts), batch_size):
-            images = model.decode_latents(
-                sample_latents(model, prompts[start : start + batch_size], seeds[start : start + batch_size], sampler)
-            )
+            rows = slice(start, start + batch_size)
+            images = sample_images(model, prompts[rows], seeds[rows], sampler)
             yield images
             bar.update(len(images))
+
+
+def progress(images: int, label: str) -> tqdm:
+    """A progress bar over images."""
+    return tqdm(total=images, desc=f"  {label}", leave=False, disable=None, ncols=100, unit="image")
+
+
+def sample_images(model: DiffusionModel, prompts: list[str], seeds: list[int], sampler: Sampler) -> Tensor:
+    """One batch of images [B, 3, S, S], float in 0..1, on the model's device."""
+    return model.decode_latents(sample_latents(model, prompts, seeds, sampler))
 
 
 def make_scheduler(model: DiffusionModel, sampler: Sampler) -> diffusers.SchedulerMixin:

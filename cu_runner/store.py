@@ -20,6 +20,8 @@ import yaml
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from cu_runner import parallel
+
 DELTA, MERGED, TRAINING = "delta.safetensors", "merged.safetensors", "training.csv"
 HEADER = b"# sha256 of the lines below: "
 PREDICTIONS, METRICS, GRID, STEP = "predictions.csv", "metrics.json", "grid.png", "step.json"
@@ -108,7 +110,7 @@ class Step:
 
 
 class RunStore:
-    """One run directory, locked by one process. Use as a context manager."""
+    """One run directory, locked by one run. Use as a context manager. Of several processes of a run, the first reads and writes."""
 
     def __init__(self, directory: Path, config: dict[str, object], signature_of: Callable[[dict[str, object]], str]) -> None:
         """
@@ -122,6 +124,10 @@ class RunStore:
         self._lock = FileLock(directory / ".lock")
 
     def __enter__(self) -> "RunStore":
+        parallel.from_main(self._open)
+        return self
+
+    def _open(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
@@ -132,7 +138,6 @@ class RunStore:
         except BaseException:
             self._lock.release()
             raise
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._lock.release()
@@ -159,6 +164,9 @@ class RunStore:
 
     def finished(self) -> list[Step]:
         """The finished steps from 0 on, each checked against its hashes and its parent. Raises StoreError on any damage."""
+        return parallel.from_main(self._read_finished)
+
+    def _read_finished(self) -> list[Step]:
         steps: list[Step] = []
         present = sorted(
             int(path.parent.name) for path in (self.directory / "steps").glob(f"[0-9]*/{STEP}") if path.parent.name.isdigit()
@@ -212,6 +220,16 @@ class RunStore:
             row: this step's row of metrics.csv.
             parent: the step before, None for step 0.
         """
+        return parallel.from_main(lambda: self._write_step(index, files, record, row, parent))
+
+    def _write_step(
+        self,
+        index: int,
+        files: Mapping[str, bytes],
+        record: Mapping[str, object],
+        row: Mapping[str, object],
+        parent: Step | None,
+    ) -> Step:
         directory = self.step_dir(index)
         if directory.exists():  # left by a process that was killed before its commit
             shutil.rmtree(directory)
@@ -228,10 +246,10 @@ class RunStore:
 
     def write_metrics(self, rows: list[dict[str, object]]) -> None:
         """metrics.csv, made anew from the rows of the finished steps."""
-        write_atomic(self.directory / "metrics.csv", to_table(rows))
+        parallel.from_main(lambda: write_atomic(self.directory / "metrics.csv", to_table(rows)))
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
-        write_atomic(self.directory / "summary.json", to_json(dict(summary)))
+        parallel.from_main(lambda: write_atomic(self.directory / "summary.json", to_json(dict(summary))))
 
 
 def read_record(directory: Path) -> dict[str, object]:
@@ -280,6 +298,9 @@ class Cache:
 
     def fetch(self, kind: str, key: Mapping[str, object]) -> dict[str, bytes] | None:
         """The files of an entry by name, or None if there is none or it is damaged."""
+        return parallel.from_main(lambda: self._read(kind, key))
+
+    def _read(self, kind: str, key: Mapping[str, object]) -> dict[str, bytes] | None:
         directory = self._directory(kind, key)
         try:
             index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
@@ -291,7 +312,10 @@ class Cache:
         return files if same and whole else None
 
     def put(self, kind: str, key: Mapping[str, object], files: Mapping[str, bytes]) -> None:
-        """Write an entry; its index is written last. Two processes may write the same entry, with the same contents."""
+        """Write an entry; its index is written last. Two runs may write the same entry, with the same contents."""
+        parallel.from_main(lambda: self._write(kind, key, files))
+
+    def _write(self, kind: str, key: Mapping[str, object], files: Mapping[str, bytes]) -> None:
         directory = self._directory(kind, key)
         directory.mkdir(parents=True, exist_ok=True)
         with FileLock(directory / ".lock"):

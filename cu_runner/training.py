@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from cu_runner import parallel
 from cu_runner.concepts import Request
 from cu_runner.methods.base import Method, Scope
 from cu_runner.params import assign, snapshot
@@ -160,18 +161,19 @@ def erase(
     Raises:
         TrainingError: the loss or a weight is not finite; the weights in scope are then of no use.
     """
-    training = Training(scope, method, regularizers, settings)
-    if state is not None:
-        training.restore(state)
-    with tqdm(
-        desc=f"  unlearn {scope.request.label}",
-        initial=training.done, total=training.steps, leave=False, disable=None, ncols=100, unit="step",
-    ) as bar:  # fmt: skip
-        while training.done < training.steps and not training.ended:
-            training.step()
-            on_step(training)
-            bar.update()
-    return training.finish()
+    with parallel.averaged_gradients(list(scope.params.values())):
+        training = Training(scope, method, regularizers, settings)
+        if state is not None:
+            training.restore(state)
+        with tqdm(
+            desc=f"  unlearn {scope.request.label}",
+            initial=training.done, total=training.steps, leave=False, disable=None, ncols=100, unit="step",
+        ) as bar:  # fmt: skip
+            while training.done < training.steps and not training.ended:
+                training.step()
+                on_step(training)
+                bar.update()
+        return training.finish()
 
 
 def make_optimizer(params: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:

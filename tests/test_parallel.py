@@ -1,0 +1,77 @@
+"""Two CPU processes as one: the metrics of a single process, and its deltas up to the order of sums."""
+
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import safetensors.torch
+import torch
+from conftest import SMOKE, environment, run_directory
+
+from cu_runner import parallel
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+          "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "cu_runner.cli"]  # fmt: skip
+CELLS = {
+    "conabl": ["method.num_anchors=4", "reg=[l2,gradproj]", "reg.gradproj.apply=update", "reg.gradproj.auxiliary.number=20"],
+    "rgd": ["method=rgd", "method.num_images=4", "method.retain.images=4", "reg=none"],  # products of two gradients
+    "likelihood": [
+        "method=likelihood", "method.draws=2", "method.sampling_steps=2", "method.retain.images=4", "method.dual.rounds=1",
+        "method.dual.every=1", "reg=none", "train.batch_size=4",
+    ],
+}  # fmt: skip
+COMMON = [override for override in SMOKE if not override.startswith("method.")]
+
+
+def launch(cwd, *overrides: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*LAUNCH, *COMMON, *overrides], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=400, check=False
+    )
+
+
+def test_alone_a_process_is_the_only_one():
+    assert (parallel.rank(), parallel.size(), parallel.is_main()) == (0, 1, True)
+    assert parallel.share(8) is None
+    assert parallel.from_main(lambda: 3) == 3
+    assert parallel.in_turn("a") == ["a"]
+    assert parallel.any_of(True)
+    assert not parallel.any_of(False)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_two_processes_make_what_one_makes(in_process, tmp_path, cell):
+    status, out, err = in_process(*COMMON, *CELLS[cell], "paths.outputs=one")
+    assert (status, err) == (0, "")
+    one = run_directory(out, tmp_path)
+    done = launch(tmp_path, *CELLS[cell], "paths.outputs=two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run: ") == 1
+    two = run_directory(done.stdout, tmp_path)
+    assert two.name == one.name
+    tables = [pd.read_csv(path / "metrics.csv") for path in (one, two)]
+    names = ["request", "concept", "UA", "RA_I", "RA_C", "train_steps"]
+    pd.testing.assert_frame_equal(tables[0][names], tables[1][names])
+    for step in ("01", "02"):
+        first, second = (safetensors.torch.load_file(path / "steps" / step / "delta.safetensors") for path in (one, two))
+        moved = torch.cat([change.flatten() for change in first.values()])
+        apart = torch.cat([(second[name] - change).flatten() for name, change in first.items()])
+        assert apart.norm() < 1e-2 * moved.norm()
+    zero = [(path / "steps/00/predictions.csv").read_bytes() for path in (one, two)]
+    assert zero[0] == zero[1]
+
+
+def test_two_processes_resume_what_one_began_and_bad_input_is_one_line(in_process, tmp_path):
+    done = launch(tmp_path, "method.num_anchors=4", "reg=none", "train.lr=-1")
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("cu-run: ")]
+    assert set(lines) == {"cu-run: train.lr=-1: input should be greater than 0"}
+    status, out, _ = in_process(*SMOKE)
+    assert status == 0
+    directory = run_directory(out, tmp_path)
+    (directory / "steps/02/step.json").unlink()
+    (directory / "summary.json").unlink()
+    done = launch(tmp_path, "method.num_anchors=4")
+    assert done.returncode == 0, done.stderr
+    assert (directory / "steps/02/step.json").exists()
+    assert "0/2" not in done.stdout  # the steps that one process had finished were not made again
