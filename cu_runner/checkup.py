@@ -15,10 +15,11 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from cu_runner.concepts import Sequence, plan_requests
+from cu_runner.complaints import first_line
+from cu_runner.concepts import Sequence
 from cu_runner.evaluation import check_labels, evaluate, mean_accuracy
 from cu_runner.evaluators.base import Evaluator
-from cu_runner.forecast import delta_bytes, existing_parent, plan_work
+from cu_runner.forecast import existing_parent, merges, work_of
 from cu_runner.models import DiffusionModel
 from cu_runner.params import select_parameters
 from cu_runner.process import choose_device
@@ -51,12 +52,18 @@ def check_plan(plan: "RunConfig") -> Iterator[Finding]:
             part = node.build(device=device)
             yield Finding(what, True, f"sha256 {part.fingerprint()[:16]}, loaded in {time.monotonic() - started:.0f} s")
         except (ValueError, OSError) as error:
-            yield Finding(what, False, str(error).splitlines()[0])
+            yield Finding(what, False, first_line(error))
             continue
         if what == "model":
             model = part
         else:
             evaluator = part
+    if plan.retention:
+        try:
+            plan.retention.build(device=device)
+            yield Finding("retention", True)
+        except (ValueError, OSError) as error:
+            yield Finding("retention", False, first_line(error))
     if evaluator is not None:
         yield check_sequence(sequence, evaluator)
     yield check_disk(plan, model)
@@ -74,7 +81,7 @@ def check_wandb(settings: WandbSettings) -> Iterator[Finding]:
     import wandb
 
     try:
-        wandb.login(verify=True, timeout=15, anonymous="never")
+        wandb.login(verify=True, timeout=15)
         yield Finding("W&B", True, f"logged in as {wandb.Api(timeout=15).viewer.username}")
     except Exception as error:  # W&B fails in many ways, all of which mean that the mirror would not be written
         yield Finding("W&B", False, f"{' '.join(str(error).split())[:200]}; run `wandb login`, or use wandb.mode=offline")
@@ -94,9 +101,9 @@ def check_disk(plan: "RunConfig", model: DiffusionModel | None) -> Finding:
     """Whether the checkpoints of the run fit."""
     if model is None:
         return Finding("disk", None, "needs the model")
-    merges = any(node.build().independent_starts for node in plan.regularizers.values())
-    requests = plan_requests(plan.sequence.build(), plan.setting.plan)
-    size = (2 if merges else 1) * len(requests) * delta_bytes(model.unet, plan.method.build().params)
+    trained = select_parameters(model.unet, plan.method.build().params)
+    copies = (2 if merges(plan) else 1) * (len(work_of(plan)) - 1)
+    size = copies * sum(4 * parameter.numel() for parameter in trained.values())
     free = shutil.disk_usage(existing_parent(plan.directory)).free
     detail = f"{size / 1e9:.2f} GB of checkpoints, {free / 1e9:.1f} GB free at {existing_parent(plan.directory)}"
     return Finding("disk", free > SPARE * size, detail)
@@ -116,11 +123,12 @@ def check_images(plan: "RunConfig", model: DiffusionModel, evaluator: Evaluator,
         return
     per_image = (time.monotonic() - started) / len(found)
     own = mean_accuracy(found, sequence.domain, [concept.name for concept in concepts])
-    other = mean_accuracy(found, sequence.cross_domain, [concept.name for concept in crosses])
-    detail = (
-        f"{len(found)} images of the untouched model: {own:.0f}% {sequence.domain}, {other:.0f}% {sequence.cross_domain} recognised"
-    )
-    well = min(own, other) >= RECOGNISED
+    seen = {sequence.domain: own}
+    if sequence.cross_domain in sequence.judged:
+        seen[sequence.cross_domain] = mean_accuracy(found, sequence.cross_domain, [concept.name for concept in crosses])
+    recognised = ", ".join(f"{accuracy:.0f}% {domain}" for domain, accuracy in seen.items())
+    detail = f"{len(found)} images of the untouched model: {recognised} recognised"
+    well = min(seen.values()) >= RECOGNISED
     advice = "" if well else "; the model does not know these names, or the labels are in another order"
     yield Finding("base accuracy", well, detail + advice)
     per_step = time_step(plan, model, sequence)
@@ -128,7 +136,7 @@ def check_images(plan: "RunConfig", model: DiffusionModel, evaluator: Evaluator,
         yield Finding("training", False, f"out of GPU memory; lower train.batch_size={plan.spine.train.batch_size}")
         return
     yield check_memory(model)
-    yield Finding("time", True, estimate(plan, sequence, per_image, per_step))
+    yield Finding("time", True, estimate(plan, per_image, per_step))
 
 
 def time_step(plan: "RunConfig", model: DiffusionModel, sequence: Sequence) -> float | None:
@@ -161,11 +169,9 @@ def check_memory(model: DiffusionModel) -> Finding:
     return Finding("memory", used < total / 1e9, f"{used:.1f} GB at the peak of {total / 1e9:.0f} GB")
 
 
-def estimate(plan: "RunConfig", sequence: Sequence, per_image: float, per_step: float) -> str:
+def estimate(plan: "RunConfig", per_image: float, per_step: float) -> str:
     """The time of the whole run at the rates that were just measured."""
-    merges = any(node.build().independent_starts for node in plan.regularizers.values())
-    steps = 0 if plan.method.build().closed_form else plan.spine.train.steps
-    work = plan_work(sequence, plan_requests(sequence, plan.setting.plan), steps, merges)
+    work = work_of(plan)
     images, steps = sum(entry.images for entry in work), sum(entry.train_steps for entry in work)
     hours = (images * per_image + steps * per_step) / 3600
     return (

@@ -1,9 +1,11 @@
 """cu-doctor: is a finished run what it says, and would a run that is planned get to its end?
 
     cu-doctor outputs/runs/shapecanvas_style/conabl-none-sequential-s0-ec91c30b      # a run directory, or a packed run (.zip)
+    cu-doctor experiment=unlearncanvas_style model.path=DIR evaluator.paths.style=DIR evaluator.paths.object=DIR     # a plan
 
 Every file of a run is held against its sha256 and every step against the one before it, down to the weights of the untouched model;
 metrics are computed again from the predictions, drift from the weights. What differs is printed; nothing is changed.
+A plan is given as to cu-run: device, model, evaluator, labels, disk, W&B login, base accuracy of a few images, memory and time.
 
 Exit status: 0 all is well, 1 something is not, 2 bad input.
 """
@@ -13,7 +15,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from cu_runner.config import check_run, filled_in
+from cu_runner.checkup import check_plan
+from cu_runner.config import RunConfig, check_run, compose, filled_in
 from cu_runner.model_files import ModelError
 from cu_runner.pack import unpack
 from cu_runner.process import Parser, one_line_failures, quiet_libraries
@@ -26,14 +29,24 @@ MARKS = {True: "ok", False: "WRONG", None: "not checked"}
 def main() -> None:
     """Entry point of `cu-doctor`."""
     parser = Parser(prog="cu-doctor", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories or packed runs (cu-report --pack)")
-    parser.add_argument("--all", action="store_true", help="print the checks that hold as well")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "what",
+        nargs="*",
+        metavar="RUN | OVERRIDE",
+        help="run directories or packed runs (cu-report --pack); or overrides, as to cu-run",
+    )
+    parser.add_argument("--all", action="store_true", help="print the checks of a run that hold as well")
+    arguments = parser.parse_intermixed_args()
+    overrides = [text for text in arguments.what if "=" in text]
+    if overrides and len(overrides) < len(arguments.what):
+        parser.error("give runs or overrides, not both")
     wrong = 0
     with one_line_failures("cu-doctor"):
         quiet_libraries()
-        for path in arguments.runs:
-            wrong += examine_run(path, not arguments.all)
+        if not arguments.what or overrides:
+            wrong = report("plan", check_plan(compose(overrides)), quiet=False)
+        for path in [] if overrides else arguments.what:
+            wrong += examine_run(Path(path), not arguments.all)
     sys.exit(1 if wrong else 0)
 
 
@@ -48,7 +61,7 @@ def examine_run(path: Path, quiet: bool) -> int:
     return report(str(path), findings, quiet)
 
 
-def verify_origin(directory: Path, plan) -> Iterable[Finding]:
+def verify_origin(directory: Path, plan: RunConfig) -> Iterable[Finding]:
     """Whether the model and the evaluator of this configuration are those that the run began with."""
     record = parse_record(directory / "steps/00" / STEP)
     if record is None:  # said already
@@ -63,12 +76,13 @@ def verify_origin(directory: Path, plan) -> Iterable[Finding]:
         yield Finding(f"weights of the {name}", same, "" if same else "are not those that the run began with")
 
 
-def report(title: str, findings: list[Finding], quiet: bool) -> int:
-    """Print findings, one line each; returns how many are wrong."""
-    wrong = sum(finding.ok is False for finding in findings)
-    print(title)
+def report(title: str, findings: Iterable[Finding], quiet: bool) -> int:
+    """Print findings as they come, one line each; returns how many are wrong. quiet: leaves out what is well."""
+    print(title, flush=True)
+    number = wrong = 0
     for finding in findings:
+        number, wrong = number + 1, wrong + (finding.ok is False)
         if finding.ok is not True or not quiet:
-            print(f"  {MARKS[finding.ok]:<11} {finding.what}{f': {finding.detail}' if finding.detail else ''}")
-    print(f"  {len(findings)} checks, {wrong} wrong" if wrong else f"  {len(findings)} checks, all well")
+            print(f"  {MARKS[finding.ok]:<11} {finding.what}{f': {finding.detail}' if finding.detail else ''}", flush=True)
+    print(f"  {number} checks, {wrong} wrong" if wrong else f"  {number} checks, all well", flush=True)
     return wrong

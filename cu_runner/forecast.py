@@ -48,12 +48,23 @@ class Rates:
     num_runs: int
 
 
-def plan_work(sequence: Sequence, requests: list[Request], train_steps: int, merges: bool) -> list[Work]:
+def merges(plan: "RunConfig") -> bool:
+    """Whether a regularizer merges: two files of weights per request then, and every concept so far is measured."""
+    return any(node.build().independent_starts for node in plan.regularizers.values())
+
+
+def work_of(plan: "RunConfig") -> list[Work]:
+    """What every step of a run is."""
+    sequence, steps = plan.sequence.build(), 0 if plan.method.build().closed_form else plan.spine.train.steps
+    return plan_work(sequence, plan_requests(sequence, plan.setting.plan), steps, merges(plan))
+
+
+def plan_work(sequence: Sequence, requests: list[Request], train_steps: int, merging: bool) -> list[Work]:
     """Training steps and evaluation images of every step.
 
     Args:
         train_steps: of one request, at most.
-        merges: whether a regularizer merges: then every concept so far is measured, though each request unlearns one.
+        merging: whether every concept so far is measured, though each request unlearns one.
     """
 
     def count(unlearned: Iterable[Concept]) -> int:
@@ -61,7 +72,7 @@ def plan_work(sequence: Sequence, requests: list[Request], train_steps: int, mer
 
     work = [Work(0, "untouched model", "", 0, count(sequence.targets))]
     for request in requests:
-        unlearned = [each.targets[-1] for each in requests[: request.index]] if merges else request.erased
+        unlearned = [each.targets[-1] for each in requests[: request.index]] if merging else request.erased
         work.append(Work(request.index, request.label, request.start, train_steps, count(unlearned)))
     return work
 
@@ -129,12 +140,7 @@ def delta_bytes(path: str, revision: str | None, group: str) -> int | None:
 def forecast(plan: "RunConfig") -> str:
     """The text that `cu-run dry_run=true` prints. Raises ValueError for what the run itself would refuse at its start."""
     device = device_name(torch.device(choose_device(plan.spine)))
-    sequence, method = plan.sequence.build(), plan.method.build()
-    regularizers = [node.build() for node in plan.regularizers.values()]
-    merges = any(regularizer.independent_starts for regularizer in regularizers)
-    work = plan_work(
-        sequence, plan_requests(sequence, plan.setting.plan), 0 if method.closed_form else plan.spine.train.steps, merges
-    )
+    sequence, work = plan.sequence.build(), work_of(plan)
     done = len(read_run(plan.directory).records) if (plan.directory / "steps/00/step.json").exists() else 0
     rates = measure_rates(plan, device)
     lines = [f"plan: {sequence.name}, method {plan.method_name}, reg {'+'.join(plan.regularizers) or 'none'}, {plan.setting.plan}"]
@@ -157,9 +163,9 @@ def forecast(plan: "RunConfig") -> str:
         retained = len(left) * plan.retention.build().num_images
         lines.append(f"retention: {retained} further images, of general prompts; their time is not in the estimate")
     lines.append("time: " + time_left(num_steps, num_images, rates, device, most))
-    copies = (2 if merges else 1) * sum(1 for entry in left if entry.request)
+    copies = (2 if merges(plan) else 1) * sum(1 for entry in left if entry.request)
     model = plan.model.arguments
-    weights = delta_bytes(model["path"], model.get("revision"), method.params)
+    weights = delta_bytes(model["path"], model.get("revision"), plan.method.build().params)
     size = "unknown size" if weights is None else f"{copies * weights / 1e6:.1f} MB"
     free = shutil.disk_usage(existing_parent(plan.directory)).free / 1e9
     lines.append(f"disk: {size} of checkpoints, besides tables and pictures; {free:.1f} GB are free")

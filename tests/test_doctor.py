@@ -1,12 +1,15 @@
 """cu-doctor on run directories and packed runs, and cu-report --pack."""
 
 import json
+import shutil
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 
 from cu_runner import doctor, report
+from cu_runner.model_files import locate
 from cu_runner.store import chain, hash_json
 
 
@@ -143,3 +146,81 @@ def test_an_unfinished_or_damaged_run_is_not_packed(call_command, run_copy, tmp_
     assert status == 1
     assert "1 of 2 requests are done; finish the run before it is packed" in err
     assert not list(tmp_path.glob("*.zip*")) + list(tmp_path.glob(".*.tmp"))
+
+
+# ------------------------------------------------------------------------------------------------------------- a plan
+PLAN = ("sequence=smoke", "wandb.mode=disabled", "num_threads=1", "train.batch_size=2", "model.sampler.steps=4")
+
+
+@pytest.fixture
+def check(call_command):
+    """Returns check(*overrides) -> (exit status, findings as {what: (mark, detail)})."""
+
+    def call(*overrides):
+        status, out, err = call_command(doctor.main, "cu-doctor", *PLAN, *overrides)
+        assert err == ""
+        lines = [line.strip() for line in out.splitlines()]
+        assert lines[0] == "plan"
+        found = {}
+        for line in lines[1:-1]:
+            mark, _, rest = line.partition(" " * 2)
+            what, _, detail = rest.strip().partition(": ")
+            found[what] = (mark, detail)
+        return status, found
+
+    return call
+
+
+def test_a_plan_that_would_run_is_well(check):
+    status, found = check()
+    assert status == 0
+    assert {mark for mark, _ in found.values()} == {"ok"}
+    assert set(found) == {"device", "W&B", "model", "evaluator", "labels", "disk", "base accuracy", "memory", "time"}
+    assert "6 training steps" not in found["time"][1]
+    assert "120 training steps" in found["time"][1]
+
+
+def test_every_part_that_is_missing_is_named_at_once(check, tmp_path):
+    status, found = check(f"model.path={tmp_path}", f"evaluator.paths.style={tmp_path / 'nothing'}")
+    assert status == 1
+    assert found["model"] == (
+        "WRONG",
+        f"{tmp_path}: no readable model_index.json; it must be a diffusers directory (save_pretrained)",
+    )
+    assert found["evaluator"][0] == "WRONG"
+    assert found["images"] == ("not checked", "needs the model and the evaluator")
+
+
+def test_labels_in_another_order_show_in_the_base_accuracy(check, tmp_path):
+    source = locate("package:shapecanvas/weights/style_classifier")
+    shuffled = tmp_path / "style"
+    shutil.copytree(source, shuffled)
+    config = json.loads((shuffled / "config.json").read_text())
+    names = list(config["id2label"].values())
+    config["id2label"] = dict(zip(config["id2label"], names[1:] + names[:1], strict=True))
+    config["label2id"] = {name: int(index) for index, name in config["id2label"].items()}
+    (shuffled / "config.json").write_text(json.dumps(config))
+    status, found = check(f"evaluator.paths.style={shuffled}")
+    assert status == 1
+    mark, detail = found["base accuracy"]
+    assert mark == "WRONG"
+    assert "0% style" in detail
+    assert detail.endswith("the model does not know these names, or the labels are in another order")
+
+
+def test_a_full_disk_and_a_missing_login_are_wrong(check, monkeypatch):
+    monkeypatch.setattr("cu_runner.checkup.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("wandb.login", lambda **options: (_ for _ in ()).throw(RuntimeError("no key")))
+    status, found = check("wandb.mode=online")
+    assert status == 1
+    assert found["disk"][0] == "WRONG"
+    assert found["W&B"] == ("WRONG", "no key; run `wandb login`, or use wandb.mode=offline")
+
+
+def test_a_bad_plan_is_one_line(call_command):
+    status, out, err = call_command(doctor.main, "cu-doctor", "sequence=smoke", "train.lr=-1")
+    assert (status, out) == (2, "")
+    assert err == "cu-doctor: train.lr=-1: input should be greater than 0\n"
+    status, _, err = call_command(doctor.main, "cu-doctor", "some/run", "seed=1")
+    assert status == 2
+    assert "give runs or overrides, not both" in err

@@ -1,15 +1,18 @@
 """Noise fixed per image, batches that change nothing, guidance, v-prediction."""
 
 import dataclasses
+import logging
 
 import diffusers
 import pytest
 import torch
 
+from cu_runner import sampling
+from cu_runner.evaluation import evaluate
 from cu_runner.models import DiffusionModel
 from cu_runner.sampling import generate, sample_latents, sample_partly
 from cu_runner.seeding import RandomSource, derive_seed, image_noise
-from cu_runner.settings import Sampler
+from cu_runner.settings import EvalSettings, Sampler
 
 PROMPTS = [
     "a tree image in ember stripe style",
@@ -189,3 +192,28 @@ def test_weights_given_for_a_prediction_do_not_stay(model):
         weight.add_(1)
         assert torch.equal(model.predict_noise(*arguments), changed)
     assert (changed - plain).abs().max() > 1e-5
+
+
+# --------------------------------------------------------------------------------------------------------- GPU memory
+def test_evaluation_goes_on_with_half_the_batch_when_memory_runs_out(model, evaluator, sequence, monkeypatch, caplog):
+    settings = EvalSettings(2, 2.5, batch_size=8)
+    whole = evaluate(model, evaluator, sequence, list(sequence.targets), 1, settings).predictions
+    real, sizes = sampling.sample_images, []
+
+    def scarce(model, prompts, seeds, sampler):
+        sizes.append(len(prompts))
+        if len(prompts) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, prompts, seeds, sampler)
+
+    monkeypatch.setattr(sampling, "sample_images", scarce)
+    logging.getLogger("cu_runner").propagate = True
+    found = evaluate(model, evaluator, sequence, list(sequence.targets), 1, settings).predictions
+    assert sizes[:3] == [min(8, len(whole)), 4, 2]
+    assert max(sizes[2:]) == 2
+    assert [message for message in caplog.messages if "batches of 2" in message]
+    assert found["prompt"].tolist() == whole["prompt"].tolist()
+    assert (found["predicted_style"] == whole["predicted_style"]).mean() > 0.9
+    monkeypatch.setattr(sampling, "sample_images", lambda *arguments: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(model, evaluator, sequence, list(sequence.targets), 1, settings)
