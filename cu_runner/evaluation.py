@@ -125,6 +125,15 @@ def step_metrics(predictions: pd.DataFrame, unlearned: list[str], sequence: Sequ
     return {name: None if value is None else round(value, 3) for name, value in measured.items()}
 
 
+def describe(row: dict[str, object], total: int) -> str:
+    """The line that the terminal shows for a step."""
+    width = len(str(total))
+    ua, ra_i, ra_c = ("    -" if row[name] is None else f"{row[name]:5.1f}" for name in ("UA", "RA_I", "RA_C"))
+    cost = f"{row['train_seconds']:.0f} s train, {row['eval_seconds']:.0f} s eval"
+    head = f"{row['request']:>{width}}/{total}  {row['concept'] or 'untouched model':<18}"
+    return f"{head} UA {ua}  RA-I {ra_i}  RA-C {ra_c}  drift {row['drift_l2']:7.3f}  ({cost})"
+
+
 def domain_of(predictions: pd.DataFrame, concepts: list[str]) -> str:
     """The column of predictions that holds every one of the concepts."""
     domains = [name.removeprefix("predicted_") for name in predictions.columns if name.startswith("predicted_")]

@@ -1,4 +1,4 @@
-"""Several processes as one: `accelerate launch --num_processes N -m cu_runner.cli ...` on N devices, or N CPU processes.
+"""Several processes as one, started by `accelerate launch --num_processes N`: on N devices, or N CPU processes.
 
 The split is inside the model. Of every batch that goes through the UNet each process takes its share of the rows, and all get
 the outputs of all rows; gradients are averaged where they leave the graph. Whatever stands around the model (losses, masks,

@@ -37,3 +37,8 @@ def git_commit() -> str | None:
     except OSError:  # no git on this machine
         return None
     return found.stdout.strip() or None
+
+
+def made_with(device: torch.device) -> dict[str, object]:
+    """What step.json records of the machine and the code."""
+    return {"versions": versions(), "device": device_name(device), "git_commit": git_commit()}

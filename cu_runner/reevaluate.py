@@ -19,10 +19,10 @@ from cu_runner.evaluators.base import Evaluator
 from cu_runner.models import DiffusionModel
 from cu_runner.params import assign, select_parameters, snapshot
 from cu_runner.process import Parser, choose_device, one_line_failures, quiet_libraries
-from cu_runner.provenance import device_name, git_commit, versions
+from cu_runner.provenance import made_with
 from cu_runner.runs import EVALUATIONS, RunRecord, read_run
 from cu_runner.signature import signature
-from cu_runner.store import GRID, METRICS, PREDICTIONS, Cache, RunStore, Step, StoreError, read_delta, sha256_of, to_json
+from cu_runner.store import GRID, METRICS, PREDICTIONS, Cache, RunStore, Step, StoreError, read_delta, sha256_of, to_csv, to_json
 from cu_runner.trust import allowed_modules
 
 SHOWN = ("UA", "RA_I", "RA_C", "RA_C_retained")
@@ -91,7 +91,7 @@ def measure_again(run: RunRecord, plan: RunConfig, store: RunStore) -> Iterator[
         unlearned = run.unlearned(index)
         predictions, grid = sample(model, evaluator, sequence, unlearned, index, plan)
         measured = step_metrics(predictions, unlearned, sequence) | (retention.measure(index) if retention else {})
-        files = {PREDICTIONS: predictions.to_csv(index=False).encode(), GRID: grid, METRICS: to_json(measured)}
+        files = {PREDICTIONS: to_csv(predictions), GRID: grid, METRICS: to_json(measured)}
         row = record["row"] | measured | {"eval_seconds": round(time.monotonic() - started, 2)}
         provenance = {
             "targets": record["targets"],
@@ -99,9 +99,7 @@ def measure_again(run: RunRecord, plan: RunConfig, store: RunStore) -> Iterator[
             "weights": str(run.weights(index).absolute()) if index else None,
             "model_sha256": fingerprint,
             "evaluator_sha256": evaluator.fingerprint(),
-            "versions": versions(),
-            "device": device_name(model.device),
-            "git_commit": git_commit(),
+            **made_with(model.device),
             "training": record["training"],
         }
         if retention:

@@ -22,13 +22,22 @@ from cu_runner import parallel
 from cu_runner.anchors import AnchorImages, sampler_key
 from cu_runner.checkpoint import Checkpoint
 from cu_runner.concepts import Concept, Request, Sequence
-from cu_runner.evaluation import Evaluation, check_labels, draw_grid, evaluate, read_predictions, step_metrics, unlearning_accuracy
+from cu_runner.evaluation import (
+    Evaluation,
+    check_labels,
+    describe,
+    draw_grid,
+    evaluate,
+    read_predictions,
+    step_metrics,
+    unlearning_accuracy,
+)
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.interruption import StopSignals
 from cu_runner.methods.base import Method, Scope
 from cu_runner.models import DiffusionModel
 from cu_runner.params import Drift, assign, drift, select_parameters, snapshot, subtract
-from cu_runner.provenance import device_name, git_commit, peak_memory_mb, versions
+from cu_runner.provenance import made_with, peak_memory_mb
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.retention.base import Retention
 from cu_runner.seeding import RandomSource
@@ -46,6 +55,7 @@ from cu_runner.store import (
     StoreError,
     read_delta,
     read_tensor,
+    to_csv,
     to_json,
     to_safetensors,
 )
@@ -114,7 +124,6 @@ class Runner:
         self.store.write_summary(self._summary(steps))
         return steps
 
-    # ------------------------------------------------------------------------------------------------ checks
     def _check_base(self, base: Step) -> None:
         """A run continues only on the model and the evaluator that it began with."""
         record = json.loads((base.directory / "step.json").read_text(encoding="utf-8"))
@@ -126,7 +135,6 @@ class Runner:
                     f"{self.store.directory}: was begun with other weights of the {name}; restore them or move the run away"
                 )
 
-    # ------------------------------------------------------------------------------------------------ step 0
     def _evaluate_base(self) -> Step:
         """Measure the untouched model on every concept of the sequence; cached across runs."""
         started = time.monotonic()
@@ -154,7 +162,6 @@ class Runner:
         seconds = {"train": 0.0, "eval": time.monotonic() - started}
         return self._commit(None, [], files, kept, None, 0.0, {}, seconds, None)
 
-    # -------------------------------------------------------------------------------------------- one request
     def _serve(self, request: Request, steps: list[Step]) -> Step:
         """One request: weights, unlearn, save, evaluate, commit."""
         started = time.monotonic()
@@ -285,7 +292,6 @@ class Runner:
     def _sample(self, concepts: list[Concept], step: int) -> Evaluation:
         return evaluate(self.model, self.evaluator, self.sequence, concepts, step, self.eval)
 
-    # ------------------------------------------------------------------------------------------------ commit
     def _commit(
         self,
         request: Request | None,
@@ -321,9 +327,7 @@ class Runner:
             "evaluator_sha256": self._judge,
             "training": training,
             "seconds": seconds | {"start_to_first_step": self._first_step},
-            "versions": versions(),
-            "device": device_name(self.model.device),
-            "git_commit": git_commit(),
+            **made_with(self.model.device),
         }
         if self.retention:
             record["retention_sha256"] = self.retention.fingerprint()
@@ -344,16 +348,3 @@ class Runner:
             "metrics": {name: last.row[name] for name in ("UA", "RA_I", "RA_C", "RA_C_retained", "drift_l2")},
             "seconds": round(sum(float(step.row["train_seconds"]) + float(step.row["eval_seconds"]) for step in steps), 1),
         }
-
-
-def describe(row: dict[str, object], total: int) -> str:
-    """The line that the terminal shows for a step."""
-    width = len(str(total))
-    ua, ra_i, ra_c = ("    -" if row[name] is None else f"{row[name]:5.1f}" for name in ("UA", "RA_I", "RA_C"))
-    cost = f"{row['train_seconds']:.0f} s train, {row['eval_seconds']:.0f} s eval"
-    head = f"{row['request']:>{width}}/{total}  {row['concept'] or 'untouched model':<18}"
-    return f"{head} UA {ua}  RA-I {ra_i}  RA-C {ra_c}  drift {row['drift_l2']:7.3f}  ({cost})"
-
-
-def to_csv(table: pd.DataFrame) -> bytes:
-    return table.to_csv(index=False).encode()

@@ -64,9 +64,8 @@ def has_intact_header(content: bytes) -> bool:
     return header == HEADER + hashlib.sha256(rest).hexdigest().encode()
 
 
-def to_table(rows: list[dict[str, object]]) -> bytes:
-    """metrics.csv of the rows of steps."""
-    return pd.DataFrame(rows).to_csv(index=False).encode()
+def to_csv(table: pd.DataFrame) -> bytes:
+    return table.to_csv(index=False).encode()
 
 
 def to_json(value: object) -> bytes:
@@ -246,7 +245,7 @@ class RunStore:
 
     def write_metrics(self, rows: list[dict[str, object]]) -> None:
         """metrics.csv, made anew from the rows of the finished steps."""
-        parallel.from_main(lambda: write_atomic(self.directory / "metrics.csv", to_table(rows)))
+        parallel.from_main(lambda: write_atomic(self.directory / "metrics.csv", to_csv(pd.DataFrame(rows))))
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         parallel.from_main(lambda: write_atomic(self.directory / "summary.json", to_json(dict(summary))))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas as pd
 import safetensors
 import yaml
 
@@ -26,7 +27,7 @@ from cu_runner.store import (
     parse_record,
     read_tensor,
     sha256_of,
-    to_table,
+    to_csv,
 )
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def verify_numbers(run: RunRecord, index: int, sequence: "Sequence") -> Iterator
 def verify_table(run: RunRecord) -> Finding:
     """metrics.csv against the rows of the steps."""
     try:
-        same = (run.directory / "metrics.csv").read_bytes() == to_table([record["row"] for record in run.records])
+        same = (run.directory / "metrics.csv").read_bytes() == to_csv(pd.DataFrame([record["row"] for record in run.records]))
     except OSError:
         return Finding("metrics.csv", False, "is missing; the run's own command writes it anew")
     return Finding("metrics.csv", same, "" if same else "differs from the steps; the run's own command writes it anew")

@@ -4,6 +4,8 @@
     python scripts/bench.py --skip-main          # without the main job
     python scripts/bench.py --methods            # what a training step of every method costs, and nothing else
     python scripts/bench.py --device cpu --precision bf16
+    python scripts/bench.py --model sd15 --path DIR --precision bf16 --batch-size 32 --compile     # DIR: of make_random_pipeline.py
+    python scripts/bench.py --request experiment=unlearncanvas_style model.path=DIR ...            # one request, and all projected
 
 Fractions of peak compare the UNet's floating-point operations with a large matrix product in the same precision, timed here.
 """
@@ -19,7 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pandas as pd
+import diffusers
 import torch
 import transformers
 import yaml
@@ -27,13 +29,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cu_runner.concepts import make_sequence, plan_requests
 from cu_runner.config import RunConfig, compose
+from cu_runner.forecast import work_of
 from cu_runner.methods.base import Scope
 from cu_runner.methods.conabl import ConAbl
 from cu_runner.models import DTYPES, DiffusionModel, load_model
 from cu_runner.params import assign, select_parameters, snapshot
-from cu_runner.sampling import generate
+from cu_runner.provenance import device_name, peak_memory_mb
+from cu_runner.runs import RunRecord, read_run
+from cu_runner.sampling import generate, make_scheduler
 from cu_runner.seeding import RandomSource
-from cu_runner.settings import Sampler, TrainSettings
+from cu_runner.settings import Sampler, Speed, TrainSettings
 from cu_runner.training import erase
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -89,27 +94,40 @@ def bench_start() -> None:
     print(f"cu-run --help: {seconds:.2f} s")
 
 
-def bench_model(device: torch.device, precision: str, batch_size: int) -> None:
-    node = read("model", "shapecanvas")
+def bench_model(name: str, path: str | None, device: torch.device, precision: str, batch_size: int, compiles: bool) -> None:
+    """Sampling and training of a model, every lever with and without, against the plain loop of diffusers."""
+    node = read("model", name) | {"precision": precision} | ({"path": path} if path else {})
     sampler = Sampler(**node.pop("sampler"))
     transformers.utils.logging.disable_progress_bar()
-    model = load_model(**node | {"precision": precision}, sampler=sampler, device=str(device))
-    sequence = make_sequence(**read("sequence", "shapecanvas_style"))
+    model = load_model(**node, sampler=sampler, device=str(device))
+    sequence = make_sequence(**read("sequence", "shapecanvas_style" if name == "shapecanvas" else "unlearncanvas_style"))
     peak, flops = matmul_peak(device, precision), unet_flops(model)
-    print(f"{device}, {precision}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
+    print(f"{name}, {device_name(device)}, {precision}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
     print(f"matrix product: {peak / 1e9:.0f} GFLOP/s; UNet: {flops / 1e9:.3f} GFLOP per image and step")
 
     concepts = [*sequence.targets, *sequence.retain]
     prompts = [sequence.evaluation_prompt(concept, cross) for concept in concepts for cross in sequence.cross_retain][:batch_size]
-    seeds = [0] * len(prompts)
-    seconds = median_seconds(lambda: list(generate(model, prompts, seeds, sampler, batch_size=batch_size, label="")), device, 3)
-    rate = len(prompts) / seconds
-    passes = sampler.steps * (2 if sampler.guidance != 1 else 1)
-    print(
-        f"sampling, batch {len(prompts)}, {sampler.steps} steps, guidance {sampler.guidance}: {rate:.1f} images/s, "
-        f"{rate * passes * flops / peak:.0%} of the matrix product's rate"
-    )
+    seeds, passes = [0] * len(prompts), sampler.steps * (2 if sampler.guidance != 1 else 1)
 
+    def sample() -> list[torch.Tensor]:
+        return list(generate(model, prompts, seeds, sampler, batch_size=batch_size, label=""))
+
+    levers = {"nothing": Speed(False, False, False), "kv_cache": Speed(True, False, False)}
+    levers |= {"kv_cache and channels_last": Speed(True, True, False)} if device.type == "cuda" else {}
+    levers |= {"channels_last and compile": Speed(False, True, True)} if compiles else {}
+    slowest = None
+    for lever, speed in levers.items():
+        model.speed_up(speed)
+        rate = len(prompts) / median_seconds(sample, device, 3)
+        slowest = slowest or rate
+        print(
+            f"sampling with {lever}: batch {len(prompts)}, {sampler.steps} steps, guidance {sampler.guidance}: "
+            f"{rate:.2f} images/s, {rate * passes * flops / peak:.0%} of the matrix product's rate, {rate / slowest:.2f} of that with nothing"
+        )
+    single = plain_rate(model, prompts[:4], sampler)
+    print(f"diffusers' own loop, batch 1, fp32: {single:.2f} images/s; ours is {rate / single:.1f} times as fast")
+
+    model.speed_up(Speed())
     params = select_parameters(model.unet, "kv_xattn")
     request = plan_requests(sequence, "sequential")[0]
     base = snapshot(params)
@@ -120,6 +138,45 @@ def bench_model(device: torch.device, precision: str, batch_size: int) -> None:
     )
     seconds = median_seconds(lambda: erase(scope, ConAbl(), {}, settings), device, 3) / settings.steps
     print(f"training, conabl, batch 8, fp32 weights: {1 / seconds:.1f} steps/s")
+    print(f"peak memory of all this: {peak_memory_mb(device):.0f} MB")
+
+
+def plain_rate(model: DiffusionModel, prompts: list[str], sampler: Sampler) -> float:
+    """Images/s of diffusers' pipeline, one prompt after another in fp32, as the published scripts do it."""
+    parts = model.components
+    common = {"unet": parts.unet, "vae": parts.vae, "scheduler": make_scheduler(model, sampler)}
+    if len(parts.tokenizers) == 2:
+        (first, second), (encoder, larger) = parts.tokenizers, parts.text_encoders
+        more = {"tokenizer": first, "tokenizer_2": second, "text_encoder": encoder, "text_encoder_2": larger}
+        pipeline = diffusers.StableDiffusionXLPipeline(**common, **more)
+    else:
+        more = {"tokenizer": parts.tokenizers[0], "text_encoder": parts.text_encoders[0], "safety_checker": None}
+        pipeline = diffusers.StableDiffusionPipeline(**common, **more, feature_extractor=None, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    size = {"height": model.resolution, "width": model.resolution, "output_type": "pt"}
+    single = lambda: [  # noqa: E731
+        pipeline(prompt, num_inference_steps=sampler.steps, guidance_scale=sampler.guidance, **size) for prompt in prompts
+    ]
+    return len(prompts) / median_seconds(single, model.device, 3)
+
+
+def bench_request(overrides: list[str]) -> None:
+    """One request with empty caches, measured, and what the whole sequence would take at its rates."""
+    plan = compose(overrides)
+    first = plan.sequence.build().targets[0].name
+    with tempfile.TemporaryDirectory() as folder:
+        run = run_in(folder, [*overrides, f"sequence.targets=[{first}]"])[0]
+    base, request = (record["row"] for record in run.records)
+    images = len(run.predictions(1))
+    work = work_of(plan)
+    evaluation = request["eval_seconds"] / images * sum(entry.images for entry in work)
+    total = evaluation + request["train_seconds"] * (len(work) - 1)
+    print(
+        f"one request of {' '.join(overrides)}: {request['train_steps']} steps and anchor images in "
+        f"{request['train_seconds']:.0f} s, {images} images classified in {request['eval_seconds']:.0f} s, the untouched model in {base['eval_seconds']:.0f} s, "
+        f"peak memory {request['peak_memory_mb']} MB"
+    )
+    print(f"all {len(work) - 1} requests, projected from one measured request: {total / 60:.1f} min")
 
 
 def time_method(plan: RunConfig, device: torch.device) -> tuple[float, int]:
@@ -156,39 +213,52 @@ def bench_methods(device: torch.device) -> None:
         print(f"{name:<16} {1000 * seconds:6.1f} ms a step, {ratio:4.1f} of conabl's; {images:>4} images made for a request")
 
 
+def run_in(folder: str, overrides: list[str]) -> tuple[RunRecord, float]:
+    """A run by the command with empty caches, and its seconds."""
+    command = [str(Path(sys.executable).with_name("cu-run")), *overrides, f"paths.outputs={folder}"]
+    started = time.perf_counter()
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"WANDB_MODE": "offline"})
+    return read_run(Path(done.stdout.strip().splitlines()[-1].removeprefix("run: "))), time.perf_counter() - started
+
+
 def bench_main_job(overrides: list[str]) -> None:
     """The main job with empty caches, as a subprocess in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(Path(sys.executable).with_name("cu-run")), *overrides, f"paths.outputs={folder}"]
-        started = time.perf_counter()
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"WANDB_MODE": "offline"})
-        seconds = time.perf_counter() - started
-        directory = Path(done.stdout.strip().splitlines()[-1].removeprefix("run: "))
-        table = pd.read_csv(directory / "metrics.csv")
-        first = yaml.safe_load((directory / "steps" / "01" / "step.json").read_text())["seconds"]["start_to_first_step"]
-    requests = table[table["request"] > 0]
+        run, seconds = run_in(folder, overrides)
+    first = run.records[1]["seconds"]["start_to_first_step"]
+    requests = run.table[run.table["request"] > 0]
     per_request = (requests["train_seconds"] + requests["eval_seconds"]).median()
     print(
         f"cu-run {' '.join(overrides)}: {seconds:.0f} s for {len(requests)} requests, first training step after {first:.1f} s, "
         f"median request {per_request:.1f} s (training {requests['train_seconds'].median():.1f} s), "
-        f"peak memory {table['peak_memory_mb'].max():.0f} MB"
+        f"peak memory {run.table['peak_memory_mb'].max():.0f} MB"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="shapecanvas", help="a file of conf/model")
+    parser.add_argument("--path", help="of its weights; scripts/make_random_pipeline.py writes some")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
     parser.add_argument("--batch-size", type=int, default=96)
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile")
     parser.add_argument("--skip-main", action="store_true", help="leave the main job out")
     parser.add_argument("--methods", action="store_true", help="only the cost of a training step of every method")
+    parser.add_argument(
+        "--request", nargs="+", metavar="OVERRIDE", help="only one request of such a run, and the whole projected from it"
+    )
     arguments = parser.parse_args()
+    device = torch.device(arguments.device)
     if arguments.methods:
-        bench_methods(torch.device(arguments.device))
+        bench_methods(device)
+        return
+    if arguments.request:
+        bench_request(arguments.request)
         return
     bench_start()
-    bench_model(torch.device(arguments.device), arguments.precision, arguments.batch_size)
-    if not arguments.skip_main:
+    bench_model(arguments.model, arguments.path, device, arguments.precision, arguments.batch_size, arguments.compile)
+    if not arguments.skip_main and arguments.model == "shapecanvas":
         choice = [f"device={arguments.device}", f"model.precision={arguments.precision}"]
         bench_main_job(["method=conabl", "reg=gradproj", *choice])
 

@@ -18,7 +18,8 @@ CODE = [
 ]
 AT_THE_DOOR = {"cli.py", "config.py", "trust.py", "submission.py", "tables.py", "complaints.py"}
 
-TAKE_A_RUN = {"reevaluate.py", "forecast.py"}  # cu-eval and dry_run: they need a whole checked run, and no DictConfig
+# cu-eval, dry_run, cu-doctor: they need a whole checked run, and no DictConfig
+TAKE_A_RUN = {"reevaluate.py", "forecast.py", "checkup.py", "doctor.py"}
 
 
 def imported(path: Path) -> set[str]:

@@ -163,9 +163,8 @@ def check(call_command):
         assert lines[0] == "plan"
         found = {}
         for line in lines[1:-1]:
-            mark, _, rest = line.partition(" " * 2)
-            what, _, detail = rest.strip().partition(": ")
-            found[what] = (mark, detail)
+            what, _, detail = line[11:].strip().partition(": ")
+            found[what] = (line[:11].strip(), detail)
         return status, found
 
     return call
