@@ -122,7 +122,8 @@ def bench_model(name: str, path: str | None, device: torch.device, precision: st
         slowest = slowest or rate
         print(
             f"sampling with {lever}: batch {len(prompts)}, {sampler.steps} steps, guidance {sampler.guidance}: "
-            f"{rate:.2f} images/s, {rate * passes * flops / peak:.0%} of the matrix product's rate, {rate / slowest:.2f} of that with nothing"
+            f"{rate:.2f} images/s, {rate * passes * flops / peak:.0%} of the matrix product's rate, "
+            f"{rate / slowest:.2f} of that with nothing"
         )
     single = plain_rate(model, prompts[:4], sampler)
     print(f"diffusers' own loop, batch 1, fp32: {single:.2f} images/s; ours is {rate / single:.1f} times as fast")
@@ -173,7 +174,8 @@ def bench_request(overrides: list[str]) -> None:
     total = evaluation + request["train_seconds"] * (len(work) - 1)
     print(
         f"one request of {' '.join(overrides)}: {request['train_steps']} steps and anchor images in "
-        f"{request['train_seconds']:.0f} s, {images} images classified in {request['eval_seconds']:.0f} s, the untouched model in {base['eval_seconds']:.0f} s, "
+        f"{request['train_seconds']:.0f} s, {images} images classified in {request['eval_seconds']:.0f} s, "
+        f"the untouched model in {base['eval_seconds']:.0f} s, "
         f"peak memory {request['peak_memory_mb']} MB"
     )
     print(f"all {len(work) - 1} requests, projected from one measured request: {total / 60:.1f} min")
