@@ -111,8 +111,11 @@ def is_complete(directory: Path, store: "RunStore") -> bool:
         summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # missing or damaged: it is derived, the runner writes it again
         return False
-    store.write_metrics([step.row for step in steps])
-    return bool(steps) and isinstance(summary, dict) and summary.get("sha256") == steps[-1].sha256
+    complete = bool(steps) and isinstance(summary, dict) and summary.get("sha256") == steps[-1].sha256
+    if complete:  # what is derived is made anew: it may have been damaged or edited
+        store.write_metrics([step.row for step in steps])
+        store.write_summary(steps)
+    return complete
 
 
 def execute(plan: "RunConfig", store: "RunStore", outputs: Path, stop: StopSignals) -> None:

@@ -121,7 +121,7 @@ class Runner:
             self.store.write_metrics([step.row for step in steps])
         self._checkpoint.remove()  # of a request whose process died right after its commit
         self.store.write_metrics([step.row for step in steps])
-        self.store.write_summary(self._summary(steps))
+        self.store.write_summary(steps)
         return steps
 
     def _check_base(self, base: Step) -> None:
@@ -338,13 +338,3 @@ class Runner:
         for note in filter(None, [training.get("method", {}).get("note")]):
             logger.warning("   request %d: %s", index, note)
         return step
-
-    def _summary(self, steps: list[Step]) -> dict[str, object]:
-        last = steps[-1]
-        return {
-            "signature": self.store.signature,
-            "requests": len(self.requests),
-            "sha256": last.sha256,
-            "metrics": {name: last.row[name] for name in ("UA", "RA_I", "RA_C", "RA_C_retained", "drift_l2")},
-            "seconds": round(sum(float(step.row["train_seconds"]) + float(step.row["eval_seconds"]) for step in steps), 1),
-        }

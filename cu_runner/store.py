@@ -247,8 +247,17 @@ class RunStore:
         """metrics.csv, made anew from the rows of the finished steps."""
         parallel.from_main(lambda: write_atomic(self.directory / "metrics.csv", to_csv(pd.DataFrame(rows))))
 
-    def write_summary(self, summary: Mapping[str, object]) -> None:
-        parallel.from_main(lambda: write_atomic(self.directory / "summary.json", to_json(dict(summary))))
+    def write_summary(self, steps: list[Step]) -> None:
+        """summary.json, made anew: it says that the run is complete, and where it ended."""
+        last = steps[-1]
+        summary = {
+            "signature": self.signature,
+            "requests": len(steps) - 1,
+            "sha256": last.sha256,
+            "metrics": {name: last.row[name] for name in ("UA", "RA_I", "RA_C", "RA_C_retained", "drift_l2")},
+            "seconds": round(sum(float(step.row["train_seconds"]) + float(step.row["eval_seconds"]) for step in steps), 1),
+        }
+        parallel.from_main(lambda: write_atomic(self.directory / "summary.json", to_json(summary)))
 
 
 def read_record(directory: Path) -> dict[str, object]:
