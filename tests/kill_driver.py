@@ -6,6 +6,7 @@ what the run was doing: a number in memory that the child shares says so.
 """
 
 import functools
+import itertools
 import json
 import os
 import random
@@ -133,15 +134,16 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     watch()
     draw, kills, number = random.Random(arguments["seed"]), [], 0
-    first = ["loading", "base evaluation", "cache writing", "commit"]
-    later = ["loading", "training", "evaluation", "commit"] + ["merging", "cache writing"] * ("reg=merge" in arguments["overrides"])
+    merges, targets = "reg=merge" in arguments["overrides"], itertools.cycle(PHASES)
     total, calm = arguments["requests"] + 1, Path("calm").resolve()
     live([*arguments["overrides"], f"paths.outputs={calm}"], calm)
     while len(kills) < arguments["kills"]:
         outputs = Path(f"killed{number}").resolve()
         overrides = [*arguments["overrides"], f"paths.outputs={outputs}"]
         while (stage := commits(outputs)) < total and len(kills) < arguments["kills"]:
-            target = draw.choice(later if stage else first)
+            target = next(targets)
+            if (stage and target == "base evaluation") or (target == "merging" and not merges):
+                continue  # a life in which it does not come
             kill = die(overrides, outputs, target, draw.uniform(0, PHASES[target]))
             if kill["killed"]:
                 kills.append(kill)

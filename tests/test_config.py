@@ -47,6 +47,8 @@ def compose_complete(*overrides: str):
         given.append(f"evaluator.model={PARTS}/open_clip")
     elif missing:
         given += [f"evaluator.labels.{domain}={LABELS[domain]}" for domain in config.evaluator.get("labels", {})]
+    if not OmegaConf.is_missing(config.model, "path") and not config.model.path.startswith("package:"):  # of the hub
+        given.append(f"model.path={EMBEDDED['model.path']}")
     return compose(*overrides, *given)
 
 
