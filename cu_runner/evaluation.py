@@ -176,11 +176,14 @@ def evaluate(
     batches = [range(start, min(start + settings.batch_size, len(wanted))) for start in range(0, len(wanted), settings.batch_size)]
     # of several processes each takes whole batches: the images are those of a single one, bitwise
     own = [place for batch in batches[parallel.rank() :: parallel.size()] for place in batch]
+    cells = [(image.concept, image.cross) for image in wanted]
+    shown_first = {cells.index(cell) for cell in set(cells)}  # what the grid shows
     seen: dict[int, Seen | None] = {}
     with parallel.alone():
         for rows, images in in_batches(model, [wanted[place] for place in own], settings):
             judged = judge(evaluator, images, sequence) if images.isfinite().all() else [None] * len(images)
-            seen |= dict(zip(own[rows], judged, strict=True))
+            for place, row, image in zip(own[rows], judged, images, strict=True):
+                seen[place] = row and Seen(row, to_picture(image) if place in shown_first else None)
     seen = {place: found for part in parallel.in_turn(seen) for place, found in part.items()}
     if not all(seen.values()):
         raise SamplingError(
@@ -190,16 +193,17 @@ def evaluate(
     for place, shown in enumerate(wanted):
         row = {"step": step, "prompt": shown.prompt, sequence.domain: shown.concept, sequence.cross_domain: shown.cross}
         rows.append(row | {"seed": shown.seed} | seen[place].row)
-        thumbnails.setdefault((shown.concept, shown.cross), seen[place].picture)
+        if place in shown_first:
+            thumbnails[cells[place]] = seen[place].picture
     return Evaluation(pd.DataFrame(rows), thumbnails)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen in one image. row: its columns of predictions.csv."""
+    """What was seen in one image. row: its columns of predictions.csv. picture: for the grid, where it shows this image."""
 
     row: dict[str, object]
-    picture: Image.Image
+    picture: Image.Image | None
 
 
 def in_batches(model: "DiffusionModel", wanted: list[ImagePrompt], settings: EvalSettings) -> Iterator[tuple[slice, Tensor]]:
@@ -224,18 +228,18 @@ def in_batches(model: "DiffusionModel", wanted: list[ImagePrompt], settings: Eva
             start = rows.stop
 
 
-def judge(evaluator: Evaluator, images: Tensor, sequence: Sequence) -> list[Seen]:
-    """What the evaluator sees in images [B, 3, S, S]."""
+def judge(evaluator: Evaluator, images: Tensor, sequence: Sequence) -> list[dict[str, object]]:
+    """What the evaluator sees in images [B, 3, S, S]: of each its columns of predictions.csv."""
     predictions = evaluator.predict(images)
     found = []
-    for i, image in enumerate(images):
+    for i in range(len(images)):
         row: dict[str, object] = {}
         for kind in sequence.judged:
             row[f"predicted_{kind}"] = predictions[kind].labels[i]
             row[f"score_{kind}"] = round(predictions[kind].scores[i], 4)
         if (faces := predictions[sequence.domain].faces) is not None:
             row["face"] = int(faces[i])
-        found.append(Seen(row, to_picture(image)))
+        found.append(row)
     return found
 
 

@@ -219,29 +219,23 @@ class RunStore:
             row: this step's row of metrics.csv.
             parent: the step before, None for step 0.
         """
-        return parallel.from_main(lambda: self._write_step(index, files, record, row, parent))
 
-    def _write_step(
-        self,
-        index: int,
-        files: Mapping[str, bytes],
-        record: Mapping[str, object],
-        row: Mapping[str, object],
-        parent: Step | None,
-    ) -> Step:
-        directory = self.step_dir(index)
-        if directory.exists():  # left by a process that was killed before its commit
-            shutil.rmtree(directory)
-        directory.mkdir(parents=True)
-        for name, content in files.items():
-            write_atomic(directory / name, content)
-        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        above = parent.sha256 if parent else None
-        own = chain(above, hashes)
-        links = {"index": index, "signature": self.signature, "parent_sha256": above, "sha256": own, "files": hashes}
-        entries = {**links, **record, "row": dict(row)}
-        write_atomic(directory / STEP, to_json(entries | {"record_sha256": hash_json(entries)}))
-        return Step(index, directory, own, dict(row))
+        def write() -> Step:
+            directory = self.step_dir(index)
+            if directory.exists():  # left by a process that was killed before its commit
+                shutil.rmtree(directory)
+            directory.mkdir(parents=True)
+            for name, content in files.items():
+                write_atomic(directory / name, content)
+            hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+            above = parent.sha256 if parent else None
+            own = chain(above, hashes)
+            links = {"index": index, "signature": self.signature, "parent_sha256": above, "sha256": own, "files": hashes}
+            entries = {**links, **record, "row": dict(row)}
+            write_atomic(directory / STEP, to_json(entries | {"record_sha256": hash_json(entries)}))
+            return Step(index, directory, own, dict(row))
+
+        return parallel.from_main(write)
 
     def write_metrics(self, rows: list[dict[str, object]]) -> None:
         """metrics.csv, made anew from the rows of the finished steps."""

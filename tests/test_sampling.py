@@ -6,13 +6,14 @@ import logging
 import diffusers
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from cu_runner import sampling
 from cu_runner.evaluation import evaluate
-from cu_runner.models import DiffusionModel
+from cu_runner.models import DiffusionModel, load_model
 from cu_runner.sampling import generate, sample_latents, sample_partly
 from cu_runner.seeding import RandomSource, derive_seed, image_noise
-from cu_runner.settings import EvalSettings, Sampler
+from cu_runner.settings import EvalSettings, Sampler, Speed
 
 PROMPTS = [
     "a tree image in ember stripe style",
@@ -217,3 +218,42 @@ def test_evaluation_goes_on_with_half_the_batch_when_memory_runs_out(model, eval
     monkeypatch.setattr(sampling, "sample_images", lambda *arguments: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
     with pytest.raises(torch.OutOfMemoryError):
         evaluate(model, evaluator, sequence, list(sequence.targets), 1, settings)
+
+
+# -------------------------------------------------------------------------------------------------------------- speed
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_remembered_keys_and_values_give_the_same_bits(model, guidance):
+    sampler = Sampler(3, guidance)
+    plain = sample_latents(model, PROMPTS, SEEDS, sampler)
+    calls = []
+    layer = next(layer for name, layer in model.unet.named_modules() if name.endswith("attn2.to_k"))
+    handle = layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.speed_up(Speed(kv_cache=True))
+    try:
+        with model.constant_text():
+            text = model.encode_prompts(PROMPTS[:2])
+            other = model.encode_prompts(PROMPTS[2:4])
+            first, second = layer(text.hidden), layer(other.hidden)
+            assert layer(other.hidden) is second
+            assert not torch.equal(first, second)
+        assert torch.equal(sample_latents(model, PROMPTS, SEEDS, sampler), plain)
+        assert "forward" not in vars(layer)  # training finds the layer as it was
+        assert torch.equal(layer(text.hidden), first)
+    finally:
+        model.speed_up(Speed(kv_cache=False))
+        handle.remove()
+
+
+def test_the_fast_path_keeps_the_accuracy_within_its_interval(evaluator, sequence):
+    """bf16 with remembered keys and values against plain fp32, on the untouched model."""
+    settings, accuracy = EvalSettings(6, 2.5, batch_size=24), {}
+    for precision in ("fp32", "bf16"):
+        made = load_model("package:shapecanvas/weights/pipeline", 64, Sampler(6, 2.5), precision)
+        made.speed_up(Speed(kv_cache=precision == "bf16"))
+        found = evaluate(made, evaluator, sequence, [*sequence.targets, *sequence.retain], 0, settings).predictions
+        right = [(found[kind] == found[f"predicted_{kind}"]).sum() for kind in ("style", "object")]
+        accuracy[precision] = (sum(right), 2 * len(found))
+    interval = binomtest(*map(int, accuracy["fp32"])).proportion_ci(method="wilson")
+    hits, number = accuracy["bf16"]
+    assert hits / number > 0.5
+    assert interval.low <= hits / number <= interval.high

@@ -83,7 +83,8 @@ class GeneralRetention(Retention):
         self._scorer = load_image_text(self._clip_score, self._device) if self._clip_score else None
         self._texts = self._scorer.embed_texts([prompt for prompt, _ in self._images]) if self._scorer else None
         self._extractor = FeatureExtractor(self._features, self._device) if self._features else None
-        common = {"judges": self.fingerprint(), "torch": torch.__version__, "device": model.device.type}
+        self._fingerprint = self._hash_judges()  # once: it reads every weight
+        common = {"judges": self._fingerprint, "torch": torch.__version__, "device": model.device.type}
         drawn = {"model": model_sha256, "precision": model.precision, "sampler": sampler_key(settings), "images": self._images}
         self._base = fetch(cache, common | drawn, self._measure_images)
         self._reference = self._base.get("features")
@@ -105,6 +106,9 @@ class GeneralRetention(Retention):
         return measured
 
     def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def _hash_judges(self) -> str:
         judges = [judge.fingerprint() for judge in (self._scorer, self._extractor) if judge]
         return hashlib.sha256(repr((judges, bool(self._scorer), bool(self._extractor))).encode()).hexdigest()
 
