@@ -14,6 +14,9 @@ from cu_runner import parallel
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
           "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "cu_runner.cli"]  # fmt: skip
 CELLS = {
+    "conabl, sgd": [  # Adam and clipping would hide gradients of another size
+        "method.num_anchors=4", "reg=none", "train.optimizer=sgd", "train.lr=0.1", "train.grad_clip=0",
+    ],
     "conabl": ["method.num_anchors=4", "reg=[l2,gradproj]", "reg.gradproj.apply=update", "reg.gradproj.auxiliary.number=20"],
     "rgd": ["method=rgd", "method.num_images=4", "method.retain.images=4", "reg=none"],  # products of two gradients
     "likelihood": [
@@ -56,7 +59,7 @@ def test_two_processes_make_what_one_makes(in_process, tmp_path, cell):
         first, second = (safetensors.torch.load_file(path / "steps" / step / "delta.safetensors") for path in (one, two))
         moved = torch.cat([change.flatten() for change in first.values()])
         apart = torch.cat([(second[name] - change).flatten() for name, change in first.items()])
-        assert apart.norm() < 1e-2 * moved.norm()
+        assert apart.norm() < (1e-4 if cell == "conabl, sgd" else 1e-2) * moved.norm()
     zero = [(path / "steps/00/predictions.csv").read_bytes() for path in (one, two)]
     assert zero[0] == zero[1]
 
