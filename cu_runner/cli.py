@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # imported where they are used: --help and --version must be 
     from cu_runner.config import RunConfig
     from cu_runner.store import RunStore
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("cu_runner.cli")  # __name__ is another under `python -m`
 
 
 def main() -> None:
@@ -137,6 +137,8 @@ def execute(plan: "RunConfig", store: "RunStore", outputs: Path, stop: StopSigna
     logger.info(
         "%s: %d requests, method %s, reg %s", sequence.name, len(requests), plan.method_name, "+".join(regularizers) or "none"
     )
+    if parallel.size() > 1:
+        logger.info("%d processes", parallel.size())
     if not plan.tuned:
         logger.info("no tuned settings for these regularizers in this order (conf/tuned): those of their own files hold")
     model = plan.model.build(device=device)

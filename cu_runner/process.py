@@ -38,10 +38,12 @@ def choose_device(spine: "Spine") -> str:
     if spine.num_threads:
         torch.set_num_threads(spine.num_threads)
     device = spine.device
-    if device == "auto":  # of several processes, each has a GPU of its own
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device}: no CUDA device is visible; use device=cpu or device=auto")
+    if device == "cuda":  # of several processes, each has a GPU of its own
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if device.startswith("cuda:") and int(device[5:]) >= torch.cuda.device_count():
         raise ValueError(f"device={device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
     return device

@@ -11,7 +11,8 @@ from conftest import SMOKE, environment, run_directory
 
 from cu_runner import parallel
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+# --multi_gpu is what makes accelerate start more than one process, on CPUs too; with --cpu it starts a single one
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
           "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "cu_runner.cli"]  # fmt: skip
 CELLS = {
     "conabl, sgd": [  # Adam and clipping would hide gradients of another size
@@ -29,7 +30,13 @@ COMMON = [override for override in SMOKE if not override.startswith("method.")]
 
 def launch(cwd, *overrides: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*LAUNCH, *COMMON, *overrides], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=400, check=False
+        [*LAUNCH, *COMMON, *overrides],
+        cwd=cwd,
+        env=environment(ACCELERATE_USE_CPU="true"),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
     )
 
 
@@ -50,6 +57,7 @@ def test_two_processes_make_what_one_makes(in_process, tmp_path, cell):
     done = launch(tmp_path, *CELLS[cell], "paths.outputs=two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run: ") == 1
+    assert "2 processes" in done.stdout
     two = run_directory(done.stdout, tmp_path)
     assert two.name == one.name
     tables = [pd.read_csv(path / "metrics.csv") for path in (one, two)]
