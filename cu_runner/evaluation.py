@@ -5,8 +5,9 @@ Accuracies are in percent. A prediction counts as right when it equals the conce
 
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -179,11 +180,15 @@ def evaluate(
     cells = [(image.concept, image.cross) for image in wanted]
     shown_first = {cells.index(cell) for cell in set(cells)}  # what the grid shows
     seen: dict[int, Seen | None] = {}
+
+    def look(rows: slice, latents: Tensor) -> None:
+        images = model.decode_latents(latents)
+        judged = judge(evaluator, images, sequence) if images.isfinite().all() else [None] * len(images)
+        for place, row, image in zip(own[rows], judged, images, strict=True):
+            seen[place] = row and Seen(row, to_picture(image) if place in shown_first else None)
+
     with parallel.alone():
-        for rows, images in in_batches(model, [wanted[place] for place in own], settings):
-            judged = judge(evaluator, images, sequence) if images.isfinite().all() else [None] * len(images)
-            for place, row, image in zip(own[rows], judged, images, strict=True):
-                seen[place] = row and Seen(row, to_picture(image) if place in shown_first else None)
+        sample_in_batches(model, [wanted[place] for place in own], settings, look)
     seen = {place: found for part in parallel.in_turn(seen) for place, found in part.items()}
     if not all(seen.values()):
         raise SamplingError(
@@ -206,26 +211,38 @@ class Seen:
     picture: Image.Image | None
 
 
-def in_batches(model: "DiffusionModel", wanted: list[ImagePrompt], settings: EvalSettings) -> Iterator[tuple[slice, Tensor]]:
-    """The images, batch by batch, and which of those wanted they are. Where GPU memory runs out, batches become half as large."""
-    from cu_runner.sampling import progress, sample_images  # diffusers takes seconds, and reading metrics does not need it
+def sample_in_batches(
+    model: "DiffusionModel", wanted: list[ImagePrompt], settings: EvalSettings, look: Callable[[slice, Tensor], None]
+) -> None:
+    """Sample the wanted images batch by batch. Where GPU memory runs out, batches become half as large.
 
-    start, size = 0, settings.batch_size
+    Args:
+        look: is called in order with each batch: which of those wanted it holds, and their latents [B, C, H, W].
+    """
+    from cu_runner.aside import Aside
+    from cu_runner.sampling import progress, sample_latents  # diffusers takes seconds, and reading metrics does not need it
+
+    done, size = 0, settings.batch_size
     with progress(len(wanted), "evaluate") as bar:
-        while start < len(wanted):
-            rows = slice(start, min(start + size, len(wanted)))
-            prompts, seeds = [image.prompt for image in wanted[rows]], [image.seed for image in wanted[rows]]
+
+        def finish(rows: slice, latents: Tensor) -> None:
+            nonlocal done
+            look(rows, latents)
+            done = rows.stop
+            bar.update(len(latents))
+
+        while done < len(wanted):
             try:
-                images = sample_images(model, prompts, seeds, settings)
+                with Aside(model.device, settings.overlap) as aside:
+                    for start in range(done, len(wanted), size):
+                        rows = slice(start, min(start + size, len(wanted)))
+                        prompts, seeds = [image.prompt for image in wanted[rows]], [image.seed for image in wanted[rows]]
+                        aside.run(partial(finish, rows), sample_latents(model, prompts, seeds, settings))
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
                 size //= 2
                 logger.warning("   out of GPU memory: the evaluation goes on with batches of %d images", size)
-                continue
-            yield rows, images
-            bar.update(len(images))
-            start = rows.stop
 
 
 def judge(evaluator: Evaluator, images: Tensor, sequence: Sequence) -> list[dict[str, object]]:

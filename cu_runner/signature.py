@@ -9,8 +9,8 @@ from pathlib import Path
 Plain = dict[str, object] | list[object] | str | int | float | bool | None
 
 NOT_SCIENTIFIC = (
-    "dry_run", "num_threads", "device", "train.save_every", "train.gradient_checkpointing", "eval.batch_size", "speed", "wandb",
-    "paths", "cluster", "model.vae_slicing", "model.allow_pickle", "evaluator.allow_pickle",
+    "dry_run", "num_threads", "device", "train.save_every", "train.gradient_checkpointing", "eval.batch_size", "eval.overlap",
+    "speed", "wandb", "paths", "cluster", "model.vae_slicing", "model.allow_pickle", "evaluator.allow_pickle",
 )  # fmt: skip
 WITH_FILES = ("sequence", "method", "reg", "retention")  # groups whose settings may name text files
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import logging
+import threading
 
 import diffusers
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import binomtest
@@ -199,7 +201,7 @@ def test_weights_given_for_a_prediction_do_not_stay(model):
 def test_evaluation_goes_on_with_half_the_batch_when_memory_runs_out(model, evaluator, sequence, monkeypatch, caplog):
     settings = EvalSettings(2, 2.5, batch_size=8)
     whole = evaluate(model, evaluator, sequence, list(sequence.targets), 1, settings).predictions
-    real, sizes = sampling.sample_images, []
+    real, sizes = sampling.sample_latents, []
 
     def scarce(model, prompts, seeds, sampler):
         sizes.append(len(prompts))
@@ -207,7 +209,7 @@ def test_evaluation_goes_on_with_half_the_batch_when_memory_runs_out(model, eval
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, prompts, seeds, sampler)
 
-    monkeypatch.setattr(sampling, "sample_images", scarce)
+    monkeypatch.setattr(sampling, "sample_latents", scarce)
     logging.getLogger("cu_runner").propagate = True
     found = evaluate(model, evaluator, sequence, list(sequence.targets), 1, settings).predictions
     assert sizes[:3] == [min(8, len(whole)), 4, 2]
@@ -215,12 +217,50 @@ def test_evaluation_goes_on_with_half_the_batch_when_memory_runs_out(model, eval
     assert [message for message in caplog.messages if "batches of 2" in message]
     assert found["prompt"].tolist() == whole["prompt"].tolist()
     assert (found["predicted_style"] == whole["predicted_style"]).mean() > 0.9
-    monkeypatch.setattr(sampling, "sample_images", lambda *arguments: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+    monkeypatch.setattr(sampling, "sample_latents", lambda *arguments: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
     with pytest.raises(torch.OutOfMemoryError):
         evaluate(model, evaluator, sequence, list(sequence.targets), 1, settings)
 
 
 # -------------------------------------------------------------------------------------------------------------- speed
+def test_a_batch_classified_while_the_next_is_sampled_gives_the_same_predictions(model, evaluator, sequence, monkeypatch):
+    concepts = [*sequence.targets, *sequence.retain]
+    plain, beside = (EvalSettings(2, 2.5, batch_size=3, overlap=overlap) for overlap in (False, True))
+    whole = evaluate(model, evaluator, sequence, concepts, 1, plain)
+    threads, decode = set(), model.decode_latents
+    monkeypatch.setattr(model, "decode_latents", lambda latents: threads.add(threading.get_ident()) or decode(latents))
+    found = evaluate(model, evaluator, sequence, concepts, 1, beside)
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+    scores = [name for name in whole.predictions if name.startswith("score_")]
+    pd.testing.assert_frame_equal(found.predictions.drop(columns=scores), whole.predictions.drop(columns=scores))
+    pd.testing.assert_frame_equal(found.predictions[scores], whole.predictions[scores], atol=1e-3)
+    assert found.thumbnails.keys() == whole.thumbnails.keys()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_memory_that_runs_out_while_images_are_classified_halves_the_batch_too(model, evaluator, sequence, monkeypatch, overlap):
+    concepts = [*sequence.targets, *sequence.retain]
+    settings = EvalSettings(2, 2.5, batch_size=3, overlap=overlap)
+    whole = evaluate(model, evaluator, sequence, concepts, 1, settings).predictions
+    sizes, decode = [], model.decode_latents
+
+    def scarce(latents):
+        sizes.append(len(latents))
+        if len(sizes) > 1 and len(latents) > 1:  # the first batch is done and is not made again
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(latents)
+
+    monkeypatch.setattr(model, "decode_latents", scarce)
+    found = evaluate(model, evaluator, sequence, concepts, 1, settings).predictions
+    assert sizes[:3] == [3, 3, 1]
+    assert sum(sizes) == 3 + len(whole)
+    assert found["prompt"].tolist() == whole["prompt"].tolist()
+    monkeypatch.setattr(model, "decode_latents", lambda _: (_ for _ in ()).throw(ValueError("another failure")))
+    with pytest.raises(ValueError, match="another failure"):
+        evaluate(model, evaluator, sequence, concepts, 1, settings)
+
+
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_remembered_keys_and_values_give_the_same_bits(model, guidance):
     sampler = Sampler(3, guidance)
