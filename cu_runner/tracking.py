@@ -5,6 +5,7 @@ Runs are grouped by sequence and method, and their job type is the list of regul
 
 import io
 import logging
+import os
 import warnings
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from cu_runner.settings import WandbSettings
 from cu_runner.store import GRID, TRAINING
 
 logger = logging.getLogger(__name__)
+
+FINISH_SECONDS = 60.0  # for what is not uploaded yet when a run ends; without a limit W&B waits for a lost server for ever
 
 
 class Tracker:
@@ -53,8 +56,11 @@ class Tracker:
                 resume="allow" if settings.mode == "online" else None,
                 dir=str(outputs.absolute()),  # W&B's own process may have been started elsewhere
                 config=config | {"code": {"version": __version__, "git_commit": git_commit()}},
-                settings=wandb.Settings(silent=True, console="off", x_disable_meta=True, x_save_requirements=False),
-            )
+                settings=wandb.Settings(
+                    silent=True, console="off", x_disable_meta=True, x_save_requirements=False,
+                    finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_SECONDS)), finish_timeout_raises=True,
+                ),
+            )  # fmt: skip
         except Exception as error:  # W&B fails in many ways; the run goes on without it and says so
             self._give_up(error)
 
@@ -90,7 +96,10 @@ class Tracker:
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
-        logger.warning("W&B is not written from here on: %s (metrics.csv is complete; wandb.mode=disabled silences this)", error)
+        logger.warning(
+            "W&B is not written from here on: %s (the run directory is complete; cu-report RUN --wandb online sends it later)",
+            " ".join(str(error).split()),
+        )
 
 
 def send(run: RunRecord, settings: WandbSettings, outputs: Path) -> None:

@@ -5,13 +5,16 @@ import json
 import re
 import shutil
 import struct
+import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import SMOKE, run_directory
+from conftest import SMOKE, command, environment, run_directory
 from PIL import Image
+from wandb_server import WandbServer
 
 from cu_runner import __version__
 from cu_runner.config import compose
@@ -169,3 +172,52 @@ def test_the_shipped_sweep_composes_for_every_combination_as_an_agent_would_call
         signatures.add(plan.signature)
     assert len(signatures) == 8
     assert sweep["metric"]["name"] in ("UA", "RA_I", "RA_C")
+
+
+# --------------------------------------------------------------------------------------------- online, and no longer so
+def online(cwd, server, *overrides: str, **variables: str) -> tuple[subprocess.CompletedProcess, Path]:
+    """A run that logs to the server, as a process; and its directory."""
+    done = subprocess.run(
+        [*command(), *OFFLINE, *overrides], cwd=cwd, env=environment(**server.environment, **variables),
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done, run_directory(done.stdout, cwd)
+
+
+def test_an_online_run_sends_its_configuration_and_every_request(tmp_path):
+    server = WandbServer()
+    _, directory = online(tmp_path, server)
+    server.shut()
+    begun = server.opened()
+    assert (begun["project"], begun["name"], begun["groupName"]) == ("cu_runner", directory.name, "smoke-conabl")
+    assert json.loads(begun["config"])["seed"]["value"] == 0
+    table, rows = pd.read_csv(directory / "metrics.csv"), {row["_step"]: row for row in server.history()}
+    assert sorted(rows) == [0, 1, 2]
+    for step, row in rows.items():
+        assert row["RA_I"] == table["RA_I"][step]
+        assert row["grid"]["_type"] == "image-file"
+
+
+def test_a_server_that_is_lost_in_the_middle_does_not_hold_the_run_up(tmp_path):
+    def lose(server: WandbServer, path: str) -> None:
+        if path.endswith("/file_stream"):  # the first thing that is logged
+            threading.Thread(target=server.shut).start()
+
+    server = WandbServer(after=lose)
+    started = time.monotonic()
+    done, directory = online(tmp_path, server, WANDB_FINISH_TIMEOUT="5")
+    assert time.monotonic() - started < 150
+    (line,) = [line for line in done.stdout.splitlines() if "W&B is not written from here on" in line]
+    assert "cu-report RUN --wandb online" in line
+    assert len(read_run(directory).records) == 3
+
+
+def test_without_a_server_the_run_goes_on_and_says_so(tmp_path):
+    server = WandbServer()
+    server.shut()
+    done, directory = online(tmp_path, server, WANDB_INIT_TIMEOUT="3")
+    assert [line for line in done.stdout.splitlines() if line.startswith("W&B is not written from here on")]
+    assert len(read_run(directory).records) == 3
+    assert server.requests == []
