@@ -2,6 +2,7 @@
 
 python scripts/results.py                     # resumes; writes docs/matrix.csv, docs/matrix.md, docs/results.csv, docs/results.png
 python scripts/results.py --alone esd uce     # conabl's rows, and of the other methods these, without their projected runs
+python scripts/results.py --rows conabl+gradproj_l1 esd+none     # these rows; the others keep their figures
 
 Every method alone and with gradient projection, and conabl with every regularizer and tuned combination, each with the settings of
 conf/tuned. Seconds are those of one thread, with as many runs side by side as there are cores.
@@ -63,13 +64,23 @@ def summary(table: pd.DataFrame) -> str:
     return f"UA {last.UA:5.1f}  RA-I {last.RA_I:5.1f}  RA-C {last.RA_C:5.1f}"
 
 
+def keep_others(found: pd.DataFrame) -> pd.DataFrame:
+    """The rows found, in place of the same ones of docs/matrix.csv, which keeps its order; new ones at the end."""
+    known, key = pd.read_csv(DOCS / "matrix.csv"), ["method", "reg", "remark"]
+    names = [frame[key].fillna("").agg("+".join, axis=1) for frame in (known, found)]
+    places = {name: place for place, name in enumerate(dict.fromkeys(pd.concat(names)))}
+    kept = known[~names[0].isin(names[1])]
+    rows, order = pd.concat([kept, found]), pd.concat([names[0][kept.index], names[1]]).map(places)
+    return rows.iloc[order.argsort(kind="stable")].reset_index(drop=True)
+
+
 def as_markdown(table: pd.DataFrame) -> str:
     lines = [
         "| method | regularizer | UA | RA-I | RA-C | drift | training s | UA / RA-C after request 1 |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in table.itertuples():
-        regularizer = f"{row.reg}, {row.remark}" if row.remark else row.reg
+        regularizer = f"{row.reg}, {row.remark}" if isinstance(row.remark, str) and row.remark else row.reg
         if isinstance(row.stopped, str):
             lines.append(f"| {row.method} | {regularizer} | {row.stopped.removeprefix('cu-run: ')} |")
             continue
@@ -94,9 +105,9 @@ def draw(tables: dict[str, pd.DataFrame]) -> None:
     plt.close(figure)
 
 
-def write(tables: dict[tuple[str, str, str], pd.DataFrame | str]) -> None:
-    """The table of what is done so far, and the picture when its curves are there."""
-    found = table_of(tables)
+def write(tables: dict[tuple[str, str, str], pd.DataFrame | str], *, partly: bool) -> None:
+    """The table of what is done so far, and the picture when its curves are there. partly: other rows keep their figures."""
+    found = keep_others(table_of(tables)) if partly else table_of(tables)
     found.round(3).to_csv(DOCS / "matrix.csv", index=False)
     (DOCS / "matrix.md").write_text(as_markdown(found), encoding="utf-8")
     curves = {reg: tables["conabl", reg, ""] for reg in CURVES if ("conabl", reg, "") in tables}
@@ -110,13 +121,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("methods", nargs="*", default=choices("method"), help="beside conabl; default: all")
     parser.add_argument("--alone", action="store_true", help="leave out the methods with gradient projection")
+    parser.add_argument("--rows", nargs="+", metavar="METHOD+REG", help="only these rows; the others keep their figures")
     arguments = parser.parse_args()
     cells = matrix(arguments.methods, ("none",) if arguments.alone else ("none", "gradproj"))
+    if arguments.rows:
+        named = {"+".join(filter(None, cell)): cell for cell in cells}
+        if unknown := [row for row in arguments.rows if row not in named]:
+            parser.error(f"{unknown[0]}: no such row; allowed: {', '.join(named)}")
+        cells = {named[row]: cells[named[row]] for row in arguments.rows}
     tables = {}
     for cell, run in zip(cells, cu_runs([["wandb.mode=disabled", *overrides] for overrides in cells.values()]), strict=True):
         tables[cell] = table = run if isinstance(run, str) else run.table
         print(f"{'+'.join(filter(None, cell)):<40} {table if isinstance(table, str) else summary(table)}", flush=True)
-        write(tables)
+        write(tables, partly=bool(arguments.rows))
 
 
 if __name__ == "__main__":
