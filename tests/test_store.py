@@ -183,6 +183,13 @@ def test_a_changed_configuration_is_refused(directory):
         refused(directory, r"config.yaml: was changed after the run began \(signature unreadab")
 
 
+@pytest.mark.parametrize("damaged", [lambda content: content.replace(b"cpu", b"gpu"), lambda content: content[:-1]])
+def test_damage_outside_the_science_is_refused_too(directory, damaged):
+    path = directory / "config.yaml"
+    path.write_bytes(damaged(path.read_bytes()))
+    refused(directory, r"config.yaml: was changed after the run began")
+
+
 def test_what_is_not_science_may_change(directory):
     (directory / "config.yaml").write_text("science: 1\ndevice: cuda\n")
     assert len(finished(directory)) == 3
