@@ -33,6 +33,7 @@ from cu_runner.runs import RunRecord, read_run
 from cu_runner.settings import STRICT
 from cu_runner.store import write_atomic
 from cu_runner.table_formats import as_csv, as_latex, as_markdown
+from cu_runner.trust import refuse_permissions
 
 LEVEL = 0.95  # of intervals
 
@@ -69,6 +70,13 @@ class Table:
     targets: Targets | None = None
     notes: list[str] = Field(default_factory=list)
 
+    def overrides(self) -> Iterator[Overrides]:
+        """Every list of overrides that the file holds."""
+        for row in self.rows.values():
+            yield from row.values() if isinstance(row, dict) else [row]
+        for experiment in self.experiments.values():
+            yield from (*experiment.methods.values(), *experiment.columns.values())
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -104,6 +112,8 @@ def read_table(name: str) -> tuple[str, Table]:
             raise ConfigError(
                 f"{path.name}: row {label!r} gives overrides for {', '.join(overrides)}; give them for {', '.join(sorted(columns))}"
             )
+    for overrides in table.overrides():
+        refuse_permissions(overrides, path.name)
     return path.stem, table
 
 

@@ -79,6 +79,14 @@ def searched_folders(overrides: list[str]) -> list[str]:
     return folders
 
 
+def refuse_permissions(overrides: list[str], file: str) -> None:
+    """Raises ConfigError if overrides that a file brings allow modules, or set anything of Hydra's own node."""
+    for override in overrides:
+        key = OverridesParser.create().parse_override(override).key_or_group
+        if key == "allow_modules" or key.partition(".")[0].partition("/")[0] == "hydra":
+            raise ConfigError(f"{file}: {override} can run code; only the command line may set it")
+
+
 def allowed_modules(overrides: list[str]) -> tuple[str, ...]:
     """The modules beside cu_runner whose classes a `_target_` may name, from a command line. Raises ConfigError.
 

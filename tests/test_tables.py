@@ -198,6 +198,28 @@ def test_a_table_file_is_checked(cu_table, own_table, tmp_path):
     assert "cannot be read" in cu_table(str(tmp_path / "mine.yaml"))[2]
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "allow_modules=[evil]",
+        "++allow_modules=[evil]",
+        "hydra/launcher=evil",
+        "+hydra.callbacks.a._target_=evil.Call",
+        "~hydra.job",
+    ],
+)
+def test_a_table_file_cannot_allow_code(cu_table, own_table, override):
+    for changes in ({"rows": {"a": [override]}}, {"rows": {"a": {"style": [override]}}}, with_method([override])):
+        status, _, err = cu_table(own_table(**changes), "--run")
+        assert status == 2
+        assert err.endswith(f"mine.yaml: {override} can run code; only the command line may set it\n")
+        assert err.count("\n") == 1
+
+
+def with_method(overrides: list[str]) -> dict:
+    return {"experiments": {"smoke": {"model": "x", "methods": {"m": overrides}, "columns": {"style": list(SMOKE)}}}}
+
+
 def test_a_damaged_run_is_refused(cu_table, own_table, run_copy):
     record = run_copy / "steps/01/step.json"
     record.write_text(record.read_text().replace('"UA"', '"UB"'))
