@@ -151,9 +151,10 @@ class RunStore:
             found = self._signature_of(yaml.safe_load(content.decode()))
         except (yaml.YAMLError, AttributeError, KeyError, TypeError, UnicodeDecodeError):
             found = "unreadable"
-        if found != self.signature or not has_intact_header(content):
+        differs = f"signature {found[:8]}, this run is {self.signature[:8]}" if found != self.signature else None
+        if differs or not has_intact_header(content):
             raise StoreError(
-                f"{path}: was changed after the run began (signature {found[:8]}, this run is {self.signature[:8]}); "
+                f"{path}: was changed after the run began ({differs or 'its sha256 does not fit'}); "
                 "restore it, or move the directory away to start anew"
             )
 

@@ -187,7 +187,7 @@ def test_a_changed_configuration_is_refused(directory):
 def test_damage_outside_the_science_is_refused_too(directory, damaged):
     path = directory / "config.yaml"
     path.write_bytes(damaged(path.read_bytes()))
-    refused(directory, r"config.yaml: was changed after the run began")
+    refused(directory, r"config.yaml: was changed after the run began \(its sha256 does not fit\); restore it")
 
 
 def test_what_is_not_science_may_change(directory):
