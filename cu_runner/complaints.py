@@ -22,6 +22,8 @@ def judge(error: Exception, overrides: list[str]) -> tuple[int, str]:
         return 2, f"a configuration file is no valid YAML: {one_line(error)}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return 2, explain(one_line(error), overrides)
+    if isinstance(error, BrokenPipeError):
+        return 1, "whatever read the output has ended (a pipe); what was done is kept"
     if isinstance(error, OSError) and error.errno is not None:
         place = f"{error.filename}: " if error.filename else ""
         return 1, f"{place}{error.strerror}; mend that or choose another paths.outputs, then run the same command to resume"

@@ -1,12 +1,14 @@
 """Bad input of every kind: one line on stderr that names the value and what is allowed, a non-zero exit, nothing lost."""
 
 import json
+import os
 import shutil
+import subprocess
 
 import diffusers
 import pytest
 import torch
-from conftest import SMOKE
+from conftest import SMOKE, command, environment
 
 CONFIGURATION = [
     (["method=nope"], ["method=nope", "conabl"]),
@@ -149,6 +151,23 @@ def test_outputs_that_are_a_file(in_process, tmp_path):
     (tmp_path / "taken").write_text("mine")
     assert_one_line(in_process(*SMOKE, "paths.outputs=taken"), 1, ["taken", "paths.outputs"])
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_output_that_nobody_reads(run_copy):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [*command(), *SMOKE],
+        cwd=run_copy.parents[3],
+        env=environment(),
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert done.returncode == 1
+    assert done.stderr == "cu-run: whatever read the output has ended (a pipe); what was done is kept\n"
 
 
 @pytest.mark.parametrize(
