@@ -21,7 +21,7 @@ WORTH = 30.0  # seconds of training that are saved when a request's training end
 
 
 class Checkpoint:
-    """checkpoint.pt of a run: a line of JSON (what it belongs to, sha256 of the rest) and a state as torch.save writes it."""
+    """checkpoint.pt of a run: a line of JSON (what it belongs to, a sha256) and a state as torch.save writes it."""
 
     def __init__(self, directory: Path, every: SaveEvery, device: torch.device) -> None:
         """
@@ -48,13 +48,14 @@ class Checkpoint:
             return None
         try:
             entries = json.loads(header)
-            whole = entries["sha256"] == hashlib.sha256(content).hexdigest()
+            key = entries["key"]
+            whole = entries["sha256"] == seal(key, content)
         except (ValueError, KeyError, TypeError):
             whole = False
         if not whole:
             logger.warning("%s: is damaged; the request begins anew", self.path)
             return None
-        if entries["key"] != self._key:  # of a request that was finished, or made elsewhere
+        if key != self._key:  # of a request that was finished, or made elsewhere
             return None
         return content
 
@@ -75,7 +76,7 @@ class Checkpoint:
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
         content = buffer.getvalue()
-        header = json.dumps({"key": self._key, "sha256": hashlib.sha256(content).hexdigest()})
+        header = json.dumps({"key": self._key, "sha256": seal(self._key, content)})
         parallel.from_main(lambda: write_atomic(self.path, header.encode() + b"\n" + content))
         self._saved = time.monotonic()
 
@@ -83,3 +84,8 @@ class Checkpoint:
         """The request is committed."""
         if parallel.is_main():
             self.path.unlink(missing_ok=True)
+
+
+def seal(key: object, content: bytes) -> str:
+    """sha256 of a state and of what it belongs to."""
+    return hashlib.sha256(str(key).encode() + content).hexdigest()

@@ -7,6 +7,7 @@ import yaml
 
 from cu_runner.help import GROUPS, config_dir
 
+LAUNCHERS = ("submitit", "hydra_plugins")  # what submits the jobs of a sweep, and waits for them
 READERS = ("hydra", "omegaconf", "antlr4", "yaml")  # what reads a user's configuration
 
 
@@ -29,6 +30,9 @@ def judge(error: Exception, overrides: list[str]) -> tuple[int, str]:
         return 1, f"{place}{error.strerror}; mend that or choose another paths.outputs, then run the same command to resume"
     if isinstance(error, ValueError):
         return 2, one_line(error)
+    if raised_by(error) in LAUNCHERS:
+        said = f"the launcher says: {first_line(error)}"
+        return 1, f"{said}; jobs that it began go on; `cu-sweep status outputs/sweeps/DATE` tells what became of each"
     if isinstance(error, RuntimeError):
         if type(error).__name__ == "OutOfMemoryError":
             return 1, "out of GPU memory; lower eval.batch_size or train.batch_size and run the same command to resume"

@@ -24,7 +24,7 @@ from cu_runner.help import config_dir
 from cu_runner.nodes import ConfigError, Node, check, check_file_name, check_keys, make_node, make_regularizer
 from cu_runner.settings import SettingChoice, Spine
 from cu_runner.signature import NOT_SCIENTIFIC, Plain, drop, file_hashes, numbers_by_value, signature, walk
-from cu_runner.trust import allowed_modules, searched_folders
+from cu_runner.trust import allowed_modules, refuse_unasked_pickles, searched_folders
 
 MISSING = "???"
 LONGEST = 128  # characters of a run directory's name, which is also the id of its W&B run
@@ -95,8 +95,11 @@ def tuned_cell(config: DictConfig) -> dict[str, Plain]:
 
 def method_cells(config: DictConfig) -> dict[str, Plain]:
     """All entries of conf/tuned for the chosen method."""
-    cells = config.tuned.get(_choice("method")) if "tuned" in config else None
-    return OmegaConf.to_container(cells) if cells is not None else {}
+    method = _choice("method")
+    cells = config.tuned.get(method) if "tuned" in config else None
+    entries = OmegaConf.to_container(cells) if OmegaConf.is_config(cells) else cells
+    found = check(dict[str, dict[str, object] | None], entries or {}, f"tuned.{method}")
+    return {name: cell or {} for name, cell in found.items()}
 
 
 def regularizer_cell(config: DictConfig) -> dict[str, Plain] | None:
@@ -174,6 +177,9 @@ def revise(resolved: dict[str, Plain], overrides: list[str]) -> dict[str, Plain]
 
 def parse(config: DictConfig) -> RunConfig:
     """Check a composed configuration. Raises ConfigError."""
+    for group in {"reg", "tuned"} & set(config):
+        if not isinstance(config[group], DictConfig):
+            raise ConfigError(f"{group}={config[group]}: is no mapping; a configuration file sets it as a whole")
     for key in tuned_cell(config):
         if OmegaConf.select(config, key, default=MISSING) == MISSING:
             raise ConfigError(f"conf/tuned: {key} is not a setting of this run; correct the name in the tuned file")
@@ -186,6 +192,7 @@ def parse(config: DictConfig) -> RunConfig:
     allowed = allowed_modules(list(HydraConfig.get().overrides.task))
     if list(allowed) != resolved.pop("allow_modules"):  # a file must not vouch for itself
         raise ConfigError("allow_modules: set by a configuration file; only the command line may allow modules")
+    refuse_unasked_pickles(resolved, list(HydraConfig.get().overrides.task))
     tuned = not config.reg or "tuned" not in config or regularizer_cell(config) is not None
     return check_run(resolved, _choice("method"), tuned, allowed)
 
@@ -198,6 +205,8 @@ def filled_in(resolved: dict[str, Plain]) -> dict[str, Plain]:
         if group not in defaults:  # of a chosen file, whose arguments have defaults of their own
             continue
         default = {key: defaults[group][key]} if key else defaults[group]
+        if isinstance(default, dict) and not isinstance(filled.get(group, {}), dict):
+            raise ConfigError(f"{group}={filled[group]}: is no mapping; config.yaml was changed")
         filled[group] = default | filled.get(group, {}) if isinstance(default, dict) else filled.get(group, default)
     return filled
 

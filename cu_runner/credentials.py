@@ -4,7 +4,11 @@ import os
 import re
 from collections.abc import Iterable
 
-SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|(?<![A-Z])(PASS|PAT))(?![A-Z])", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"((KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)S?|AUTH|AUTHORIZATION|DATABASE_URL|DSN|(?<=_)PWD|(?<![A-Z])(PASS|PAT))"
+    r"(?![A-Z])",
+    re.IGNORECASE,
+)
 SHORTEST = 8  # characters; shorter values would be found in ordinary words
 
 

@@ -20,8 +20,8 @@ from cu_runner.config import RunConfig, check_run, compose, filled_in
 from cu_runner.model_files import ModelError
 from cu_runner.pack import unpack
 from cu_runner.process import Parser, one_line_failures, quiet_libraries
-from cu_runner.store import STEP, parse_record
-from cu_runner.verify import Finding, read_config, verify_run
+from cu_runner.store import STEP, has_intact_header, parse_record
+from cu_runner.verify import Finding, read_config, verify_configuration, verify_run
 
 MARKS = {True: "ok", False: "WRONG", None: "not checked"}
 
@@ -55,8 +55,13 @@ def examine_run(path: Path, quiet: bool) -> int:
     with tempfile.TemporaryDirectory() as folder:
         directory = unpack(path, Path(folder)) if path.is_file() else path
         config = read_config(directory)
-        plan = check_run(filled_in(config), directory.name.partition("-")[0])
-        sequence = plan.sequence.build()
+        try:
+            plan = check_run(filled_in(config), directory.name.partition("-")[0])
+            sequence = plan.sequence.build()
+        except ValueError:
+            if has_intact_header((directory / "config.yaml").read_bytes()):
+                raise
+            return report(str(path), verify_configuration(directory, config), quiet)  # it is damaged, and nothing else can be told
         findings = [*verify_run(directory, sequence, config), *verify_origin(directory, plan)]
     return report(str(path), findings, quiet)
 
@@ -79,10 +84,11 @@ def verify_origin(directory: Path, plan: RunConfig) -> Iterable[Finding]:
 def report(title: str, findings: Iterable[Finding], quiet: bool) -> int:
     """Print findings as they come, one line each; returns how many are wrong. quiet: leaves out what is well."""
     print(title, flush=True)
-    number = wrong = 0
+    number = wrong = skipped = 0
     for finding in findings:
-        number, wrong = number + 1, wrong + (finding.ok is False)
+        number, wrong, skipped = number + 1, wrong + (finding.ok is False), skipped + (finding.ok is None)
         if finding.ok is not True or not quiet:
             print(f"  {MARKS[finding.ok]:<11} {finding.what}{f': {finding.detail}' if finding.detail else ''}", flush=True)
-    print(f"  {number} checks, {wrong} wrong" if wrong else f"  {number} checks, all well", flush=True)
+    end = f"{wrong} wrong" if wrong else "all well" if not skipped else f"{skipped} could not be made, the others are well"
+    print(f"  {number} checks, {end}", flush=True)
     return wrong

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import zipfile
+import zlib
 from pathlib import Path
 
+from cu_runner.nodes import check
 from cu_runner.runs import RunRecord
 from cu_runner.store import STEP, StoreError, sha256_of, to_json
 
@@ -49,20 +51,29 @@ def pack(run: RunRecord, target: Path) -> None:
 
 
 def unpack(source: Path, folder: Path) -> Path:
-    """The run directory that a packed run becomes below a folder. Raises StoreError for another file or a damaged one."""
+    """The run directory that a packed run becomes below a folder. Raises StoreError for another file or a damaged one.
+
+    Every file is checked before it is written, and nothing is written outside the folder, whatever the archive says.
+    """
     try:
         with zipfile.ZipFile(source) as archive:
             manifests = [name for name in archive.namelist() if name.endswith(f"/{MANIFEST}")]
-            if len(manifests) != 1 or (damaged := archive.testzip()) is not None:
-                raise StoreError(f"{source}: {'is no packed run' if len(manifests) != 1 else f'{damaged} in it is damaged'}")
-            hashes = json.loads(archive.read(manifests[0]))
-            archive.extractall(folder)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
-        raise StoreError(f"{source}: cannot be read as a packed run ({error})") from None
-    directory = (folder / manifests[0]).parent
-    for name, expected in hashes.items():
-        path = directory / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-            raise StoreError(f"{source}: {name} in it is missing or is not the one that was packed")
-    (directory / MANIFEST).unlink()
-    return directory
+            if len(manifests) != 1:
+                raise StoreError(f"{source}: is no packed run")
+            root = manifests[0].removesuffix(f"/{MANIFEST}")
+            hashes = check(dict[str, str], json.loads(archive.read(manifests[0])), MANIFEST)
+            for name in (root, *hashes):
+                if not set(name.split("/")).isdisjoint(("", ".", "..")) or "\\" in name or "\0" in name:
+                    raise StoreError(f"{source}: {name!r} in it is no name of a packed file")
+            for name, expected in hashes.items():
+                content = archive.read(f"{root}/{name}") if f"{root}/{name}" in archive.namelist() else b""
+                if hashlib.sha256(content).hexdigest() != expected:
+                    raise StoreError(f"{source}: {name} in it is missing or is not the one that was packed")
+                path = folder / root / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+    except StoreError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, RuntimeError) as error:  # all that zipfile raises
+        raise StoreError(f"{source}: cannot be read as a packed run ({' '.join(str(error).split())})") from None
+    return folder / root

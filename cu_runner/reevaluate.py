@@ -23,7 +23,7 @@ from cu_runner.provenance import made_with
 from cu_runner.runs import EVALUATIONS, RunRecord, read_run
 from cu_runner.signature import signature
 from cu_runner.store import GRID, METRICS, PREDICTIONS, Cache, RunStore, Step, StoreError, read_delta, sha256_of, to_csv, to_json
-from cu_runner.trust import allowed_modules
+from cu_runner.trust import allowed_modules, refuse_unasked_pickles
 
 SHOWN = ("UA", "RA_I", "RA_C", "RA_C_retained")
 
@@ -40,7 +40,9 @@ def main() -> None:
         quiet_libraries()
         run = read_run(arguments.run)
         allowed = allowed_modules(arguments.overrides)
-        plan = check_run(revise(run.config, arguments.overrides), run.method, allowed=allowed)
+        revised = revise(run.config, arguments.overrides)
+        refuse_unasked_pickles(revised, arguments.overrides)
+        plan = check_run(revised, run.method, allowed=allowed)
         directory = run.directory / EVALUATIONS / f"{run.directory.name[:-8]}{plan.signature[:8]}"
         with RunStore(directory, plan.resolved, signature) as store:
             for step in measure_again(run, plan, store):

@@ -238,8 +238,8 @@ class Runner:
                 self._checkpoint.save({"training": training.state(), "early_stop": early_stop.seen})
             self.stop.check()
 
-        with self.stop.deferred():
-            report = erase(scope, self.method, self.regularizers, self.train, after_step, state["training"] if state else None)
+        trained = state["training"] if state else None
+        report = erase(scope, self.method, self.regularizers, self.train, after_step, trained, self.stop.deferred)
         files = {
             DELTA: to_safetensors(subtract(self._params, self._base)),
             TRAINING: to_csv(pd.DataFrame(report.logs)),

@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from cu_runner.evaluation import accuracy_per_concept, read_predictions
-from cu_runner.store import DELTA, MERGED, PREDICTIONS, STEP, StoreError, read_record
+from cu_runner.store import DELTA, MERGED, PREDICTIONS, STEP, StoreError, continues, read_record
 from cu_runner.sweeps import JOB
 
 EVALUATIONS = "evaluations"  # folder of a run directory in which cu-eval puts what it measured, a run directory each
@@ -120,7 +120,7 @@ def read_run(directory: Path) -> RunRecord:
     while (directory / "steps" / f"{len(records):02d}" / STEP).exists():
         record = read_record(directory / "steps" / f"{len(records):02d}")
         parent = records[-1]["sha256"] if records else None
-        if record["parent_sha256"] != parent or record["index"] != len(records):
+        if not continues(record, parent) or record["index"] != len(records):
             raise StoreError(f"{directory}/steps/{len(records):02d}/{STEP}: does not continue the step before it")
         records.append(record)
     if not records:

@@ -129,7 +129,7 @@ class RunStore:
     def _open(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=0.5, poll_interval=0.05)  # cu-sweep looks at locks by taking one for an instant
         except Timeout:
             raise StoreError(f"{self.directory}: another process is writing this run; wait for it to end or stop it") from None
         try:
@@ -187,8 +187,8 @@ class RunStore:
             raise StoreError(f"{path}: cannot be read; {advice}")
         if record["signature"] != self.signature or record["index"] != index:
             raise StoreError(f"{path}: belongs to another run or step; {advice}")
-        if record["parent_sha256"] != parent:
-            raise StoreError(f"{path}: names another parent than step {index - 1}; {advice}")
+        if not continues(record, parent):
+            raise StoreError(f"{path}: names another parent than {f'step {index - 1}' if index else 'the base model'}; {advice}")
         for name, expected in record["files"].items():
             file = directory / name
             if not file.is_file():
@@ -229,7 +229,7 @@ class RunStore:
             for name, content in files.items():
                 write_atomic(directory / name, content)
             hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-            above = parent.sha256 if parent else None
+            above = parent.sha256 if parent else record.get("model_sha256")
             own = chain(above, hashes)
             links = {"index": index, "signature": self.signature, "parent_sha256": above, "sha256": own, "files": hashes}
             entries = {**links, **record, "row": dict(row)}
@@ -283,8 +283,15 @@ def is_intact(record: dict[str, object]) -> bool:
     return record["sha256"] == chain(record["parent_sha256"], record["files"]) and record.get("record_sha256") == hash_json(entries)
 
 
+def continues(record: Mapping[str, object], parent: str | None) -> bool:
+    """Whether a record names its parent: the sha256 of the step before, and step 0 that of the base model."""
+    if parent is None:  # older versions began with nothing
+        return record["parent_sha256"] in (None, record.get("model_sha256"))
+    return record["parent_sha256"] == parent
+
+
 def chain(parent: str | None, files: Mapping[str, str]) -> str:
-    """sha256 of a step: over its parent's and those of its files, so that it stands for the whole history."""
+    """sha256 of a step: over its parent's and those of its files, so that it stands for all from the base model on."""
     return hash_json([parent, sorted(files.items())])
 
 

@@ -1,6 +1,7 @@
 """What a sweep leaves in its folder before its first job starts: sweep.json, and for every job its command and its run.
 
-Hydra calls NoteJobs (conf/config.yaml, hydra.callbacks) in the process that submits, so that a job which never starts is known too.
+Hydra calls NoteJobs (conf/config.yaml, hydra.callbacks) in the process that submits, so that a job which never starts is known too,
+and again at the end: what became of jobs in processes of their own is in their notes.
 """
 
 import sys
@@ -18,22 +19,37 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cu_runner.config import parse
 from cu_runner.credentials import refuse_secrets
+from cu_runner.launch import LaunchError
 from cu_runner.nodes import ConfigError, check
 from cu_runner.process import one_line_failures
 from cu_runner.provenance import git_commit
 from cu_runner.settings import Cluster, Paths
 from cu_runner.signature import walk
 from cu_runner.store import to_json, write_atomic
-from cu_runner.sweeps import JOB, SWEEP
+from cu_runner.sweeps import JOB, SWEEP, read_sweep
 from cu_runner.trust import check_trees
 
 
 class NoteJobs(Callback):
-    """Writes the notes of a sweep, or ends the process with one line if it may not be submitted."""
+    """Writes the notes of a sweep, or ends the process with one line if it may not be submitted; says in the end what failed."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
         with one_line_failures("cu-run"):
             note_jobs(config, GlobalHydra.instance().config_loader())
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        if not str(config.hydra.launcher["_target_"]).endswith(".BasicLauncher") and (folder / SWEEP).exists():
+            with one_line_failures("cu-run"):
+                refuse_failures(folder)
+
+
+def refuse_failures(folder: Path) -> None:
+    """Raises LaunchError if a job of a sweep that has ended did not make its run."""
+    jobs = read_sweep(folder)
+    if failed := [job for job in jobs if job.state != "done"]:
+        why = failed[0].why or failed[0].state
+        raise LaunchError(f"{len(failed)} of {len(jobs)} jobs did not end well, the first: {why}; see `cu-sweep status {folder}`")
 
 
 def note_jobs(config: DictConfig, loader: ConfigLoader) -> None:

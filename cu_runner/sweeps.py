@@ -87,7 +87,10 @@ def read_queue() -> dict[str, str]:
     if shutil.which("squeue") is None:
         return {}
     command = ["squeue", "--noheader", "--array", "--format=%i %T", f"--user={getpass.getuser()}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except subprocess.TimeoutExpired:
+        raise SweepError("squeue: gave no answer within a minute; try again when SLURM's controller is well") from None
     if done.returncode != 0:
         raise SweepError(f"squeue: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
     return dict(line.split() for line in done.stdout.splitlines())

@@ -1,7 +1,9 @@
 """The inner loop of one request: loss and penalties, gradients, optimiser, in an order that is the same for every method."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -150,6 +152,7 @@ def erase(
     settings: TrainSettings,
     on_step: Callable[[Training], None] = lambda training: None,
     state: dict[str, object] | None = None,
+    undisturbed: Callable[[], AbstractContextManager] = contextlib.nullcontext,
 ) -> TrainingReport:
     """Unlearn one request, in place in scope.params.
 
@@ -157,6 +160,7 @@ def erase(
         scope, method, regularizers, settings: as for Training.
         on_step: called after every step; it may set training.ended.
         state: of a Training that was interrupted; None begins with the first step.
+        undisturbed: entered for the steps, but not for what the method and the regularizers prepare before the first one.
 
     Raises:
         TrainingError: the loss or a weight is not finite; the weights in scope are then of no use.
@@ -165,7 +169,7 @@ def erase(
         training = Training(scope, method, regularizers, settings)
         if state is not None:
             training.restore(state)
-        with tqdm(
+        with undisturbed(), tqdm(
             desc=f"  unlearn {scope.request.label}",
             initial=training.done, total=training.steps, leave=False, disable=None, ncols=100, unit="step",
         ) as bar:  # fmt: skip

@@ -18,6 +18,7 @@ from pydantic import Field
 from cu_runner.credentials import refuse_secrets
 from cu_runner.help import config_dir
 from cu_runner.nodes import ConfigError, check
+from cu_runner.signature import Plain, walk
 
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
 
@@ -80,11 +81,25 @@ def searched_folders(overrides: list[str]) -> list[str]:
 
 
 def refuse_permissions(overrides: list[str], file: str) -> None:
-    """Raises ConfigError if overrides that a file brings allow modules, or set anything of Hydra's own node."""
+    """Raises ConfigError if overrides that a file brings allow modules or pickles, or set anything of Hydra's own node."""
     for override in overrides:
-        key = OverridesParser.create().parse_override(override).key_or_group
-        if key == "allow_modules" or key.partition(".")[0].partition("/")[0] == "hydra":
+        parsed = OverridesParser.create().parse_override(override)
+        places = [parsed.key_or_group, parsed.package or ""]
+        if "allow_" in override or any(place.partition(".")[0].partition("/")[0] == "hydra" for place in places):
             raise ConfigError(f"{file}: {override} can run code; only the command line may set it")
+
+
+def refuse_unasked_pickles(resolved: dict[str, Plain], overrides: list[str]) -> None:
+    """Raises ConfigError if an allow_pickle names a file that the command line does not: a file must not vouch for itself."""
+    parsed = OverridesParser.create().parse_overrides([text for text in overrides if "allow_pickle" in text])
+    asked = [(override.key_or_group, str(override.value())) for override in parsed]
+    for path, file in walk(resolved):
+        setting, found, _ = path.rpartition(".allow_pickle.")
+        key = f"{setting}.allow_pickle"
+        if found and not any((key == asker or key.startswith(f"{asker}.")) and str(file) in named for asker, named in asked):
+            raise ConfigError(
+                f"{key}: {file} is allowed by a file only; a pickle can run code: if you trust it, give {key}=[{file}]"
+            )
 
 
 def allowed_modules(overrides: list[str]) -> tuple[str, ...]:

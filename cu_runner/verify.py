@@ -3,6 +3,7 @@
 Unlike the runner, which stops at the first thing that is wrong, this looks at everything and changes nothing.
 """
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from cu_runner.store import (
     PREDICTIONS,
     STEP,
     StoreError,
+    continues,
     has_intact_header,
     is_intact,
     parse_record,
@@ -60,11 +62,14 @@ def verify_run(directory: Path, sequence: "Sequence", config: dict[str, object])
             yield Finding(f"steps/{path.parent.name}/{STEP}", False, "is unreadable or does not match its own sha256")
             return
         parent = records[-1]["sha256"] if records else None
-        linked = record["index"] == index == len(records) and record["parent_sha256"] == parent
+        linked = record["index"] == index == len(records) and continues(record, parent)
         same = record["signature"] == signature(config)
         wrong = [] if linked else ["does not continue the step before it"]
         wrong += [] if same else ["belongs to another configuration"]
-        yield Finding(f"steps/{path.parent.name}: chain", linked and same, "; ".join(wrong))
+        begun = records[0] if records else record
+        names = [name for name in ("model_sha256", "evaluator_sha256") if record.get(name) != begun.get(name)]
+        wrong += [f"{name} is not that of step 0" for name in names]
+        yield Finding(f"steps/{path.parent.name}: chain", not wrong, "; ".join(wrong))
         yield from verify_files(path.parent, record)
         if not linked:
             return
@@ -106,8 +111,10 @@ def verify_numbers(run: RunRecord, index: int, sequence: "Sequence") -> Iterator
     try:
         predictions = read_predictions(run.step_dir(index) / PREDICTIONS)
         found = step_metrics(predictions, run.unlearned(index) if index else [], sequence)
-        stored = yaml.safe_load((run.step_dir(index) / METRICS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+        stored = json.loads((run.step_dir(index) / METRICS).read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError(f"{METRICS} holds no metrics")
+    except (OSError, ValueError, KeyError) as error:
         yield Finding(f"{place}: metrics", False, f"cannot be computed: {error}")
     else:
         wrong = [

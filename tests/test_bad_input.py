@@ -102,6 +102,29 @@ def test_a_combination_file_tuned_for_a_regularizer_that_is_not_selected(in_proc
     assert_one_line(in_process(*tree, *SMOKE, "experiment=strong"), 2, ["reg.l2", "not selected", "reg=[l2]"])
 
 
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("reg: null", "reg=None: is no mapping"),
+        ("tuned: 5", "tuned=5: is no mapping"),
+        ("tuned: {conabl: 5}", "tuned.conabl=5"),
+        ("tuned: {conabl: {default: 5}}", "tuned.conabl.default=5"),
+        ("tuned: {conabl: {none: [1]}}", "tuned.conabl.none=[1]"),
+        ("train: null", "train"),
+        ("train: []", "experiment/odd"),
+        ("retention: 5", "retention"),
+        ("method: null", "method"),
+        ("sequence: 5", "sequence"),
+        ("setting: null", "setting"),
+        ("paths: 5", "paths"),
+    ],
+)
+def test_a_file_that_sets_a_whole_group_to_something_else(in_process, tmp_path, text, fragment):
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    (tmp_path / "mine/experiment/odd.yaml").write_text(f"# @package _global_\n{text}\n")
+    assert_one_line(in_process("--config-dir", str(tmp_path / "mine"), *SMOKE, "experiment=odd"), 2, [fragment])
+
+
 # --------------------------------------------------------------------------------------------------- model directories
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_a_missing_component(in_process, pipeline_copy, component):

@@ -23,7 +23,7 @@ from cu_runner.methods.sculpmem import SculpMem
 from cu_runner.params import assign, snapshot
 from cu_runner.regularizers.replay import Replay
 from cu_runner.runner import Runner
-from cu_runner.training import Training
+from cu_runner.training import Training, erase
 
 KEY = {"request": 2, "parent": "abc"}
 STATE = {"training": {"rows": [{"step": 1, "loss": float("nan")}], "params": {"w": torch.arange(3.0)}}, "early_stop": []}
@@ -67,7 +67,9 @@ def test_a_damaged_file_is_named_and_not_taken(checkpoint, tmp_path, caplog):
     kept = checkpoint()
     kept.save(STATE)
     whole = (tmp_path / FILE).read_bytes()
-    damages = [b"", b"no header", whole[: len(whole) // 2], whole[:-1], whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]]
+    damages = [b"", b"no header", whole[: len(whole) // 2], whole[:-1]]
+    header = range(whole.index(b"\n") + 1)
+    damages += [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in (*header, len(header) + 50, len(whole) - 1)]
     logging.getLogger("cu_runner").propagate = True
     for content in damages:
         (tmp_path / FILE).write_bytes(content)
@@ -248,3 +250,16 @@ def test_early_stop_goes_on_with_what_it_has_measured(in_process, tmp_path, monk
         safetensors.torch.load_file(path / "steps/02/delta.safetensors") for path in (directory, run_directory(out, tmp_path))
     ]
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+class Slow(ConAbl):
+    """Is asked to stop while it prepares a request, as one that draws its images is."""
+
+    def begin_request(self, scope):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        raise AssertionError("went on")
+
+
+def test_a_signal_while_a_request_is_prepared_takes_effect_at_once(make_scope, settings):
+    with StopSignals() as stop, pytest.raises(Stopped):
+        erase(make_scope(), Slow(), {}, settings(steps=1), undisturbed=stop.deferred)

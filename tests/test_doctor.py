@@ -1,6 +1,8 @@
 """cu-doctor on run directories and packed runs, and cu-report --pack."""
 
+import hashlib
 import json
+import random
 import shutil
 import zipfile
 from types import SimpleNamespace
@@ -9,8 +11,11 @@ import pytest
 import safetensors.torch
 
 from cu_runner import doctor, report
-from cu_runner.model_files import locate
-from cu_runner.store import chain, hash_json
+from cu_runner.model_files import ModelError, locate
+from cu_runner.nodes import Node
+from cu_runner.pack import unpack
+from cu_runner.store import StoreError, chain, hash_json
+from cu_runner.verify import read_config
 
 
 @pytest.fixture
@@ -80,12 +85,68 @@ def test_a_forged_drift_is_found(examine, run_copy):
 
 
 def test_a_broken_chain_and_another_base_model_are_found(examine, run_copy):
-    rewrite(run_copy / "steps/02", lambda record: record.update(parent_sha256="0" * 64))
+    rewrite(run_copy / "steps/02", lambda record: record.update(parent_sha256="0" * 64, evaluator_sha256="0" * 64))
+    assert examine(run_copy)[:2] == (
+        1, ["WRONG       steps/02: chain: does not continue the step before it; evaluator_sha256 is not that of step 0"],
+    )  # fmt: skip
     rewrite(run_copy / "steps/00", lambda record: record.update(model_sha256="0" * 64))
     status, lines, _ = examine(run_copy)
     assert status == 1
-    assert "WRONG       steps/02: chain: does not continue the step before it" in lines
+    assert "WRONG       steps/00: chain: does not continue the step before it" in lines
     assert "WRONG       weights of the model: are not those that the run began with" in lines
+
+
+def test_the_chain_begins_with_the_base_model(examine, run_copy, monkeypatch):
+    build = Node.build
+
+    def gone(node, **device):
+        if device:  # a model or an evaluator
+            raise ModelError("no such directory")
+        return build(node)
+
+    monkeypatch.setattr(Node, "build", gone)
+    status, lines, last = examine(run_copy)
+    assert (status, last) == (0, "26 checks, 2 could not be made, the others are well")
+    assert lines == [f"not checked weights of the {name}: no such directory" for name in ("model", "evaluator")]
+    forged = {"model_sha256": "0" * 64, "parent_sha256": "0" * 64}
+    rewrite(run_copy / "steps/00", lambda record: record.update(forged))
+    assert examine(run_copy)[0] == 1  # the step after it names another
+
+
+def test_a_run_of_an_older_version_whose_chain_began_with_nothing(examine, run_copy):
+    parent = None
+    for step in ("00", "01", "02"):
+        rewrite(run_copy / "steps" / step, lambda record, parent=parent: record.update(parent_sha256=parent))
+        parent = json.loads((run_copy / "steps" / step / "step.json").read_text())["sha256"]
+    assert examine(run_copy)[0] == 0
+
+
+@pytest.mark.parametrize("content", ["", "5", "[]", "null", "{"])
+def test_metrics_that_are_none(examine, run_copy, content):
+    (run_copy / "steps/01/metrics.json").write_text(content)
+    status, lines, _ = examine(run_copy)
+    assert status == 1
+    assert any(line.startswith("WRONG       steps/01: metrics: cannot be computed") for line in lines)
+
+
+def test_any_byte_of_the_configuration_may_be_damaged(examine, run_copy):
+    path, numbers = run_copy / "config.yaml", random.Random(0)
+    whole = path.read_bytes()
+    for position in sorted(numbers.sample(range(len(whole)), 12)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << numbers.randrange(7)]) + whole[position + 1 :])
+        if yaml_of(path) is None:
+            continue
+        status, lines, _ = examine(run_copy)
+        assert status == 1
+        assert "WRONG       config.yaml: does not match the sha256 in its first line" in lines
+
+
+def yaml_of(path) -> dict | None:
+    """What the file holds; None if that is no configuration, which has a line of its own."""
+    try:
+        return read_config(path.parent)
+    except StoreError:
+        return None
 
 
 def test_a_changed_configuration_is_found(examine, run_copy):
@@ -133,6 +194,48 @@ def test_a_damaged_archive_is_refused(call_command, run_copy, tmp_path):
     assert (status, out) == (1, "")
     assert err.startswith(f"cu-doctor: {archive}: ")
     assert err.count("\n") == 1
+
+
+def test_whatever_is_damaged_in_an_archive_it_is_refused(call_command, run_copy, tmp_path):
+    archive, draw = tmp_path / "run.zip", random.Random(0)
+    call_command(report.main, "cu-report", run_copy, "--pack", archive)
+    whole, said = archive.read_bytes(), set()
+    for position in draw.sample(range(len(whole)), 300):
+        archive.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << draw.randrange(8)]) + whole[position + 1 :])
+        try:
+            unpack(archive, tmp_path / "unpacked")
+        except StoreError as error:  # else the bit was one that zip does not use
+            said.add(str(error))
+    assert len(said) > 5
+    assert not any("\n" in line for line in said)
+
+
+@pytest.mark.parametrize("root", ["/{}/victim", "a/../../victim", "../victim", "..", "a/./victim"])
+def test_an_archive_writes_and_deletes_nothing_elsewhere(tmp_path, root):
+    root, archive = root.format(tmp_path).replace("//", "/"), tmp_path / "evil.zip"
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim/manifest.json").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for hashes in ({}, {"../new": hash_of(b"x")}):
+        with zipfile.ZipFile(archive, "w") as made:
+            made.writestr(f"{root}/manifest.json", json.dumps(hashes))
+            made.writestr(f"{root}/../new", "x")
+        with pytest.raises(StoreError, match="is no name of a packed file"):
+            unpack(archive, tmp_path / "unpacked")
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, archive])
+    assert (tmp_path / "victim/manifest.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("manifest", ["[]", "5", '{"a": 5}', "{", "null"])
+def test_an_archive_with_another_manifest(tmp_path, manifest):
+    with zipfile.ZipFile(tmp_path / "odd.zip", "w") as made:
+        made.writestr("smoke/run/manifest.json", manifest)
+    with pytest.raises(StoreError, match="cannot be read as a packed run"):
+        unpack(tmp_path / "odd.zip", tmp_path / "unpacked")
+
+
+def hash_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def test_an_unfinished_or_damaged_run_is_not_packed(call_command, run_copy, tmp_path):

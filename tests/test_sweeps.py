@@ -3,13 +3,16 @@
 import json
 import os
 import shlex
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from conftest import SMOKE
+from conftest import SMOKE, command, environment
 from filelock import FileLock
+from submitit.core.utils import UncompletedJobError
 
+from cu_runner.complaints import judge
 from cu_runner.runs import find_runs
 from cu_runner.sweeps import JOB, SWEEP, main, read_sweep
 
@@ -61,6 +64,54 @@ def test_a_real_sweep_with_a_job_that_cannot_run(in_process, run_copy, status, t
     assert status(folder)[1].startswith("   0  failed   ")
     command = shlex.split(lines[5])[1:]
     assert in_process(*command)[2] == "cu-run: seed=-1: input should be greater than or equal to 0\n"
+
+
+def test_jobs_in_processes_of_their_own_that_fail_are_no_success(run_copy, tmp_path):
+    """Through submitit: the statuses of its jobs are not those of the process that submits."""
+    arguments = [*command(), "-m", "hydra/launcher=local_processes", *SMOKE, "seed=0,-1"]
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=300)
+    (folder,) = (tmp_path / "outputs/sweeps").iterdir()
+    said = "1 of 2 jobs did not end well, the first: seed=-1: input should be greater than or equal to 0"
+    assert done.stderr == f"cu-run: {said}; see `cu-sweep status {folder.relative_to(tmp_path)}`\n"
+    assert done.returncode == 1
+
+
+def test_a_machine_without_slurm(tmp_path):
+    place = {name: value for name, value in environment().items() if name != "PATH"} | {"PATH": "/nowhere"}
+    arguments = [*command(), "-m", "hydra/launcher=slurm", *SMOKE, "seed=0"]
+    done = subprocess.run(arguments, cwd=tmp_path, env=place, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.startswith("cu-run: the launcher says: Could not detect")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_job_that_was_killed_is_one_line_for_the_submitter():
+    error = launcher_error(UncompletedJobError("Job (task=0) failed during processing with trace:\n-----\nTraceback"))
+    status, line = judge(error, [])
+    assert status == 1
+    assert line.startswith("the launcher says: Job (task=0) failed during processing")
+    assert "\n" not in line
+
+
+def launcher_error(error: Exception) -> Exception:
+    """An error as if submitit had raised it."""
+    try:
+        exec(compile("raise error", "submitit", "exec"), {"__name__": "submitit.core.core", "error": error})
+    except Exception as raised:
+        return raised
+
+
+def test_a_queue_that_does_not_answer(make_sweep, status, tmp_path, monkeypatch):
+    folder = make_sweep(1, SLURM)
+    monkeypatch.setattr("cu_runner.sweeps.shutil.which", lambda _: "squeue")
+
+    def hang(*arguments, timeout, **_):
+        raise subprocess.TimeoutExpired(arguments, timeout)
+
+    monkeypatch.setattr("cu_runner.sweeps.subprocess.run", hang)
+    assert status(folder)[::2] == (
+        2, "cu-sweep: squeue: gave no answer within a minute; try again when SLURM's controller is well\n"
+    )  # fmt: skip
 
 
 def test_a_failure_of_a_run_is_noted_in_one_line(in_process, run_copy, status, tmp_path):

@@ -203,6 +203,8 @@ def test_a_table_file_is_checked(cu_table, own_table, tmp_path):
     [
         "allow_modules=[evil]",
         "++allow_modules=[evil]",
+        "model.allow_pickle=[evil]",
+        "+method@hydra.callbacks.mine=esd",
         "hydra/launcher=evil",
         "+hydra.callbacks.a._target_=evil.Call",
         "~hydra.job",

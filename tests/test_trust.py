@@ -5,13 +5,16 @@ import sys
 
 import pytest
 from conftest import SMOKE, compose, run_directory
+from omegaconf import OmegaConf
 from test_bad_input import assert_one_line
 
 from cu_runner import config
 from cu_runner.complaints import judge
 from cu_runner.config import check_run
 from cu_runner.credentials import names_secret, redact
+from cu_runner.help import config_dir
 from cu_runner.nodes import ConfigError
+from cu_runner.reevaluate import main as cu_eval
 from cu_runner.report import main as cu_report
 from cu_runner.trust import check_command
 
@@ -135,6 +138,32 @@ def test_a_file_cannot_allow_modules(tmp_path):
     assert "allow_modules.0='a b'" in complaint("allow_modules=['a b']") or "allow_modules=" in complaint("allow_modules=['a b']")
 
 
+PICKLES = "retention: {features: {architecture: module, path: evil.pt, allow_pickle: [evil.pt]}}"
+ALLOWED = "retention.features.allow_pickle=[evil.pt]"
+
+
+def test_a_file_cannot_allow_pickles(tmp_path):
+    """TorchScript is code, and reading one is running it."""
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/shared.yaml").write_text(f"# @package _global_\ndefaults:\n  - override /retention: coco\n{PICKLES}\n")
+    tree = (f"hydra.searchpath=[file://{tmp_path}]", "experiment=shared")
+    said = complaint(*tree)
+    assert said.startswith("retention.features.allow_pickle: evil.pt is allowed by a file only")
+    assert said.endswith("if you trust it, give retention.features.allow_pickle=[evil.pt]")
+    assert "is allowed by a file only" in complaint(*tree, "+model.allow_pickle=[evil.pt]")
+    assert config.compose(["sequence=smoke", *tree, ALLOWED]).retention is not None
+
+
+def test_cu_eval_asks_again_for_pickles_that_a_run_or_a_file_allows(run_copy, call_command, tmp_path):
+    (tmp_path / "shared.yaml").write_text((config_dir() / "retention/coco.yaml").read_text() + "\n")
+    own = OmegaConf.load(tmp_path / "shared.yaml")
+    OmegaConf.update(own, "features", {"architecture": "module", "path": "evil.pt", "allow_pickle": ["evil.pt"]}, merge=False)
+    OmegaConf.save(own, tmp_path / "shared.yaml")
+    status, _, err = call_command(cu_eval, "cu-eval", run_copy, f"retention={tmp_path}/shared.yaml")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "retention.features.allow_pickle: evil.pt is allowed by a file only" in err
+
+
 # ------------------------------------------------------------------------------------------------------- Hydra's own node
 @pytest.mark.parametrize(
     "text",
@@ -198,9 +227,33 @@ def test_no_line_of_a_jobs_script_can_be_added(in_process, override, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------- secrets
 def test_names_of_secrets():
-    for name in (*SECRETS, "hf_token", "OPENAI_API_KEY", "DB_PASSWORD", "GITHUB_PAT", "AWS_ACCESS_KEY_ID", "MY_TOKEN_2"):
+    for name in (
+        *SECRETS,
+        "hf_token",
+        "GITHUB_TOKENS",
+        "MYSQL_PWD",
+        "HTTP_AUTHORIZATION",
+        "DATABASE_URL",
+        "OPENAI_API_KEY",
+        "DB_PASSWORD",
+        "GITHUB_PAT",
+        "AWS_ACCESS_KEY_ID",
+        "MY_TOKEN_2",
+    ):
         assert names_secret(name), name
-    for name in ("TOKENIZERS_PARALLELISM", "HOME", "PATH", "KEYBOARD", "COMPASS", "WANDB_MODE", "PYTHONPATH"):
+    for name in (
+        "PWD",
+        "OLDPWD",
+        "XAUTHORITY",
+        "AUTHOR",
+        "TOKENIZERS_PARALLELISM",
+        "HOME",
+        "PATH",
+        "KEYBOARD",
+        "COMPASS",
+        "WANDB_MODE",
+        "PYTHONPATH",
+    ):
         assert not names_secret(name), name
 
 
@@ -254,6 +307,13 @@ def test_nothing_that_is_written_holds_a_secret(planted, in_process, call_comman
     (job,) = (tmp_path / "outputs/sweeps").glob("*/0/job.json")
     assert json.loads(job.read_text())["command"][0] == "cu-run"
     assert assert_no_secret(tmp_path) > 20
+
+
+def test_a_list_that_holds_a_secret_is_refused(planted, in_process, tmp_path):
+    (tmp_path / "names.txt").write_text(f"a style\n{SECRETS['HF_TOKEN']}\n")
+    chosen = ("reg=gradproj", "reg.gradproj.auxiliary.source=file", "reg.gradproj.auxiliary.name=names.txt")
+    assert_one_line(in_process(*SMOKE, *chosen), 2, ["names.txt, name 2: holds the value of the environment variable HF_TOKEN"])
+    assert SECRETS["HF_TOKEN"] not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
 
 
 def test_a_line_for_the_terminal_or_the_log_is_redacted(planted):

@@ -3,6 +3,8 @@
 from importlib import resources
 from pathlib import Path
 
+from cu_runner.credentials import refuse_secrets
+
 
 def shipped_lists() -> list[str]:
     """The names that read_shipped knows."""
@@ -17,7 +19,7 @@ def read_shipped(name: str | None) -> list[str]:
 
 
 def read_file(path: str | None) -> list[str]:
-    """The entries of a user's file. Raises ValueError if it is missing or holds none."""
+    """The entries of a user's file. Raises ValueError if it is missing, holds none, or holds a secret of the environment."""
     file = Path(path or "").expanduser()
     if not file.is_file():
         raise ValueError(f"{path}: no such file; give a text file with one name a line")
@@ -27,6 +29,7 @@ def read_file(path: str | None) -> list[str]:
         raise ValueError(f"{path}: is not a text file in UTF-8; give one name a line") from None
     if not names:
         raise ValueError(f"{path}: holds no names; give at least one, one a line")
+    refuse_secrets((f"{path}, name {number}", name) for number, name in enumerate(names, start=1))
     return names
 
 
