@@ -139,7 +139,7 @@ def test_a_file_cannot_allow_modules(tmp_path):
 
 
 PICKLES = "retention: {features: {architecture: module, path: evil.pt, allow_pickle: [evil.pt]}}"
-ALLOWED = "retention.features.allow_pickle=[evil.pt]"
+ALLOWED = ("retention.features.allow_pickle=[evil.pt]", "retention.prompts=general_captions", "retention.clip_score.path=x")
 
 
 def test_a_file_cannot_allow_pickles(tmp_path):
@@ -151,7 +151,7 @@ def test_a_file_cannot_allow_pickles(tmp_path):
     assert said.startswith("retention.features.allow_pickle: evil.pt is allowed by a file only")
     assert said.endswith("if you trust it, give retention.features.allow_pickle=[evil.pt]")
     assert "is allowed by a file only" in complaint(*tree, "+model.allow_pickle=[evil.pt]")
-    assert config.compose(["sequence=smoke", *tree, ALLOWED]).retention is not None
+    assert config.compose(["sequence=smoke", *tree, *ALLOWED]).retention is not None
 
 
 def test_cu_eval_asks_again_for_pickles_that_a_run_or_a_file_allows(run_copy, call_command, tmp_path):
