@@ -35,7 +35,8 @@ def judge(error: Exception, overrides: list[str]) -> tuple[int, str]:
         return 1, f"{said}; jobs that it began go on; `cu-sweep status outputs/sweeps/DATE` tells what became of each"
     if isinstance(error, RuntimeError):
         if type(error).__name__ == "OutOfMemoryError":
-            return 1, "out of GPU memory; lower eval.batch_size or train.batch_size and run the same command to resume"
+            less = "train.gradient_checkpointing=true and a lower eval.batch_size need less of it and resume this run"
+            return 1, f"out of GPU memory; {less}; a lower train.batch_size begins another"
         from cu_runner.evaluation import SamplingError
         from cu_runner.launch import LaunchError
         from cu_runner.store import StoreError

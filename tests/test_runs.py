@@ -10,6 +10,7 @@ import time
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from conftest import SMOKE, command, environment, run_directory
 from PIL import Image
@@ -281,6 +282,21 @@ def test_a_loss_that_turns_nan_stops_and_keeps_the_finished_steps(in_process, tm
     assert [path.name for path in (directory / "steps").glob("*/step.json")] == ["step.json"]
     assert (directory / "steps/00/step.json").exists()
     assert not (directory / "summary.json").exists()
+
+
+def test_gpu_memory_that_runs_out_in_training_is_one_line_with_advice(in_process, tmp_path, monkeypatch):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cu_runner.methods.conabl.ConAbl.backward", exhausted)
+        status, out, err = in_process(*SMOKE)
+    assert (status, err.count("\n")) == (1, 1)
+    assert err.startswith("cu-run: out of GPU memory; train.gradient_checkpointing=true and a lower eval.batch_size")
+    assert "0/2" in out
+    status, out, _ = in_process(*SMOKE, "train.gradient_checkpointing=true", "eval.batch_size=3")
+    assert status == 0
+    assert "0/2" not in out  # that step was kept
 
 
 def test_weights_that_the_last_step_ruins_are_not_kept(in_process, tmp_path):

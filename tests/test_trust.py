@@ -16,6 +16,7 @@ from cu_runner.help import config_dir
 from cu_runner.nodes import ConfigError
 from cu_runner.reevaluate import main as cu_eval
 from cu_runner.report import main as cu_report
+from cu_runner.tables import main as cu_table
 from cu_runner.trust import check_command
 
 SECRETS = {
@@ -303,6 +304,8 @@ def test_nothing_that_is_written_holds_a_secret(planted, in_process, call_comman
     assert (status, err) == (0, "")
     run = run_directory(out, tmp_path)
     assert call_command(cu_report, "cu-report", run)[0] == 0
+    assert call_command(cu_table, "cu-table", "table2", *overrides[:2])[0] == 0
+    assert list((tmp_path / "outputs/tables").iterdir())
     assert list((tmp_path / "outputs/wandb").glob("offline-run-*/*.wandb"))
     (job,) = (tmp_path / "outputs/sweeps").glob("*/0/job.json")
     assert json.loads(job.read_text())["command"][0] == "cu-run"
