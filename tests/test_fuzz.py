@@ -8,6 +8,7 @@ import shutil
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -99,6 +100,8 @@ JUNK = [
     "_target_: os.system", "1: 2", "null", "~", ".inf", "0o7", "2020-01-01", "${x}", "${method}", "<<: {a: 1}", "a: &a [*a]",
     "\ufeff", "\u00e4", "...", "---",
 ]  # fmt: skip
+WHOLE = sorted(key for key in yaml.safe_load((config_dir() / "config.yaml").read_text(encoding="utf-8")) if key != "defaults")
+WHOLE += ["model", "evaluator", "sequence", "method", "reg", "retention", "setting"]
 NODES = [None, True, 0, -1, 1e300, [], {}, [[]], {"a": 1}, {1: 2}, {True: {}}, {"_target_": "os.system"}, {"_args_": [1]}]
 
 
@@ -150,3 +153,13 @@ def test_files(tmp_path_factory, file):
     target.write_bytes(text.encode("utf-8", "surrogatepass"))
     assert_plan_or_complaint([f"hydra.searchpath=[file://{tree}]", "sequence=smoke", f"{path.parent.name}=damaged"])
     shutil.rmtree(tree)
+
+
+@pytest.mark.parametrize("key", [*WHOLE, "tuned", "defaults", "nokey"])
+def test_a_file_that_replaces_a_whole_key(tmp_path, key):
+    """Every key of the composed configuration, and each kind of node in its place."""
+    (tmp_path / "experiment").mkdir()
+    for node in NODES:
+        text = yaml.safe_dump({key: node}, sort_keys=False)
+        (tmp_path / "experiment/odd.yaml").write_text(f"# @package _global_\n{text}")
+        assert_plan_or_complaint([f"hydra.searchpath=[file://{tmp_path}]", "sequence=smoke", "experiment=odd"])
