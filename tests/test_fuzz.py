@@ -22,7 +22,7 @@ from cu_runner.signature import walk
 from cu_runner.trust import check_command
 
 TIMES = int(os.environ.get("CU_FUZZ", "1"))
-GROUPS = ("model", "evaluator", "sequence", "method", "reg", "setting", "experiment")
+GROUPS = ("model", "evaluator", "sequence", "method", "reg", "setting", "experiment", "retention")
 
 
 def fuzz(examples: int) -> settings:
