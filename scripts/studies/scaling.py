@@ -2,9 +2,10 @@
 
     python scripts/studies/scaling.py [OVERRIDE ...] [--output DIR]
 
-Without regularizer, with l2, gradproj, merge, and the combination of the paper's that keeps most. The sequence is shapecanvas_style100, with two
-objects instead of eight: 12,524 images a run instead of 50,096. A sequence or an experiment on the command line takes its place:
-give one of many concepts, the published ones have 12. 5 runs; scaling.md has the seconds of each.
+Without regularizer, with l2, gradproj, merge, and the combination of the paper's that keeps most. The sequence is
+shapecanvas_style100, with two objects instead of eight: 12,524 images a run instead of 50,096. A sequence or an experiment on
+the command line takes its place: give one of many concepts, the published ones have 12. 5 runs; scaling.md has the seconds of
+each.
 """
 
 import pandas as pd
