@@ -92,11 +92,11 @@ def refuse_permissions(overrides: list[str], file: str) -> None:
 def refuse_unasked_pickles(resolved: dict[str, Plain], overrides: list[str]) -> None:
     """Raises ConfigError if an allow_pickle names a file that the command line does not: a file must not vouch for itself."""
     parsed = OverridesParser.create().parse_overrides([text for text in overrides if "allow_pickle" in text])
-    asked = [(override.key_or_group, str(override.value())) for override in parsed]
+    asked = [(override.key_or_group, {leaf for _, leaf in walk(override.value())}) for override in parsed]
     for path, file in walk(resolved):
         setting, found, _ = path.rpartition(".allow_pickle.")
         key = f"{setting}.allow_pickle"
-        if found and not any((key == asker or key.startswith(f"{asker}.")) and str(file) in named for asker, named in asked):
+        if found and not any((key == asker or key.startswith(f"{asker}.")) and file in named for asker, named in asked):
             raise ConfigError(
                 f"{key}: {file} is allowed by a file only; a pickle can run code: if you trust it, give {key}=[{file}]"
             )

@@ -66,8 +66,8 @@ def summary(table: pd.DataFrame) -> str:
 
 def keep_others(found: pd.DataFrame) -> pd.DataFrame:
     """The rows found, in place of the same ones of docs/matrix.csv, which keeps its order; new ones at the end."""
-    known, key = pd.read_csv(DOCS / "matrix.csv"), ["method", "reg", "remark"]
-    names = [frame[key].fillna("").agg("+".join, axis=1) for frame in (known, found)]
+    known, key = pd.read_csv(DOCS / "matrix.csv").fillna({"remark": ""}), ["method", "reg", "remark"]
+    names = [frame[key].agg("+".join, axis=1) for frame in (known, found)]
     places = {name: place for place, name in enumerate(dict.fromkeys(pd.concat(names)))}
     kept = known[~names[0].isin(names[1])]
     rows, order = pd.concat([kept, found]), pd.concat([names[0][kept.index], names[1]]).map(places)
@@ -80,7 +80,7 @@ def as_markdown(table: pd.DataFrame) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in table.itertuples():
-        regularizer = f"{row.reg}, {row.remark}" if isinstance(row.remark, str) and row.remark else row.reg
+        regularizer = f"{row.reg}, {row.remark}" if row.remark else row.reg
         if isinstance(row.stopped, str):
             lines.append(f"| {row.method} | {regularizer} | {row.stopped.removeprefix('cu-run: ')} |")
             continue

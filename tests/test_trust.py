@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 
 import pytest
 from conftest import SMOKE, compose, run_directory
@@ -17,7 +18,7 @@ from cu_runner.nodes import ConfigError
 from cu_runner.reevaluate import main as cu_eval
 from cu_runner.report import main as cu_report
 from cu_runner.tables import main as cu_table
-from cu_runner.trust import check_command
+from cu_runner.trust import check_command, refuse_unasked_pickles
 
 SECRETS = {
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
@@ -153,6 +154,22 @@ def test_a_file_cannot_allow_pickles(tmp_path):
     assert said.endswith("if you trust it, give retention.features.allow_pickle=[evil.pt]")
     assert "is allowed by a file only" in complaint(*tree, "+model.allow_pickle=[evil.pt]")
     assert config.compose(["sequence=smoke", *tree, *ALLOWED]).retention is not None
+
+
+@pytest.mark.parametrize(
+    ("asked", "well"),
+    [
+        ("model.allow_pickle=[evil.pt]", True),
+        ("model.allow_pickle=['evil.pt',b.pt]", True),
+        ("model={allow_pickle:[evil.pt]}", True),
+        ("model.allow_pickle=[other/evil.pt]", False),
+        ("model.allow_pickle=[]", False),
+        ("evaluator.allow_pickle=[evil.pt]", False),
+    ],
+)
+def test_the_command_line_names_the_very_file(asked, well):
+    with nullcontext() if well else pytest.raises(ConfigError, match="is allowed by a file only"):
+        refuse_unasked_pickles({"model": {"allow_pickle": ["evil.pt"]}}, [asked])
 
 
 def test_cu_eval_asks_again_for_pickles_that_a_run_or_a_file_allows(run_copy, call_command, tmp_path):
