@@ -8,6 +8,7 @@ batches instead, so that its images are bitwise those of one process. The first 
 With one process every function here does nothing.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,11 +23,14 @@ _alone = False  # inside alone(): the model's batches are this process's own
 
 
 def start() -> None:
-    """Join the other processes, where a launcher has started several. NCCL between GPUs, gloo between CPU processes."""
+    """Join the other processes, where a launcher has started several. NCCL between GPUs, gloo between CPU processes.
+
+    The group is left before the interpreter is taken down: gloo's threads that still hold tensors then abort the process.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         from accelerate import PartialState  # seconds of import that a single process is spared
 
-        PartialState()
+        atexit.register(PartialState().destroy_process_group)
         if not is_main():
             os.environ["TQDM_DISABLE"] = "1"
 

@@ -12,8 +12,17 @@ from conftest import SMOKE, environment, run_directory
 from cu_runner import parallel
 
 # --multi_gpu is what makes accelerate start more than one process, on CPUs too; with --cpu it starts a single one
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-          "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "cu_runner.cli"]  # fmt: skip
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+          "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+LAUNCH = [*ACCELERATE, "-m", "cu_runner.cli"]
+LEAVING = """
+import atexit
+import torch.distributed as dist
+from cu_runner import parallel
+atexit.register(lambda: print(f"at the end: {dist.is_initialized()}", flush=True))
+parallel.start()
+print(f"of two: {parallel.from_main(parallel.size)}", flush=True)
+"""
 CELLS = {
     "conabl, sgd": [  # Adam and clipping would hide gradients of another size
         "method.num_anchors=4", "reg=none", "train.optimizer=sgd", "train.lr=0.1", "train.grad_clip=0",
@@ -70,6 +79,14 @@ def test_two_processes_make_what_one_makes(in_process, tmp_path, cell):
         assert apart.norm() < (1e-4 if cell == "conabl, sgd" else 1e-2) * moved.norm()
     zero = [(path / "steps/00/predictions.csv").read_bytes() for path in (one, two)]
     assert zero[0] == zero[1]
+
+
+def test_the_processes_leave_their_group_before_they_end(tmp_path):
+    (tmp_path / "leaving.py").write_text(LEAVING, encoding="utf-8")  # a group that is still there aborts one process of some
+    command, env = [*ACCELERATE, "leaving.py"], environment(ACCELERATE_USE_CPU="true")
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["at the end: False"] * 2 + ["of two: 2"] * 2
 
 
 def test_two_processes_resume_what_one_began_and_bad_input_is_one_line(in_process, tmp_path):
