@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cu_runner.runs import RunRecord, read_run
+from cu_runner.store import to_json, write_atomic
 
 CU_RUN = str(Path(sys.executable).with_name("cu-run"))
-DIVERGED = ("cu-run: training led to", "cu-run: the images after request")  # not a locked run or a full disk
+DIVERGED = ("training led to", "the images after request")  # how cu-run's line begins; not a locked run or a full disk
 
 
 class LaunchError(RuntimeError):
@@ -34,11 +35,16 @@ def cu_run(overrides: list[str], threads: int | None = None) -> RunRecord | str:
     limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     command += [] if threads is None else [f"num_threads={threads}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | limit)
-    if done.stderr.startswith(DIVERGED):
+    if diverged(done.stderr):
         return done.stderr.strip()
     if done.returncode != 0:
         raise LaunchError(f"cu-run {' '.join(overrides)} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
     return read_run(Path(done.stdout.strip().splitlines()[-1].removeprefix("run: ")))
+
+
+def diverged(line: str) -> bool:
+    """Whether a run's error says that its weights diverged."""
+    return line.removeprefix("cu-run: ").startswith(DIVERGED)
 
 
 def cu_runs(jobs: list[list[str]], side_by_side: int | None = None) -> Iterator[RunRecord | str]:
@@ -56,18 +62,19 @@ def cu_runs(jobs: list[list[str]], side_by_side: int | None = None) -> Iterator[
         yield from pool.map(lambda overrides: cu_run(overrides, threads), jobs)
 
 
-def submit(jobs: list[list[str]], launcher: str) -> Iterator[str]:
-    """Make runs through one of Hydra's launchers (conf/hydra/launcher), all at once; a line for each that ends, in order.
+def submit(jobs: list[list[str]], common: list[str], launcher: str, folder: Path) -> str:
+    """Make runs through one of Hydra's launchers (conf/hydra/launcher), as one sweep; return when all of them have ended.
 
-    Whether a job made its run is seen in the run's directory, and why not in the sweep's.
+    Args:
+        jobs: the overrides of each run. common: further ones of all runs, from the user's command line.
+        folder: of the sweep, where cu_runner.sweeps reads what became of each.
+
+    Returns:
+        What cu-run said of failures, in a line; empty if there was none.
     """
-
-    def wait(overrides: list[str]) -> str:
-        command = [CU_RUN, "--multirun", f"hydra/launcher={launcher}", *overrides]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise LaunchError(f"{launcher}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
-        return f"ended on {launcher}"
-
-    with ThreadPoolExecutor(max_workers=len(jobs)) as pool:
-        yield from pool.map(wait, jobs)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "jobs.json"
+    write_atomic(file, to_json(jobs))
+    options = [f"hydra/launcher={launcher}", "hydra/sweeper=listed", f"hydra.sweeper.file={file}", f"hydra.sweep.dir={folder}"]
+    done = subprocess.run([CU_RUN, "--multirun", *options, *common], capture_output=True, text=True, check=False)
+    return "" if done.returncode == 0 else (done.stderr.strip() or "no message").splitlines()[-1]

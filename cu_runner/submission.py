@@ -4,6 +4,7 @@ Hydra calls NoteJobs (conf/config.yaml, hydra.callbacks) in the process that sub
 and again at the end: what became of jobs in processes of their own is in their notes.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -27,7 +28,9 @@ from cu_runner.settings import Cluster, Paths
 from cu_runner.signature import walk
 from cu_runner.store import to_json, write_atomic
 from cu_runner.sweeps import JOB, SWEEP, read_sweep
-from cu_runner.trust import check_trees
+from cu_runner.trust import check_trees, refuse_permissions
+
+SWEEPERS = ("BasicSweeper", "ListedJobs")  # what Hydra is told to sweep with is known before the first job
 
 
 class NoteJobs(Callback):
@@ -57,11 +60,7 @@ def note_jobs(config: DictConfig, loader: ConfigLoader) -> None:
     refuse_secrets(walk(OmegaConf.to_container(config, resolve=False)))  # Hydra writes multirun.yaml from it
     check(Cluster, OmegaConf.to_container(config.cluster, resolve=True), "cluster")  # both stand in the scripts of jobs
     check(Paths, OmegaConf.to_container(config.paths, resolve=True), "paths")
-    if not str(config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper"):
-        raise ConfigError("hydra/sweeper: only Hydra's basic sweeper knows its jobs beforehand; leave it out")
-    arguments = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()] + list(config.hydra.overrides.task)
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
-    (jobs,) = BasicSweeper.split_arguments(parsed, None)
+    jobs = jobs_of(config, loader)
     folder, before = Path(config.hydra.sweep.dir), HydraConfig.instance().cfg
     notes = {}
     for number, overrides in enumerate(jobs):
@@ -81,6 +80,37 @@ def note_jobs(config: DictConfig, loader: ConfigLoader) -> None:
     for path, note in notes.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, to_json(note))
+
+
+def jobs_of(config: DictConfig, loader: ConfigLoader) -> list[list[str]]:
+    """The overrides of every job that the sweeper is going to launch. Raises ConfigError."""
+    sweeper, task = config.hydra.sweeper, list(config.hydra.overrides.task)
+    name = str(sweeper.get("_target_")).rpartition(".")[2]
+    if name not in SWEEPERS:
+        raise ConfigError("hydra/sweeper: only Hydra's basic sweeper and listed know their jobs beforehand; leave it out")
+    if name == "ListedJobs":
+        if OmegaConf.is_missing(sweeper, "file"):
+            raise ConfigError("hydra/sweeper=listed: needs the file of its jobs; add hydra.sweeper.file=JOBS.json")
+        return [[*job, *task] for job in read_jobs(sweeper.file)]
+    arguments = [f"{key}={value}" for key, value in (sweeper.params or {}).items()] + task
+    (jobs,) = BasicSweeper.split_arguments(OverridesParser.create(config_loader=loader).parse_overrides(arguments), None)
+    return jobs
+
+
+def read_jobs(file: str) -> list[list[str]]:
+    """The jobs of a file: a JSON list of lists of overrides, which may not allow any code. Raises ConfigError."""
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"hydra.sweeper.file={file}: cannot be read as JSON ({' '.join(str(error).split())})") from None
+    jobs = check(list[list[str]], content, file)
+    if not jobs:
+        raise ConfigError(f"{file}: lists no job")
+    for job in jobs:
+        refuse_permissions(job, file)
+        if swept := [each for each in OverridesParser.create().parse_overrides(job) if each.is_sweep_override()]:
+            raise ConfigError(f"{file}: {swept[0].input_line} is several jobs; list each of them")
+    return jobs
 
 
 def note_of(job: DictConfig) -> dict[str, object] | None:

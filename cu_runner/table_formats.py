@@ -8,12 +8,13 @@ NAMES = {"UA": "UA", "RA_I": "RA-I", "RA_C": "RA-C", "RA_C_retained": "RA-C reta
 VERDICTS = ("holds", "reversed", "undecided")
 
 
-def ours(entry: pd.Series, mark: str, plus_minus: str) -> str:
-    """ "92.7", "92.7 +- 1.3", with a mark when its retention is not comparable; "-" when there is no run."""
+def ours(entry: pd.Series, marks: tuple[str, str], plus_minus: str) -> str:
+    """ "92.7", "92.7 +- 1.3", marked when its retention is not comparable, and when its settings are not tuned; "-" of NaN."""
     if pd.isna(entry["ours"]):
         return "-"
     text = f"{entry['ours']:.1f}" + ("" if pd.isna(entry["half"]) else f" {plus_minus} {entry['half']:.1f}")
-    return text if entry["comparable"] else text + mark
+    shown = [mark for mark, holds in zip(marks, (entry["comparable"], entry["tuned"]), strict=True) if not holds]
+    return text + "".join(shown)
 
 
 def paper(entry: pd.Series) -> str:
@@ -48,7 +49,7 @@ def as_markdown(
     """
     lines = [f"# {name}: {title}", "", f"Percent. Ours: {model}" + (f"; published: {paper_model}." if paper_model else ".")]
     for (method, column), group in measured.groupby(["method", "column"], sort=False):
-        values = by_row(group, lambda entry: ours(entry, " \N{DAGGER}", "\N{PLUS-MINUS SIGN}"))
+        values = by_row(group, lambda entry: ours(entry, (" \N{DAGGER}", " \N{DOUBLE DAGGER}"), "\N{PLUS-MINUS SIGN}"))
         published = by_row(group, paper)
         head = ["regularizer"]
         for metric in metrics:
@@ -90,12 +91,12 @@ def as_csv(table: pd.DataFrame) -> str:
     return table.round(3).to_csv(index=False)
 
 
-def as_latex(model: str, paper_model: str | None, metrics: list[str], measured: pd.DataFrame) -> str:
-    """A booktabs table per method: rows by columns and metrics, ours and, in columns of their own, the published numbers."""
-    parts = ["% needs \\usepackage{booktabs}; a dagger marks UA under 95: retention is not comparable"]
+def as_latex(model: str, paper_model: str | None, metrics: list[str], measured: pd.DataFrame, footnotes: list[str]) -> str:
+    """A booktabs table per method: rows by columns and metrics, ours and, in columns of their own, the published ones; notes."""
+    parts = ["% needs \\usepackage{booktabs}"]
     for method, block in measured.groupby("method", sort=False):
         columns = list(dict.fromkeys(block["column"]))
-        sides = [(model, lambda entry: ours(entry, "$^\\dagger$", "$\\pm$"))] + (
+        sides = [(model, lambda entry: ours(entry, ("$^\\dagger$", "$^\\ddagger$"), "$\\pm$"))] + (
             [(f"paper, {paper_model}", paper)] if paper_model else []
         )
         heads = [(column, side) for column in columns for side, _ in sides]
@@ -110,11 +111,11 @@ def as_latex(model: str, paper_model: str | None, metrics: list[str], measured: 
         for row in shown[0]:
             parts.append(" & ".join([escape(row), *(cells[row][metric] for cells in shown for metric in metrics)]) + " \\\\")
         parts += ["\\bottomrule", "\\end{tabular}", ""]
-    return "\n".join(parts)
+    return "\n".join([*parts, *(f"{{\\footnotesize {escape(note)}\\par}}" for note in footnotes), ""])
 
 
 def escape(text: str) -> str:
     """Text for LaTeX."""
     for character in "&%$#_{}":
         text = text.replace(character, f"\\{character}")
-    return text
+    return text.replace("\N{DAGGER}", "$^\\dagger$").replace("\N{DOUBLE DAGGER}", "$^\\ddagger$")

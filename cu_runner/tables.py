@@ -11,71 +11,29 @@ import argparse
 import functools
 import math
 import shlex
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import pandas as pd
-import yaml
-from pydantic import Field
-from pydantic.dataclasses import dataclass as checked_dataclass
 from scipy.stats import binomtest, sem
 from scipy.stats import t as student_t
 
 from cu_runner.config import RunConfig, compose
 from cu_runner.evaluation import ENOUGH_UA
-from cu_runner.help import shipped_dir
-from cu_runner.launch import cu_runs, submit
-from cu_runner.nodes import ConfigError, check
+from cu_runner.forecast import work_of
+from cu_runner.help import config_dir
+from cu_runner.launch import LaunchError, cu_runs, diverged, submit
+from cu_runner.nodes import ConfigError
 from cu_runner.process import Parser, one_line_failures, whole_number
 from cu_runner.runs import RunRecord, read_run
-from cu_runner.settings import STRICT
 from cu_runner.store import write_atomic
+from cu_runner.sweeps import SWEEP, read_sweep
+from cu_runner.table_files import Experiment, Overrides, Table, read_table
 from cu_runner.table_formats import as_csv, as_latex, as_markdown
-from cu_runner.trust import refuse_permissions
 
 LEVEL = 0.95  # of intervals
-
-Overrides = list[str]
-
-
-@checked_dataclass(frozen=True, config=STRICT)
-class Experiment:
-    """Which model a table is made on. methods and columns: label -> overrides."""
-
-    model: str
-    methods: dict[str, Overrides]
-    columns: dict[str, Overrides]
-
-
-@checked_dataclass(frozen=True, config=STRICT)
-class Targets:
-    """Published numbers. sources: short name -> where a number was read; values: method -> column -> row -> metric -> percent."""
-
-    model: str
-    tolerance: Annotated[float, Field(ge=0)]
-    sources: dict[str, str]
-    values: dict[str, dict[str, dict[str, dict[str, float | str]]]]
-
-
-@checked_dataclass(frozen=True, config=STRICT)
-class Table:
-    """A file of scripts/tables."""
-
-    title: str
-    metrics: list[str]
-    rows: dict[str, Overrides | dict[str, Overrides]]
-    experiments: dict[str, Experiment]
-    targets: Targets | None = None
-    notes: list[str] = Field(default_factory=list)
-
-    def overrides(self) -> Iterator[Overrides]:
-        """Every list of overrides that the file holds."""
-        for row in self.rows.values():
-            yield from row.values() if isinstance(row, dict) else [row]
-        for experiment in self.experiments.values():
-            yield from (*experiment.methods.values(), *experiment.columns.values())
 
 
 @dataclass(frozen=True)
@@ -94,37 +52,14 @@ class Cell:
         return [command for command, plan in zip(self.commands, self.plans, strict=True) if plan.directory not in done]
 
 
-# ----------------------------------------------------------------------------------------------------------- reading
-def read_table(name: str) -> tuple[str, Table]:
-    """A shipped table by name, or a YAML file by path; with its short name. Raises ConfigError."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else shipped_dir("tables") / f"{name}.yaml"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        known = ", ".join(sorted(entry.stem for entry in shipped_dir("tables").glob("*.yaml")))
-        raise ConfigError(f"{name}: no such table; allowed: {known}, or the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    table = check(Table, content, path.name)
-    for label, overrides in table.rows.items():
-        columns = {column for experiment in table.experiments.values() for column in experiment.columns}
-        if isinstance(overrides, dict) and set(overrides) != columns:
-            raise ConfigError(
-                f"{path.name}: row {label!r} gives overrides for {', '.join(overrides)}; give them for {', '.join(sorted(columns))}"
-            )
-    for overrides in table.overrides():
-        refuse_permissions(overrides, path.name)
-    return path.stem, table
-
-
 def make_cells(table: Table, experiment: Experiment, seeds: list[int], more: Overrides) -> Iterator[Cell]:
     """Compose every cell and open the directories that are there. Raises ConfigError, StoreError."""
     for method, chosen in experiment.methods.items():
         for column, where in experiment.columns.items():
             for row, overrides in table.rows.items():
                 own = overrides[column] if isinstance(overrides, dict) else overrides
-                command = [*where, *chosen, *own, *more]
-                commands = [[*command, f"seed={seed}"] for seed in seeds] or [command]
+                command = [*where, *chosen, *own]
+                commands = [[*command, f"seed={seed}", *more] for seed in seeds] or [[*command, *more]]
                 plans = [compose(each) for each in commands]
                 runs = [read_run(plan.directory) for plan in plans if (plan.directory / "steps" / "00" / "step.json").exists()]
                 yield Cell(method, column, row, commands, plans, [run for run in runs if run.complete])
@@ -140,17 +75,21 @@ def mean_and_interval(values: list[float]) -> tuple[float, float | None]:
 
 
 def image_interval(percent: float, num_images: int) -> float:
-    """Half the width of Wilson's 95% interval of a share of images, in percentage points (Wilson 1927).
+    """Half the width of Wilson's 95% interval of a share of images, in percentage points (Wilson 1927); NaN of NaN.
 
     It holds the chance of which noise an image got, and nothing of how a run would differ with another seed.
     """
+    if math.isnan(percent):
+        return math.nan
     interval = binomtest(round(percent / 100 * num_images), num_images).proportion_ci(LEVEL, method="wilson")
     return 50 * (interval.high - interval.low)
 
 
 def num_images(run: RunRecord, metric: str) -> int:
-    """How many images of the last request a metric rests on."""
+    """How many images of the last request a metric rests on; UA, where faces are looked for, on those that show one."""
     rows = run.predictions(len(run.records) - 1)
+    if metric == "UA" and "face" in rows:
+        rows = rows[rows["face"] == 1]
     sequence = run.config["sequence"]
     concepts = {"UA": run.unlearned(len(run.records) - 1), "RA_I": sequence["retain"], "RA_C_retained": sequence["retain"]}
     return int(rows[sequence["domain"]].isin(concepts[metric]).sum()) if metric in concepts else len(rows)
@@ -159,7 +98,8 @@ def num_images(run: RunRecord, metric: str) -> int:
 def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
     """One row per cell and metric: our mean and half interval over seeds, the published number and its source.
 
-    comparable: UA of our cell is at least 95, or the metric is UA itself. images_half: half interval from the images of one run.
+    ours is NaN where the runs do not measure the metric. comparable: UA of our cell is at least 95. images_half: half interval from
+    the images of all seeds. tuned: the settings were searched for this method with these regularizers.
     """
     rows = []
     for cell in cells:
@@ -169,6 +109,7 @@ def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
         last = [run.table.iloc[-1] for run in cell.runs] if not cell.missing() else []
         for metric in table.metrics:
             row = {"method": cell.method, "column": cell.column, "row": cell.row, "metric": metric, "seeds": len(last)}
+            row["tuned"] = cell.plans[0].tuned
             row["runs"] = " ".join(str(run.directory) for run in cell.runs)
             row |= {"paper": published.get(metric), "source": published.get("source", "none")}
             if last:
@@ -177,15 +118,15 @@ def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
                 row |= {"ours": mean, "half": half, "comparable": comparable}
                 row["images_half"] = image_interval(mean, len(last) * num_images(cell.runs[0], metric))
             rows.append(row)
-    columns = ["method", "column", "row", "metric", "ours", "half", "images_half", "seeds", "comparable", "paper", "source", "runs"]
-    return pd.DataFrame(rows, columns=columns)
+    columns = ["method", "column", "row", "metric", "ours", "half", "images_half", "seeds", "comparable", "tuned", "paper"]
+    return pd.DataFrame(rows, columns=[*columns, "source", "runs"])
 
 
 def orderings(measured: pd.DataFrame, tolerance: float) -> pd.DataFrame:
     """Every pair of rows that the paper orders in a metric, and whether ours are in the same order.
 
-    verdict: holds | reversed | undecided (our difference lies within its 95% interval: of the seeds, or with one seed of the
-    images). comparable: both of ours have UA of at least 95.
+    verdict: holds | reversed | undecided (our difference lies within its 95% interval: of the seeds, but no narrower than that of
+    the images, since a few seeds can agree by chance). comparable: both of ours have UA of at least 95, or UA itself is compared.
     """
     pairs = []
     known = measured.dropna(subset=["ours", "paper"])
@@ -196,12 +137,12 @@ def orderings(measured: pd.DataFrame, tolerance: float) -> pd.DataFrame:
                 high, low = (first, second) if first.paper > second.paper else (second, first)
                 if high.paper - low.paper <= tolerance:
                     continue
-                halves = [entry.images_half if pd.isna(entry.half) else entry.half for entry in (high, low)]
+                halves = [entry.images_half if pd.isna(entry.half) else max(entry.half, entry.images_half) for entry in (high, low)]
                 difference, half = high.ours - low.ours, math.hypot(*halves)
                 verdict = "undecided" if abs(difference) <= half else "holds" if difference > 0 else "reversed"
                 pair = {"method": method, "column": column, "metric": metric, "higher": high.row, "lower": low.row}
                 pair |= {"paper": high.paper - low.paper, "ours": difference, "half": half, "verdict": verdict}
-                pairs.append(pair | {"comparable": bool(high.comparable and low.comparable)})
+                pairs.append(pair | {"comparable": bool(metric == "UA" or (high.comparable and low.comparable))})
     columns = ["method", "column", "metric", "higher", "lower", "paper", "ours", "half", "verdict", "comparable"]
     return pd.DataFrame(pairs, columns=columns)
 
@@ -209,6 +150,7 @@ def orderings(measured: pd.DataFrame, tolerance: float) -> pd.DataFrame:
 # ----------------------------------------------------------------------------------------------------------- command
 def main() -> None:
     """Entry point of `cu-table`."""
+    launchers = sorted(path.stem for path in (config_dir() / "hydra/launcher").glob("*.yaml"))
     parser = Parser(prog="cu-table", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("table", help="name of a file of scripts/tables, or path of your own")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run, as for cu-run: model.path=...")
@@ -216,7 +158,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=seed_list, default=[], help="0,1,2: several seeds become mean and 95%% interval")
     parser.add_argument("--run", action="store_true", help="make the runs that are missing")
     parser.add_argument("--jobs", type=whole_number, help="runs side by side; default: one per core, or one on a GPU")
-    parser.add_argument("--launcher", help="make them on a cluster: a file of conf/hydra/launcher (slurm)")
+    parser.add_argument("--launcher", choices=launchers, help="make them on a cluster, by this file of conf/hydra/launcher")
     parser.add_argument("--output", type=Path, default=Path("outputs/tables"), help="where the files go")
     arguments = parser.parse_intermixed_args()
     with one_line_failures("cu-table"):
@@ -225,9 +167,12 @@ def main() -> None:
 
 def seed_list(text: str) -> list[int]:
     try:
-        return [int(entry) for entry in text.split(",")]
+        seeds = [int(entry) for entry in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers; give 0,1,2") from None
+    if len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"{text!r} names a seed twice, which is one run; give each once")
+    return seeds
 
 
 def produce(arguments: argparse.Namespace) -> None:
@@ -237,10 +182,12 @@ def produce(arguments: argparse.Namespace) -> None:
     if chosen not in table.experiments:
         raise ConfigError(f"--experiment {chosen}: not in table {name}; allowed: {', '.join(table.experiments)}")
     experiment = table.experiments[chosen]
+    if arguments.seeds and any(override.startswith("seed=") for override in arguments.overrides):
+        raise ConfigError("--seeds and seed=: both set the seed; give one of them")
     read = functools.partial(make_cells, table, experiment, arguments.seeds, arguments.overrides)
     cells = list(read())
-    if arguments.run and (missing := [command for cell in cells for command in cell.missing()]):
-        run_missing(missing, arguments)
+    if arguments.run and any(cell.missing() for cell in cells):
+        run_missing(cells, name, arguments)
         cells = list(read())
     measured = measure(cells, table)
     ordered = orderings(measured, table.targets.tolerance) if table.targets else None
@@ -252,7 +199,7 @@ def produce(arguments: argparse.Namespace) -> None:
     stem = f"{name}-{chosen}"
     write_atomic(arguments.output / f"{stem}.md", text.encode())
     write_atomic(arguments.output / f"{stem}.csv", as_csv(measured).encode())
-    write_atomic(arguments.output / f"{stem}.tex", as_latex(experiment.model, paper_model, table.metrics, measured).encode())
+    write_atomic(arguments.output / f"{stem}.tex", as_latex(experiment.model, paper_model, table.metrics, measured, notes).encode())
     if ordered is not None:
         write_atomic(arguments.output / f"{stem}-orderings.csv", as_csv(ordered).encode())
     print(f"{text}\ntable: {arguments.output / stem}.md")
@@ -268,18 +215,45 @@ def footnotes(table: Table, measured: pd.DataFrame, seeds: list[int]) -> list[st
     ]
     if not measured["comparable"].dropna().all():
         notes.append(f"\N{DAGGER} UA is under {ENOUGH_UA:.0f}: less was forgotten, so the retention is not comparable.")
+    if not measured.loc[measured["ours"].notna(), "tuned"].all():
+        notes.append("\N{DOUBLE DAGGER} The settings of this method with these regularizers were not searched (conf/tuned).")
     if table.targets:
         notes += [f"Published, {source}: {meaning}." for source, meaning in table.targets.sources.items()]
         notes.append(
             f"Ordering check: pairs of rows that differ by more than {table.targets.tolerance:g} points in the paper; undecided: "
-            "our difference lies within its 95% interval, over seeds, or with one seed that of the images alone (Wilson)."
+            "our difference lies within its 95% interval, that of the images (Wilson) or that over seeds, whichever is wider."
         )
     return notes + table.notes
 
 
-def run_missing(commands: list[Overrides], arguments: argparse.Namespace) -> None:
+def run_missing(cells: list[Cell], name: str, arguments: argparse.Namespace) -> None:
     """Make the runs, with a line for each that ends. Raises LaunchError; a run whose weights diverge stays missing."""
-    made = submit(commands, arguments.launcher) if arguments.launcher else cu_runs(commands, arguments.jobs)
-    for number, (command, run) in enumerate(zip(commands, made, strict=True), start=1):
-        said = run if isinstance(run, str) else "UA {UA:.1f}  RA-I {RA_I:.1f}  RA-C {RA_C:.1f}".format(**run.table.iloc[-1])
-        print(f"{number:>3}/{len(commands)}  {' '.join(command):<70} {said}", flush=True)
+    plans = {tuple(command): plan for cell in cells for command, plan in zip(cell.commands, cell.plans, strict=True)}
+    commands = [command for cell in cells for command in cell.missing()]
+    commands.sort(
+        key=lambda command: -sum(work.train_steps for work in work_of(plans[tuple(command)]))
+    )  # the longest must not be last
+    if not arguments.launcher:
+        made = ((command, said(run)) for command, run in zip(commands, cu_runs(commands, arguments.jobs), strict=True))
+        print_ended(made, len(commands))
+        return
+    outputs = Path(plans[tuple(commands[0])].spine.paths.outputs)
+    folder = (outputs / "sweeps" / f"{name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}").absolute()
+    jobs = [command[: len(command) - len(arguments.overrides)] for command in commands]
+    failure = submit(jobs, arguments.overrides, arguments.launcher, folder)
+    if not (folder / SWEEP).exists():
+        raise LaunchError(failure)
+    ended = read_sweep(folder)
+    print_ended(((command, f"{job.state}  {job.why}") for command, job in zip(commands, ended, strict=True)), len(commands))
+    if any(job.state != "done" and not diverged(job.why) for job in ended):
+        raise LaunchError(failure or f"not every job has ended; see `cu-sweep status {folder}`")
+
+
+def said(run: RunRecord | str) -> str:
+    return run if isinstance(run, str) else "UA {UA:.1f}  RA-I {RA_I:.1f}  RA-C {RA_C:.1f}".format(**run.table.iloc[-1])
+
+
+def print_ended(runs: Iterable[tuple[Overrides, str]], number: int) -> None:
+    """A line for each run that has ended, and what became of it."""
+    for count, (command, text) in enumerate(runs, start=1):
+        print(f"{count:>3}/{number}  {' '.join(command):<70} {text}".rstrip(), flush=True)

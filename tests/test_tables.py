@@ -1,5 +1,8 @@
 """cu-table: statistics by hand, cells that open exactly their own run, the three formats, the check of orderings, bad input."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import yaml
@@ -9,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from cu_runner import tables
 from cu_runner.config import compose
 from cu_runner.help import shipped_dir
+from cu_runner.table_files import read_table
 
 TABLE = {
     "title": "after the last request",
@@ -67,7 +71,7 @@ def test_orderings():
             ("a", 50.0, None, 3.0, 40.0, True),
             ("b", 30.0, None, 4.0, 20.0, True),  # a > b in both: 20 > 5
             ("c", 55.0, None, 4.0, 19.0, False),  # b = c within the tolerance; a > c reversed: -5 within 5 is undecided
-            ("d", 90.0, 1.0, 9.0, 10.0, True),  # the interval of seeds wins; a > d reversed
+            ("d", 90.0, 0.0, 9.0, 10.0, True),  # seeds that agree by chance: the interval of the images wins; a > d reversed
             ("e", 10.0, None, 3.0, None, True),  # not published
         ),
         tolerance=2.0,
@@ -82,6 +86,24 @@ def test_orderings():
     }
     first = found.iloc[0]
     assert (first["paper"], first["ours"], first["half"]) == (20.0, 20.0, 5.0)
+    assert found.set_index(["higher", "lower"]).loc[("a", "d"), "half"] == pytest.approx(90**0.5)
+
+
+def test_the_wider_interval_decides():
+    found = tables.orderings(measured(("a", 60.0, 8.0, 3.0, 40.0, True), ("b", 50.0, 8.0, 4.0, 20.0, True)), tolerance=2.0)
+    assert (found.loc[0, "verdict"], found.loc[0, "half"]) == ("undecided", pytest.approx(128**0.5))
+
+
+def test_what_is_not_measured_takes_no_part():
+    rows = measured(("a", float("nan"), None, float("nan"), 40.0, True), ("b", 30.0, None, 4.0, 20.0, True))
+    assert tables.orderings(rows, tolerance=2.0).empty
+    assert pd.isna(tables.image_interval(float("nan"), 8))
+
+
+def test_forgetting_itself_is_comparable_below_95():
+    low = measured(("a", 90.0, None, 1.0, 99.0, False), ("b", 20.0, None, 1.0, 90.0, False))
+    assert not tables.orderings(low, tolerance=2.0).loc[0, "comparable"]
+    assert tables.orderings(low.assign(metric="UA"), tolerance=2.0).loc[0, "comparable"]
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -91,7 +113,7 @@ def test_every_shipped_table_reads_and_all_its_cells_compose(tmp_path, monkeypat
     assert "table2" in names
     paths = ["model.path=x", "evaluator.paths.style=x", "evaluator.paths.object=x"]
     for name in names:
-        _, table = tables.read_table(name)
+        _, table = read_table(name)
         for label, experiment in table.experiments.items():
             cells = list(tables.make_cells(table, experiment, [], paths if "canvas" in label and "shape" not in label else []))
             assert len(cells) == len(experiment.methods) * len(experiment.columns) * len(table.rows)
@@ -101,15 +123,22 @@ def test_every_shipped_table_reads_and_all_its_cells_compose(tmp_path, monkeypat
 
 
 def test_the_targets_of_table2_are_the_published_ones():
-    _, table = tables.read_table("table2")
+    _, table = read_table("table2")
     for column, rows in table.targets.values["ConAbl"].items():
         assert list(rows) == list(table.rows), column
         for published in rows.values():
             assert published["source"] in table.targets.sources
             assert (set(published) == {"source"}) == (published["source"] == "none")
-    style = table.targets.values["ConAbl"]["style"]
-    assert [style["merge (TIES)"][metric] for metric in table.metrics] == [98.2, 38.8, 73]
-    assert style["gradient projection"] == {"source": "none"}
+    curves = pd.read_csv(shipped_dir("tables") / "paper_curves.csv", comment="#")
+    last = curves[curves["request"] == 12].set_index(["column", "row", "metric"])["percent"]
+    carried = {
+        (column, row, metric): published[metric]
+        for column, rows in table.targets.values["ConAbl"].items()
+        for row, published in rows.items()
+        for metric in set(published) - {"source"}
+    }
+    assert carried == dict(last)
+    assert len(carried) == 39
 
 
 # ----------------------------------------------------------------------------------------------------------- command
@@ -153,6 +182,39 @@ def test_several_seeds_are_all_needed_for_a_cell(cu_table, own_table, run_copy):
     assert "reg=none seed=0" not in out  # it is complete
 
 
+def test_seeds_become_mean_and_interval_in_every_format(cu_table, own_table, tmp_path, monkeypatch):
+    last = [{"UA": 96.0, "RA_I": value, "RA_C": float("nan")} for value in (1.0, 2.0, 3.0)]
+    runs = [SimpleNamespace(directory=Path(str(i)), table=pd.DataFrame([row])) for i, row in enumerate(last)]
+    plans = [SimpleNamespace(directory=run.directory, tuned=False) for run in runs]
+    cell = tables.Cell("ConAbl", "style", "sequential", [["seed=0"], ["seed=1"], ["seed=2"]], plans, runs)
+    monkeypatch.setattr(tables, "make_cells", lambda *_: [cell])
+    monkeypatch.setattr(tables, "num_images", lambda *_: 96)
+    status, out, err = cu_table(own_table(), "--seeds", "0,1,2")
+    assert (status, err) == (0, "")
+    marked = (
+        "96.0 \N{PLUS-MINUS SIGN} 0.0 \N{DOUBLE DAGGER} | 100 | 2.0 \N{PLUS-MINUS SIGN} 2.5 \N{DOUBLE DAGGER} | 15 | - | 45.5 |"
+    )
+    assert f"| sequential | {marked}" in out
+    assert "3 seeds: mean and 95% interval" in out
+    assert "were not searched" in out
+    table = pd.read_csv(tmp_path / "outputs/tables/mine-smoke.csv").set_index("metric")
+    assert table.loc["RA_I", ["ours", "half", "seeds"]].tolist() == [2.0, 2.484, 3]
+    latex = (tmp_path / "outputs/tables/mine-smoke.tex").read_text()
+    assert "2.0 $\\pm$ 2.5$^\\ddagger$ & " in latex
+    assert "{\\footnotesize 3 seeds: mean and 95\\% interval over them (Student's t).\\par}" in latex
+
+
+def test_ua_rests_on_images_with_a_face():
+    rows = pd.DataFrame({"style": ["a", "a", "b", "c"], "face": [1, 0, 1, 1]})
+    run = SimpleNamespace(
+        records=[{}, {}],
+        predictions=lambda _: rows,
+        unlearned=lambda _: ["a"],
+        config={"sequence": {"domain": "style", "retain": ["b"]}},
+    )
+    assert [tables.num_images(run, metric) for metric in ("UA", "RA_I", "RA_C")] == [1, 1, 4]
+
+
 def test_run_makes_what_is_missing(cu_table, own_table, run_copy):
     path = own_table()
     status, out, err = cu_table(path, "--run", "--jobs", "1")
@@ -164,12 +226,16 @@ def test_run_makes_what_is_missing(cu_table, own_table, run_copy):
 
 
 def test_through_a_launcher_of_hydra(cu_table, own_table, run_copy, tmp_path):
-    status, out, err = cu_table(own_table(), "--run", "--launcher", "local_processes")
+    rows = {"sequential": ["reg=none"], "L2": ["reg=l2"], "L1": ["reg=l1"], "too far": ["reg=none", "train.lr=1e30"]}
+    status, out, err = cu_table(own_table(rows=rows), "--run", "--launcher", "local_processes")
     assert (status, err) == (0, "")
-    assert "ended on local_processes" in out
-    assert "Not run yet" not in out
-    (job,) = (tmp_path / "outputs/sweeps").glob("*/*/job.json")
-    assert "reg=l2" in job.read_text()
+    lines = {line.split("reg=")[1].split()[0]: line for line in out.splitlines() if line[3:5] == "/3"}
+    assert lines["l1"].endswith("done")
+    assert lines["l2"].endswith("done")
+    assert "failed  training led to" in lines["none"]
+    assert "Not run yet: 1" in out
+    (folder,) = (tmp_path / "outputs/sweeps").glob("mine_*")
+    assert len([*folder.glob("*/job.json")]) == 3
 
 
 @pytest.mark.parametrize(
@@ -180,6 +246,9 @@ def test_through_a_launcher_of_hydra(cu_table, own_table, run_copy, tmp_path):
         (["table2", "methd=esd"], "unknown key methd"),
         (["table2", "--experiment", "unlearncanvas"], "not set, and without a default: model.path"),
         (["gone.yaml"], "gone.yaml: no such table"),
+        (["table2", "--launcher", "nix"], "invalid choice: 'nix' (choose from "),
+        (["table2", "--seeds", "0,0"], "'0,0' names a seed twice, which is one run; give each once"),
+        (["table2", "--seeds", "0", "seed=1"], "--seeds and seed=: both set the seed; give one of them"),
     ],
 )
 def test_bad_input_is_one_line(cu_table, arguments, message):
@@ -194,8 +263,31 @@ def test_a_table_file_is_checked(cu_table, own_table, tmp_path):
     assert "unknown key mine.yaml.metrcs" in cu_table(own_table(metrcs=[]))[2]
     wrong = own_table(rows={"a": {"object": ["reg=none"]}})
     assert "row 'a' gives overrides for object; give them for style" in cu_table(wrong)[2]
+    assert (
+        "metrics: 'drift_l2' is not a share of images; allowed: UA, RA_I, RA_C, RA_C_retained"
+        in cu_table(own_table(metrics=["drift_l2"]))[2]
+    )
+    assert "mine.yaml: experiments: empty; a table needs one at least" in cu_table(own_table(experiments={}))[2]
     (tmp_path / "mine.yaml").write_text("a: [")
     assert "cannot be read" in cu_table(str(tmp_path / "mine.yaml"))[2]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ConAbl": {"style": {"sequentail": {"UA": 1}}}}, "'sequentail' is no part of this table; allowed: L2, sequential"),
+        ({"ConAbl": {"stile": {}}}, "'stile' is no part of this table; allowed: style"),
+        ({"ESD": {}}, "'ESD' is no part of this table; allowed: ConAbl"),
+        ({"ConAbl": {"style": {"L2": {"RAI": 1.0}}}}, "'RAI' is no metric of this table; allowed: source, UA, RA_I, RA_C"),
+        ({"ConAbl": {"style": {"L2": {"UA": "100"}}}}, "L2: UA is '100'; give a number in percent"),
+        ({"ConAbl": {"style": {"L2": {"UA": 1.0, "source": "nix"}}}}, "source 'nix' is not described; allowed: plot, none"),
+    ],
+)
+def test_published_numbers_that_would_be_lost_are_refused(cu_table, own_table, values, message):
+    status, _, err = cu_table(own_table(targets=TABLE["targets"] | {"values": values}))
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
