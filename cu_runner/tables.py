@@ -256,4 +256,4 @@ def said(run: RunRecord | str) -> str:
 def print_ended(runs: Iterable[tuple[Overrides, str]], number: int) -> None:
     """A line for each run that has ended, and what became of it."""
     for count, (command, text) in enumerate(runs, start=1):
-        print(f"{count:>3}/{number}  {' '.join(command):<70} {text}".rstrip(), flush=True)
+        print(f"{count:>3}/{number}  {' '.join(command):<70}  {text}".rstrip(), flush=True)

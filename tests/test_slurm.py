@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -109,6 +110,23 @@ def test_a_sweep_fills_its_directories_and_a_second_one_only_what_is_missing(sub
     (runs[0] / "summary.json").unlink()
     ended(submit(*sweep), tmp_path)
     assert [run for run in runs if (run / "steps/02/step.json").stat().st_mtime_ns != kept[run]] == [runs[0]]
+
+
+def test_the_cells_of_a_table_are_one_array(slurm, tmp_path):
+    table = {
+        "title": "smoke",
+        "metrics": ["UA"],
+        "rows": {name: [f"reg={name}"] for name in ("none", "l1", "l2")},
+        "experiments": {"smoke": {"model": "ShapeCanvas", "methods": {"ConAbl": []}, "columns": {"style": list(SMOKE)}}},
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(table))
+    cu_table = [str(Path(sys.executable).with_name("cu-table")), "mine.yaml", "--run", "--launcher", "slurm", *SMALL]
+    done = subprocess.run(cu_table, cwd=tmp_path, env=slurm, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stderr + told(tmp_path)
+    assert done.stdout.count("  done") == 3
+    assert "Not run yet" not in done.stdout
+    arrays = {path.name.split("_")[0] for path in tmp_path.glob("outputs/sweeps/mine_*/.submitit/*_[0-9]")}
+    assert len(arrays) == 1
 
 
 def test_a_pre_empted_job_goes_on_and_ends_bitwise_the_same(submit, slurm, tmp_path, calm):

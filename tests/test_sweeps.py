@@ -76,6 +76,39 @@ def test_jobs_in_processes_of_their_own_that_fail_are_no_success(run_copy, tmp_p
     assert done.returncode == 1
 
 
+def test_listed_jobs(in_process, run_copy, tmp_path):
+    (tmp_path / "jobs.json").write_text(json.dumps([["seed=0"], ["seed=-1"]]))
+    listed = ["hydra/sweeper=listed", "hydra.sweeper.file=jobs.json"]
+    status, out, err = in_process("-m", *listed, *SMOKE)
+    assert (status, err) == (2, "cu-run: seed=-1: input should be greater than or equal to 0\n")
+    assert run_copy.name in out  # the finished run of the first job
+    (folder,) = (tmp_path / "outputs/sweeps").iterdir()
+    jobs = read_sweep(folder)
+    assert [(job.state, job.command[-1]) for job in jobs] == [("done", SMOKE[-1]), ("failed", SMOKE[-1])]
+    assert [job.command[1] for job in jobs] == ["seed=0", "seed=-1"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "hydra.sweeper.file=jobs.json: cannot be read as JSON"),
+        ("[[", "hydra.sweeper.file=jobs.json: cannot be read as JSON"),
+        ('{"a": 1}', "jobs.json"),
+        ("[]", "jobs.json: lists no job"),
+        ('[["seed=0,1"]]', "jobs.json: seed=0,1 is several jobs; list each of them"),
+        ('[["allow_modules=[evil]"]]', "jobs.json: allow_modules=[evil] can run code; only the command line may set it"),
+    ],
+)
+def test_a_wrong_list_of_jobs_is_one_line(in_process, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "jobs.json").write_text(content)
+    status, _, err = in_process("-m", "hydra/sweeper=listed", "hydra.sweeper.file=jobs.json", *SMOKE)
+    assert status == 2
+    assert err.startswith(f"cu-run: {message}")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_a_machine_without_slurm(tmp_path):
     place = {name: value for name, value in environment().items() if name != "PATH"} | {"PATH": "/nowhere"}
     arguments = [*command(), "-m", "hydra/launcher=slurm", *SMOKE, "seed=0"]

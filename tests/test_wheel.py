@@ -37,9 +37,11 @@ def test_the_wheel_holds_everything_and_nothing_else(wheel):
         "cu_runner/shapecanvas/weights/style_classifier/model.safetensors",
         "cu_runner/lists/painting_styles.txt",
         "cu_runner/conf/config.yaml",
+        "hydra_plugins/cu_runner_jobs/__init__.py",
     ):
         assert name in names
-    assert all(name.startswith("cu_runner/") for name in names)
+    assert all(name.startswith(("cu_runner/", "hydra_plugins/cu_runner_jobs/")) for name in names)
+    assert "hydra_plugins/__init__.py" not in names  # it would hide the plugins of others
     assert not any("/local/" in name or name.endswith((".pyc", ".tmp", ".pt")) for name in names)
     assert wheel.stat().st_size < 20e6
 
