@@ -3,7 +3,6 @@
 Shapes: B batch, C latent channels, H W latent size, S image side.
 """
 
-import copy
 import inspect
 from collections.abc import Iterator
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cu_runner.model_files import NO_DIFFUSION
 from cu_runner.models import DiffusionModel
 from cu_runner.seeding import derive_seed, image_noise
 from cu_runner.settings import Sampler
@@ -49,13 +49,20 @@ def sample_images(model: DiffusionModel, prompts: list[str], seeds: list[int], s
 
 
 def make_scheduler(model: DiffusionModel, sampler: Sampler) -> diffusers.SchedulerMixin:
-    """A fresh scheduler with its timesteps set; the state of one trajectory lives in it. Raises ValueError for an unknown one."""
-    scheduler = copy.deepcopy(model.scheduler)
+    """A fresh scheduler with its timesteps set; the state of one trajectory lives in it. Raises ValueError for an unknown one.
+
+    Whatever a checkpoint says or leaves to defaults, latents are not clipped to -1..1, and Stable Diffusion 1 and 2 offset their
+    timesteps by one, as diffusers' pipelines make them.
+    """
+    kind = type(model.scheduler)
     if sampler.scheduler is not None:
         kind = getattr(diffusers, sampler.scheduler, None)
         if not (inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)):
             raise ValueError(f"scheduler={sampler.scheduler}: diffusers has no such scheduler; give a class such as DDIMScheduler")
-        scheduler = kind.from_config(model.scheduler.config)
+    offset = {"steps_offset": 1} if len(model.text_encoders) == 1 else {}
+    scheduler = kind.from_config(model.scheduler.config, clip_sample=False, **offset)
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"scheduler={sampler.scheduler}: {NO_DIFFUSION}")
     scheduler.set_timesteps(sampler.steps, device=model.device)
     return scheduler
 

@@ -101,6 +101,17 @@ def test_a_pickle_that_would_run_code_does_not(pipeline_of, tmp_path):
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction type 'sample'; epsilon and v_prediction"),
         ("model_index.json", {"text_encoder": ["transformers", "T5EncoderModel"]}, "text_encoder is a T5EncoderModel; CLIPText"),
         ("model_index.json", {"text_encoder_2": [None, None], "tokenizer_2": [None, None]}, "width 80, text_encoder writes 32"),
+        ("model_index.json", {"text_encoder_2": None, "tokenizer_2": None}, "width 80, text_encoder writes 32"),
+        ("model_index.json", {"text_encoder_2": None}, "the component text_encoder_2 is missing"),
+        ("model_index.json", {"text_encoder": None}, "the component text_encoder is missing"),
+        ("model_index.json", {"scheduler": None}, "the component scheduler is missing"),
+        ("model_index.json", {"scheduler": ["diffusers"]}, "the component scheduler is missing"),
+        ("model_index.json", {"scheduler": ["diffusers", "Nothing"]}, "tokenizer or scheduler cannot be read"),
+        (
+            "model_index.json",
+            {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]},
+            "the scheduler FlowMatchEulerDiscreteScheduler has no noise schedule of a diffusion model",
+        ),
     ],
 )  # fmt: skip
 def test_components_that_do_not_fit(pipeline_of, file, change, message):
@@ -109,6 +120,14 @@ def test_components_that_do_not_fit(pipeline_of, file, change, message):
     with pytest.raises(ModelError, match=message) as error:
         load(path.parents[file.count("/")])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", "{"])
+def test_a_model_index_that_is_none(pipeline_of, content):
+    directory = pipeline_of("sd15")
+    (directory / "model_index.json").write_text(content)
+    with pytest.raises(ModelError, match=r"sd15: no readable model_index.json; it must be a diffusers directory"):
+        load(directory)
 
 
 def test_a_second_text_encoder_without_its_tokenizer(pipeline_of):

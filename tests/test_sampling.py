@@ -151,6 +151,12 @@ def with_scheduler(model, scheduler) -> DiffusionModel:
     return DiffusionModel(parts, resolution=64, sampler=Sampler(2, 1.0), precision="fp32", device=model.device)
 
 
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "KarrasVeScheduler"])
+def test_a_scheduler_without_the_noise_of_a_diffusion_model_is_one_line(model, name):
+    with pytest.raises(ValueError, match=rf"^scheduler={name}: has no noise schedule .*; give one such as DDIMScheduler$"):
+        sample_latents(model, PROMPTS[:1], SEEDS[:1], Sampler(2, 1, name))
+
+
 def test_v_prediction_identity(model):
     """The UNet's output read as v gives an eps and an x_0 whose velocity is v and whose noised image is x_t."""
     scheduler = diffusers.DDIMScheduler.from_config(model.scheduler.config, prediction_type="v_prediction")
