@@ -90,6 +90,7 @@ class DiffusionModel:
             raise ModelError(f"model.resolution={resolution}: not a multiple of {factor}, the autoencoder's factor")
         self.latent_shape = (self.unet.config.in_channels, resolution // factor, resolution // factor)
         self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
+        self.batch_limit: int | None = None  # the most images of a batch, once more of them did not fit into GPU memory
         self._embeddings: dict[str, Text] = {}
         self._forward: Callable = self.unet
         self._caches_text = False

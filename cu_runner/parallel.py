@@ -92,9 +92,14 @@ def alone() -> Iterator[None]:
         _alone = before
 
 
+def is_shared() -> bool:
+    """Whether several processes make every batch of the model together."""
+    return size() > 1 and not _alone
+
+
 def share(rows: int) -> slice | None:
     """This process's share of a batch; None where it takes all rows (one process, alone(), fewer rows than processes)."""
-    if size() == 1 or _alone or rows < size():
+    if not is_shared() or rows < size():
         return None
     return slice(rows * rank() // size(), rows * (rank() + 1) // size())
 
