@@ -190,6 +190,9 @@ def evaluate(
     if not all(seen.values()):
         raise SamplingError(
             f"the images after request {step} are not finite: the weights diverged; lower train.lr. Finished requests are kept"
+            if step
+            else f"the images of the untouched model are not finite: its checkpoint is damaged, or "
+            f"model.precision={model.precision} is not for it; try fp32"
         )
     rows, thumbnails = [], {}
     for place, shown in enumerate(wanted):

@@ -76,10 +76,14 @@ def locate(path: str, revision: str | None = None, *, download: bool = True) -> 
         download: fetch from the hub what is not in its local cache.
 
     Raises:
-        ModelError: it is not there.
+        ModelError: it is not there, or a revision is asked of what is on this machine.
     """
     inside = path.removeprefix("package:")
     found = Path(__file__).parent / inside if inside != path else Path(path).expanduser()
+    if found.exists() and revision is not None:
+        raise ModelError(
+            f"model.revision={revision}: {path} is on this machine; only a repository of the hub has revisions, use null"
+        )
     if found.exists():
         return found
     if HUB_ID.fullmatch(path):

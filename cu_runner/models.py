@@ -96,13 +96,13 @@ class DiffusionModel:
         self._caches_text = False
 
     def speed_up(self, speed: Speed) -> None:
-        """Switch on what gives the same results faster, up to rounding; on a CPU without compilation, the same bits."""
+        """Choose what gives the same results faster, up to rounding; on a CPU without compilation, the same bits."""
         self._caches_text = speed.kv_cache and not speed.compile
-        if speed.channels_last and self.device.type == "cuda":
-            self.unet.to(memory_format=torch.channels_last)
-            self.vae.to(memory_format=torch.channels_last)
-        if speed.compile:  # only keys and values change between requests, and in place: one compilation per shape and process
-            self._forward = torch.compile(self.unet, dynamic=False)
+        layout = torch.channels_last if speed.channels_last and self.device.type == "cuda" else torch.contiguous_format
+        self.unet.to(memory_format=layout)
+        self.vae.to(memory_format=layout)
+        # only keys and values change between requests, and in place: one compilation per shape and process
+        self._forward = torch.compile(self.unet, dynamic=False) if speed.compile else self.unet
 
     @contextlib.contextmanager
     def constant_text(self) -> Iterator[None]:
@@ -297,7 +297,7 @@ def load_model(
             does not have.
     """
     target = torch.device(device)
-    if precision == "bf16" and target.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if precision == "bf16" and target.type == "cuda" and torch.cuda.get_device_capability(target) < (8, 0):
         raise ModelError("model.precision=bf16: this GPU does not have it; use fp16 or fp32")
     components = read_components(locate(path, revision), config=config, prediction_type=prediction_type, allow_pickle=allow_pickle)
     return DiffusionModel(

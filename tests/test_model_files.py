@@ -210,6 +210,8 @@ def hub(pipelines, tmp_path, monkeypatch) -> Path:
 def test_a_repository_in_the_cache_is_used_without_network(hub, pipelines):
     assert load("some/model").fingerprint() == load(pipelines["sd15"]).fingerprint()
     assert load("some/model", revision="other").fingerprint() == load(pipelines["sd21_base"]).fingerprint()
+    with pytest.raises(ModelError, match=r"^model.revision=main: .*sd15 is on this machine; only a repository of the hub has rev"):
+        load(pipelines["sd15"], revision="main")
     for revision in ("no-such", None):
         with pytest.raises(ModelError, match=r"the Hugging Face hub did not give it \(\w+\); give model.path a local") as error:
             load("some/other" if revision is None else "some/model", revision=revision)

@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 
 from cu_runner import sampling
 from cu_runner.anchors import AnchorImages
-from cu_runner.evaluation import evaluate
+from cu_runner.evaluation import SamplingError, evaluate
 from cu_runner.models import DiffusionModel, load_model
 from cu_runner.params import select_parameters, snapshot
 from cu_runner.sampling import generate, sample_latents, sample_partly
@@ -250,6 +250,14 @@ def test_evaluation_goes_on_with_half_the_batch_when_memory_runs_out(any_batch, 
     monkeypatch.setattr(sampling, "sample_latents", lambda *arguments: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
     with pytest.raises(torch.OutOfMemoryError):
         evaluate(model, evaluator, sequence, list(sequence.targets), 1, settings)
+
+
+@pytest.mark.parametrize(("step", "advice"), [(0, "or model.precision=fp32 is not for it; try fp32"), (1, "lower train.lr")])
+def test_images_that_are_not_finite(model, evaluator, sequence, monkeypatch, step, advice):
+    monkeypatch.setattr(model, "decode_latents", lambda latents: torch.full((len(latents), 3, 8, 8), torch.nan))
+    with pytest.raises(SamplingError, match="not finite") as caught:
+        evaluate(model, evaluator, sequence, list(sequence.targets), step, EvalSettings(1, 1.0, batch_size=8))
+    assert (advice in str(caught.value), "train.lr" in str(caught.value)) == (True, step > 0)
 
 
 def test_images_go_on_with_half_the_batch_too_and_it_is_remembered(any_batch, monkeypatch):
