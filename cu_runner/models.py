@@ -41,6 +41,10 @@ class Text:
     def __getitem__(self, rows: slice | list[int]) -> "Text":
         return Text(self.hidden[rows], None if self.pooled is None else self.pooled[rows])
 
+    def to(self, device: torch.device | str) -> "Text":
+        """The same on another device."""
+        return Text(self.hidden.to(device), None if self.pooled is None else self.pooled.to(device))
+
     @staticmethod
     def cat(parts: Sequence["Text"]) -> "Text":
         """The rows of all parts, in order."""
@@ -130,17 +134,17 @@ class DiffusionModel:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Text:
-        """The text of B prompts; each distinct prompt is encoded once per process, in fp32."""
+        """The text of B prompts; each distinct prompt is encoded once per process, in fp32, and kept on the CPU."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         for start in range(0, len(new), 256):
             chunk = new[start : start + 256]
-            text = self._encode(chunk)
+            text = self._encode(chunk).to("cpu")
             for row, prompt in enumerate(chunk):
                 encoded = Text.cat([text[row : row + 1]])  # a copy: a view would keep the whole chunk
                 if prompt == "" and self.components.zero_empty_prompt:
                     encoded = Text(torch.zeros_like(encoded.hidden), torch.zeros_like(encoded.pooled))
                 self._embeddings[prompt] = encoded
-        return Text.cat([self._embeddings[prompt] for prompt in prompts])
+        return Text.cat([self._embeddings[prompt] for prompt in prompts]).to(self.device)
 
     def _encode(self, prompts: list[str]) -> Text:
         """One encoder: its last hidden states. SDXL: the last but one of both, side by side, and the second's projection."""

@@ -158,6 +158,25 @@ def test_a_single_file_is_the_same_model_as_its_directory(pipelines, original, t
     assert all(mine.equal(theirs) for mine, theirs in zip(allowed.unet.parameters(), plain.unet.parameters(), strict=True))
 
 
+def test_a_single_file_of_sdxl(pipelines, tmp_path):
+    """Known by its two text encoders, under `conditioner.`; as a pickle, too."""
+    path, plain = tmp_path / "model.safetensors", load(pipelines["sdxl"])
+    weights = original_weights(pipelines["sdxl"])
+    safetensors.torch.save_file(weights, path)
+    made = load(path, config=str(pipelines["sdxl"]))
+    assert len(made.text_encoders) == 2
+    assert made.components.zero_empty_prompt
+    assert made.fingerprint() == plain.fingerprint()
+    pickle = tmp_path / "model.ckpt"
+    torch.save({"state_dict": weights}, pickle)
+    assert load(pickle, config=str(pipelines["sdxl"]), allow_pickle=(str(pickle),)).fingerprint() == plain.fingerprint()
+    weights.pop("conditioner.embedders.1.model.transformer.resblocks.1.ln_1.weight")
+    safetensors.torch.save_file(weights, path)
+    with pytest.raises(ModelError, match=r"text_encoder_2 are missing|cannot be read") as error:
+        load(path, config=str(pipelines["sdxl"]))
+    assert "\n" not in str(error.value)
+
+
 def test_a_single_file_without_its_configuration(original):
     with pytest.raises(ModelError, match=r"give model.config a local diffusers directory of the same kind") as error:
         load(original)
