@@ -47,12 +47,19 @@ class AnchorImages:
         if files is None:
             seeds = [derive_seed("anchor", ANCHOR_SEED, i) for i in range(number)]
             with placed(self.params, self.base):
-                batches = generate(self.model, captions, seeds, self.sampler, batch_size=self.batch_size, label="anchor images")
-                both = [(self.model.encode_images(images), self.model.encode_images(images.flip(-1))) for images in batches]
+                both = list(
+                    generate(
+                        self.model, captions, seeds, self.sampler,
+                        batch_size=self.batch_size, label="anchor images", look=self._encode,
+                    )
+                )  # fmt: skip
             latents = {name: torch.cat(parts) for name, parts in zip(key["encoded"], zip(*both, strict=True), strict=True)}
             files = {"latents.safetensors": to_safetensors(latents)}
             self.cache.put("anchors", key, files)
         return safetensors.torch.load(files["latents.safetensors"])["mirrored" if mirrored else "latents"]
+
+    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.encode_images(images), self.model.encode_images(images.flip(-1))
 
 
 def sampler_key(sampler: Sampler) -> list[object]:

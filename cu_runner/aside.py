@@ -28,6 +28,7 @@ class Aside:
             self._pool.shutdown()
             if error is None:
                 self._wait()
+            self._pending = None
 
     def run(self, work: Callable[[Tensor], None], tensor: Tensor) -> None:
         """Do work(tensor) without gradients, after the work given before it. Its results must be on the CPU when it returns."""
@@ -41,8 +42,11 @@ class Aside:
 
     def _wait(self) -> None:
         pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        try:
+            if pending is not None:
+                pending.result()
+        finally:
+            del pending  # it holds its error, whose traceback holds this frame: a cycle that keeps the tensors of every frame
 
     @torch.no_grad()
     def _work(self, work: Callable[[Tensor], None], tensor: Tensor, made: torch.cuda.Event | None) -> None:

@@ -68,7 +68,7 @@ def run_job(config: "DictConfig") -> None:
 
     plan = parse(config)
     outputs = Path(plan.spine.paths.outputs)
-    parallel.start()
+    parallel.start(plan.spine.device)
     if plan.spine.dry_run:
         print(forecast(plan))
         return

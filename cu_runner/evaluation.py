@@ -4,7 +4,6 @@ Accuracies are in percent. A prediction counts as right when it equals the conce
 """
 
 import io
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +22,6 @@ from cu_runner.settings import EvalSettings
 
 if TYPE_CHECKING:
     from cu_runner.models import DiffusionModel
-
-logger = logging.getLogger(__name__)
 
 ENOUGH_UA = 95.0  # percent; a run below it has forgotten too little for its retention to be compared with that of others
 
@@ -193,6 +190,9 @@ def evaluate(
     if not all(seen.values()):
         raise SamplingError(
             f"the images after request {step} are not finite: the weights diverged; lower train.lr. Finished requests are kept"
+            if step
+            else f"the images of the untouched model are not finite: its checkpoint is damaged, or "
+            f"model.precision={model.precision} is not for it; try fp32"
         )
     rows, thumbnails = [], {}
     for place, shown in enumerate(wanted):
@@ -220,9 +220,14 @@ def sample_in_batches(
         look: is called in order with each batch: which of those wanted it holds, and their latents [B, C, H, W].
     """
     from cu_runner.aside import Aside
-    from cu_runner.sampling import progress, sample_latents  # diffusers takes seconds, and reading metrics does not need it
+    from cu_runner.sampling import (
+        halve_batches,
+        largest_batch,
+        progress,
+        sample_latents,
+    )  # diffusers takes seconds, and reading metrics does not need it
 
-    done, size = 0, settings.batch_size
+    done = 0
     with progress(len(wanted), "evaluate") as bar:
 
         def finish(rows: slice, latents: Tensor) -> None:
@@ -232,6 +237,7 @@ def sample_in_batches(
             bar.update(len(latents))
 
         while done < len(wanted):
+            size = largest_batch(model, settings.batch_size)
             try:
                 with Aside(model.device, settings.overlap) as aside:
                     for start in range(done, len(wanted), size):
@@ -239,10 +245,8 @@ def sample_in_batches(
                         prompts, seeds = [image.prompt for image in wanted[rows]], [image.seed for image in wanted[rows]]
                         aside.run(partial(finish, rows), sample_latents(model, prompts, seeds, settings))
             except torch.OutOfMemoryError:
-                if size == 1:
+                if not halve_batches(model, size):
                     raise
-                size //= 2
-                logger.warning("   out of GPU memory: the evaluation goes on with batches of %d images", size)
 
 
 def judge(evaluator: Evaluator, images: Tensor, sequence: Sequence) -> list[dict[str, object]]:

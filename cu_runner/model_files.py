@@ -31,6 +31,7 @@ WEIGHTS = re.compile(
 )  # shards of some precision come with the precision before their number, or after it
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt")
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+NO_DIFFUSION = "has no noise schedule of a diffusion model (alphas_cumprod); give one such as DDIMScheduler"
 SECOND = ("text_encoder_2", "tokenizer_2")  # SDXL has them
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 
@@ -75,10 +76,14 @@ def locate(path: str, revision: str | None = None, *, download: bool = True) -> 
         download: fetch from the hub what is not in its local cache.
 
     Raises:
-        ModelError: it is not there.
+        ModelError: it is not there, or a revision is asked of what is on this machine.
     """
     inside = path.removeprefix("package:")
     found = Path(__file__).parent / inside if inside != path else Path(path).expanduser()
+    if found.exists() and revision is not None:
+        raise ModelError(
+            f"model.revision={revision}: {path} is on this machine; only a repository of the hub has revisions, use null"
+        )
     if found.exists():
         return found
     if HUB_ID.fullmatch(path):
@@ -166,7 +171,9 @@ def complaints(parts: Components) -> Iterator[str]:
         )
     if vae.latents_mean is not None:
         yield "vae shifts its latents (latents_mean); Stable Diffusion 1, 2 and SDXL do not, and other models are not known"
-    if scheduler.prediction_type not in ("epsilon", "v_prediction"):
+    if not hasattr(parts.scheduler, "alphas_cumprod"):
+        yield f"the scheduler {type(parts.scheduler).__name__} {NO_DIFFUSION}"
+    elif scheduler.prediction_type not in ("epsilon", "v_prediction"):
         yield f"prediction type {scheduler.prediction_type!r}; epsilon and v_prediction are known"
 
 
@@ -174,24 +181,30 @@ def read_directory(root: Path, allow_pickle: Sequence[str]) -> Components:
     """A diffusers directory, as save_pretrained writes it. Raises ModelError."""
     try:
         index = json.loads((root / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        entries = index.items()
+    except (OSError, ValueError, AttributeError):
         raise ModelError(f"{root}: no readable model_index.json; it must be a diffusers directory (save_pretrained)") from None
-    second = any(index.get(part, [None])[0] for part in SECOND)
+    classes = {}  # part -> its class; [library, class], or null for what is not used
+    for part, entry in entries:
+        match entry:
+            case [str(), str(name)]:
+                classes[part] = name
+    second = any(part in classes for part in SECOND)
     needed = COMPONENTS + SECOND * second
-    missing = [part for part in needed if part not in index or not (root / part).is_dir()]
+    missing = [part for part in needed if part not in classes or not (root / part).is_dir()]
     if missing:
         raise ModelError(f"{root}: the component {missing[0]} is missing; a complete pipeline has {', '.join(needed)}")
     encoders = [name for name in ("text_encoder", "text_encoder_2") if name in needed]
     for name in encoders:
-        if index[name][1] not in TEXT_ENCODERS:
-            raise ModelError(f"{root}: {name} is a {index[name][1]}; {' and '.join(TEXT_ENCODERS)} are known")
+        if classes[name] not in TEXT_ENCODERS:
+            raise ModelError(f"{root}: {name} is a {classes[name]}; {' and '.join(TEXT_ENCODERS)} are known")
     unet = load_weights(diffusers.UNet2DConditionModel, root / "unet", allow_pickle)
     vae = load_weights(diffusers.AutoencoderKL, root / "vae", allow_pickle)
-    texts = tuple(load_weights(getattr(transformers, index[name][1]), root / name, allow_pickle) for name in encoders)
+    texts = tuple(load_weights(getattr(transformers, classes[name]), root / name, allow_pickle) for name in encoders)
     try:
         names = [name for name in ("tokenizer", "tokenizer_2") if name in needed]
         tokenizers = tuple(transformers.AutoTokenizer.from_pretrained(root / name) for name in names)
-        scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(root / "scheduler")
+        scheduler = getattr(diffusers, classes["scheduler"]).from_pretrained(root / "scheduler")
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{root}: tokenizer or scheduler cannot be read: {first_line(error)}") from error
     return Components(unet, vae, texts, tokenizers, scheduler, bool(second and index.get("force_zeros_for_empty_prompt", True)))

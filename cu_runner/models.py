@@ -41,6 +41,10 @@ class Text:
     def __getitem__(self, rows: slice | list[int]) -> "Text":
         return Text(self.hidden[rows], None if self.pooled is None else self.pooled[rows])
 
+    def to(self, device: torch.device | str) -> "Text":
+        """The same on another device."""
+        return Text(self.hidden.to(device), None if self.pooled is None else self.pooled.to(device))
+
     @staticmethod
     def cat(parts: Sequence["Text"]) -> "Text":
         """The rows of all parts, in order."""
@@ -90,18 +94,19 @@ class DiffusionModel:
             raise ModelError(f"model.resolution={resolution}: not a multiple of {factor}, the autoencoder's factor")
         self.latent_shape = (self.unet.config.in_channels, resolution // factor, resolution // factor)
         self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
+        self.batch_limit: int | None = None  # the most images of a batch, once more of them did not fit into GPU memory
         self._embeddings: dict[str, Text] = {}
         self._forward: Callable = self.unet
         self._caches_text = False
 
     def speed_up(self, speed: Speed) -> None:
-        """Switch on what gives the same results faster, up to rounding; on a CPU without compilation, the same bits."""
+        """Choose what gives the same results faster, up to rounding; on a CPU without compilation, the same bits."""
         self._caches_text = speed.kv_cache and not speed.compile
-        if speed.channels_last and self.device.type == "cuda":
-            self.unet.to(memory_format=torch.channels_last)
-            self.vae.to(memory_format=torch.channels_last)
-        if speed.compile:  # only keys and values change between requests, and in place: one compilation per shape and process
-            self._forward = torch.compile(self.unet, dynamic=False)
+        layout = torch.channels_last if speed.channels_last and self.device.type == "cuda" else torch.contiguous_format
+        self.unet.to(memory_format=layout)
+        self.vae.to(memory_format=layout)
+        # only keys and values change between requests, and in place: one compilation per shape and process
+        self._forward = torch.compile(self.unet, dynamic=False) if speed.compile else self.unet
 
     @contextlib.contextmanager
     def constant_text(self) -> Iterator[None]:
@@ -129,17 +134,17 @@ class DiffusionModel:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Text:
-        """The text of B prompts; each distinct prompt is encoded once per process, in fp32."""
+        """The text of B prompts; each distinct prompt is encoded once per process, in fp32, and kept on the CPU."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         for start in range(0, len(new), 256):
             chunk = new[start : start + 256]
-            text = self._encode(chunk)
+            text = self._encode(chunk).to("cpu")
             for row, prompt in enumerate(chunk):
                 encoded = Text.cat([text[row : row + 1]])  # a copy: a view would keep the whole chunk
                 if prompt == "" and self.components.zero_empty_prompt:
                     encoded = Text(torch.zeros_like(encoded.hidden), torch.zeros_like(encoded.pooled))
                 self._embeddings[prompt] = encoded
-        return Text.cat([self._embeddings[prompt] for prompt in prompts])
+        return Text.cat([self._embeddings[prompt] for prompt in prompts]).to(self.device)
 
     def _encode(self, prompts: list[str]) -> Text:
         """One encoder: its last hidden states. SDXL: the last but one of both, side by side, and the second's projection."""
@@ -296,7 +301,7 @@ def load_model(
             does not have.
     """
     target = torch.device(device)
-    if precision == "bf16" and target.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if precision == "bf16" and target.type == "cuda" and torch.cuda.get_device_capability(target) < (8, 0):
         raise ModelError("model.precision=bf16: this GPU does not have it; use fp16 or fp32")
     components = read_components(locate(path, revision), config=config, prediction_type=prediction_type, allow_pickle=allow_pickle)
     return DiffusionModel(

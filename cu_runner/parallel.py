@@ -22,17 +22,33 @@ Value = TypeVar("Value")
 _alone = False  # inside alone(): the model's batches are this process's own
 
 
-def start() -> None:
+def start(device: str) -> None:
     """Join the other processes, where a launcher has started several. NCCL between GPUs, gloo between CPU processes.
+
+    Args:
+        device: as configured, "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        ValueError: one GPU, or too few, for several processes.
 
     The group is left before the interpreter is taken down: gloo's threads that still hold tensors then abort the process.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        from accelerate import PartialState  # seconds of import that a single process is spared
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1 or dist.is_initialized():
+        return
+    if device.startswith("cuda:"):
+        raise ValueError(f"device={device}: each of {processes} processes has a GPU of its own; use device=cuda, auto or cpu")
+    on_gpus, here = device != "cpu" and torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    if on_gpus and here > torch.cuda.device_count():
+        raise ValueError(
+            f"device={device}: {here} processes and {torch.cuda.device_count()} CUDA devices; start at most one process for each, "
+            "or use device=cpu"
+        )
+    from accelerate import PartialState  # seconds of import that a single process is spared
 
-        atexit.register(PartialState().destroy_process_group)
-        if not is_main():
-            os.environ["TQDM_DISABLE"] = "1"
+    atexit.register(PartialState(cpu=not on_gpus).destroy_process_group)
+    if not is_main():
+        os.environ["TQDM_DISABLE"] = "1"
 
 
 def rank() -> int:
@@ -92,9 +108,14 @@ def alone() -> Iterator[None]:
         _alone = before
 
 
+def is_shared() -> bool:
+    """Whether several processes make every batch of the model together."""
+    return size() > 1 and not _alone
+
+
 def share(rows: int) -> slice | None:
     """This process's share of a batch; None where it takes all rows (one process, alone(), fewer rows than processes)."""
-    if size() == 1 or _alone or rows < size():
+    if not is_shared() or rows < size():
         return None
     return slice(rows * rank() // size(), rows * (rank() + 1) // size())
 

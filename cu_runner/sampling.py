@@ -3,39 +3,80 @@
 Shapes: B batch, C latent channels, H W latent size, S image side.
 """
 
-import copy
 import inspect
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import diffusers
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cu_runner import parallel
+from cu_runner.model_files import NO_DIFFUSION
 from cu_runner.models import DiffusionModel
 from cu_runner.seeding import derive_seed, image_noise
 from cu_runner.settings import Sampler
 
+logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+
 
 def generate(
-    model: DiffusionModel, prompts: list[str], seeds: list[int], sampler: Sampler, *, batch_size: int, label: str
-) -> Iterator[Tensor]:
-    """Yield images batch by batch, in the order of the prompts, under a progress bar.
+    model: DiffusionModel,
+    prompts: list[str],
+    seeds: list[int],
+    sampler: Sampler,
+    *,
+    batch_size: int,
+    label: str,
+    look: Callable[[Tensor], Value] = lambda images: images,
+) -> Iterator[Value]:
+    """Yield images batch by batch, in the order of the prompts, under a progress bar; where GPU memory runs out, half as large.
 
     Args:
         prompts, seeds: one of each per image; together they fix its noise.
         batch_size: images per forward pass (twice as many rows with guidance).
         label: what the progress bar says.
+        look: what is made of each batch and yielded in its place; it may run out of memory too.
 
     Yields:
         [B, 3, S, S] float in 0..1, on the model's device.
     """
+    done = 0
     with progress(len(prompts), label) as bar:
-        for start in range(0, len(prompts), batch_size):
-            rows = slice(start, start + batch_size)
-            images = sample_images(model, prompts[rows], seeds[rows], sampler)
-            yield images
-            bar.update(len(images))
+        while done < len(prompts):
+            size = largest_batch(model, batch_size)
+            rows = slice(done, min(done + size, len(prompts)))
+            try:
+                found = look(sample_images(model, prompts[rows], seeds[rows], sampler))
+            except torch.OutOfMemoryError:
+                if not halve_batches(model, size):
+                    raise
+                continue
+            yield found
+            bar.update(rows.stop - rows.start)
+            done = rows.stop
+
+
+def largest_batch(model: DiffusionModel, batch_size: int) -> int:
+    """At most batch_size images, and not more than memory was found to hold; of processes that share a batch, in each of them."""
+    own = min(batch_size, model.batch_limit or batch_size)
+    return min(parallel.in_turn(own)) if parallel.is_shared() else own
+
+
+def halve_batches(model: DiffusionModel, size: int) -> bool:
+    """From now on batches have half of `size` images at most, which GPU memory did not hold.
+
+    False where there is nothing to halve: a single image, or a batch of which other processes wait for this one's share.
+    """
+    if size == 1 or parallel.is_shared():
+        return False
+    model.batch_limit = size // 2
+    logger.warning("   out of GPU memory: sampling goes on with batches of %d images", model.batch_limit)
+    return True
 
 
 def progress(images: int, label: str) -> tqdm:
@@ -49,13 +90,20 @@ def sample_images(model: DiffusionModel, prompts: list[str], seeds: list[int], s
 
 
 def make_scheduler(model: DiffusionModel, sampler: Sampler) -> diffusers.SchedulerMixin:
-    """A fresh scheduler with its timesteps set; the state of one trajectory lives in it. Raises ValueError for an unknown one."""
-    scheduler = copy.deepcopy(model.scheduler)
+    """A fresh scheduler with its timesteps set; the state of one trajectory lives in it. Raises ValueError for an unknown one.
+
+    Whatever a checkpoint says or leaves to defaults, latents are not clipped to -1..1, and Stable Diffusion 1 and 2 offset their
+    timesteps by one, as diffusers' pipelines make them.
+    """
+    kind = type(model.scheduler)
     if sampler.scheduler is not None:
         kind = getattr(diffusers, sampler.scheduler, None)
         if not (inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)):
             raise ValueError(f"scheduler={sampler.scheduler}: diffusers has no such scheduler; give a class such as DDIMScheduler")
-        scheduler = kind.from_config(model.scheduler.config)
+    offset = {"steps_offset": 1} if len(model.text_encoders) == 1 else {}
+    scheduler = kind.from_config(model.scheduler.config, clip_sample=False, **offset)
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"scheduler={sampler.scheduler}: {NO_DIFFUSION}")
     scheduler.set_timesteps(sampler.steps, device=model.device)
     return scheduler
 

@@ -140,6 +140,12 @@ class Training:
         self._rows, self.ended = state["rows"], state["ended"]
         assign(self._scope.params, state["params"])
         self._optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self._optimizer.state.items():
+            for name, moment in moments.items():
+                if (
+                    moment.shape == parameter.shape
+                ):  # saved in another memory layout, perhaps: fused optimisers take the weight's alone
+                    moments[name] = torch.empty_like(parameter).copy_(moment)
         self._method.restore(state["method"])
         for name, regularizer in self._regularizers.items():
             regularizer.restore(state["regularizers"][name])

@@ -22,7 +22,10 @@ from cu_runner.lists import read_shipped
 from cu_runner.models import DTYPES
 
 KINDS = ("sd15", "sd21_base", "sdxl")
-NOISE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+NOISE = {
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
+    "clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True,
+}  # fmt: skip
 
 
 def unet_config(kind: str, tiny: bool) -> dict[str, object]:
@@ -88,8 +91,8 @@ def text_config(name: str, tiny: bool) -> transformers.CLIPTextConfig:
 def scheduler_of(kind: str) -> diffusers.SchedulerMixin:
     """The scheduler that the published checkpoint comes with."""
     if kind == "sdxl":
-        return diffusers.EulerDiscreteScheduler(**NOISE, timestep_spacing="leading")
-    return diffusers.PNDMScheduler(**NOISE, skip_prk_steps=True, set_alpha_to_one=False)
+        return diffusers.EulerDiscreteScheduler.from_config(NOISE | {"timestep_spacing": "leading"})
+    return diffusers.PNDMScheduler.from_config(NOISE)
 
 
 def write_tokenizer(directory: Path, pad_token: str) -> None:

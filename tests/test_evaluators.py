@@ -112,6 +112,56 @@ def test_settings_of_a_domain_without_a_path_are_refused(resnet_file):
         Classifier({"style": resnet_file}, **PREPROCESSING, architectures={"style": "timm:test_resnet"})
 
 
+# ---------------------------------------------------------------------------------------------------- transformers
+@pytest.fixture
+def directory_with(tmp_path):
+    """Returns write(names) -> a transformers directory whose config.json names its outputs so."""
+
+    def write(names: list[str]) -> str:
+        config = transformers.ViTConfig(
+            hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=32, patch_size=16,
+            id2label=dict(enumerate(names)), label2id={name: index for index, name in enumerate(names)},
+        )  # fmt: skip
+        transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+        return str(tmp_path / "vit")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("spell", "order", "refused"),
+    [
+        (lambda name: name, 1, None),
+        (lambda name: name.replace("_", " ").lower(), 1, None),
+        (lambda name: name.replace("_", "-").upper() + " ", 1, None),
+        (lambda name: f"style of {name}", -1, None),  # names of its own say nothing of the order
+        (lambda name: name, -1, "output 0 is 'Winter' in its config.json and 'Abstractionism' in the label list"),
+        (lambda name: name.replace("_", " "), -1, "which is its output 50; put the list in its order$"),
+        (lambda name: {"Bricks": "Stones"}.get(name, name.replace("_", " ")), 1, None),  # one is renamed
+        (
+            lambda name: {"Bricks": "Cartoon", "Cartoon": "x"}.get(name, name),
+            1,
+            "'Cartoon' in the label list, which is its output 3",
+        ),
+    ],
+)
+def test_the_names_of_a_directory_may_be_spelled_otherwise_but_not_stand_elsewhere(directory_with, spell, order, refused):
+    names = read_labels("x", "unlearncanvas_styles")
+    path = directory_with([spell(name) for name in names][::order])
+    settings = PREPROCESSING | {"labels": {"style": "unlearncanvas_styles"}}
+    if refused is None:
+        assert Classifier({"style": path}, **settings).labels() == {"style": names}
+    else:
+        with pytest.raises(ModelError, match=refused) as caught:
+            Classifier({"style": path}, **settings)
+        assert "\n" not in str(caught.value)
+
+
+def test_outputs_without_names_are_believed_to_be_in_the_order_of_the_list(directory_with):
+    path = directory_with([f"LABEL_{index}" for index in range(3)])
+    assert Classifier({"style": path}, **PREPROCESSING, labels={"style": LABELS}).labels() == {"style": LABELS}
+
+
 def test_the_imagenet_list_has_a_thousand_names():
     names = read_labels("x", "imagenet")
     assert (len(names), len(set(names)), names[0], names[497]) == (1000, 1000, "tench", "church")

@@ -101,6 +101,17 @@ def test_a_pickle_that_would_run_code_does_not(pipeline_of, tmp_path):
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction type 'sample'; epsilon and v_prediction"),
         ("model_index.json", {"text_encoder": ["transformers", "T5EncoderModel"]}, "text_encoder is a T5EncoderModel; CLIPText"),
         ("model_index.json", {"text_encoder_2": [None, None], "tokenizer_2": [None, None]}, "width 80, text_encoder writes 32"),
+        ("model_index.json", {"text_encoder_2": None, "tokenizer_2": None}, "width 80, text_encoder writes 32"),
+        ("model_index.json", {"text_encoder_2": None}, "the component text_encoder_2 is missing"),
+        ("model_index.json", {"text_encoder": None}, "the component text_encoder is missing"),
+        ("model_index.json", {"scheduler": None}, "the component scheduler is missing"),
+        ("model_index.json", {"scheduler": ["diffusers"]}, "the component scheduler is missing"),
+        ("model_index.json", {"scheduler": ["diffusers", "Nothing"]}, "tokenizer or scheduler cannot be read"),
+        (
+            "model_index.json",
+            {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]},
+            "the scheduler FlowMatchEulerDiscreteScheduler has no noise schedule of a diffusion model",
+        ),
     ],
 )  # fmt: skip
 def test_components_that_do_not_fit(pipeline_of, file, change, message):
@@ -109,6 +120,14 @@ def test_components_that_do_not_fit(pipeline_of, file, change, message):
     with pytest.raises(ModelError, match=message) as error:
         load(path.parents[file.count("/")])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", "{"])
+def test_a_model_index_that_is_none(pipeline_of, content):
+    directory = pipeline_of("sd15")
+    (directory / "model_index.json").write_text(content)
+    with pytest.raises(ModelError, match=r"sd15: no readable model_index.json; it must be a diffusers directory"):
+        load(directory)
 
 
 def test_a_second_text_encoder_without_its_tokenizer(pipeline_of):
@@ -137,6 +156,25 @@ def test_a_single_file_is_the_same_model_as_its_directory(pipelines, original, t
     allowed = load(pickle, config=str(pipelines["sd15"]), allow_pickle=(str(pickle),), prediction_type="v_prediction")
     assert allowed.scheduler.config.prediction_type == "v_prediction"
     assert all(mine.equal(theirs) for mine, theirs in zip(allowed.unet.parameters(), plain.unet.parameters(), strict=True))
+
+
+def test_a_single_file_of_sdxl(pipelines, tmp_path):
+    """Known by its two text encoders, under `conditioner.`; as a pickle, too."""
+    path, plain = tmp_path / "model.safetensors", load(pipelines["sdxl"])
+    weights = original_weights(pipelines["sdxl"])
+    safetensors.torch.save_file(weights, path)
+    made = load(path, config=str(pipelines["sdxl"]))
+    assert len(made.text_encoders) == 2
+    assert made.components.zero_empty_prompt
+    assert made.fingerprint() == plain.fingerprint()
+    pickle = tmp_path / "model.ckpt"
+    torch.save({"state_dict": weights}, pickle)
+    assert load(pickle, config=str(pipelines["sdxl"]), allow_pickle=(str(pickle),)).fingerprint() == plain.fingerprint()
+    weights.pop("conditioner.embedders.1.model.transformer.resblocks.1.ln_1.weight")
+    safetensors.torch.save_file(weights, path)
+    with pytest.raises(ModelError, match=r"text_encoder_2 are missing|cannot be read") as error:
+        load(path, config=str(pipelines["sdxl"]))
+    assert "\n" not in str(error.value)
 
 
 def test_a_single_file_without_its_configuration(original):
@@ -191,6 +229,8 @@ def hub(pipelines, tmp_path, monkeypatch) -> Path:
 def test_a_repository_in_the_cache_is_used_without_network(hub, pipelines):
     assert load("some/model").fingerprint() == load(pipelines["sd15"]).fingerprint()
     assert load("some/model", revision="other").fingerprint() == load(pipelines["sd21_base"]).fingerprint()
+    with pytest.raises(ModelError, match=r"^model.revision=main: .*sd15 is on this machine; only a repository of the hub has rev"):
+        load(pipelines["sd15"], revision="main")
     for revision in ("no-such", None):
         with pytest.raises(ModelError, match=r"the Hugging Face hub did not give it \(\w+\); give model.path a local") as error:
             load("some/other" if revision is None else "some/model", revision=revision)

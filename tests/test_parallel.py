@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import accelerate
 import pandas as pd
 import pytest
 import safetensors.torch
@@ -20,7 +22,7 @@ import atexit
 import torch.distributed as dist
 from cu_runner import parallel
 atexit.register(lambda: print(f"at the end: {dist.is_initialized()}", flush=True))
-parallel.start()
+parallel.start("cpu")
 print(f"of two: {parallel.from_main(parallel.size)}", flush=True)
 """
 CELLS = {
@@ -34,7 +36,7 @@ CELLS = {
         "method.dual.every=1", "reg=none", "train.batch_size=4",
     ],
 }  # fmt: skip
-COMMON = [override for override in SMOKE if not override.startswith("method.")]
+COMMON = ["device=cpu", *(override for override in SMOKE if not override.startswith("method."))]
 
 
 def launch(cwd, *overrides: str) -> subprocess.CompletedProcess:
@@ -47,6 +49,36 @@ def launch(cwd, *overrides: str) -> subprocess.CompletedProcess:
         timeout=400,
         check=False,
     )
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda:0", "device=cuda:0: each of 4 processes has a GPU of its own; use device=cuda, auto or cpu"),
+        ("auto", "device=auto: 3 processes and 2 CUDA devices; start at most one process for each, or use device=cpu"),
+        ("cuda", "device=cuda: 3 processes and 2 CUDA devices; start at most one process for each, or use device=cpu"),
+    ],
+)
+def test_processes_without_a_gpu_of_their_own(monkeypatch, device, message):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # of them on this machine
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        parallel.start(device)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "cpu"), [("cpu", 4, True), ("auto", 4, False), ("cuda", 4, False), ("auto", 0, True), ("cpu", 0, True)]
+)
+def test_what_carries_the_group(monkeypatch, device, gpus, cpu):
+    asked = []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(accelerate, "PartialState", lambda cpu: asked.append(cpu) or SimpleNamespace(destroy_process_group=list))
+    parallel.start(device)
+    assert asked == [cpu]
 
 
 def test_alone_a_process_is_the_only_one():

@@ -11,7 +11,7 @@ from cu_runner.methods.conabl import ConAbl
 from cu_runner.models import load_model
 from cu_runner.params import select_parameters, snapshot
 from cu_runner.sampling import generate
-from cu_runner.settings import Sampler
+from cu_runner.settings import Sampler, Speed
 from cu_runner.training import erase
 
 PROMPTS = ["a painting of a dog", "two cats"]
@@ -122,8 +122,54 @@ def test_memory_settings_are_no_other_experiment(in_process, tmp_path):
     assert run_directory(out, tmp_path).name.endswith(compose([*SMOKE]).signature[:8])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks a GPU that is not there")
 def test_a_precision_that_the_gpu_lacks(monkeypatch, pipelines):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    """The GPU of the run is asked, not the one that happens to be current."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {1: (7, 5)}[device.index])
     with pytest.raises(ValueError, match=r"^model.precision=bf16: this GPU does not have it; use fp16 or fp32$"):
-        load(pipelines["sd15"], precision="bf16", device="cuda")
+        load(pipelines["sd15"], precision="bf16", device="cuda:1")
+
+
+# -------------------------------------------------------------------------------------------------------------- speed
+def output_of(model) -> torch.Tensor:
+    noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.predict_noise(noise, torch.tensor([10, 900]), model.encode_prompts(PROMPTS))
+
+
+def test_a_compiled_unet_says_the_same_follows_its_weights_and_is_left_again(monkeypatch):
+    model, real, graphs, calls = load("package:shapecanvas/weights/pipeline"), torch.compile, [], []
+
+    def backend(graph, inputs):
+        graphs.append(1)
+        return lambda *arguments: calls.append(1) or graph(*arguments)
+
+    monkeypatch.setattr(torch, "compile", lambda module, **more: real(module, backend=backend, **more))
+    weight = model.unet.conv_in.weight
+    outputs = []
+    for compiled in (True, False):
+        model.speed_up(Speed(compile=compiled))
+        calls.clear()
+        for change in (1.0, -1.0):
+            outputs.append(output_of(model))
+            with torch.no_grad():
+                weight.add_(change)  # the next request
+        assert bool(calls) == compiled
+    torch._dynamo.reset()
+    first, second, plain, changed = outputs
+    torch.testing.assert_close(first, plain)
+    torch.testing.assert_close(second, changed)
+    assert (second - first).abs().max() > 1e-4
+    assert len(graphs) == 1
+
+
+def test_the_layout_of_a_gpus_convolutions_says_the_same_and_is_left_again(pipelines, monkeypatch):
+    model = load(pipelines["sd15"])
+    weights = [part.conv_in.weight for part in (model.unet, model.vae.encoder)]
+    plain, cpu = output_of(model), model.device
+    for speed, last in ((Speed(), True), (Speed(channels_last=False), False)):
+        monkeypatch.setattr(model, "device", torch.device("cuda"))
+        model.speed_up(speed)
+        monkeypatch.setattr(model, "device", cpu)
+        assert {weight.is_contiguous(memory_format=torch.channels_last) for weight in weights} == {last}
+        torch.testing.assert_close(output_of(model), plain, atol=1e-5, rtol=1e-4)
+    assert torch.equal(output_of(model), plain)

@@ -1,8 +1,10 @@
 """Noise fixed per image, batches that change nothing, guidance, v-prediction."""
 
 import dataclasses
+import gc
 import logging
 import threading
+import weakref
 
 import diffusers
 import pandas as pd
@@ -11,11 +13,14 @@ import torch
 from scipy.stats import binomtest
 
 from cu_runner import sampling
-from cu_runner.evaluation import evaluate
+from cu_runner.anchors import AnchorImages
+from cu_runner.evaluation import SamplingError, evaluate
 from cu_runner.models import DiffusionModel, load_model
+from cu_runner.params import select_parameters, snapshot
 from cu_runner.sampling import generate, sample_latents, sample_partly
 from cu_runner.seeding import RandomSource, derive_seed, image_noise
 from cu_runner.settings import EvalSettings, Sampler, Speed
+from cu_runner.store import Cache
 
 PROMPTS = [
     "a tree image in ember stripe style",
@@ -151,6 +156,12 @@ def with_scheduler(model, scheduler) -> DiffusionModel:
     return DiffusionModel(parts, resolution=64, sampler=Sampler(2, 1.0), precision="fp32", device=model.device)
 
 
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "KarrasVeScheduler"])
+def test_a_scheduler_without_the_noise_of_a_diffusion_model_is_one_line(model, name):
+    with pytest.raises(ValueError, match=rf"^scheduler={name}: has no noise schedule .*; give one such as DDIMScheduler$"):
+        sample_latents(model, PROMPTS[:1], SEEDS[:1], Sampler(2, 1, name))
+
+
 def test_v_prediction_identity(model):
     """The UNet's output read as v gives an eps and an x_0 whose velocity is v and whose noised image is x_t."""
     scheduler = diffusers.DDIMScheduler.from_config(model.scheduler.config, prediction_type="v_prediction")
@@ -198,18 +209,34 @@ def test_weights_given_for_a_prediction_do_not_stay(model):
 
 
 # --------------------------------------------------------------------------------------------------------- GPU memory
-def test_evaluation_goes_on_with_half_the_batch_when_memory_runs_out(model, evaluator, sequence, monkeypatch, caplog):
-    settings = EvalSettings(2, 2.5, batch_size=8)
-    whole = evaluate(model, evaluator, sequence, list(sequence.targets), 1, settings).predictions
-    real, sizes = sampling.sample_latents, []
+@pytest.fixture
+def any_batch(model):
+    """The embedded model, which forgets at the end that memory ran out."""
+    yield model
+    model.batch_limit = None
+
+
+def scarce_memory(monkeypatch, model, most: int) -> tuple[list[int], list]:
+    """Sampling runs out of memory with more than `most` images; the sizes that were tried, and what then became of the tensors."""
+    real, sizes, held = sampling.sample_latents, [], []
 
     def scarce(model, prompts, seeds, sampler):
         sizes.append(len(prompts))
-        if len(prompts) > 3:
+        assert [kept() for kept in held] == [None] * len(held)
+        if len(prompts) > most:
+            taken = torch.empty(1)
+            held.append(weakref.ref(taken))
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, prompts, seeds, sampler)
 
     monkeypatch.setattr(sampling, "sample_latents", scarce)
+    return sizes, held
+
+
+def test_evaluation_goes_on_with_half_the_batch_when_memory_runs_out(any_batch, evaluator, sequence, monkeypatch, caplog):
+    model, settings = any_batch, EvalSettings(2, 2.5, batch_size=8)
+    whole = evaluate(model, evaluator, sequence, list(sequence.targets), 1, settings).predictions
+    sizes, _ = scarce_memory(monkeypatch, model, 3)
     logging.getLogger("cu_runner").propagate = True
     found = evaluate(model, evaluator, sequence, list(sequence.targets), 1, settings).predictions
     assert sizes[:3] == [min(8, len(whole)), 4, 2]
@@ -217,9 +244,92 @@ def test_evaluation_goes_on_with_half_the_batch_when_memory_runs_out(model, eval
     assert [message for message in caplog.messages if "batches of 2" in message]
     assert found["prompt"].tolist() == whole["prompt"].tolist()
     assert (found["predicted_style"] == whole["predicted_style"]).mean() > 0.9
+    sizes.clear()
+    evaluate(model, evaluator, sequence, list(sequence.targets), 2, settings)
+    assert max(sizes) == 2  # memory does not run out again
     monkeypatch.setattr(sampling, "sample_latents", lambda *arguments: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
     with pytest.raises(torch.OutOfMemoryError):
         evaluate(model, evaluator, sequence, list(sequence.targets), 1, settings)
+
+
+@pytest.mark.parametrize(("step", "advice"), [(0, "or model.precision=fp32 is not for it; try fp32"), (1, "lower train.lr")])
+def test_images_that_are_not_finite(model, evaluator, sequence, monkeypatch, step, advice):
+    monkeypatch.setattr(model, "decode_latents", lambda latents: torch.full((len(latents), 3, 8, 8), torch.nan))
+    with pytest.raises(SamplingError, match="not finite") as caught:
+        evaluate(model, evaluator, sequence, list(sequence.targets), step, EvalSettings(1, 1.0, batch_size=8))
+    assert (advice in str(caught.value), "train.lr" in str(caught.value)) == (True, step > 0)
+
+
+def test_images_go_on_with_half_the_batch_too_and_it_is_remembered(any_batch, monkeypatch):
+    whole = images(any_batch, 2)
+    sizes, held = scarce_memory(monkeypatch, any_batch, 2)
+    assert torch.equal(images(any_batch, 8), whole)
+    assert sizes == [8, 4, 2, 2, 2, 2]
+    assert len(held) == 2
+    sizes.clear()
+    assert torch.equal(images(any_batch, 8), whole)
+    assert sizes == [2, 2, 2, 2]
+    monkeypatch.setattr(sampling, "sample_latents", lambda *arguments: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+    with pytest.raises(torch.OutOfMemoryError):
+        images(any_batch, 8)
+
+
+def test_what_is_made_of_images_may_run_out_of_memory_too(any_batch):
+    seen = []
+
+    def look(batch):
+        seen.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch.mean((1, 2, 3))
+
+    made = generate(any_batch, PROMPTS[:5], SEEDS[:5], Sampler(2, 2.5), batch_size=4, label="", look=look)
+    torch.testing.assert_close(torch.cat(list(made)), images(any_batch, 2)[:5].mean((1, 2, 3)))
+    assert seen == [4, 2, 2, 1]
+
+
+def test_anchor_images_go_on_with_half_the_batch(any_batch, monkeypatch, tmp_path):
+    params = select_parameters(any_batch.unet, "kv_xattn")
+    arguments = (any_batch, "", params, snapshot(params), Sampler(2, 2.5))
+    whole = AnchorImages(*arguments, Cache(tmp_path / "one"), 2).latents(PROMPTS[:4], 6)
+    sizes, _ = scarce_memory(monkeypatch, any_batch, 2)
+    found = AnchorImages(*arguments, Cache(tmp_path / "two"), 4).latents(PROMPTS[:4], 6)
+    assert sizes == [4, 2, 2, 2]
+    assert torch.equal(found, whole)
+
+
+@pytest.mark.parametrize(("overlap", "both"), [(False, False), (True, False), (True, True)])
+def test_what_failed_is_freed_before_the_next_attempt(any_batch, evaluator, sequence, monkeypatch, overlap, both):
+    """Without the collector of cycles, which runs at its own time; both: sampling fails while a batch is being classified."""
+    decode, sample, begun = any_batch.decode_latents, sampling.sample_latents, threading.Event()
+    held, sampled, after = [], [], []
+
+    def scarce(latents):
+        if len(latents) > 1:
+            images = decode(latents)
+            held.extend([weakref.ref(latents), weakref.ref(images)])
+            begun.set()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(latents)
+
+    def watched(model, prompts, *rest):
+        if len(prompts) == 1:
+            after.append([kept() for kept in held])
+        elif both and sampled:
+            assert begun.wait(60)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sampled.append(len(prompts))
+        return sample(model, prompts, *rest)
+
+    monkeypatch.setattr(any_batch, "decode_latents", scarce)
+    monkeypatch.setattr(sampling, "sample_latents", watched)
+    gc.disable()
+    try:
+        evaluate(any_batch, evaluator, sequence, list(sequence.targets), 1, EvalSettings(2, 1.0, batch_size=2, overlap=overlap))
+    finally:
+        gc.enable()
+    assert held
+    assert after[0] == [None] * len(held)
 
 
 # -------------------------------------------------------------------------------------------------------------- speed
@@ -239,7 +349,10 @@ def test_a_batch_classified_while_the_next_is_sampled_gives_the_same_predictions
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_memory_that_runs_out_while_images_are_classified_halves_the_batch_too(model, evaluator, sequence, monkeypatch, overlap):
+def test_memory_that_runs_out_while_images_are_classified_halves_the_batch_too(
+    any_batch, evaluator, sequence, monkeypatch, overlap
+):
+    model = any_batch
     concepts = [*sequence.targets, *sequence.retain]
     settings = EvalSettings(2, 2.5, batch_size=3, overlap=overlap)
     whole = evaluate(model, evaluator, sequence, concepts, 1, settings).predictions

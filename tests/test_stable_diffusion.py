@@ -28,8 +28,21 @@ def load(path: Path | str, **more) -> DiffusionModel:
     return load_model(str(path), 64, Sampler(3, 5.0), **more)
 
 
-def our_images(model: DiffusionModel, guidance: float = 5.0) -> torch.Tensor:
-    return next(generate(model, PROMPTS, SEEDS, Sampler(3, guidance), batch_size=2, label=""))
+def our_images(model: DiffusionModel, guidance: float = 5.0, scheduler: str | None = None) -> torch.Tensor:
+    return next(generate(model, PROMPTS, SEEDS, Sampler(3, guidance, scheduler), batch_size=2, label=""))
+
+
+def their_images(directory: Path, scheduler: str | None = None, guidance: float = 5.0, **changes: str) -> torch.Tensor:
+    """Those of diffusers' own pipeline; changes: of the scheduler's configuration."""
+    index = json.loads((directory / "model_index.json").read_text())
+    kind = getattr(diffusers, scheduler or index["scheduler"][1])
+    config = kind.load_config(directory, subfolder="scheduler")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(directory, scheduler=kind.from_config(config, **changes))
+    pipe.set_progress_bar_config(disable=True)
+    noise = image_noise(PROMPTS, SEEDS, (4, 8, 8))
+    return pipe(
+        PROMPTS, latents=noise, num_inference_steps=3, guidance_scale=guidance, height=64, width=64, output_type="pt"
+    ).images  # fmt: skip
 
 
 def batch_of(model: DiffusionModel) -> tuple[torch.Tensor, torch.Tensor, Text]:
@@ -41,20 +54,32 @@ def batch_of(model: DiffusionModel) -> tuple[torch.Tensor, torch.Tensor, Text]:
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_images_as_the_pipeline(pipelines, kind, prediction_type):
-    pipe = diffusers.DiffusionPipeline.from_pretrained(pipelines[kind])
-    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction_type)
-    pipe.set_progress_bar_config(disable=True)
     model = load(pipelines[kind], prediction_type=prediction_type)
-    for guidance in (5.0, 1.0):
-        theirs = pipe(
-            PROMPTS, latents=image_noise(PROMPTS, SEEDS, model.latent_shape), num_inference_steps=3, guidance_scale=guidance,
-            height=64, width=64, output_type="pt",
-        ).images  # fmt: skip
-        ours = our_images(model, guidance)
+    for guidance, scheduler in ((5.0, None), (1.0, None), (5.0, "DDIMScheduler")):
+        theirs = their_images(pipelines[kind], scheduler, guidance, prediction_type=prediction_type)
+        ours = our_images(model, guidance, scheduler)
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     assert ours.std() > 0.01
     other = load(pipelines[kind], prediction_type={"epsilon": "v_prediction", "v_prediction": "epsilon"}[prediction_type])
     assert (our_images(other) - our_images(model)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("scheduler", [None, "DDIMScheduler", "DDPMScheduler"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_scheduler_leaves_to_defaults(pipeline_of, kind, scheduler):
+    """Old checkpoints do not name clip_sample and steps_offset: the images are those of checkpoints that do."""
+    directory = pipeline_of(kind)
+    whole = our_images(load(directory), scheduler=scheduler)
+    path = directory / "scheduler/scheduler_config.json"
+    config = json.loads(path.read_text())
+    del config["clip_sample"]
+    if kind != "sdxl":  # whose pipeline believes the configuration
+        del config["steps_offset"]
+    path.write_text(json.dumps(config))
+    found = our_images(load(directory), scheduler=scheduler)
+    assert torch.equal(found, whole)
+    if kind != "sdxl" and scheduler != "DDPMScheduler":  # which draws noise of its own
+        torch.testing.assert_close(found, their_images(directory, scheduler), atol=1e-4, rtol=0)
 
 
 def test_sdxl_without_zeros_for_the_empty_prompt(pipeline_of):
@@ -63,17 +88,12 @@ def test_sdxl_without_zeros_for_the_empty_prompt(pipeline_of):
     zeroed = load(directory)
     index = directory / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": False}))
-    pipe, model = diffusers.DiffusionPipeline.from_pretrained(directory), load(directory)
+    model = load(directory)
     text = model.encode_prompts([""])
     assert text.hidden.abs().max() > 0
     assert not zeroed.encode_prompts([""]).hidden.any()
     assert not zeroed.encode_prompts([""]).pooled.any()
-    pipe.set_progress_bar_config(disable=True)
-    theirs = pipe(
-        PROMPTS, latents=image_noise(PROMPTS, SEEDS, model.latent_shape), num_inference_steps=3, guidance_scale=5.0, height=64,
-        width=64, output_type="pt",
-    ).images  # fmt: skip
-    torch.testing.assert_close(our_images(model), theirs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(our_images(model), their_images(directory), atol=1e-4, rtol=0)
     assert model.fingerprint() != zeroed.fingerprint()
 
 
@@ -94,6 +114,24 @@ def test_text_of_sdxl(pipelines):
     both = Text.cat([text[1:], text[:1]])
     assert torch.equal(both.hidden, text.hidden.flip(0))
     assert torch.equal(both.pooled, text.pooled.flip(0))
+
+
+def test_encoded_prompts_are_kept_off_the_gpu(pipelines, monkeypatch):
+    """A benchmark's thousands of them would fill it; the device "meta" stands for a GPU."""
+    model = load(pipelines["sdxl"])
+    model.encode_prompts(PROMPTS)
+    monkeypatch.setattr(model, "device", torch.device("meta"))
+    text = model.encode_prompts(PROMPTS)
+    assert (text.hidden.device.type, text.pooled.device.type) == ("meta", "meta")
+    assert {kept.hidden.device.type for kept in model._embeddings.values()} == {"cpu"}
+    monkeypatch.setattr(model, "_encode", lambda prompts: pytest.fail("encoded again"))
+    monkeypatch.setattr(Text, "to", lambda text, device: moved.append(str(device)) or text)
+    moved: list[str] = []
+    model.encode_prompts(PROMPTS)
+    assert moved == ["meta"]
+    monkeypatch.setattr(model, "_encode", lambda prompts: text)
+    model.encode_prompts(["one", "two"])
+    assert moved[1:] == ["cpu", "meta"]  # what is new goes there
 
 
 def test_the_second_pooled_text_and_the_size_reach_the_unet(pipelines):

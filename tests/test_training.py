@@ -1,18 +1,21 @@
 """The inner loop: order of hooks, AdamW, a loss that is not finite, regularizers that do not commute."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from conftest import ended_after
-from torch import Tensor
+from torch import Tensor, nn
 
 from cu_runner.methods.base import Method, Scope
-from cu_runner.params import assign, snapshot, subtract
+from cu_runner.methods.forgetting import add_gradient
+from cu_runner.models import load_model
+from cu_runner.params import assign, select_parameters, snapshot, subtract
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.regularizers.gradproj import orthogonal_projector
-from cu_runner.settings import SettingChoice
-from cu_runner.training import EarlyStop, TrainingError, check_composition, erase
+from cu_runner.settings import Sampler, SettingChoice
+from cu_runner.training import EarlyStop, Training, TrainingError, check_composition, erase
 
 
 class Pull(Method[int]):
@@ -265,3 +268,38 @@ def test_masking_and_projecting_do_not_commute(make_scope, settings):
         torch.testing.assert_close(projected_first, (d @ P) * M, atol=1e-6, rtol=0)
         assert (masked_first - projected_first).norm() > 0.2 * projected_first.norm()
         assert projected_first[:, M == 0].abs().max() == 0
+
+
+# ------------------------------------------------------------------------------------------------------- memory layout
+@pytest.fixture
+def channels_last(make_scope):
+    """A scope whose weights are all of a UNet in the layout that a GPU's convolutions are fastest in."""
+    model = load_model("package:shapecanvas/weights/pipeline", 64, Sampler(2, 2.5))
+    model.unet.to(memory_format=torch.channels_last)
+    params = select_parameters(model.unet, "full")
+    assert any(not parameter.is_contiguous() for parameter in params.values())
+    return dataclasses.replace(make_scope(), model=model, params=params, start=snapshot(params), base=snapshot(params))
+
+
+def test_a_gradient_that_is_set_has_the_strides_of_its_weight(channels_last):
+    params = channels_last.params
+    flat = torch.arange(sum(parameter.numel() for parameter in params.values()), dtype=torch.float32)
+    for times in (1, 2):
+        add_gradient(params, flat)
+        assert [parameter.grad.stride() for parameter in params.values()] == [parameter.stride() for parameter in params.values()]
+        assert torch.equal(torch.cat([parameter.grad.flatten() for parameter in params.values()]), times * flat)
+
+
+def test_moments_get_the_strides_of_the_weights_when_a_request_goes_on(channels_last, settings):
+    saved = []
+    before = dataclasses.replace(
+        channels_last, params={n: nn.Parameter(p.detach().contiguous()) for n, p in channels_last.params.items()}
+    )
+    erase(before, Pull(), {}, settings(steps=1), lambda training: saved.append(training.state()))
+    after = Training(channels_last, Pull(), {}, settings(steps=2))
+    after.restore(saved[0])
+    moments = after.state()["optimizer"]["state"]
+    for place, (name, parameter) in enumerate(channels_last.params.items()):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert moments[place][moment].stride() == parameter.stride(), name
+            assert torch.equal(moments[place][moment], saved[0]["optimizer"]["state"][place][moment])

@@ -4,6 +4,7 @@ Shapes: B batch, S image side, K labels of a domain.
 """
 
 import hashlib
+import re
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -158,8 +159,10 @@ def only_faces(prediction: Prediction, faces: list[bool]) -> Prediction:
 def check_outputs(path: str, network: nn.Module, labels: list[str] | None) -> list[str]:
     """The labels of a network's outputs in order; those in a transformers directory must not contradict a given list.
 
+    A directory may spell labels otherwise, or not know them (LABEL_0); it contradicts a list that has one of its labels elsewhere.
+
     Raises:
-        ModelError: another number of labels than of outputs, or the directory has the same labels in another order.
+        ModelError: another number of labels than of outputs, or the directory has a label at another output.
     """
     if not isinstance(network, transformers.PreTrainedModel):
         assert labels is not None
@@ -169,12 +172,13 @@ def check_outputs(path: str, network: nn.Module, labels: list[str] | None) -> li
         return own
     if len(labels) != len(own):
         raise ModelError(f"{path}: has {len(own)} outputs and the label list {len(labels)} labels; they must be as many")
-    if own != labels and sorted(own) == sorted(labels):
-        first = next(index for index, label in enumerate(labels) if label != own[index])
-        raise ModelError(
-            f"{path}: output {first} is {own[first]!r} in its config.json and {labels[first]!r} in the label list; put the "
-            "list in its order"
-        )
+    theirs, ours = ([" ".join(re.split(r"[\s_-]+", label.casefold().strip())) for label in names] for names in (own, labels))
+    for index, (their, our) in enumerate(zip(theirs, ours, strict=True)):
+        if our != their and our in theirs:
+            raise ModelError(
+                f"{path}: output {index} is {own[index]!r} in its config.json and {labels[index]!r} in the label list, which is "
+                f"its output {theirs.index(our)}; put the list in its order"
+            )
     return labels
 
 

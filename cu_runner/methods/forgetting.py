@@ -63,6 +63,7 @@ def split(flat: Tensor, params: dict[str, nn.Parameter]) -> list[Tensor]:
 
 
 def add_gradient(params: dict[str, nn.Parameter], flat: Tensor) -> None:
-    """Add a vector [P] to .grad."""
+    """Add a vector [P] to .grad, which gets the strides of its weight: fused optimisers take no others."""
     for parameter, part in zip(params.values(), split(flat, params), strict=True):
-        parameter.grad = part.clone() if parameter.grad is None else parameter.grad + part
+        total = part if parameter.grad is None else parameter.grad + part
+        parameter.grad = torch.empty_like(parameter).copy_(total)
