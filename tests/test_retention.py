@@ -202,4 +202,4 @@ def test_a_run_measures_retention_and_resumes(in_process, tmp_path):
     assert (status, err) == (0, "")
     assert (directory / "steps/02/metrics.json").read_bytes() == before
     status, out, err = in_process(*wanted, "dry_run=true", "seed=1")
-    assert "retention: 12 further images, of general prompts; their time is not in the estimate" in out
+    assert "retention: 12 further images, of general prompts\n" in out
