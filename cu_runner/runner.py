@@ -172,6 +172,8 @@ class Runner:
     def _serve(self, request: Request, steps: list[Step]) -> Step:
         """One request: weights, unlearn, save, evaluate, commit."""
         started = time.monotonic()
+        if self.model.device.type == "cuda":  # the peak of a CPU process cannot be forgotten
+            torch.cuda.reset_peak_memory_stats(self.model.device)
         parent = steps[-1]
         if request.start == "previous" and parent.index > 0:
             assign(self._params, self._base, self._load(parent))

@@ -16,6 +16,7 @@ from cu_runner.config import compose
 from cu_runner.model_files import ModelError, locate
 from cu_runner.nodes import Node
 from cu_runner.pack import unpack
+from cu_runner.runner import Runner
 from cu_runner.store import StoreError, chain, hash_json
 from cu_runner.training import Training
 from cu_runner.verify import read_config
@@ -424,3 +425,18 @@ def test_a_bad_plan_is_one_line(call_command):
     status, _, err = call_command(doctor.main, "cu-doctor", "some/run", "seed=1")
     assert status == 2
     assert "give runs or overrides, not both" in err
+
+
+def test_the_peak_of_gpu_memory_is_that_of_the_request(monkeypatch):
+    calls = []
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", calls.append)
+
+    def unlearn(*_):
+        calls.append("unlearn")
+        raise InterruptedError
+
+    for device in ("cuda:1", "cpu"):
+        runner = SimpleNamespace(model=SimpleNamespace(device=torch.device(device)), _params={}, _base={}, _unlearn=unlearn)
+        with pytest.raises(InterruptedError):
+            Runner._serve(runner, SimpleNamespace(start="base"), [SimpleNamespace(index=0)])
+    assert calls == [torch.device("cuda:1"), "unlearn", "unlearn"]
