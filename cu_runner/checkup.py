@@ -1,38 +1,53 @@
 """Would a planned run get to its end? Its files, weights, labels, disk, memory and login, tried before GPU time is spent on it.
 
-Every check yields a Finding as soon as it is made. What a run would do is done in small: its model is loaded and makes a few
-images, which its evaluator must recognise; one training step of ConAbl's size is timed.
+Every check yields a Finding as soon as it is made. What a run would do is done in small, by the run's own code and as the run would
+do it: the model makes a few images, which the evaluator must recognise; the method and the regularizers begin the first and the
+last request, and train for a step or two.
 """
 
 import dataclasses
 import math
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 import torch
-import torch.nn.functional as F
+from torch import Tensor, nn
 
+from cu_runner.anchors import AnchorImages
 from cu_runner.complaints import first_line
-from cu_runner.concepts import Sequence
-from cu_runner.evaluation import check_labels, evaluate, mean_accuracy
+from cu_runner.concepts import Sequence, plan_requests
+from cu_runner.evaluation import SamplingError, check_labels, evaluate, mean_accuracy
 from cu_runner.evaluators.base import Evaluator
-from cu_runner.forecast import existing_parent, merges, work_of
+from cu_runner.forecast import disk_copies, existing_parent, retained_images, work_of
+from cu_runner.methods.base import Method, Scope
 from cu_runner.models import DiffusionModel
-from cu_runner.params import select_parameters
+from cu_runner.params import select_parameters, snapshot
 from cu_runner.process import choose_device
 from cu_runner.provenance import device_name, peak_memory_mb
-from cu_runner.settings import WandbSettings
+from cu_runner.regularizers.base import Regularizer
+from cu_runner.retention.base import Retention
+from cu_runner.runner import prepare
+from cu_runner.sampling import make_scheduler
+from cu_runner.seeding import RandomSource
+from cu_runner.settings import Sampler, WandbSettings
+from cu_runner.store import Cache
+from cu_runner.training import Training, TrainingError, check_composition
 from cu_runner.verify import Finding
 
 if TYPE_CHECKING:
     from cu_runner.config import RunConfig
 
+Part = TypeVar("Part", DiffusionModel, Evaluator, Retention)
+
 TRIED = 4  # concepts of each kind that a few images are made of
 RECOGNISED = 50.0  # percent of them that the untouched model and the evaluator must agree on: by chance it is a few percent
-SPARE = 1.2  # the disk must hold so many times what is expected
+SPARE_DISK = 1.2  # the disk must hold so many times what is expected
+SPARE_MEMORY = 1.1  # and memory so many times what the check took: in hours it is fragmented
 
 
 def check_plan(plan: "RunConfig") -> Iterator[Finding]:
@@ -43,34 +58,84 @@ def check_plan(plan: "RunConfig") -> Iterator[Finding]:
         yield Finding("device", False, str(error))
         return
     yield Finding("device", True, device_name(torch.device(device)))
+    free = free_memory(torch.device(device))
     sequence = plan.sequence.build()
     yield from check_wandb(plan.spine.wandb)
-    model = evaluator = None
-    for what, node in (("model", plan.model), ("evaluator", plan.evaluator)):
-        try:
-            started = time.monotonic()
-            part = node.build(device=device)
-            yield Finding(what, True, f"sha256 {part.fingerprint()[:16]}, loaded in {time.monotonic() - started:.0f} s")
-        except (ValueError, OSError) as error:
-            yield Finding(what, False, first_line(error))
-            continue
-        if what == "model":
-            model = part
-        else:
-            evaluator = part
-    if plan.retention:
-        try:
-            plan.retention.build(device=device)
-            yield Finding("retention", True)
-        except (ValueError, OSError) as error:
-            yield Finding("retention", False, first_line(error))
+    model = yield from load("model", lambda: plan.model.build(device=device))
+    evaluator = yield from load("evaluator", lambda: plan.evaluator.build(device=device))
+    retention = (yield from load("retention", lambda: load_retention(plan, device))) if plan.retention else None
+    parts = yield from check_parts(plan, model)
     if evaluator is not None:
         yield check_sequence(sequence, evaluator)
-    yield check_disk(plan, model)
-    if model is None or evaluator is None:
-        yield Finding("images", None, "needs the model and the evaluator")
+    if model is None or parts is None:
+        for what in ("disk", "images", "training"):
+            yield Finding(what, None, "needs the model, and a method that takes these regularizers")
         return
-    yield from check_images(plan, model, evaluator, sequence)
+    method, regularizers = parts
+    prepare(model, plan.spine.speed, plan.spine.train)
+    params = select_parameters(model.unet, method.params)
+    model.lower_frozen(params)
+    yield check_disk(plan, params)
+    found = {
+        key: check_scheduler(key, model, sampler) for key, sampler in (("anchors", plan.spine.anchors), ("eval", plan.spine.eval))
+    }
+    yield from found.values()
+    per_image = None
+    if evaluator is None or not found["eval"].ok:
+        yield Finding("images", None, "needs the evaluator and the scheduler")
+    else:
+        per_image = yield from check_images(plan, model, evaluator, sequence)
+    anchors = plan.spine.anchors if found["anchors"].ok else dataclasses.replace(plan.spine.anchors, scheduler=None)
+    per_step = yield from check_training(plan, model, sequence, method, regularizers, params, anchors)
+    yield check_memory(plan, model.device, free)
+    if per_image is None or per_step is None or (plan.retention and retention is None):
+        yield Finding("time", None, "needs the images, the training and the retention")
+    else:
+        yield Finding("time", True, estimate(plan, method, per_image, per_step))
+
+
+def load(what: str, make: Callable[[], Part]) -> Generator[Finding, None, Part | None]:
+    """Make a part of the run that reads weights; returns it, None if it cannot be made."""
+    started = time.monotonic()
+    try:
+        part = make()
+    except (ValueError, OSError) as error:
+        yield Finding(what, False, first_line(error))
+        return None
+    yield Finding(what, True, f"sha256 {part.fingerprint()[:16]}, loaded in {time.monotonic() - started:.0f} s")
+    return part
+
+
+def load_retention(plan: "RunConfig", device: str) -> Retention:
+    """What measures the retention, with its judges. Raises ValueError or OSError for what cannot be read."""
+    retention = plan.retention.build(device=device)
+    retention.load()
+    return retention
+
+
+def check_parts(
+    plan: "RunConfig", model: DiffusionModel | None
+) -> Generator[Finding, None, tuple[Method, dict[str, Regularizer]] | None]:
+    """Whether the method and the regularizers can be made, go together and find weights to train; returns them."""
+    try:
+        method = plan.method.build()
+        regularizers = {name: node.build() for name, node in plan.regularizers.items()}
+        check_composition(method, regularizers)
+        if model is not None:
+            select_parameters(model.unet, method.params)
+    except (ValueError, OSError) as error:
+        yield Finding("composition", False, first_line(error))
+        return None
+    yield Finding("composition", True, f"{plan.method_name} with {'+'.join(regularizers) or 'no regularizer'}")
+    return method, regularizers
+
+
+def check_scheduler(key: str, model: DiffusionModel, sampler: Sampler) -> Finding:
+    """Whether a sampler's scheduler can be made. key: the setting it comes from."""
+    try:
+        return Finding(f"scheduler of {key}", True, type(make_scheduler(model, sampler)).__name__)
+    except ValueError as error:
+        return Finding(f"scheduler of {key}", False, f"{key}.{first_line(error)}")
 
 
 def check_wandb(settings: WandbSettings) -> Iterator[Finding]:
@@ -97,30 +162,31 @@ def check_sequence(sequence: Sequence, evaluator: Evaluator) -> Finding:
     return Finding("labels", True, ", ".join(f"{len(names)} of {domain}" for domain, names in labels.items()))
 
 
-def check_disk(plan: "RunConfig", model: DiffusionModel | None) -> Finding:
-    """Whether the checkpoints of the run fit."""
-    if model is None:
-        return Finding("disk", None, "needs the model")
-    trained = select_parameters(model.unet, plan.method.build().params)
-    copies = (2 if merges(plan) else 1) * (len(work_of(plan)) - 1)
-    size = copies * sum(4 * parameter.numel() for parameter in trained.values())
-    free = shutil.disk_usage(existing_parent(plan.directory)).free
-    detail = f"{size / 1e9:.2f} GB of checkpoints, {free / 1e9:.1f} GB free at {existing_parent(plan.directory)}"
-    return Finding("disk", free > SPARE * size, detail)
+def check_disk(plan: "RunConfig", params: dict[str, nn.Parameter]) -> Finding:
+    """Whether the weights that the run keeps fit. params: those that it trains."""
+    size = disk_copies(plan, work_of(plan)) * sum(4 * parameter.numel() for parameter in params.values())
+    parent = existing_parent(plan.directory)
+    free = shutil.disk_usage(parent).free
+    detail = f"{size / 1e9:.2f} GB of weights at most, cache and checkpoint included; {free / 1e9:.1f} GB free at {parent}"
+    return Finding("disk", free > SPARE_DISK * size, detail)
 
 
-def check_images(plan: "RunConfig", model: DiffusionModel, evaluator: Evaluator, sequence: Sequence) -> Iterator[Finding]:
-    """A few images of the untouched model, what the evaluator sees in them, memory, and how long the whole run would take."""
+def check_images(
+    plan: "RunConfig", model: DiffusionModel, evaluator: Evaluator, sequence: Sequence
+) -> Generator[Finding, None, float | None]:
+    """A few images of the untouched model, and what the evaluator sees in them; returns seconds per image."""
     concepts = [*sequence.targets[:TRIED], *sequence.retain[:TRIED]]
-    # on a GPU a whole batch, which is what may not fit
-    crosses = sequence.cross_retain[: math.ceil(plan.spine.eval.batch_size / len(concepts)) if model.device.type == "cuda" else 1]
+    crosses = sequence.cross_retain[: math.ceil(images_together(plan, model) / len(concepts))]
     small = dataclasses.replace(sequence, cross_retain=crosses, seeds=sequence.seeds[:1])
     started = time.monotonic()
     try:
         found = evaluate(model, evaluator, small, concepts, 0, plan.spine.eval).predictions
-    except torch.OutOfMemoryError:
-        yield Finding("images", False, f"out of GPU memory; lower eval.batch_size={plan.spine.eval.batch_size}")
-        return
+    except torch.OutOfMemoryError:  # evaluate() has come down to one image
+        yield Finding("images", False, "out of GPU memory at a single image; free it of other processes, or take a larger one")
+        return None
+    except SamplingError as error:
+        yield Finding("images", False, first_line(error))
+        return None
     per_image = (time.monotonic() - started) / len(found)
     own = mean_accuracy(found, sequence.domain, [concept.name for concept in concepts])
     seen = {sequence.domain: own}
@@ -131,50 +197,126 @@ def check_images(plan: "RunConfig", model: DiffusionModel, evaluator: Evaluator,
     well = min(seen.values()) >= RECOGNISED
     advice = "" if well else "; the model does not know these names, or the labels are in another order"
     yield Finding("base accuracy", well, detail + advice)
-    per_step = time_step(plan, model, sequence)
-    if per_step is None:
-        yield Finding("training", False, f"out of GPU memory; lower train.batch_size={plan.spine.train.batch_size}")
-        return
-    yield check_memory(model)
-    yield Finding("time", True, estimate(plan, per_image, per_step))
+    return per_image
 
 
-def time_step(plan: "RunConfig", model: DiffusionModel, sequence: Sequence) -> float | None:
-    """Seconds of a forward and a backward pass over a batch, the second of two; None if memory runs out."""
-    params, rows = list(select_parameters(model.unet, plan.method.build().params).values()), plan.spine.train.batch_size
-    noisy = torch.randn(rows, *model.latent_shape, device=model.device)
-    timesteps = torch.full((rows,), model.num_train_timesteps // 2, device=model.device)
-    text = model.encode_prompts([sequence.training_pairs(sequence.targets[0])[0][0]] * rows)
-    seconds = 0.0
-    try:
-        for parameter in params:
-            parameter.requires_grad_(True)
-        for _ in range(2):
-            started = time.monotonic()
-            loss = F.mse_loss(model.predict_noise(noisy, timesteps, text), noisy)
-            torch.autograd.grad(loss, params, allow_unused=True)[0].norm().item()  # waits for the device
-            seconds = time.monotonic() - started
-    except torch.OutOfMemoryError:
+def images_together(plan: "RunConfig", model: DiffusionModel) -> int:
+    """How many images are tried at once: on a GPU a whole batch, which is what may not fit."""
+    return plan.spine.eval.batch_size if model.device.type == "cuda" else 1
+
+
+def check_training(
+    plan: "RunConfig",
+    model: DiffusionModel,
+    sequence: Sequence,
+    method: Method,
+    regularizers: dict[str, Regularizer],
+    params: dict[str, nn.Parameter],
+    anchors: Sampler,
+) -> Generator[Finding, None, float | None]:
+    """The first request is begun, the last one begun and trained for two steps; returns seconds of the second step.
+
+    Anchors are one real batch, repeated as often as a method asks for images.
+    """
+    requests, base, together = plan_requests(sequence, plan.setting.plan), snapshot(params), images_together(plan, model)
+    made: list[Tensor] = []
+
+    def few(prompts: list[str], number: int, *, mirrored: bool = False) -> Tensor:
+        if not made:
+            with tempfile.TemporaryDirectory() as folder:
+                images = AnchorImages(model, "", params, base, anchors, Cache(Path(folder)), plan.spine.eval.batch_size)
+                made.append(images.latents(prompts, min(number, together)))
+        return made[0][[i % len(made[0]) for i in range(number)]]
+
+    first, last = (
+        Scope(
+            model=model,
+            sequence=sequence,
+            request=request,
+            params=params,
+            start=base,
+            base=base,
+            rng=RandomSource(plan.spine.seed, request.index),
+            batch_size=plan.spine.train.batch_size,
+            steps=plan.spine.train.steps,
+            anchors=few,
+        )
+        for request in (requests[0], requests[-1])
+    )
+    for parameter in params.values():  # as Training does before anything begins
+        parameter.requires_grad_(True)
+    begun = [attempt(plan, "method", lambda: method.begin_request(first))]
+    yield begun[0]
+    for name, regularizer in regularizers.items() if begun[0].ok else ():
+        begun.append(attempt(plan, f"reg.{name}", lambda each=regularizer: each.begin_request(first, method)))
+        yield begun[-1]
+    if not all(finding.ok for finding in begun):
+        yield Finding("training", None, "needs the method and the regularizers")
         return None
-    finally:
-        for parameter in params:
-            parameter.requires_grad_(False)
+    seconds: list[float] = []
+    yield attempt(plan, "training", lambda: seconds.append(time_step(plan, last, method, regularizers)))
+    return seconds[0] if seconds else None
+
+
+def attempt(plan: "RunConfig", what: str, act: Callable[[], None]) -> Finding:
+    """Whether something that a request does succeeds."""
+    try:
+        act()
+    except torch.OutOfMemoryError:
+        return Finding(what, False, f"out of GPU memory; {less_memory(plan)}")
+    except (ValueError, OSError, TrainingError) as error:
+        return Finding(what, False, first_line(error))
+    return Finding(what, True)
+
+
+def time_step(plan: "RunConfig", scope: Scope, method: Method, regularizers: dict[str, Regularizer]) -> float:
+    """Seconds of the second training step of a request: the first one warms up. Raises as Training does."""
+    training, seconds = Training(scope, method, regularizers, plan.spine.train), 0.0
+    for _ in range(min(2, training.steps)):
+        started = time.monotonic()
+        training.step()
+        if scope.model.device.type == "cuda":
+            torch.cuda.synchronize(scope.model.device)
+        seconds = time.monotonic() - started
+    training.finish()
     return seconds
 
 
-def check_memory(model: DiffusionModel) -> Finding:
-    """What these few passes have taken, of what there is."""
-    used = peak_memory_mb(model.device) / 1e3
-    total = torch.cuda.mem_get_info(model.device)[1] if model.device.type == "cuda" else psutil.virtual_memory().total
-    return Finding("memory", used < total / 1e9, f"{used:.1f} GB at the peak of {total / 1e9:.0f} GB")
+def less_memory(plan: "RunConfig") -> str:
+    """What to change where memory does not suffice, the settings that change no result first."""
+    train, batch = plan.spine.train, plan.spine.eval.batch_size
+    same = [] if train.gradient_checkpointing else ["train.gradient_checkpointing=true"]
+    same += [f"eval.batch_size={batch // 2}"] if batch > 1 else []
+    other = [] if plan.resolved["model"].get("precision") == "bf16" else ["model.precision=bf16"]
+    other += [f"train.batch_size={train.batch_size // 2}"] if train.batch_size > 1 else []
+    advice = [(same, "for less memory and the same results"), (other, "for less memory in another experiment")]
+    return "; ".join(f"{' and '.join(ways)} {effect}" for ways, effect in advice if ways)
 
 
-def estimate(plan: "RunConfig", per_image: float, per_step: float) -> str:
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may have: those that are free, and on a CPU those that it has already."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+
+
+def check_memory(plan: "RunConfig", device: torch.device, free: int) -> Finding:
+    """What the check has taken at its peak, of what was free (bytes) before it."""
+    used = peak_memory_mb(device) * 2**20
+    well = SPARE_MEMORY * used < free
+    advice = "" if well else f"; a long run needs {SPARE_MEMORY:g} times that; {less_memory(plan)}"
+    return Finding("memory", well, f"{used / 1e9:.1f} GB at the peak, {free / 1e9:.1f} GB were free{advice}")
+
+
+def estimate(plan: "RunConfig", method: Method, per_image: float, per_step: float) -> str:
     """The time of the whole run at the rates that were just measured."""
-    work = work_of(plan)
-    images, steps = sum(entry.images for entry in work), sum(entry.train_steps for entry in work)
+    work, general = work_of(plan), retained_images(plan)
+    images = sum(entry.images + general for entry in work)
+    steps = len(work) - 1 if method.closed_form else sum(entry.train_steps for entry in work)
     hours = (images * per_image + steps * per_step) / 3600
+    retained = f" ({general * len(work)} of them of general prompts)" if general else ""
+    stops = ", what setting.stop_at measures" if plan.setting.stop_at is not None else ""
     return (
-        f"about {hours:.1f} h for {images} images at {per_image:.2f} s and {steps} training steps at {per_step:.2f} s, both "
-        "measured just now and in small; methods that sample or make two passes take more"
+        f"about {hours:.1f} h for {images} images{retained} at {per_image:.2f} s and {steps} training steps at {per_step:.2f} s, "
+        f"measured just now and in small; anchor images, what a request prepares{stops} and start-up come on top"
     )

@@ -122,7 +122,7 @@ def execute(plan: "RunConfig", store: "RunStore", outputs: Path, stop: StopSigna
     """Build every part and make the steps that are missing."""
     from cu_runner import parallel
     from cu_runner.concepts import plan_requests
-    from cu_runner.runner import Runner
+    from cu_runner.runner import Runner, prepare
     from cu_runner.runs import read_run
     from cu_runner.store import Cache
     from cu_runner.tracking import Tracker
@@ -142,9 +142,7 @@ def execute(plan: "RunConfig", store: "RunStore", outputs: Path, stop: StopSigna
     if not plan.tuned:
         logger.info("no tuned settings for these regularizers in this order (conf/tuned): those of their own files hold")
     model = plan.model.build(device=device)
-    model.speed_up(spine.speed)
-    if spine.train.gradient_checkpointing:
-        model.checkpoint_gradients()
+    prepare(model, spine.speed, spine.train)
     evaluator = plan.evaluator.build(device=device)
     retention = plan.retention.build(device=device) if plan.retention else None
     tracker = Tracker(

@@ -5,7 +5,8 @@
 
 Every file of a run is held against its sha256 and every step against the one before it, down to the weights of the untouched model;
 metrics are computed again from the predictions, drift from the weights. What differs is printed; nothing is changed.
-A plan is given as to cu-run: device, model, evaluator, labels, disk, W&B login, base accuracy of a few images, memory and time.
+A plan is given as to cu-run: device, W&B login, model, evaluator, retention, labels, disk, base accuracy of a few images, whether
+method and regularizers go together and can begin a request, two training steps, memory and time.
 
 Exit status: 0 all is well, 1 something is not, 2 bad input.
 """

@@ -20,12 +20,13 @@ from cu_runner.params import belongs
 from cu_runner.process import choose_device
 from cu_runner.provenance import device_name
 from cu_runner.runs import RunRecord, find_runs, read_run
+from cu_runner.signature import NOT_SCIENTIFIC, Plain, drop, numbers_by_value
 from cu_runner.store import StoreError
 
 if TYPE_CHECKING:  # config.py stands at the door; this file takes its checked result
     from cu_runner.config import RunConfig
 
-SIMILAR_RUNS = 20  # the newest of this many earlier runs are enough for a rate
+SIMILAR_RUNS = 20  # so many of the newest runs that give a rate are enough for it
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds per training step and per evaluated image, medians over the requests of earlier runs; None where there are none."""
+    """Seconds per training step and per image, medians over the requests of earlier runs; None where there are none.
+
+    num_runs: how many runs gave one of them.
+    """
 
     step: float | None
     image: float | None
@@ -77,40 +81,75 @@ def plan_work(sequence: Sequence, requests: list[Request], train_steps: int, mer
     return work
 
 
+def retained_images(plan: "RunConfig") -> int:
+    """Images of general prompts that the retention makes at every step."""
+    return plan.retention.build().num_images if plan.retention else 0
+
+
+def disk_copies(plan: "RunConfig", work: list[Work]) -> int:
+    """How many times the trained weights are on the disk at most, by the end of these steps.
+
+    Every request keeps its delta, a merging one the merged weights too; what starts from the base model is in the cache besides.
+    The checkpoint of a request in training holds the optimiser's moments as well, and is written beside the one that it replaces.
+    """
+    requests = [entry for entry in work if entry.request]
+    kept = sum(1 + merges(plan) + (entry.start == "base") for entry in requests)
+    moments = 0 if plan.spine.train.optimizer == "sgd" else 2
+    return kept + (2 * (1 + moments) if requests and plan.spine.train.save_every is not None else 0)
+
+
 def measure_rates(plan: "RunConfig", device: str) -> Rates:
-    """Rates of earlier runs under the same outputs, with the same model, device and threads; steps: also with the same method."""
+    """Rates of earlier runs under the same outputs, with the same model, device and threads.
+
+    Of a step: also with the same method, regularizers and batch. Of an image: with the same sampler, and with the planned retention
+    or none. A run that is damaged, or of a version with other settings, gives no rate.
+    """
     root = Path(plan.spine.paths.outputs) / "runs"
     directories = find_runs([root]) if root.is_dir() and any(root.glob("*/*/config.yaml")) else []
-    steps, images, used = [], [], 0
+    planned, general = comparable(plan.resolved), retained_images(plan)
+    steps: dict[Path, list[float]] = {}  # of the runs that gave any
+    images: dict[Path, list[float]] = {}
     for directory in sorted(directories, key=lambda path: path.stat().st_mtime, reverse=True):
+        if min(len(steps), len(images)) >= SIMILAR_RUNS:
+            break
         try:
             run = read_run(directory)
-        except StoreError:  # a damaged run measures nothing
+            found = comparable(run.config)
+            if found["machine"] != planned["machine"] or run.records[0]["device"] != device:
+                continue
+            if len(steps) < SIMILAR_RUNS and found["step"] == planned["step"]:
+                steps |= {directory: own} if (own := seconds_per_step(run)) else {}
+            same_images = found["image"] == planned["image"] and found["retention"] in (None, planned["retention"])
+            if len(images) < SIMILAR_RUNS and same_images:
+                own = seconds_per_image(run, general if found["retention"] else 0)
+                images |= {directory: own} if own else {}
+        except (StoreError, OSError, ValueError, KeyError, TypeError, ZeroDivisionError):  # damaged, or of another version
             continue
-        if any(run.config[key] != plan.resolved[key] for key in ("model", "num_threads")) or run.records[0]["device"] != device:
-            continue
-        same_method = all(run.config[key] == plan.resolved[key] for key in ("method", "reg"))
-        same_batch = run.config["train"]["batch_size"] == plan.spine.train.batch_size
-        own_steps, own_images = seconds_of(run)
-        if run.config["eval"] == plan.resolved["eval"]:
-            images += own_images
-        if same_method and same_batch:
-            steps += own_steps
-        used += 1
-        if used == SIMILAR_RUNS:
-            break
-    return Rates(statistics.median(steps) if steps else None, statistics.median(images) if images else None, used)
+    medians = (statistics.median([value for own in rate.values() for value in own]) if rate else None for rate in (steps, images))
+    return Rates(*medians, len(steps | images))
 
 
-def seconds_of(run: RunRecord) -> tuple[list[float], list[float]]:
-    """Seconds per training step and per image of every request that was trained and not taken from the cache."""
-    steps, images = [], []
-    for index, record in enumerate(run.records[1:], start=1):
-        row = record["row"]
-        if row["train_steps"] and not record["training"].get("cached"):
-            steps.append(row["train_seconds"] / row["train_steps"])
-        images.append(row["eval_seconds"] / len(run.predictions(index)))
-    return steps, images
+def comparable(resolved: dict[str, Plain]) -> dict[str, Plain]:
+    """What of a configuration each rate depends on, without settings that are no part of an experiment, but for the threads."""
+    science = numbers_by_value(drop(resolved, NOT_SCIENTIFIC))
+    return {
+        "machine": [science["model"], resolved.get("num_threads")],
+        "step": [science["method"], science["reg"], science["train"]["batch_size"]],
+        "image": science["eval"],
+        "retention": science.get("retention"),
+    }
+
+
+def seconds_per_step(run: RunRecord) -> list[float]:
+    """Of every request that was trained and not taken from the cache."""
+    rows = [record["row"] for record in run.records[1:] if not record["training"].get("cached")]
+    return [row["train_seconds"] / row["train_steps"] for row in rows if row["train_steps"]]
+
+
+def seconds_per_image(run: RunRecord, general: int) -> list[float]:
+    """Of every request. general: images of general prompts, whose time is in that of the evaluation."""
+    rows = [record["row"] for record in run.records]
+    return [rows[index]["eval_seconds"] / (len(run.predictions(index)) + general) for index in range(1, len(rows))]
 
 
 def delta_bytes(path: str, revision: str | None, group: str) -> int | None:
@@ -152,6 +191,7 @@ def forecast(plan: "RunConfig") -> str:
     left = work[done:]
     if not left:
         return "\n".join([*lines, f"nothing to do: {plan.directory} is complete"])
+    retained = len(left) * retained_images(plan)
     num_steps, num_images = sum(entry.train_steps for entry in left), sum(entry.images for entry in left)
     most = "at most " if plan.setting.stop_at is not None else ""
     sampler = f"{plan.spine.eval.steps} denoising steps, guidance {plan.spine.eval.guidance:g}"
@@ -159,16 +199,16 @@ def forecast(plan: "RunConfig") -> str:
         f"to do: {len(left)} of {len(work)} evaluations, {most}{num_steps} training steps of batch {plan.spine.train.batch_size}, "
         f"{num_images} images ({sampler})"
     )
-    if plan.retention:
-        retained = len(left) * plan.retention.build().num_images
-        lines.append(f"retention: {retained} further images, of general prompts; their time is not in the estimate")
-    lines.append("time: " + time_left(num_steps, num_images, rates, device, most))
-    copies = (2 if merges(plan) else 1) * sum(1 for entry in left if entry.request)
+    if retained:
+        lines.append(f"retention: {retained} further images, of general prompts")
+    lines.append("time: " + time_left(num_steps, num_images + retained, rates, device, most))
     model = plan.model.arguments
     weights = delta_bytes(model["path"], model.get("revision"), plan.method.build().params)
-    size = "unknown size" if weights is None else f"{copies * weights / 1e6:.1f} MB"
+    size = "unknown size" if weights is None else f"{disk_copies(plan, left) * weights / 1e6:.1f} MB"
     free = shutil.disk_usage(existing_parent(plan.directory)).free / 1e9
-    lines.append(f"disk: {size} of checkpoints, besides tables and pictures; {free:.1f} GB are free")
+    lines.append(
+        f"disk: {size} of weights at most, cache and checkpoint included; tables and pictures besides; {free:.1f} GB are free"
+    )
     return "\n".join([*lines, f"run: {plan.directory} (not touched)"])
 
 

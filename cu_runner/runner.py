@@ -41,7 +41,7 @@ from cu_runner.provenance import made_with, peak_memory_mb
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.retention.base import Retention
 from cu_runner.seeding import RandomSource
-from cu_runner.settings import EvalSettings, Sampler, SettingChoice, TrainSettings
+from cu_runner.settings import EvalSettings, Sampler, SettingChoice, Speed, TrainSettings
 from cu_runner.store import (
     DELTA,
     GRID,
@@ -63,6 +63,13 @@ from cu_runner.tracking import Tracker
 from cu_runner.training import EarlyStop, Training, check_composition, erase
 
 logger = logging.getLogger(__name__)
+
+
+def prepare(model: DiffusionModel, speed: Speed, train: TrainSettings) -> None:
+    """Make a loaded model the one that a run works with: as fast, and with as little memory, as its settings say."""
+    model.speed_up(speed)
+    if train.gradient_checkpointing:
+        model.checkpoint_gradients()
 
 
 @dataclass
@@ -165,6 +172,8 @@ class Runner:
     def _serve(self, request: Request, steps: list[Step]) -> Step:
         """One request: weights, unlearn, save, evaluate, commit."""
         started = time.monotonic()
+        if self.model.device.type == "cuda":  # the peak of a CPU process cannot be forgotten
+            torch.cuda.reset_peak_memory_stats(self.model.device)
         parent = steps[-1]
         if request.start == "previous" and parent.index > 0:
             assign(self._params, self._base, self._load(parent))

@@ -9,12 +9,16 @@ from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
+import torch
 
-from cu_runner import doctor, report
+from cu_runner import checkup, doctor, report
+from cu_runner.config import compose
 from cu_runner.model_files import ModelError, locate
 from cu_runner.nodes import Node
 from cu_runner.pack import unpack
+from cu_runner.runner import Runner
 from cu_runner.store import StoreError, chain, hash_json
+from cu_runner.training import Training
 from cu_runner.verify import read_config
 
 
@@ -273,13 +277,108 @@ def check(call_command):
     return call
 
 
-def test_a_plan_that_would_run_is_well(check):
+def test_a_plan_that_would_run_is_well(check, tmp_path):
     status, found = check()
     assert status == 0
     assert {mark for mark, _ in found.values()} == {"ok"}
-    assert set(found) == {"device", "W&B", "model", "evaluator", "labels", "disk", "base accuracy", "memory", "time"}
-    assert "6 training steps" not in found["time"][1]
-    assert "120 training steps" in found["time"][1]
+    assert set(found) == {
+        "device", "W&B", "model", "evaluator", "composition", "labels", "disk", "scheduler of anchors", "scheduler of eval",
+        "base accuracy", "method", "training", "memory", "time",
+    }  # fmt: skip
+    assert " for 22 images at " in found["time"][1]
+    assert " 120 training steps " in found["time"][1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_with_everything_is_well(check, monkeypatch):
+    seen = []
+    timed = checkup.time_step
+
+    def time_step(plan, scope, method, regularizers):
+        unet = scope.model.unet
+        names = {"trained": next(iter(scope.params)), "frozen": "conv_in.weight"}
+        seen.append((unet.is_gradient_checkpointing, *(dict(unet.named_parameters())[name].dtype for name in names.values())))
+        seen.append((scope.request.index, scope.model._caches_text, type(method).__name__, list(regularizers)))
+        return timed(plan, scope, method, regularizers)
+
+    monkeypatch.setattr(checkup, "time_step", time_step)
+    status, found = check(
+        "train.gradient_checkpointing=true", "model.precision=bf16", "method=sculpmem", "method.warmup=2", "reg=[l2,nullspace]",
+        "retention=shapecanvas", "retention.num_prompts=5",
+    )  # fmt: skip
+    assert (status, {mark for mark, _ in found.values()}) == (0, {"ok"})
+    assert seen == [(True, torch.float32, torch.bfloat16), (2, True, "SculpMem", ["l2", "nullspace"])]
+    assert {"retention", "reg.l2", "reg.nullspace"} <= set(found)
+    assert " for 37 images (15 of them of general prompts) " in found["time"][1]  # 22 and 5 at each of 3 evaluations
+
+
+def test_a_method_in_closed_form_makes_one_step_a_request(check):
+    status, found = check("method=uce")
+    assert status == 0
+    assert " and 2 training steps " in found["time"][1]
+
+
+COCO = (
+    "retention=coco", "retention.prompts=general_captions", "retention.clip_score.path=/no/clip.safetensors",
+    "retention.features.path=/no/inception.pth",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what", "said"),
+    [
+        (COCO, "retention", "/no/clip.safetensors: no such file or directory"),
+        (("anchors.scheduler=NoSuch",), "scheduler of anchors", "anchors.scheduler=NoSuch: diffusers has no such scheduler"),
+        (("eval.scheduler=NoSuch",), "scheduler of eval", "eval.scheduler=NoSuch: diffusers has no such scheduler"),
+        (("method=sculpmem", "method.warmup=5000"), "method", "method.warmup=5000: train.steps=60 leaves no step"),
+        (("reg=nullspace", "reg.nullspace.file=/nope.txt"), "reg.nullspace", "reg.nullspace.file=/nope.txt: "),
+        (("method=uce", "reg=l2"), "composition", "reg=l2 acts on the loss, and the method sets the weights in closed form"),
+        (("method=esd", "method.variant=esd-u", "reg=gradproj"), "reg.gradproj", "reg.gradproj projects cross-attention keys"),
+        (("reg=merge", "reg.merge.lam=[]"), "reg.merge", "reg.merge.lam has 0 entries; 2 requests need 1"),
+        (("train.lr=1e30",), "training", "training led to "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_run_would_die_of_is_found(check, overrides, what, said):
+    status, found = check(*overrides)
+    assert status == 1
+    assert [name for name, (mark, _) in found.items() if mark == "WRONG"] == [what]
+    assert found[what][1].startswith(said)
+
+
+def test_memory_that_does_not_suffice(check, monkeypatch):
+    monkeypatch.setattr(checkup, "free_memory", lambda device: 10_000_000)
+    status, found = check()
+    mark, detail = found["memory"]
+    assert (status, mark) == (1, "WRONG")
+    assert detail.endswith(
+        "0.0 GB were free; a long run needs 1.1 times that; train.gradient_checkpointing=true and eval.batch_size=24 for less "
+        "memory and the same results; model.precision=bf16 and train.batch_size=1 for less memory in another experiment"
+    )
+
+
+def test_running_out_of_gpu_memory_names_what_changes_no_result_first(check, monkeypatch):
+    def step(training):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Training, "step", step)
+    status, found = check("train.gradient_checkpointing=true")
+    assert status == 1
+    assert found["training"] == (
+        "WRONG",
+        "out of GPU memory; eval.batch_size=24 for less memory and the same results; "
+        "model.precision=bf16 and train.batch_size=1 for less memory in another experiment",
+    )
+    assert found["time"][0] == "not checked"
+
+
+def test_a_gpu_is_asked_for_what_is_free_and_not_for_what_it_has(monkeypatch):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (3_000_000_000, 80_000_000_000))
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 2_900_000_000)
+    device, plan = torch.device("cuda"), compose(list(PLAN))
+    assert checkup.free_memory(device) == 3_000_000_000
+    assert not checkup.check_memory(plan, device, checkup.free_memory(device)).ok
+    assert checkup.check_memory(plan, device, 3_200_000_000).ok
 
 
 def test_every_part_that_is_missing_is_named_at_once(check, tmp_path):
@@ -290,7 +389,7 @@ def test_every_part_that_is_missing_is_named_at_once(check, tmp_path):
         f"{tmp_path}: no readable model_index.json; it must be a diffusers directory (save_pretrained)",
     )
     assert found["evaluator"][0] == "WRONG"
-    assert found["images"] == ("not checked", "needs the model and the evaluator")
+    assert found["images"] == ("not checked", "needs the model, and a method that takes these regularizers")
 
 
 def test_labels_in_another_order_show_in_the_base_accuracy(check, tmp_path):
@@ -326,3 +425,18 @@ def test_a_bad_plan_is_one_line(call_command):
     status, _, err = call_command(doctor.main, "cu-doctor", "some/run", "seed=1")
     assert status == 2
     assert "give runs or overrides, not both" in err
+
+
+def test_the_peak_of_gpu_memory_is_that_of_the_request(monkeypatch):
+    calls = []
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", calls.append)
+
+    def unlearn(*_):
+        calls.append("unlearn")
+        raise InterruptedError
+
+    for device in ("cuda:1", "cpu"):
+        runner = SimpleNamespace(model=SimpleNamespace(device=torch.device(device)), _params={}, _base={}, _unlearn=unlearn)
+        with pytest.raises(InterruptedError):
+            Runner._serve(runner, SimpleNamespace(start="base"), [SimpleNamespace(index=0)])
+    assert calls == [torch.device("cuda:1"), "unlearn", "unlearn"]

@@ -1,11 +1,16 @@
 """dry_run=true: the work by hand, rates from earlier runs only, the size of the weights, and that nothing is touched."""
 
+import os
+import shutil
+from pathlib import Path
+
 import pytest
+import yaml
 from conftest import SMOKE, read_conf
 
 from cu_runner.concepts import make_sequence, plan_requests
 from cu_runner.config import compose
-from cu_runner.forecast import Rates, delta_bytes, measure_rates, plan_work, time_left
+from cu_runner.forecast import Rates, delta_bytes, disk_copies, measure_rates, plan_work, time_left, work_of
 from cu_runner.params import select_parameters
 from cu_runner.runs import read_run
 
@@ -56,6 +61,74 @@ def test_rates_come_from_runs_of_the_same_kind(run_copy, tmp_path, monkeypatch):
     assert measure_rates(compose([*SMOKE, "model.sampler.steps=3"]), device) == Rates(None, None, 0)
     assert measure_rates(compose([*SMOKE, "num_threads=2"]), device) == Rates(None, None, 0)
     assert measure_rates(compose(list(SMOKE)), "another device") == Rates(None, None, 0)
+
+
+def test_settings_that_are_no_part_of_the_experiment_do_not_hide_a_rate(run_copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    same = measure_rates(compose(list(SMOKE)), read_run(run_copy).records[0]["device"])
+    changes = ("eval.batch_size=7", "eval.overlap=true", "+model.vae_slicing=true", "train.save_every=null")
+    assert measure_rates(compose([*SMOKE, *changes]), read_run(run_copy).records[0]["device"]) == same
+
+
+def test_runs_of_other_methods_do_not_hide_an_older_one(run_copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, setting in enumerate(("method", "eval")):
+        other = Path(shutil.copytree(run_copy, run_copy.with_name(f"{setting}-none-sequential-s0-00000000")))
+        config = yaml.safe_load((other / "config.yaml").read_text())
+        config[setting] = config[setting] | {"num_anchors": 5} if setting == "method" else config[setting] | {"steps": 3}
+        (other / "config.yaml").write_text(yaml.safe_dump(config))
+        os.utime(other, (2e9 + number, 2e9 + number))  # newer
+    monkeypatch.setattr("cu_runner.forecast.SIMILAR_RUNS", 1)
+    rates = measure_rates(compose(list(SMOKE)), read_run(run_copy).records[0]["device"])
+    assert (rates.step is not None, rates.image is not None, rates.num_runs) == (True, True, 2)
+    nothing = measure_rates(
+        compose([*SMOKE[:3], "method=uce", *SMOKE[4:], "eval.steps=9"]), read_run(run_copy).records[0]["device"]
+    )
+    assert nothing == Rates(None, None, 0)
+
+
+@pytest.mark.parametrize("damage", ["predictions", "empty", "num_threads", "train", "config"])
+def test_a_run_that_is_damaged_or_of_another_version_measures_nothing(in_process, run_copy, damage):
+    config = yaml.safe_load((run_copy / "config.yaml").read_text())
+    if damage == "predictions":
+        (run_copy / "steps/01/predictions.csv").unlink()
+    elif damage == "empty":
+        (run_copy / "steps/01/predictions.csv").write_text("step,seed\n")
+    elif damage == "config":
+        config["eval"] = 5
+    else:
+        del config[damage]
+    (run_copy / "config.yaml").write_text(yaml.safe_dump(config))
+    status, out, err = in_process(*SMOKE, "dry_run=true", "seed=5")
+    assert (status, err) == (0, "")
+    assert "time: unknown: no earlier run under outputs measured evaluation" in out
+
+
+def test_the_retention_of_an_earlier_run_is_in_its_rate(run_copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = compose([*SMOKE, "retention=shapecanvas", "retention.num_prompts=4"])
+    run = read_run(run_copy)
+    device, seconds = run.records[0]["device"], run.table["eval_seconds"]
+    without = measure_rates(plan, device).image
+    assert without == pytest.approx(sum(seconds[index] / len(run.predictions(index)) for index in (1, 2)) / 2)
+    config = yaml.safe_load((run_copy / "config.yaml").read_text())
+    (run_copy / "config.yaml").write_text(yaml.safe_dump(config | {"retention": plan.resolved["retention"]}))
+    expected = sum(seconds[index] / (len(run.predictions(index)) + 4) for index in (1, 2)) / 2
+    assert measure_rates(plan, device).image == pytest.approx(expected)
+    assert measure_rates(compose(list(SMOKE)), device).image is None  # of another retention than the plan's
+
+
+def test_copies_of_the_weights_on_the_disk():
+    def copies(*overrides):
+        plan = compose(["sequence=smoke", *overrides])  # 2 requests
+        return disk_copies(plan, work_of(plan))
+
+    assert copies("train.save_every=null") == 2
+    assert copies("train.save_every=null", "setting=independent") == 4
+    assert copies("train.save_every=null", "setting=simultaneous") == 4
+    assert copies("train.save_every=null", "reg=merge") == 6
+    assert copies("train.save_every=10min") == 2 + 2 * 3  # weights and two moments, and the file that takes its place
+    assert copies("train.save_every=5", "train.optimizer=sgd") == 2 + 2
 
 
 def test_a_dry_run_touches_nothing(in_process, tmp_path):

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import open_clip
 import pandas as pd
 import pytest
 import safetensors.torch
@@ -88,6 +89,23 @@ def test_what_cannot_be_had_is_one_line(tmp_path):
     (tmp_path / "x.pt").write_bytes(b"x")
     with pytest.raises(ModelError, match="is no TorchScript file"):
         FeatureExtractor(FeatureSource("module", str(tmp_path / "x.pt"), allow_pickle=(str(tmp_path / "x.pt"),)), "cpu")
+
+
+def test_inception_is_neither_downloaded_nor_read_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda *_, **__: pytest.fail("downloads a pickle"))
+    with pytest.raises(ModelError, match=r"features.path is not set; inception needs weights-inception-\S+.pth of .* a pickle"):
+        FeatureExtractor(FeatureSource("inception"), "cpu")
+    (tmp_path / "inception.pth").write_bytes(b"x")
+    with pytest.raises(WeightFileError, match="allow_pickle"):
+        FeatureExtractor(FeatureSource("inception", str(tmp_path / "inception.pth")), "cpu")
+
+
+def test_presets_of_published_scores_have_the_activation_of_their_weights():
+    for name in ("coco", "clip_score"):
+        architecture = read_conf(f"retention/{name}.yaml")["clip_score"]["model"]
+        config = open_clip.get_model_config(architecture)
+        assert config["quick_gelu"] is open_clip.get_pretrained_cfg("ViT-L-14", "openai")["quick_gelu"] is True
+        assert config | open_clip.get_model_config("ViT-L-14") == config  # nothing else differs
 
 
 # ----------------------------------------------------------------------------------------------- prompts and pictures
@@ -202,4 +220,4 @@ def test_a_run_measures_retention_and_resumes(in_process, tmp_path):
     assert (status, err) == (0, "")
     assert (directory / "steps/02/metrics.json").read_bytes() == before
     status, out, err = in_process(*wanted, "dry_run=true", "seed=1")
-    assert "retention: 12 further images, of general prompts; their time is not in the estimate" in out
+    assert "retention: 12 further images, of general prompts\n" in out

@@ -16,8 +16,12 @@ class Retention(ABC):
         """Images that are made at every step."""
 
     @abstractmethod
+    def load(self) -> None:
+        """Load what judges. Raises ValueError or OSError for what cannot be read."""
+
+    @abstractmethod
     def begin(self, model: DiffusionModel, model_sha256: str, settings: EvalSettings, cache: Cache) -> None:
-        """Load what judges, and measure the untouched model (or take that from the cache).
+        """load(), and measure the untouched model (or take that from the cache).
 
         Args:
             model: with its own weights; measure() later finds it with those of a step.
@@ -31,4 +35,4 @@ class Retention(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """sha256 over what judges, after begin()."""
+        """sha256 over what judges, after load()."""

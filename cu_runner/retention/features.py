@@ -19,6 +19,8 @@ from cu_runner.image_text import ImageTextModel, ImageTextSource, load_image_tex
 from cu_runner.model_files import ModelError, locate
 from cu_runner.safe_loading import check_pickle, load_tensors
 
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth of github.com/toshas/torch-fidelity, release v0.2.0"
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class FeatureSource:
@@ -26,7 +28,7 @@ class FeatureSource:
 
     architecture: "inception", torch-fidelity's Inception-v3 with its 2048 features, as FID is published; "timm:NAME";
     "open_clip:NAME" or "open_clip" (a directory); or "module", a TorchScript file that maps images to [B, D].
-    path: weight file, directory or module file; None with "inception" downloads the published weights.
+    path: weight file, directory or module file. The published weights of "inception" are a pickle, which nothing fetches unasked.
     size, mean, std: what "timm" and "module" read, in pixels and for images in 0..1; the others know theirs.
     allow_pickle: files other than safetensors that may be read; a module file must be among them.
     """
@@ -110,16 +112,19 @@ def load_network(source: FeatureSource, device: str) -> nn.Module | ImageTextMod
 
 
 def load_inception(source: FeatureSource) -> nn.Module:
-    """The Inception-v3 of torch-fidelity. Raises ModelError without it, or without its weights and a network."""
+    """The Inception-v3 of torch-fidelity, with the weights of a file. Raises ModelError or WeightFileError."""
+    if source.path is None:  # the package would download a pickle and read it with all that it holds
+        raise ModelError(
+            f"retention.features.path is not set; inception needs {INCEPTION}, which is a pickle: "
+            "name it in retention.features.allow_pickle too"
+        )
+    path = locate(source.path)
+    check_pickle(path, source.allow_pickle)
     if find_spec("torch_fidelity") is None:
         raise ModelError("features.architecture=inception needs the package torch-fidelity: pip install 'cu_runner[fid]'")
     from torchmetrics.image.fid import NoTrainInceptionV3
 
-    if source.path is not None:
-        check_pickle(locate(source.path), source.allow_pickle)
-    weights = None if source.path is None else str(locate(source.path))
-    try:
-        return NoTrainInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
-    except Exception as error:  # network, file and torch errors; the cause is kept in the line
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"inception: its weights cannot be had ({reason}); give features.path") from error
+    try:  # it reads the file as weights alone, torch's default
+        return NoTrainInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+    except Exception as error:  # of torch and of the file; the cause is kept in the line
+        raise ModelError(f"{source.path}: holds no weights of inception ({' '.join(str(error).split())[:200]})") from error

@@ -78,12 +78,15 @@ class GeneralRetention(Retention):
     def num_images(self) -> int:
         return len(self._images)
 
-    def begin(self, model: DiffusionModel, model_sha256: str, settings: EvalSettings, cache: Cache) -> None:
-        self._model, self._settings = model, settings
+    def load(self) -> None:
         self._scorer = load_image_text(self._clip_score, self._device) if self._clip_score else None
         self._texts = self._scorer.embed_texts([prompt for prompt, _ in self._images]) if self._scorer else None
         self._extractor = FeatureExtractor(self._features, self._device) if self._features else None
         self._fingerprint = self._hash_judges()  # once: it reads every weight
+
+    def begin(self, model: DiffusionModel, model_sha256: str, settings: EvalSettings, cache: Cache) -> None:
+        self.load()
+        self._model, self._settings = model, settings
         common = {"judges": self._fingerprint, "torch": torch.__version__, "device": model.device.type}
         drawn = {"model": model_sha256, "precision": model.precision, "sampler": sampler_key(settings), "images": self._images}
         self._base = fetch(cache, common | drawn, self._measure_images)
