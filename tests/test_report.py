@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import wandb
 from PIL import Image
 
 from cu_runner import report
@@ -488,3 +489,16 @@ def test_runs_can_be_sent_to_wandb(cu_report, run_copy, tmp_path):
     (written,) = (tmp_path / "outputs/wandb").glob("offline-run-*/*.wandb")
     assert run_copy.name.encode() in written.read_bytes()
     assert cu_report(run_copy, "--wandb", "elsewhere")[0] == 2
+
+
+def test_a_run_that_wandb_does_not_take_is_not_sent(cu_report, run_copy, monkeypatch):
+    def refuse(**settings):
+        raise wandb.errors.UsageError("No API key configured.\nUse wandb login")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    status, out, err = cu_report(run_copy, "--wandb", "online")
+    assert status == 1
+    assert [line.partition(":")[0] for line in out.splitlines()] == ["report"]
+    said = f"cu-report: {run_copy.name}: not sent to W&B (online): No API key configured. Use wandb login;"
+    assert err.startswith(said)
+    assert err.count("\n") == 1
