@@ -49,6 +49,7 @@ def fail(status: int, message: str) -> NoReturn:
 
 def produce(paths: list[Path], output: Path | None, details: int, wandb: str | None) -> None:
     """Read the runs, write the page and its plots, and say where they are; send the runs to W&B if asked to."""
+    from cu_runner.config import compose
     from cu_runner.report_data import read_all  # imported here: torch takes seconds, --help must not
     from cu_runner.report_page import write_page
     from cu_runner.runs import find_runs
@@ -69,7 +70,7 @@ def produce(paths: list[Path], output: Path | None, details: int, wandb: str | N
         if unstarted:
             remarks.append(f"Left out, since no step is finished: {', '.join(unstarted)}.")
         (folder / "plots").mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "index.html", write_page(runs, folder / "plots", details, remarks).encode())
+        write_atomic(folder / "index.html", write_page(runs, folder / "plots", details, remarks, compose).encode())
     except StoreError as error:
         fail(1, str(error))
     except OSError as error:
