@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -581,7 +582,10 @@ def test_runs_can_be_sent_to_wandb(cu_report, run_copy, tmp_path):
     assert (status, err) == (0, "")
     assert f"sent to W&B (offline): {run_copy.name}" in out
     (written,) = (tmp_path / "outputs/wandb").glob("offline-run-*/*.wandb")
-    assert run_copy.name.encode() in written.read_bytes()
+    deadline = time.monotonic() + 20  # W&B's service writes the file a moment later
+    while run_copy.name.encode() not in written.read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     assert cu_report(run_copy, "--wandb", "elsewhere")[0] == 2
 
 
