@@ -27,7 +27,8 @@ def judge(error: Exception, overrides: list[str]) -> tuple[int, str]:
         return 1, "whatever read the output has ended (a pipe); what was done is kept"
     if isinstance(error, OSError) and error.errno is not None:
         place = f"{error.filename}: " if error.filename else ""
-        return 1, f"{place}{error.strerror}; mend that or choose another paths.outputs, then run the same command to resume"
+        setting = "--output" if any(entry.partition("=")[0] == "--output" for entry in overrides) else "paths.outputs"
+        return 1, f"{place}{error.strerror}; mend that or choose another {setting}, then run the same command to resume"
     if isinstance(error, ValueError):
         return 2, one_line(error)
     if raised_by(error) in LAUNCHERS:

@@ -6,6 +6,7 @@ The result is a directory of the same form under <run>/evaluations, with predict
 weights: reports and tables read it like a run. It resumes, and what is complete is not made again.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,10 @@ from cu_runner.signature import signature
 from cu_runner.store import GRID, METRICS, PREDICTIONS, Cache, RunStore, Step, StoreError, read_delta, sha256_of, to_csv, to_json
 from cu_runner.trust import allowed_modules, refuse_unasked_pickles
 
+NOT_MEASURED = (  # the columns of a row that are the run's own, however its weights are measured
+    "request", "concept", "drift_l2", "drift_l1", "drift_fraction", "step_l2", "train_steps", "train_seconds", "eval_seconds",
+    "peak_memory_mb",
+)  # fmt: skip
 SHOWN = ("UA", "RA_I", "RA_C", "RA_C_retained")
 
 
@@ -38,7 +43,9 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     with one_line_failures("cu-eval"):
         quiet_libraries()
-        run = read_run(arguments.run)
+        run = read_run(arguments.run.resolve())
+        if run.is_evaluation:
+            raise ValueError(f"{run.directory}: is an evaluation, without weights; give its run, {run.directory.parent.parent}")
         allowed = allowed_modules(arguments.overrides)
         revised = revise(run.config, arguments.overrides)
         refuse_unasked_pickles(revised, arguments.overrides)
@@ -94,11 +101,13 @@ def measure_again(run: RunRecord, plan: RunConfig, store: RunStore) -> Iterator[
         predictions, grid = sample(model, evaluator, sequence, unlearned, index, plan)
         measured = step_metrics(predictions, unlearned, sequence) | (retention.measure(index) if retention else {})
         files = {PREDICTIONS: to_csv(predictions), GRID: grid, METRICS: to_json(measured)}
-        row = record["row"] | measured | {"eval_seconds": round(time.monotonic() - started, 2)}
+        kept = {name: value for name, value in record["row"].items() if name in NOT_MEASURED}
+        row = {name: kept.pop(name) for name in ("request", "concept")} | measured | kept
+        row["eval_seconds"] = round(time.monotonic() - started, 2)
         provenance = {
             "targets": record["targets"],
             "run_sha256": record["sha256"],
-            "weights": str(run.weights(index).absolute()) if index else None,
+            "weights": os.path.relpath(run.weights(index), store.directory) if index else None,
             "model_sha256": fingerprint,
             "evaluator_sha256": evaluator.fingerprint(),
             **made_with(model.device),

@@ -1,6 +1,6 @@
 """cu-report: runs as one HTML page that needs no network: what was forgotten and kept after each request, samples, drift, cost.
 
-Exit status: 0 done, 1 a run is damaged or the page cannot be written, 2 the paths or options are wrong, 130 interrupted.
+Exit status: 0 done, 1 a run is damaged, the page cannot be written or W&B failed, 2 paths or options are wrong, 130 interrupted.
 """
 
 import hashlib
@@ -49,6 +49,7 @@ def fail(status: int, message: str) -> NoReturn:
 
 def produce(paths: list[Path], output: Path | None, details: int, wandb: str | None) -> None:
     """Read the runs, write the page and its plots, and say where they are; send the runs to W&B if asked to."""
+    from cu_runner.config import compose
     from cu_runner.report_data import read_all  # imported here: torch takes seconds, --help must not
     from cu_runner.report_page import write_page
     from cu_runner.runs import find_runs
@@ -69,14 +70,15 @@ def produce(paths: list[Path], output: Path | None, details: int, wandb: str | N
         if unstarted:
             remarks.append(f"Left out, since no step is finished: {', '.join(unstarted)}.")
         (folder / "plots").mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "index.html", write_page(runs, folder / "plots", details, remarks).encode())
+        write_atomic(folder / "index.html", write_page(runs, folder / "plots", details, remarks, compose).encode())
     except StoreError as error:
         fail(1, str(error))
     except OSError as error:
         fail(1, f"{error.filename or folder}: {error.strerror or error}; mend that or choose another --output")
-    if wandb:
-        send_all([shown.run for shown in runs], wandb)
+    unsent = send_all([shown.run for shown in runs], wandb) if wandb else None
     sys.stdout.write("".join(f"{remark}\n" for remark in remarks) + f"report: {folder / 'index.html'}\n")
+    if unsent:
+        fail(1, unsent)
 
 
 def pack_one(paths: list[Path], target: Path) -> None:
@@ -97,15 +99,23 @@ def pack_one(paths: list[Path], target: Path) -> None:
     sys.stdout.write(f"packed: {target}; `cu-doctor {target}` verifies it, `unzip {target} -d outputs/runs` makes it a run again\n")
 
 
-def send_all(runs: "list[RunRecord]", mode: str) -> None:
-    """Mirror the runs to W&B, which writes its own files under the outputs folder of their configuration."""
+def send_all(runs: "list[RunRecord]", mode: str) -> str | None:
+    """Mirror the runs to W&B, which writes its own files under the outputs folder of their configuration.
+
+    Returns:
+        Which run was not sent, nor those after it, and why; None if all were.
+    """
     from cu_runner.settings import WandbSettings
-    from cu_runner.tracking import send
+    from cu_runner.tracking import MirrorError, send
 
     for run in runs:
         named = run.config["wandb"]
-        send(run, WandbSettings(mode, named["project"], named["entity"]), Path(run.config["paths"]["outputs"]))
+        try:
+            send(run, WandbSettings(mode, named["project"], named["entity"]), Path(run.config["paths"]["outputs"]))
+        except MirrorError as error:
+            return f"{run.directory.name}: not sent to W&B ({mode}): {error}; run the same command again to send what is missing"
         sys.stdout.write(f"sent to W&B ({mode}): {run.directory.name}\n")
+    return None
 
 
 def report_name(paths: list[Path], directories: list[Path]) -> str:

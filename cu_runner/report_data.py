@@ -59,10 +59,14 @@ class Shown:
         return self.run.accuracy_matrix()
 
     @cached_property
+    def since(self) -> dict[str, int]:
+        """The request that unlearned a concept, by concept."""
+        return {record["row"]["concept"]: index for index, record in enumerate(self.run.records) if index > 0}
+
+    @cached_property
     def unlearned(self) -> pd.DataFrame:
         """True where a cell of `accuracy` belongs to a concept that is unlearned by then."""
-        first = {record["row"]["concept"]: index for index, record in enumerate(self.run.records) if index > 0}
-        since = np.array([first.get(concept, math.inf) for concept in self.accuracy.index])
+        since = np.array([self.since.get(concept, math.inf) for concept in self.accuracy.index])
         return self.accuracy.notna() & (self.accuracy.columns.to_numpy()[None, :] >= since[:, None])
 
 
@@ -136,11 +140,19 @@ def short_layer(layer: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- samples
 @dataclass(frozen=True)
 class Samples:
-    """Sample images over time as one JPEG without gaps, in the rows and columns of Shown.accuracy; white where there is none."""
+    """Sample images over time without gaps, in the rows and columns of Shown.accuracy; white where there is none."""
 
-    jpeg: bytes
+    montage: Image.Image
+    cell: int  # pixels a side of one
     cross_concept: str
     seed: int
+
+    def jpeg(self, rows: range, columns: range) -> bytes:
+        """A part of the montage."""
+        box = tuple(self.cell * edge for edge in (columns.start, rows.start, columns.stop, rows.stop))
+        buffer = io.BytesIO()
+        self.montage.crop(box).save(buffer, "JPEG", quality=88)
+        return buffer.getvalue()
 
 
 def sample_images(shown: Shown) -> Samples:
@@ -162,9 +174,7 @@ def sample_images(shown: Shown) -> Samples:
     for index in columns:
         for concept, picture in pictures(index).items():
             montage.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (cell * index, cell * rows.index(concept)))
-    buffer = io.BytesIO()
-    montage.save(buffer, "JPEG", quality=88)
-    return Samples(buffer.getvalue(), cross_concept, sequence["seeds"][0])
+    return Samples(montage, cell, cross_concept, sequence["seeds"][0])
 
 
 # --------------------------------------------------------------------------------------------------- cost, provenance

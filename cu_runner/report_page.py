@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from cu_runner.evaluation import ENOUGH_UA
-from cu_runner.report_data import Shown, costs, drift_by_layer, network_position, provenance, sample_images
+from cu_runner.report_command import Compose, again, contrast
+from cu_runner.report_data import Samples, Shown, costs, drift_by_layer, network_position, provenance, sample_images
 from cu_runner.report_html import document, legend, named, plot, scrolled, table
 from cu_runner.report_plots import (
     PERCENTAGES,
@@ -28,16 +29,20 @@ MEANINGS = {
     "RA-C": "accuracy in the other domain, on all images, in percent; RA-C retained: on images of retained concepts only.",
     "drift": "L2 distance of the trained weights from those of the untouched model: how far, not how well.",
 }
+MOST_COLUMNS = 26  # of a heat map or a sample grid side by side: what a printed page holds
+WIDE = 20  # columns from which on print is smaller
+PRINTED = (552, 940, 40)  # pixels of sample images across and down a printed page, and of one at most
 DAGGER, DOUBLE_DAGGER, DASH = "\N{DAGGER}", "\N{DOUBLE DAGGER}", "\N{EN DASH}"
 
 
-def write_page(runs: list[Shown], plots: Path, details: int, remarks: list[str]) -> str:
+def write_page(runs: list[Shown], plots: Path, details: int, remarks: list[str], compose: Compose) -> str:
     """The whole page as text; its plots also as PNG and SVG files.
 
     Args:
         plots: existing folder for the pictures.
         details: of so many runs, the first ones, accuracy matrix, samples and configuration are given.
         remarks: lines for the end of the summary.
+        compose: what makes a configuration of a command line, to check the commands that are printed.
 
     Raises:
         StoreError: a file of a run is damaged.
@@ -52,7 +57,7 @@ def write_page(runs: list[Shown], plots: Path, details: int, remarks: list[str])
         "Samples": samples(detailed),
         "Drift by layer": layers(runs, plots),
         "Cost": cost(runs, plots),
-        "Configuration": configurations(detailed),
+        "Configuration": configurations(detailed, compose),
     }
     who = runs[0].title if len(runs) == 1 else f"{len(runs)} runs"
     lead = (
@@ -94,7 +99,31 @@ def summary(runs: list[Shown], remarks: list[str]) -> str:
         )
     meanings = "".join(f"<dt>{name}</dt><dd>{meaning}</dd>" for name, meaning in MEANINGS.items())
     lines = "".join(f'<p class="note">{escape(note)}</p>' for note in notes + remarks)
-    return table(["run", "requests", *NAMES.values()], rows, "After the last finished request") + lines + f"<dl>{meanings}</dl>\n"
+    numbers = table(["run", "requests", *NAMES.values()], rows, "After the last finished request")
+    return f"{numbers}{contrasts(runs)}{lines}<dl>{meanings}</dl>\n"
+
+
+def contrasts(runs: list[Shown]) -> str:
+    """What differs between runs of one method, list of regularizers, sequence and seed."""
+    alike: dict[tuple[str, str, int], list[Shown]] = {}
+    for shown in runs:
+        alike.setdefault((shown.run.label, shown.run.sequence, shown.run.seed), []).append(shown)
+    parts = []
+    for (label, *_), group in alike.items():
+        if len(group) == 1:
+            continue
+        found = contrast([shown.run for shown in group])
+        if not found:
+            parts.append(f'<p class="note">{escape(label)}: one configuration, in {len(group)} directories.</p>')
+            continue
+        rows = []
+        for number, shown in enumerate(group):
+            values = (values[number] for values in found.values())
+            rows.append(
+                [named(shown), *(f'<td class="text">{DASH if value is None else escape(str(value))}</td>' for value in values)]
+            )
+        parts.append(table(["run", *map(escape, found)], rows, f"Settings in which the runs of {label} differ"))
+    return "".join(parts)
 
 
 def by_request(runs: list[Shown], name: str) -> str:
@@ -201,9 +230,21 @@ def heat_maps(runs: list[Shown], plots: Path) -> str:
     )
 
 
+def blocks(count: int, most: int) -> list[range]:
+    """So many rows or columns in parts of about the same size, at most `most` each."""
+    size = -(-count // -(-count // most))
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def heat_map(shown: Shown) -> str:
-    """The accuracy matrix as a table with coloured cells."""
-    accuracy, unlearned = shown.accuracy, shown.unlearned
+    """The accuracy matrix as tables with coloured cells, side by side when there are many requests."""
+    caption = f"Accuracy of every concept after each request: {shown.label}"
+    parts = [heat_table(shown, columns, caption) for columns in blocks(shown.accuracy.shape[1], MOST_COLUMNS)]
+    return scrolled(f'<div class="blocks{" wide" if shown.accuracy.shape[1] > WIDE else ""}">{"".join(parts)}</div>', caption)
+
+
+def heat_table(shown: Shown, columns: range, caption: str) -> str:
+    accuracy, unlearned = shown.accuracy.iloc[:, columns], shown.unlearned.iloc[:, columns]
     head = "".join(f'<th scope="col">{request}</th>' for request in accuracy.columns)
     lines = []
     for concept, values, gone in zip(accuracy.index, accuracy.to_numpy(), unlearned.to_numpy(), strict=True):
@@ -212,11 +253,11 @@ def heat_map(shown: Shown) -> str:
             kind = ' class="gone"' if is_gone else ""
             cells.append("<td></td>" if pd.isna(value) else f'<td{kind} style="--v:{value:g}">{format_percent(value)}</td>')
         first = ' class="first"' if concept == shown.run.config["sequence"]["retain"][0] else ""
-        lines.append(f'<tr{first}><th scope="row">{escape(concept)}</th>{"".join(cells)}</tr>\n')
-    caption = f"Accuracy of every concept after each request: {shown.label}"
-    return scrolled(
-        f'<table class="heat"><thead><tr><th scope="col">request</th>{head}</tr></thead>\n<tbody>{"".join(lines)}</tbody></table>',
-        caption,
+        said = f'<span class="unseen">, unlearned from request {shown.since[concept]} on</span>' if gone.any() else ""
+        lines.append(f'<tr{first}><th scope="row">{escape(concept)}{said}</th>{"".join(cells)}</tr>\n')
+    return (
+        f'<table class="heat"><caption>{escape(caption)}</caption><thead><tr><th scope="col">request</th>{head}</tr></thead>\n'
+        f"<tbody>{''.join(lines)}</tbody></table>"
     )
 
 
@@ -229,35 +270,48 @@ def samples(runs: list[Shown]) -> str:
 
 
 def sample_grid(shown: Shown) -> str:
-    """The sample images as one picture, its labels, and marks on its cells."""
+    """The sample images in parts that fit a printed page, side by side and below one another."""
     found = sample_images(shown)
     rows, columns = shown.accuracy.shape
-    parts = [f'<b style="grid-area:1/{x}">{request}</b>' for x, request in enumerate(shown.accuracy.columns, start=2)]
-    parts.append(f'<img style="grid-area:2/2/{rows + 2}/{columns + 2}" alt="{rows} by {columns} sample images" ')
-    parts[-1] += f'src="data:image/jpeg;base64,{base64.b64encode(found.jpeg).decode()}">'
-    for y, concept in enumerate(shown.accuracy.index):
-        parts.append(f'<span style="grid-area:{y + 2}/1">{escape(concept)}</span>')
-        for x, measured in enumerate(shown.accuracy.iloc[y].notna()):
-            kind = "blank" if not measured else "gone" if shown.unlearned.iat[y, x] else ""
-            parts.append(f'<i class="{kind}" style="grid-area:{y + 2}/{x + 2}"></i>')
+    across = blocks(columns, MOST_COLUMNS)
+    cell = min(PRINTED[2], PRINTED[0] // len(across[0]))
+    lines = []
+    for down in blocks(rows, PRINTED[1] // cell):
+        lines.append(f'<div class="blocks">{"".join(sample_block(shown, found, down, part, cell) for part in across)}</div>')
     name = f"Sample images of {shown.label}, with {found.cross_concept}, seed {found.seed}"
-    size = f"grid-template:auto repeat({rows},var(--cell))/auto repeat({columns},var(--cell))"
-    return f'<p class="note">Prompts with {escape(found.cross_concept)}, seed {found.seed}.</p>' + scrolled(
-        f'<div class="samples" style="{size}">{"".join(parts)}</div>', name
-    )
+    return f'<p class="note">Prompts with {escape(found.cross_concept)}, seed {found.seed}.</p>' + scrolled("".join(lines), name)
 
 
-def configurations(runs: list[Shown]) -> str:
+def sample_block(shown: Shown, found: Samples, rows: range, columns: range, cell: int) -> str:
+    """A part of the samples as one picture, its labels, and marks on its cells. cell: pixels a side of one in print."""
+    parts = [f'<b style="grid-area:1/{x}">{shown.accuracy.columns[column]}</b>' for x, column in enumerate(columns, start=2)]
+    parts.append(f'<img style="grid-area:2/2/{len(rows) + 2}/{len(columns) + 2}" ')
+    parts[-1] += f'alt="{len(rows)} by {len(columns)} sample images" '
+    parts[-1] += f'src="data:image/jpeg;base64,{base64.b64encode(found.jpeg(rows, columns)).decode()}">'
+    for y, row in enumerate(rows, start=2):
+        parts.append(f'<span style="grid-area:{y}/1">{escape(shown.accuracy.index[row])}</span>')
+        for x, column in enumerate(columns, start=2):
+            measured = pd.notna(shown.accuracy.iat[row, column])
+            kind = "blank" if not measured else "gone" if shown.unlearned.iat[row, column] else ""
+            parts.append(f'<i class="{kind}" style="grid-area:{y}/{x}"></i>')
+    size = f"grid-template:auto repeat({len(rows)},var(--cell))/auto repeat({len(columns)},var(--cell))"
+    return f'<div class="samples" style="--print:{cell}px;{size}">{"".join(parts)}</div>'
+
+
+def configurations(runs: list[Shown], compose: Compose) -> str:
     return "<p>The same command again resumes a run, or prints its table; its full configuration stands here.</p>" + per_run(
-        runs, configuration
+        runs, lambda shown: configuration(shown, compose)
     )
 
 
-def configuration(shown: Shown) -> str:
+def configuration(shown: Shown, compose: Compose) -> str:
     run = shown.run
     here = run.directory.is_relative_to(Path.cwd())
     directory = run.directory.relative_to(Path.cwd()) if here else run.directory
     facts = {"directory": directory, "signature": run.records[0]["signature"], **provenance(run)}
     entries = "".join(f"<dt>{name}</dt><dd>{escape(str(fact))}</dd>" for name, fact in facts.items())
+    made = again(run, compose)
+    doubt = f'<p class="note">This command does not make this run again: {escape(made.doubt)}.</p>' if made.doubt else ""
     text = (run.directory / "config.yaml").read_text(encoding="utf-8")
-    return f"<dl>{entries}</dl><details><summary>config.yaml</summary><pre>{escape(text)}</pre></details>\n"
+    folded = f"<details{' open' if doubt else ''}><summary>config.yaml</summary><pre>{escape(text)}</pre></details>"
+    return f'<dl>{entries}</dl><pre class="command">{escape(made.command)}</pre>{doubt}{folded}\n'

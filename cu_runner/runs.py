@@ -77,10 +77,17 @@ class RunRecord:
     def weights(self, index: int) -> Path:
         """The safetensors file of theta_n - theta_base that step `index` was measured with: merged where there is a merge.
 
-        An evaluation (cu-eval) has none of its own; it names that of its run.
+        An evaluation (cu-eval) has none of its own; it names that of its run, from its own directory (older ones: absolutely).
         """
         record = self.records[index]
-        return Path(record.get("weights") or self.step_dir(index) / (MERGED if MERGED in record["files"] else DELTA))
+        if record.get("weights"):
+            return (self.directory / record["weights"]).resolve()
+        return self.step_dir(index) / (MERGED if MERGED in record["files"] else DELTA)
+
+    @property
+    def is_evaluation(self) -> bool:
+        """Whether cu-eval made it, from the weights of another run."""
+        return "run_sha256" in self.records[0]
 
     def unlearned(self, index: int) -> list[str]:
         """The concepts that the weights of a step have unlearned, in order of request: UA is over these."""
@@ -137,7 +144,9 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
         if (path / "config.yaml").is_file():
             inside = [path]
         else:
-            inside = sorted(entry.parent for entry in path.glob("**/config.yaml") if EVALUATIONS not in entry.parts)
+            inside = sorted(
+                entry.parent for entry in path.glob("**/config.yaml") if EVALUATIONS not in entry.relative_to(path).parts
+            )
             inside += [run for entry in sorted(path.glob(f"**/{JOB}")) if (run := run_of_job(entry))]
         if not inside:
             raise StoreError(f"{path}: holds no run; give run directories or folders that hold some (outputs/runs/...)")

@@ -23,20 +23,26 @@ logger = logging.getLogger(__name__)
 FINISH_SECONDS = 60.0  # for what is not uploaded yet when a run ends; without a limit W&B waits for a lost server for ever
 
 
+class MirrorError(RuntimeError):
+    """What should be sent to W&B was not, or not all of it."""
+
+
 class Tracker:
     """Logs configuration, metrics per request and the sample grid; the id is the run directory's name, so a resume continues it."""
 
     def __init__(
-        self, settings: WandbSettings, name: str, outputs: Path, config: dict[str, object], group: str, job_type: str
-    ) -> None:
+        self, settings: WandbSettings, name: str, outputs: Path, config: dict[str, object], group: str, job_type: str,
+        must: bool = False,
+    ) -> None:  # fmt: skip
         """
         Args:
             name: of the run directory; also the id.
             outputs: the folder under which W&B writes its own.
             config: resolved configuration.
             group, job_type: what W&B sorts runs by.
+            must: a failure of W&B is raised as MirrorError; otherwise it is logged, and nothing is mirrored from there on.
         """
-        self._run = None
+        self._run, self._must = None, must
         if settings.mode == "disabled":
             return
         with warnings.catch_warnings():
@@ -95,17 +101,29 @@ class Tracker:
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        self._run = None
+        self._run, reason = None, " ".join(str(error).split()) or type(error).__name__
+        if self._must:
+            raise MirrorError(reason) from error
         logger.warning(
             "W&B is not written from here on: %s (the run directory is complete; cu-report RUN --wandb online sends it later)",
-            " ".join(str(error).split()),
+            reason,
         )
 
 
 def send(run: RunRecord, settings: WandbSettings, outputs: Path) -> None:
-    """Mirror a run after the fact, as if it had been mirrored while it ran (without system metrics, which nobody kept)."""
+    """Mirror a run after the fact, as if it had been mirrored while it ran (without system metrics, which nobody kept).
+
+    Raises:
+        MirrorError: W&B did not take all of it.
+    """
     tracker = Tracker(
-        settings, run.directory.name, outputs, run.config, group=f"{run.sequence}-{run.method}", job_type=run.regularizers
+        settings,
+        run.directory.name,
+        outputs,
+        run.config,
+        group=f"{run.sequence}-{run.method}",
+        job_type=run.regularizers,
+        must=True,
     )
     for index, record in enumerate(run.records):
         training = run.step_dir(index) / TRAINING

@@ -1,9 +1,11 @@
 """cu-eval: stored weights measured again give the run's own numbers, another seed gives others, and training cannot be changed."""
 
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import SMOKE, run_directory
 
 from cu_runner import reevaluate
 from cu_runner.runs import read_run
@@ -63,6 +65,39 @@ def test_retention_can_be_measured_afterwards(cu_eval, run_copy, tmp_path):
     assert again[["fid", "kid"]].iloc[0].isna().all()
     assert (again["fid"][1:] > 0).all()
     assert again["clip_score"].between(-100, 100).all()
+
+
+def test_what_was_not_measured_again_has_no_numbers(cu_eval, cu_run, run_copy, tmp_path):
+    """A run with retention, evaluated without it."""
+    made = cu_run(*SMOKE, "retention=shapecanvas", "retention.num_prompts=4")
+    directory = run_directory(made.stdout, tmp_path)
+    assert "fid" in read_run(directory).table
+    status, out, err = cu_eval(directory, "retention=none")
+    assert (status, err) == (0, "")
+    table = read_run(tmp_path / out.splitlines()[-1].removeprefix("evaluation: ")).table
+    assert list(table.columns) == list(read_run(run_copy).table.columns)
+
+
+def test_an_evaluation_is_not_evaluated(cu_eval, run_copy):
+    assert cu_eval(run_copy)[0] == 0
+    evaluation = run_copy / "evaluations" / run_copy.name
+    status, out, err = cu_eval(evaluation, "eval.steps=3")
+    assert (status, out) == (2, "")
+    assert err == f"cu-eval: {evaluation}: is an evaluation, without weights; give its run, {run_copy}\n"
+    assert not (evaluation / "evaluations").exists()
+
+
+def test_an_evaluation_moves_with_its_run(cu_eval, run_copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(run_copy)  # cu_eval goes to tmp_path before, not at the call
+    status, out, err = cu_eval(".")
+    assert (status, err) == (0, "")
+    evaluation = run_copy / "evaluations" / run_copy.name
+    assert out.splitlines()[-1] == f"evaluation: {evaluation}"
+    moved = run_copy.rename(tmp_path / run_copy.name)
+    again = read_run(moved / "evaluations" / run_copy.name)
+    assert again.weights(2) == moved / "steps/02/delta.safetensors"
+    again.records[2]["weights"] = "/some/steps/02/merged.safetensors"  # as cu-eval once wrote it
+    assert again.weights(2) == Path("/some/steps/02/merged.safetensors")
 
 
 @pytest.mark.parametrize(

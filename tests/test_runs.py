@@ -1,5 +1,6 @@
 """The command and its run directory: the contract, resume, damage, locks, a full disk, ctrl-C, NaN, the terminal."""
 
+import errno
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ import yaml
 from conftest import SMOKE, command, environment, run_directory
 from PIL import Image
 
+from cu_runner.complaints import judge
 from cu_runner.help import config_dir
 
 COLUMNS = [
@@ -338,3 +340,10 @@ def test_a_sweep_goes_on_after_a_job_that_fails(in_process, tmp_path):
     assert err.count("\n") == 1
     assert err.startswith("cu-run: training led to a loss of ")
     assert (run_directory(out, tmp_path) / "summary.json").exists()
+
+
+@pytest.mark.parametrize(("arguments", "setting"), [(["table2", "--output=/etc/x"], "--output"), (["seed=1"], "paths.outputs")])
+def test_a_place_that_cannot_be_written_names_its_setting(arguments, setting):
+    error = PermissionError(errno.EACCES, "Permission denied", "/etc/x")
+    said = f"/etc/x: Permission denied; mend that or choose another {setting}, then run the same command to resume"
+    assert judge(error, arguments) == (1, said)

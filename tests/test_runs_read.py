@@ -1,6 +1,8 @@
 """Run directories read back: names, metrics from step.json, the accuracy matrix, what is refused; sweeps that name their runs."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -42,6 +44,12 @@ def test_accuracy_matrix(run_copy):
 def test_find_runs(run_copy, tmp_path):
     assert find_runs([run_copy]) == [run_copy]
     assert find_runs([tmp_path / "outputs", run_copy]) == [run_copy]
+    evaluation = Path(shutil.copytree(run_copy, run_copy / "evaluations" / run_copy.name))
+    assert find_runs([tmp_path / "outputs"]) == [run_copy]
+    assert find_runs([run_copy / "evaluations"]) == [evaluation]
+    elsewhere = tmp_path / "evaluations/o"
+    shutil.copytree(run_copy, elsewhere / run_copy.name)
+    assert find_runs([elsewhere]) == [elsewhere / run_copy.name]
     (tmp_path / "outputs/sweeps/now/0").mkdir(parents=True)
     (tmp_path / "outputs/sweeps/now/0" / JOB).write_text(json.dumps({"run": str(run_copy)}))
     assert find_runs([tmp_path / "outputs/sweeps/now"]) == [run_copy]

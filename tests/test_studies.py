@@ -1,6 +1,7 @@
 """The studies: their statistics by hand, the runs that they ask for, their analyses on small tables, their complaints."""
 
 import importlib
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,18 @@ def test_scaling_takes_100_styles_or_what_the_user_names(script, tmp_path):
     assert [concept.name for concept in wider.plan(module.cells(wider)["l2"]).sequence.build().cross_retain] == ["cup"]
 
 
+def test_scaling_on_stable_diffusion_has_every_style_that_is_not_retained(script, tmp_path):
+    module = script("scaling")
+    words = shlex.split(module.on_stable_diffusion())
+    study = make_study(script, tmp_path, *words[: words.index("--output")], *words[words.index("--output") + 2 :])
+    plan = study.plan(module.cells(study)["gradproj"])
+    sequence = plan.sequence.build()
+    targets, retained = ([concept.name for concept in concepts] for concepts in (sequence.targets, sequence.retain))
+    assert (len(set(targets)), targets[:2], targets[-1]) == (38, ["Abstractionism", "Byzantine"], "Watercolor")
+    assert {*targets, *retained, "Seed_Images"} == set(read_shipped("unlearncanvas_styles"))
+    assert plan.tuned
+
+
 def test_sensitivity_measures_every_other_name_and_never_names_it(script, tmp_path):
     study = make_study(script, tmp_path)
     vocabulary = read_shipped("shapecanvas_styles")
@@ -190,6 +203,30 @@ def test_thresholds_are_tried_on_own_tokens(script, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- analyses
+def test_a_finding_stands_in_the_page_and_survives_the_next_one(script, tmp_path, capsys):
+    study = make_study(script, tmp_path)
+    page, finding = (study.output / f"a_study.{kind}" for kind in ("md", "finding.md"))
+    table = pd.DataFrame({"run": ["none"], "UA": [1.0]})
+    study.write(table, script("study").panels(1, 1)[0], "Table.")
+    assert page.read_text().startswith("# a_study\n\nWhat it asks.\n\n    python scripts/studies/a_study.py")
+    finding.write_text("\nNothing is kept.\n\n")
+    capsys.readouterr()
+    for _ in range(2):
+        study.write(table, script("study").panels(1, 1)[0], "Table.", "model.path=DIR")
+        assert page.read_text().startswith(
+            "# a_study\n\nWhat it asks.\n\nNothing is kept.\n\n    python scripts/studies/a_study.py"
+        )
+        assert "    python scripts/studies/a_study.py model.path=DIR  # on Stable Diffusion\n" in page.read_text()
+        assert f"{finding} is in it: read whether it still holds" in capsys.readouterr().out
+    assert finding.read_text() == "\nNothing is kept.\n\n"
+
+
+def test_every_shipped_finding_stands_in_its_page():
+    for finding in (SCRIPTS.parent.parent / "docs/studies").glob("*.finding.md"):
+        page = finding.with_name(finding.name.replace(".finding", ""))
+        assert finding.read_text(encoding="utf-8").strip() in page.read_text(encoding="utf-8"), finding.name
+
+
 def test_random_names_leave_out_what_is_shut(script):
     names = script("auxiliary").draw_names(["A_B", "c", "d", "e"], ["a b", "d"], 5)
     assert sorted(names) == ["c", "e"]
@@ -198,7 +235,8 @@ def test_random_names_leave_out_what_is_shut(script):
 def test_halved(script):
     table = metrics_table(RA_I=[90.0, 60.0, 45.0, 44.0], RA_C=[90.0, 80.0, 70.0, 60.0])
     assert script("diagnostic").halved(table, "RA_I") == 3  # 45 is half, not below it
-    assert script("diagnostic").halved(table, "RA_C") is None
+    assert script("diagnostic").halved(table, "RA_C") == "never"
+    assert script("diagnostic").halved(table.assign(RA_C=np.nan), "RA_C") == "-"
 
 
 def test_drift_against_retention(script):
@@ -236,9 +274,20 @@ def test_spread_over_orders_and_over_seeds(script):
 
 def test_what_the_near_half_lost_more(script):
     halves = pd.DataFrame({"run": "l2", "request": [0, 1, 2], "near": [100.0, 60.0, 40.0], "far": [90.0, 80.0, 70.0]})
-    found = script("semantic").losses(halves).iloc[0]
+    found = script("semantic").losses(halves, {"near": 48, "far": 48}).iloc[0]
     assert found[["near before", "near after", "near mean"]].tolist() == [100, 40, 50]
     assert found[["near lost more, after", "near lost more, mean"]].tolist() == [60 - 20, 50 - 15]
+    assert found["after from"] < 40 < found["after to"]
+    assert found["mean from"] < 35 < found["mean to"]
+
+
+def test_interval_of_a_difference(script):
+    """Newcombe (1998), table II, row (a): 56/70 - 48/80; Wilson's own of 56/70."""
+    interval = script("semantic").interval
+    assert interval([(1, 80.0, 70), (-1, 60.0, 80)]) == pytest.approx((5.24, 33.39), abs=0.01)
+    assert script("semantic").wilson(0.8, 70) == pytest.approx((0.6918, 0.8770), abs=1e-4)
+    near = script("semantic").wilson(1.0, 48)
+    assert interval([(1, 100.0, 48)]) == pytest.approx((100 * near[0], 100))
 
 
 def test_halves_of_a_finished_run(script, run_copy):

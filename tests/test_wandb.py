@@ -224,3 +224,17 @@ def test_without_a_server_the_run_goes_on_and_says_so(tmp_path):
     assert [line for line in done.stdout.splitlines() if line.startswith("W&B is not written from here on")]
     assert len(read_run(directory).records) == 3
     assert server.requests == []
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_arrive_is_not_called_sent(run_copy, tmp_path):
+    """W&B's client takes every log; only its end says that the server is gone."""
+    server = WandbServer(after=lambda server, path: threading.Thread(target=server.shut).start() if "file_stream" in path else None)
+    program = [sys.executable, "-c", "from cu_runner import report, tracking; tracking.FINISH_SECONDS = 5.0; report.main()"]
+    done = subprocess.run(
+        [*program, run_copy, "--wandb", "online"], cwd=tmp_path, env=environment(**server.environment),
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout == f"report: outputs/reports/{run_copy.name}/index.html\n"
+    assert done.stderr.splitlines()[-1].startswith(f"cu-report: {run_copy.name}: not sent to W&B (online): ")

@@ -30,10 +30,12 @@ def cells() -> dict[str, list[str]]:
     return {f"seed {seed}": ["reg=none", f"seed={seed}"] for seed in SEEDS}
 
 
-def halved(table: pd.DataFrame, metric: str) -> int | None:
-    """The first request after which the metric is below half of the untouched model's; None if there is none."""
+def halved(table: pd.DataFrame, metric: str) -> int | str:
+    """The first request after which the metric is below half of the untouched model's, "never", or "-" if it was not measured."""
+    if pd.isna(table[metric].iloc[0]) or table[metric].iloc[1:].isna().all():
+        return "-"
     below = table.loc[table[metric] < table[metric].iloc[0] / 2, "request"]
-    return int(below.iloc[0]) if len(below) else None
+    return int(below.iloc[0]) if len(below) else "never"
 
 
 def correlations(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -45,7 +47,7 @@ def correlations(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
             row = {"run": label, "drift against": title, "n": r.number}
             row |= {"Pearson r": r.value, "r from": r.low, "r to": r.high}
             row |= {"Spearman rho": rho.value, "rho from": rho.low, "rho to": rho.high}
-            rows.append(row | {"halved at request": halved(table, metric) or "never"})
+            rows.append(row | {"halved at request": halved(table, metric)})
     return pd.DataFrame(rows)
 
 

@@ -4,13 +4,16 @@
 
 Without regularizer, with l2, gradproj, merge, and the combination of the paper's that keeps most. The sequence is
 shapecanvas_style100, with two objects instead of eight: 12,524 images a run instead of 50,096. A sequence or an experiment on
-the command line takes its place: give one of many concepts, the published ones have 12. 5 runs; scaling.md has the seconds of
-each.
+the command line takes its place; the published ones have 12 requests, and 'sequence.targets=[A,B,...]' gives one more. Of the 50
+styles of UnlearnCanvas 38 are not retained: the command in scaling.md names them, there are no 100. 5 runs; scaling.md has the
+seconds of each.
 """
 
 import pandas as pd
+import yaml
 from matplotlib.figure import Figure
 from study import (
+    STABLE_DIFFUSION,
     Study,
     as_markdown,
     command,
@@ -22,11 +25,24 @@ from study import (
     with_stopped,
 )
 
+from cu_runner.help import config_dir
+from cu_runner.lists import read_shipped
+
 REGULARIZERS = ("none", "l2", "gradproj", "merge", "gradproj_l1")
 SEQUENCE = "sequence=shapecanvas_style100"
 CROSS_RETAIN = "sequence.cross_retain=[tree,star]"
 GONE = 5.0  # percent: a last quarter below it
 LEVEL = 2.0  # points: a last quarter that has lost at most so many
+
+
+NO_STYLE = "Seed_Images"  # of UnlearnCanvas: the photos that were styled
+
+
+def on_stable_diffusion() -> str:
+    """The overrides of the longest sequence on UnlearnCanvas: its published targets, then every style that is not retained."""
+    sequence = yaml.safe_load((config_dir() / "sequence/unlearncanvas_style.yaml").read_text(encoding="utf-8"))
+    others = set(read_shipped(sequence["vocabulary"])) - {NO_STYLE, *sequence["targets"], *sequence["retain"]}
+    return f"{STABLE_DIFFUSION} 'sequence.targets=[{','.join([*sequence['targets'], *sorted(others)])}]'"
 
 
 def cells(study: Study) -> dict[str, list[str]]:
@@ -71,7 +87,7 @@ def main(study: Study) -> None:
     text = f"After the last request:\n\n{as_markdown(with_stopped(last_rows(tables), runs))}\n\n"
     text += f"Means over the quarters of the requests:\n\n{as_markdown(by_quarter(tables))}\n\n"
     text += f"gone: the last quarter is below {GONE:.0f}%; level: it is at most {LEVEL:.0f} points below the third; falling: more."
-    study.write(with_stopped(over_requests(tables), runs), draw(tables), text)
+    study.write(with_stopped(over_requests(tables), runs), draw(tables), text, on_stable_diffusion())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from study import Study, as_markdown, command, finished, panels, with_stopped
 
 from cu_runner.runs import RunRecord
-from cu_runner.studies import near_and_far, text_similarity
+from cu_runner.studies import NORMAL, near_and_far, text_similarity
 
 
 def accuracy_of_halves(runs: dict[str, RunRecord], near: list[str], far: list[str]) -> pd.DataFrame:
@@ -27,8 +27,35 @@ def accuracy_of_halves(runs: dict[str, RunRecord], near: list[str], far: list[st
     return pd.concat(rows)[["run", "request", "near", "far"]]
 
 
-def losses(halves: pd.DataFrame) -> pd.DataFrame:
-    """One row per run: both halves before all requests, after them and on the mean over them; the points that near lost more."""
+def wilson(share: float, number: int) -> tuple[float, float]:
+    """The 95% interval of a share of `number` images (Wilson 1927); share and interval between 0 and 1."""
+    middle, width = (
+        share + NORMAL**2 / (2 * number),
+        NORMAL * math.sqrt(share * (1 - share) / number + (NORMAL / (2 * number)) ** 2),
+    )
+    return (middle - width) / (1 + NORMAL**2 / number), (middle + width) / (1 + NORMAL**2 / number)
+
+
+def interval(terms: list[tuple[int, float, int]]) -> tuple[float, float]:
+    """The 95% interval of a sum of independent shares, from those of each: of two, Newcombe's (1998, method 10).
+
+    Args:
+        terms: sign (1 or -1), share in percent and number of images of each. The interval is in points.
+    """
+    total = below = above = 0.0
+    for sign, percent, number in terms:
+        low, high = (100 * end for end in wilson(percent / 100, number))
+        total += sign * percent
+        below += (percent - low if sign > 0 else high - percent) ** 2
+        above += (high - percent if sign > 0 else percent - low) ** 2
+    return total - math.sqrt(below), total + math.sqrt(above)
+
+
+def losses(halves: pd.DataFrame, images: dict[str, int]) -> pd.DataFrame:
+    """One row per run: both halves before all requests, after them and on the mean over them; the points that near lost more.
+
+    images: of one request, by half. The same noise comes at every request: the mean rests on no more of them than one request.
+    """
     rows = []
     for label, table in halves.groupby("run", sort=False):
         moments = {"before": table.iloc[0], "after": table.iloc[-1], "mean": table[["near", "far"]].iloc[1:].mean()}
@@ -36,6 +63,9 @@ def losses(halves: pd.DataFrame) -> pd.DataFrame:
         for moment in ("after", "mean"):
             lost = {half: row[f"{half} before"] - row[f"{half} {moment}"] for half in ("near", "far")}
             row[f"near lost more, {moment}"] = lost["near"] - lost["far"]
+            signs = {("near", "before"): 1, ("near", moment): -1, ("far", "before"): -1, ("far", moment): 1}
+            terms = [(sign, row[f"{half} {when}"], images[half]) for (half, when), sign in signs.items()]
+            row[f"{moment} from"], row[f"{moment} to"] = interval(terms)
         rows.append({"run": label, **row})
     return pd.DataFrame(rows)
 
@@ -65,13 +95,19 @@ def main(study: Study) -> None:
     nearest = similarity.max(axis=1)
     near, far = near_and_far(nearest)
     halves = accuracy_of_halves(finished(runs), near, far)
+    shown = next(iter(finished(runs).values())).predictions(0)[sequence.domain]
+    images = {"near": int(shown.isin(near).sum()), "far": int(shown.isin(far).sum())}
     chosen = [
         {"concept": name, "half": half, "nearest target": similarity.loc[name].idxmax(), "similarity": nearest[name]}
         for half, group in (("near", near), ("far", far))
         for name in group
     ]
     text = "Accuracy in percent before and after all requests, and its mean over them:\n\n"
-    text += f"{as_markdown(with_stopped(losses(halves), runs))}\n\n"
+    text += f"{as_markdown(with_stopped(losses(halves, images), runs))}\n\n"
+    text += (
+        f"from, to: the 95% interval of what near lost more, over images ({images['near']} near, {images['far']} far; Newcombe's\n"
+    )
+    text += "from Wilson's, the four accuracies as if independent); it holds nothing of how another seed would differ.\n\n"
     text += f"The halves:\n\n{as_markdown(pd.DataFrame(chosen), digits=3)}"
     study.write(with_stopped(halves, runs), draw(halves), text)
 

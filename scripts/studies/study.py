@@ -2,7 +2,8 @@
 
 A study is `python scripts/studies/NAME.py [OVERRIDE ...] [--output DIR]`. The overrides are appended to every run, so that
 `experiment=unlearncanvas_style model.path=DIR evaluator.paths.style=DIR evaluator.paths.object=DIR` gives it on Stable Diffusion.
-It writes NAME.csv, NAME.png and NAME.md. Stopped and started again it goes on where it was; finished runs are found again.
+It writes NAME.csv, NAME.png and NAME.md. What a person found in the numbers stands beside them in NAME.finding.md, a paragraph of
+Markdown that no study writes; NAME.md carries it. Stopped and started again it goes on where it was; finished runs are found again.
 """
 
 import argparse
@@ -84,8 +85,12 @@ class Study:
             raise LaunchError(f"every run diverged, the last with: {run}")
         return {label: found[place] for label, place in places.items()}
 
-    def write(self, rows: pd.DataFrame, figure: Figure, text: str) -> None:
-        """Write the rows, the picture, and the text under the commands that made it."""
+    def write(self, rows: pd.DataFrame, figure: Figure, text: str, on_stable_diffusion: str = STABLE_DIFFUSION) -> None:
+        """Write the rows, the picture, and the text under the commands that made it and what a person found.
+
+        Args:
+            on_stable_diffusion: the overrides that give the study there.
+        """
         self.output.mkdir(parents=True, exist_ok=True)
         table, picture, page = (self.output / f"{self.name}.{kind}" for kind in ("csv", "png", "md"))
         rows.to_csv(table, index=False, float_format="%.6g")
@@ -96,9 +101,13 @@ class Study:
             [] if self.output == OUTPUT else ["--output", str(self.output)],
         )
         this = f"{script} {shlex.join([*self.overrides, *folder])}".rstrip()
-        commands = f"{this}\n{script} {STABLE_DIFFUSION}  # on Stable Diffusion\n"
+        commands = f"{this}\n{script} {on_stable_diffusion}  # on Stable Diffusion\n"
         image = f"![{self.about}]({picture.name})"
-        page.write_text(f"# {self.name}\n\n{self.about}\n\n{commands}\n{image}\n\n{text}\n", encoding="utf-8")
+        finding = self.output / f"{self.name}.finding.md"
+        found = f"{finding.read_text(encoding='utf-8').strip()}\n\n" if finding.is_file() else ""
+        page.write_text(f"# {self.name}\n\n{self.about}\n\n{found}{commands}\n{image}\n\n{text}\n", encoding="utf-8")
+        if found:
+            print(f"{finding} is in it: read whether it still holds")
         for path in (table, picture, page):
             print(f"wrote {path}")
 
