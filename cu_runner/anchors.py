@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cu_runner.models import DiffusionModel
 from cu_runner.params import placed
-from cu_runner.sampling import generate
+from cu_runner.sampling import generate, make_scheduler
 from cu_runner.seeding import derive_seed
 from cu_runner.settings import Sampler
 from cu_runner.store import Cache, to_safetensors
@@ -37,7 +37,7 @@ class AnchorImages:
         key = {
             "model": self.fingerprint,
             "prompts": captions,
-            "sampler": sampler_key(self.sampler),
+            "sampler": sampler_key(self.model, self.sampler),
             "precision": self.model.precision,
             "device": self.model.device.type,
             "torch": torch.__version__,
@@ -62,6 +62,8 @@ class AnchorImages:
         return self.model.encode_images(images), self.model.encode_images(images.flip(-1))
 
 
-def sampler_key(sampler: Sampler) -> list[object]:
-    """A sampler as part of a cache's key."""
-    return [sampler.steps, float(sampler.guidance), sampler.scheduler]
+def sampler_key(model: DiffusionModel, sampler: Sampler) -> list[object]:
+    """A sampler as part of a cache's key: with its scheduler as it is made, down to what a checkpoint leaves unsaid."""
+    scheduler = make_scheduler(model, sampler)
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return [sampler.steps, float(sampler.guidance), type(scheduler).__name__, config]

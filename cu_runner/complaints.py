@@ -72,7 +72,7 @@ def first_line(error: BaseException) -> str:
 
 def explain(text: str, overrides: list[str]) -> str:
     """Hydra's message in our words where it has a frequent cause, else its own without the noise."""
-    if found := re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", text):
+    if found := re.search(r"Could not (?:find|load) '((?:hydra/)?\w+)/([^']+)'", text):
         group, name = found.groups()
         names = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
         return f"{group}={name}: no such file in conf/{group}; allowed: {', '.join(names) or 'none ships yet'}"

@@ -153,7 +153,7 @@ class Runner:
             "precision": self.model.precision,
             "domains": [sequence.domain, sequence.cross_domain],
             "images": [[image.prompt, image.seed, image.concept, image.cross] for image in sequence.evaluation_images(concepts)],
-            "sampler": sampler_key(self.eval),
+            "sampler": sampler_key(self.model, self.eval),
             "device": self.model.device.type,
             "torch": torch.__version__,
         }

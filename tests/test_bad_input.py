@@ -17,6 +17,7 @@ CONFIGURATION = [
     (["sequence=nope"], ["sequence=nope", "shapecanvas_style", "smoke"]),
     (["model=nope"], ["model=nope", "shapecanvas"]),
     (["experiment=nope"], ["experiment=nope"]),
+    (["hydra/launcher=nope"], ["hydra/launcher=nope", "local_processes, slurm"]),
     (["train.lrr=1"], ["train.lrr", "lr", "steps", "batch_size"]),
     (["+train.lrr=1"], ["train.lrr"]),
     (["nokey=1"], ["nokey"]),

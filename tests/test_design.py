@@ -19,7 +19,7 @@ CODE = [
 AT_THE_DOOR = {"cli.py", "config.py", "trust.py", "submission.py", "tables.py", "complaints.py"}
 
 # cu-eval, dry_run, cu-doctor: they need a whole checked run, and no DictConfig
-TAKE_A_RUN = {"reevaluate.py", "forecast.py", "checkup.py", "doctor.py"}
+TAKE_A_RUN = {"reevaluate.py", "forecast.py", "checkup.py", "doctor.py", "report.py"}
 
 
 def imported(path: Path) -> set[str]:

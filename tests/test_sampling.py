@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import json
 import logging
 import threading
 import weakref
@@ -13,7 +14,7 @@ import torch
 from scipy.stats import binomtest
 
 from cu_runner import sampling
-from cu_runner.anchors import AnchorImages
+from cu_runner.anchors import AnchorImages, sampler_key
 from cu_runner.evaluation import SamplingError, evaluate
 from cu_runner.models import DiffusionModel, load_model
 from cu_runner.params import select_parameters, snapshot
@@ -103,6 +104,14 @@ def rows(model):
     handle = model.unet.register_forward_hook(lambda module, arguments, output: seen.append(len(arguments[0])))
     yield seen
     handle.remove()
+
+
+def test_the_key_of_a_cache_holds_the_scheduler_as_it_is_made(model):
+    key = sampler_key(model, Sampler(2, 2.0, "DDIMScheduler"))
+    assert key[:3] == [2, 2.0, "DDIMScheduler"]
+    assert key[3]["clip_sample"] is False  # which the model's own configuration does not say
+    assert key != sampler_key(model, Sampler(2, 2.0))
+    assert json.loads(json.dumps(key)) == key
 
 
 def test_guidance_doubles_the_rows_and_guidance_one_does_not(model, rows):

@@ -88,7 +88,8 @@ class GeneralRetention(Retention):
         self.load()
         self._model, self._settings = model, settings
         common = {"judges": self._fingerprint, "torch": torch.__version__, "device": model.device.type}
-        drawn = {"model": model_sha256, "precision": model.precision, "sampler": sampler_key(settings), "images": self._images}
+        drawn = {"model": model_sha256, "precision": model.precision, "images": self._images}
+        drawn["sampler"] = sampler_key(model, settings)
         self._base = fetch(cache, common | drawn, self._measure_images)
         self._reference = self._base.get("features")
         if self._extractor and self._pictures:
