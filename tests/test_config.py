@@ -33,6 +33,7 @@ EMBEDDED = {
     "evaluator.paths.scene": f"{PARTS}/open_clip",
     "evaluator.path": "null",
     "retention.clip_score.path": "null",
+    "retention.features.path": f"{PARTS}/open_clip",
     "retention.prompts": "general_captions",
 }
 LABELS = {"style": "shapecanvas_styles", "object": "shapecanvas_objects", "scene": "portrait_scenes"}

@@ -19,8 +19,6 @@ from cu_runner.image_text import ImageTextModel, ImageTextSource, load_image_tex
 from cu_runner.model_files import ModelError, locate
 from cu_runner.safe_loading import check_pickle, load_tensors
 
-INCEPTION = "weights-inception-2015-12-05-6726825d.pth of github.com/toshas/torch-fidelity, release v0.2.0"
-
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class FeatureSource:
@@ -28,22 +26,17 @@ class FeatureSource:
 
     architecture: "inception", torch-fidelity's Inception-v3 with its 2048 features, as FID is published; "timm:NAME";
     "open_clip:NAME" or "open_clip" (a directory); or "module", a TorchScript file that maps images to [B, D].
-    path: weight file, directory or module file. The published weights of "inception" are a pickle, which nothing fetches unasked.
+    path: weight file, directory or module file; nothing is fetched. Of "inception": a pickle, see conf/retention/coco.yaml.
     size, mean, std: what "timm" and "module" read, in pixels and for images in 0..1; the others know theirs.
     allow_pickle: files other than safetensors that may be read; a module file must be among them.
     """
 
     architecture: Annotated[str, Field(pattern=r"^(inception|timm:.+|open_clip(:.+)?|module)$")]
-    path: str | None = None
+    path: str
     size: PositiveInt = 224
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     allow_pickle: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for an architecture that needs a path and has none."""
-        if self.path is None and self.architecture != "inception":
-            raise ValueError(f"features.path is not set; {self.architecture} needs a file or a directory")
 
 
 class FeatureExtractor:
@@ -113,11 +106,6 @@ def load_network(source: FeatureSource, device: str) -> nn.Module | ImageTextMod
 
 def load_inception(source: FeatureSource) -> nn.Module:
     """The Inception-v3 of torch-fidelity, with the weights of a file. Raises ModelError or WeightFileError."""
-    if source.path is None:  # the package would download a pickle and read it with all that it holds
-        raise ModelError(
-            f"retention.features.path is not set; inception needs {INCEPTION}, which is a pickle: "
-            "name it in retention.features.allow_pickle too"
-        )
     path = locate(source.path)
     check_pickle(path, source.allow_pickle)
     if find_spec("torch_fidelity") is None:
