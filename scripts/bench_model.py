@@ -29,6 +29,7 @@ from cu_runner.seeding import RandomSource
 from cu_runner.settings import Sampler, Speed
 from cu_runner.training import erase
 
+SIDES = {"cpu": 3072, "cuda": 8192}  # of the matrices whose product gives the peak rate
 SINGLE = 4  # images that are made one after another, where a batch is compared with that
 
 
@@ -53,7 +54,7 @@ def synchronize(device: torch.device) -> None:
 
 def matmul_peak(device: torch.device, precision: str) -> float:
     """FLOP/s of a large square matrix product on random data, the fastest of 20: a peak is what nothing disturbed."""
-    side = 8192 if device.type == "cuda" else 3072
+    side = SIDES[device.type]
     left, right = (torch.randn(side, side, device=device, dtype=DTYPES[precision]) for _ in range(2))
     return 2 * side**3 / min(wall_seconds(lambda: left @ right, device, 20))
 
@@ -160,6 +161,7 @@ class Bench:
 
     def step_flops(self) -> int:
         """Floating-point operations of one training step, both ways; activations that are computed again count again."""
+        self.train(1)  # texts are encoded once per process
         found = []
         for steps in (1, 2):
             with FlopCounterMode(display=False) as counter:
