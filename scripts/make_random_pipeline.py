@@ -1,7 +1,8 @@
 """Write a diffusers directory of Stable Diffusion's exact architecture with random weights, to try and test without a download.
 
     python scripts/make_random_pipeline.py sd15 DIR --dtype fp16          # 2 GB; sd21_base 2.6 GB, sdxl 7 GB
-    python scripts/make_random_pipeline.py sdxl DIR --tiny --classifiers  # the same layout in miniature, and matching classifiers
+    python scripts/make_random_pipeline.py sd15 DIR --tiny --classifiers  # in miniature, with DIR/classifiers/style and object
+    python scripts/make_random_pipeline.py sdxl DIR --classifiers celebrity   # 8 GB; DIR/classifiers/celebrity, scene, faces
 
 Layer counts, widths, heads, schedulers and tokenizers are those of the published checkpoints; --tiny keeps the layout with smaller
 sizes. The tokenizer is CLIP's, whose merges come with open_clip. Then: cu-run model=sd15 model.path=DIR.
@@ -14,10 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
+import open_clip
+import safetensors.torch
 import torch
 import transformers
+import yaml
 from open_clip.tokenizer import SimpleTokenizer
 
+from cu_runner.help import config_dir
 from cu_runner.lists import read_shipped
 from cu_runner.models import DTYPES
 
@@ -154,19 +159,66 @@ def make_pipeline(kind: str, directory: Path, *, tiny: bool = False, seed: int =
     write_json(directory / "model_index.json", index | {"_diffusers_version": diffusers.__version__})
 
 
-def make_classifiers(directory: Path, *, tiny: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
-    """Write the judges of UnlearnCanvas, ViT-L/16 for 51 styles and 20 objects: DIR/style and DIR/object."""
+def make_classifiers(
+    directory: Path, judged: str = "unlearncanvas", *, tiny: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write the judges of an experiment, whose classifiers are ViT-L/16.
+
+    Args:
+        judged: "unlearncanvas" for DIR/style with 51 labels and DIR/object with 20. "celebrity" for DIR/celebrity with the names of
+            the sequence, DIR/scene, an open_clip ViT-B/32, and DIR/faces, a detector that finds a face in every image.
+    """
     torch.manual_seed(seed)
+    if judged == "unlearncanvas":
+        labels = {domain: read_shipped(f"unlearncanvas_{domain}s") for domain in ("style", "object")}
+    else:
+        sequence = yaml.safe_load((config_dir() / "sequence/celebrity.yaml").read_text(encoding="utf-8"))
+        labels = {"celebrity": sequence["targets"] + sequence["retain"]}
     sizes = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
     if tiny:
         sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-    for domain in ("style", "object"):
-        names = dict(enumerate(read_shipped(f"unlearncanvas_{domain}s")))
-        with building_in(dtype):
+    with building_in(dtype):
+        for domain, entries in labels.items():
+            names = dict(enumerate(entries))
             config = transformers.ViTConfig(
                 **sizes, image_size=224, patch_size=16, id2label=names, label2id={name: i for i, name in names.items()}
             )
             transformers.ViTForImageClassification(config).save_pretrained(directory / domain)
+        if judged == "celebrity":
+            write_open_clip(directory / "scene", tiny)
+            write_face_detector(directory / "faces", tiny)
+
+
+def write_open_clip(directory: Path, tiny: bool) -> None:
+    """An open_clip directory with the tokenizer of CLIP."""
+    model = open_clip.get_model_config("ViT-B-32")
+    if tiny:
+        text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+        vision = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16}
+        model = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
+    directory.mkdir(parents=True, exist_ok=True)
+    preprocess = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD, "interpolation": "bicubic"}
+    write_json(directory / "open_clip_config.json", {"model_cfg": model, "preprocess_cfg": preprocess})
+    network = open_clip.CLIP(**{key: model[key] for key in ("embed_dim", "vision_cfg", "text_cfg")})
+    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    safetensors.torch.save_file(weights, directory / "open_clip_model.safetensors")
+
+
+def write_face_detector(directory: Path, tiny: bool) -> None:
+    """A YOLOS with the one class "face"; the bias of its class head makes every detection one."""
+    side = 64 if tiny else 512
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16) if tiny else {}
+    config = transformers.YolosConfig(
+        **sizes, image_size=[side, side], patch_size=16, num_detection_tokens=2 if tiny else 100, id2label={0: "face"},
+        label2id={"face": 0}, use_mid_position_embeddings=False,
+    )  # fmt: skip
+    network = transformers.YolosForObjectDetection(config)
+    head = network.class_labels_classifier.layers[-1]
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.copy_(torch.tensor([6.0, 0.0]))
+    network.save_pretrained(directory)
+    transformers.YolosImageProcessor(size={"height": side, "width": side}).save_pretrained(directory)
 
 
 def main() -> None:
@@ -176,12 +228,15 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="toy sizes: a few megabytes")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the files")
-    parser.add_argument("--classifiers", action="store_true", help="also DIR/classifiers/style and DIR/classifiers/object")
+    parser.add_argument(
+        "--classifiers", nargs="?", const="unlearncanvas", choices=["unlearncanvas", "celebrity"],
+        help="also the judges of an experiment: DIR/classifiers/style and object, or celebrity, scene and faces",
+    )  # fmt: skip
     arguments = parser.parse_args()
     options = {"tiny": arguments.tiny, "seed": arguments.seed, "dtype": DTYPES[arguments.dtype]}
     make_pipeline(arguments.kind, arguments.directory, **options)
     if arguments.classifiers:
-        make_classifiers(arguments.directory / "classifiers", **options)
+        make_classifiers(arguments.directory / "classifiers", arguments.classifiers, **options)
     size = sum(path.stat().st_size for path in arguments.directory.rglob("*") if path.is_file())
     print(f"{arguments.directory}: {arguments.kind}, {size / 1e6:.0f} MB")
 
