@@ -46,7 +46,7 @@ test-faults: setup  ## two hundred kills, damage of every file, a full disk at e
 lint: setup  ## ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-bench: setup  ## images/s, training steps/s, seconds per request, start-up times, peak memory
+bench: setup  ## images/s, training steps/s, seconds per request, start-up times, accuracy of the fast path, peak memory
 	@$(BIN)/python scripts/bench.py
 
 weights: setup  ## build the embedded model from nothing; about an hour on two CPU cores
