@@ -5,7 +5,7 @@
 One setting at a time is changed from those of conf/tuned: the number of names (the nearest to the target), their source (random
 ones from a file, a list of painting styles, a list of objects), whether retained names may be among them, and the threshold of
 duplicates. That is read with the names' own tokens only; where conf/tuned takes every token, its runs have the settings OWN.
-12 runs of the sequence; auxiliary.md has the seconds of each.
+10 runs of the sequence; auxiliary.md has the seconds of each.
 """
 
 import json
@@ -18,9 +18,9 @@ from study import Study, as_markdown, command, draw_bars, finished, last_rows, w
 from cu_runner.names import plain, read_listed
 from cu_runner.runs import RunRecord
 
-NUMBERS = (10, 25, 50)
+NUMBERS = (10, 50)
 RANDOM = 25  # names in the file
-THRESHOLDS = (0.3, 0.5, 0.7, 0.95)
+THRESHOLDS = (0.3, 0.7, 0.95)
 LISTS = ("painting_styles", "common_objects")
 # The published subspace on the embedded model: one column per name, and a step size at which the collapse is not that of the step.
 OWN = ["reg.gradproj.tokens=own", "reg.gradproj.energy=1.0", "reg.gradproj.contexts=['{concept}']", "train.lr=3e-4"]
