@@ -1,5 +1,7 @@
 """cu-table: statistics by hand, cells that open exactly their own run, the three formats, the check of orderings, bad input."""
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -236,6 +238,19 @@ def test_through_a_launcher_of_hydra(cu_table, own_table, run_copy, tmp_path):
     assert "Not run yet: 1" in out
     (folder,) = (tmp_path / "outputs/sweeps").glob("mine_*")
     assert len([*folder.glob("*/job.json")]) == 3
+
+
+@pytest.mark.slow
+def test_a_hundred_cells(own_table, run_copy, tmp_path):
+    """Within a minute, and in less than 1 GB."""
+    path = own_table(rows={f"row {number}": ["reg=none", f"seed={number}"] for number in range(100)}, targets=None)
+    code = "import resource, sys, time\nstarted = time.monotonic()\nfrom cu_runner import tables\ntables.main()\n"
+    code += "print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code, path], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300)
+    seconds, peak = map(float, done.stderr.split())
+    assert "Not run yet: 99" in done.stdout
+    assert seconds < 60
+    assert peak < 1000, peak
 
 
 @pytest.mark.parametrize(
