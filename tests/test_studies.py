@@ -221,10 +221,13 @@ def test_a_finding_stands_in_the_page_and_survives_the_next_one(script, tmp_path
     assert finding.read_text() == "\nNothing is kept.\n\n"
 
 
-def test_every_shipped_finding_stands_in_its_page():
-    for finding in (SCRIPTS.parent.parent / "docs/studies").glob("*.finding.md"):
-        page = finding.with_name(finding.name.replace(".finding", ""))
-        assert finding.read_text(encoding="utf-8").strip() in page.read_text(encoding="utf-8"), finding.name
+def test_every_shipped_finding_stands_in_its_page_and_in_the_readme():
+    root = SCRIPTS.parent.parent
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    for finding in (root / "docs/studies").glob("*.finding.md"):
+        page, text = finding.with_name(finding.name.replace(".finding", "")), finding.read_text(encoding="utf-8").strip()
+        assert text in page.read_text(encoding="utf-8"), finding.name
+        assert text in readme, finding.name
 
 
 def test_random_names_leave_out_what_is_shut(script):
