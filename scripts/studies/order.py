@@ -41,10 +41,13 @@ def draw(tables: dict[str, pd.DataFrame]) -> Figure:
     """Solid: orders. Dotted: seeds."""
     figure, axes = panels(1, 4)
     plot_over_requests(axes, tables, {label: "-" if label.endswith(f"seed {SEEDS[0]}") else ":" for label in tables})
+    kinds = {}
     for axis in axes:
         for line in axis.get_lines():
-            line.set_color(REGULARIZERS[line.get_label().partition(",")[0]])
-    axes[0].legend(fontsize=5, loc="lower left")
+            name = line.get_label().partition(",")[0]
+            line.set_color(REGULARIZERS[name])
+            kinds.setdefault(f"{name}, {'orders' if line.get_linestyle() == '-' else 'other seeds'}", line)
+    axes[0].legend(kinds.values(), kinds, fontsize=7, loc="lower right")
     return figure
 
 
