@@ -219,13 +219,8 @@ def sample_in_batches(
     Args:
         look: is called in order with each batch: which of those wanted it holds, and their latents [B, C, H, W].
     """
-    from cu_runner.aside import Aside
-    from cu_runner.sampling import (
-        halve_batches,
-        largest_batch,
-        progress,
-        sample_latents,
-    )  # diffusers takes seconds, and reading metrics does not need it
+    from cu_runner.aside import Aside  # diffusers takes seconds, and reading metrics does not need it
+    from cu_runner.sampling import halve_batches, largest_batch, progress, sample_latents
 
     done = 0
     with progress(len(wanted), "evaluate") as bar:

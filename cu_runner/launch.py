@@ -77,4 +77,4 @@ def submit(jobs: list[list[str]], common: list[str], launcher: str, folder: Path
     write_atomic(file, to_json(jobs))
     options = [f"hydra/launcher={launcher}", "hydra/sweeper=listed", f"hydra.sweeper.file={file}", f"hydra.sweep.dir={folder}"]
     done = subprocess.run([CU_RUN, "--multirun", *options, *common], capture_output=True, text=True, check=False)
-    return "" if done.returncode == 0 else (done.stderr.strip() or "no message").splitlines()[-1]
+    return "" if done.returncode == 0 else (done.stderr.strip() or "no message").splitlines()[-1].removeprefix("cu-run: ")

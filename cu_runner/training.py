@@ -142,9 +142,7 @@ class Training:
         self._optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in self._optimizer.state.items():
             for name, moment in moments.items():
-                if (
-                    moment.shape == parameter.shape
-                ):  # saved in another memory layout, perhaps: fused optimisers take the weight's alone
+                if moment.shape == parameter.shape:  # fused optimisers take no memory layout but the weight's
                     moments[name] = torch.empty_like(parameter).copy_(moment)
         self._method.restore(state["method"])
         for name, regularizer in self._regularizers.items():

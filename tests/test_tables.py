@@ -206,6 +206,20 @@ def test_seeds_become_mean_and_interval_in_every_format(cu_table, own_table, tmp
     assert "{\\footnotesize 3 seeds: mean and 95\\% interval over them (Student's t).\\par}" in latex
 
 
+def test_the_longest_runs_are_made_first(cu_table, own_table, monkeypatch):
+    made = []
+    monkeypatch.setattr(tables, "cu_runs", lambda jobs, _: made.extend(jobs) or ["cu-run: training led to nothing"] * len(jobs))
+    rows = {"sequential": ["train.steps=4"], "L2": ["train.steps=9"]}
+    assert cu_table(own_table(rows=rows), "--run")[0] == 0
+    assert [job[-1] for job in made] == ["train.steps=9", "train.steps=4"]
+
+
+def test_a_sweep_that_was_not_submitted_is_one_line(cu_table, own_table, monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "submit", lambda *_: "the launcher says: no")
+    assert cu_table(own_table(), "--run", "--launcher", "slurm") == (1, "", "cu-table: the launcher says: no\n")
+    assert not (tmp_path / "outputs/tables").exists()
+
+
 def test_ua_rests_on_images_with_a_face():
     rows = pd.DataFrame({"style": ["a", "a", "b", "c"], "face": [1, 0, 1, 1]})
     run = SimpleNamespace(

@@ -11,10 +11,11 @@ import math
 import pandas as pd
 from ablation import cells
 from matplotlib.figure import Figure
+from scipy.stats import binomtest
 from study import Study, as_markdown, command, finished, panels, with_stopped
 
 from cu_runner.runs import RunRecord
-from cu_runner.studies import NORMAL, near_and_far, text_similarity
+from cu_runner.studies import near_and_far, text_similarity
 
 
 def accuracy_of_halves(runs: dict[str, RunRecord], near: list[str], far: list[str]) -> pd.DataFrame:
@@ -28,12 +29,8 @@ def accuracy_of_halves(runs: dict[str, RunRecord], near: list[str], far: list[st
 
 
 def wilson(share: float, number: int) -> tuple[float, float]:
-    """The 95% interval of a share of `number` images (Wilson 1927); share and interval between 0 and 1."""
-    middle, width = (
-        share + NORMAL**2 / (2 * number),
-        NORMAL * math.sqrt(share * (1 - share) / number + (NORMAL / (2 * number)) ** 2),
-    )
-    return (middle - width) / (1 + NORMAL**2 / number), (middle + width) / (1 + NORMAL**2 / number)
+    """The 95% interval of a share of `number` images, to the nearest image (Wilson 1927); share and interval between 0 and 1."""
+    return tuple(binomtest(round(share * number), number).proportion_ci(method="wilson"))
 
 
 def interval(terms: list[tuple[int, float, int]]) -> tuple[float, float]:
