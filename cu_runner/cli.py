@@ -131,7 +131,7 @@ def execute(plan: "RunConfig", store: "RunStore", outputs: Path, stop: StopSigna
     spine = plan.spine
     device = choose_device(spine)
     sequence = plan.sequence.build()
-    requests = plan_requests(sequence, plan.setting.plan)
+    requests = plan_requests(sequence, plan.setting.plan, plan.setting.last_only)
     method = plan.method.build()
     regularizers = {name: node.build() for name, node in plan.regularizers.items()}
     logger.info(

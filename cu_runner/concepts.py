@@ -243,14 +243,16 @@ class Request:
 
     @property
     def label(self) -> str:
-        return self.targets[-1].name
+        """The concept that it adds; their number where it adds several."""
+        return self.targets[-1].name if self.index >= len(self.targets) else f"{len(self.targets)} concepts"
 
 
-def plan_requests(sequence: Sequence, setting: Setting) -> list[Request]:
+def plan_requests(sequence: Sequence, setting: Setting, last_only: bool = False) -> list[Request]:
     """The requests of a run, one per target of the sequence (Lee et al. 2026, Sec. 3).
 
     sequential: request n starts from the weights of request n-1 and unlearns one concept. independent: it unlearns one concept from
-    the untouched model. simultaneous: it unlearns the first n concepts together from the untouched model.
+    the untouched model. simultaneous: it unlearns the first n concepts together from the untouched model; with last_only there is one
+    request, for all concepts: it needs none of those before it.
     """
     targets = sequence.targets
     plans = {
@@ -258,4 +260,5 @@ def plan_requests(sequence: Sequence, setting: Setting) -> list[Request]:
         "independent": lambda n: Request(n, (targets[n - 1],), (targets[n - 1],), "base"),
         "simultaneous": lambda n: Request(n, targets[:n], targets[:n], "base"),
     }
-    return [plans[setting](n) for n in range(1, len(targets) + 1)]
+    requests = [plans[setting](n) for n in range(1, len(targets) + 1)]
+    return [replace(requests[-1], index=1)] if last_only else requests

@@ -236,6 +236,10 @@ def check_run(resolved: dict[str, Plain], method_name: str, tuned: bool = True, 
     spine = check(Spine, {key: resolved[key] for key in resolved if key not in groups}, "")
     regularizers = {name: make_regularizer(name, node, resolved["reg"], allowed) for name, node in resolved["reg"].items()}
     setting = check(SettingChoice, resolved["setting"], "setting")
+    if setting.last_only and setting.plan != "simultaneous":
+        raise ConfigError(f"setting.last_only: requests are {setting.plan}, and each needs its own; use setting=simultaneous")
+    if not setting.last_only:  # as every run of earlier versions, whose signatures do not have it
+        resolved["setting"] = drop(resolved["setting"], ("last_only",))
     merging = [name for name, node in regularizers.items() if node.function.independent_starts]
     if merging and setting.plan == "simultaneous":
         raise ConfigError(f"reg={merging[0]} merges requests that each start from the base model; use setting=independent")

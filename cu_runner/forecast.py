@@ -60,7 +60,7 @@ def merges(plan: "RunConfig") -> bool:
 def work_of(plan: "RunConfig") -> list[Work]:
     """What every step of a run is."""
     sequence, steps = plan.sequence.build(), 0 if plan.method.build().closed_form else plan.spine.train.steps
-    return plan_work(sequence, plan_requests(sequence, plan.setting.plan), steps, merges(plan))
+    return plan_work(sequence, plan_requests(sequence, plan.setting.plan, plan.setting.last_only), steps, merges(plan))
 
 
 def plan_work(sequence: Sequence, requests: list[Request], train_steps: int, merging: bool) -> list[Work]:

@@ -59,14 +59,9 @@ class Shown:
         return self.run.accuracy_matrix()
 
     @cached_property
-    def since(self) -> dict[str, int]:
-        """The request that unlearned a concept, by concept."""
-        return {record["row"]["concept"]: index for index, record in enumerate(self.run.records) if index > 0}
-
-    @cached_property
     def unlearned(self) -> pd.DataFrame:
         """True where a cell of `accuracy` belongs to a concept that is unlearned by then."""
-        since = np.array([self.since.get(concept, math.inf) for concept in self.accuracy.index])
+        since = np.array([self.run.requested.get(concept, math.inf) for concept in self.accuracy.index])
         return self.accuracy.notna() & (self.accuracy.columns.to_numpy()[None, :] >= since[:, None])
 
 

@@ -253,7 +253,7 @@ def heat_table(shown: Shown, columns: range, caption: str) -> str:
             kind = ' class="gone"' if is_gone else ""
             cells.append("<td></td>" if pd.isna(value) else f'<td{kind} style="--v:{value:g}">{format_percent(value)}</td>')
         first = ' class="first"' if concept == shown.run.config["sequence"]["retain"][0] else ""
-        said = f'<span class="unseen">, unlearned from request {shown.since[concept]} on</span>' if gone.any() else ""
+        said = f'<span class="unseen">, unlearned from request {shown.run.requested[concept]} on</span>' if gone.any() else ""
         lines.append(f'<tr{first}><th scope="row">{escape(concept)}{said}</th>{"".join(cells)}</tr>\n')
     return (
         f'<table class="heat"><caption>{escape(caption)}</caption><thead><tr><th scope="col">request</th>{head}</tr></thead>\n'

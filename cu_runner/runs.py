@@ -36,7 +36,7 @@ class RunRecord:
 
     @property
     def num_requests(self) -> int:
-        return len(self.config["sequence"]["targets"])
+        return 1 if self.config["setting"].get("last_only") else len(self.config["sequence"]["targets"])
 
     @property
     def complete(self) -> bool:
@@ -91,9 +91,17 @@ class RunRecord:
 
     def unlearned(self, index: int) -> list[str]:
         """The concepts that the weights of a step have unlearned, in order of request: UA is over these."""
-        names = [record["row"]["concept"] for record in self.records[1 : index + 1]]
         alone = self.plan == "independent" and self.weights(index).name != MERGED
-        return names[-1:] if alone else names
+        return self.records[index]["targets"] if alone else [name for name, first in self.requested.items() if first <= index]
+
+    @property
+    def requested(self) -> dict[str, int]:
+        """The request that first unlearned a concept, by concept, in their order."""
+        first: dict[str, int] = {}
+        for index, record in enumerate(self.records):
+            for name in record["targets"]:
+                first.setdefault(name, index)
+        return first
 
     def predictions(self, index: int) -> pd.DataFrame:
         """predictions.csv of a step: one row per image."""
@@ -109,7 +117,7 @@ class RunRecord:
             index: pd.Series(accuracy_per_concept(self.predictions(index), sequence["domain"]))
             for index in range(len(self.records))
         }
-        order = [record["row"]["concept"] for record in self.records[1:]]
+        order = list(self.requested)
         rest = [name for name in sequence["targets"] if name not in order]
         return pd.DataFrame(columns).reindex([*order, *rest, *sequence["retain"]])
 

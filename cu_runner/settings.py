@@ -100,6 +100,7 @@ class SettingChoice:
     stop_at: Annotated[float, Field(gt=0, le=100)] | None = None  # UA in percent that ends a request when it is reached
     interval: PositiveInt = 100  # steps between measurements of UA
     patience: PositiveInt = 1  # measurements in a row that must reach it
+    last_only: bool = False  # of simultaneous requests only the one for all concepts
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -9,6 +9,7 @@ from conftest import SMOKE, compose, run_directory
 
 from cu_runner.concepts import plan_requests, reorder
 from cu_runner.config import parse
+from cu_runner.runs import read_run
 
 
 def names(concepts) -> str:
@@ -30,6 +31,12 @@ def test_plans(sequence, setting, targets, erased, start):
     assert [names(request.erased) for request in requests] == erased
     assert {request.start for request in requests} == {start}
     assert [request.label for request in requests] == ["ember stripe", "glacier dot"]
+
+
+def test_the_last_of_simultaneous_requests_alone(sequence):
+    (request,) = plan_requests(sequence, "simultaneous", last_only=True)
+    assert (request.index, names(request.targets), names(request.erased)) == (1, "ember glacier", "ember glacier")
+    assert (request.start, request.label) == ("base", "2 concepts")
 
 
 def test_orders():
@@ -113,6 +120,37 @@ def test_simultaneous_requests_train_on_all_concepts_so_far(in_process, tmp_path
     assert json.loads((directory / "steps/02/step.json").read_text())["targets"] == ["ember stripe", "glacier dot"]
     assert table["train_steps"].tolist() == [0, 3, 3]
     assert set(pd.read_csv(directory / "steps/02/predictions.csv")["style"]) >= {"ember stripe", "glacier dot"}
+
+
+def test_all_concepts_in_one_request(in_process, tmp_path):
+    """A run of one request: finished, read, measured again, and in the report as a run that unlearned both."""
+    chosen = (*SMOKE, "setting=simultaneous", "setting.last_only=true")
+    status, out, err = in_process(*chosen)
+    assert (status, err) == (0, "")
+    found = read_run(run_directory(out, tmp_path))
+    assert (found.complete, found.num_requests, found.table["concept"].tolist()) == (True, 1, ["", "2 concepts"])
+    assert found.unlearned(1) == ["ember stripe", "glacier dot"]
+    assert found.requested == {"ember stripe": 1, "glacier dot": 1}
+    assert found.accuracy_matrix()[1].notna().all()
+    judged = found.predictions(1)
+    wrong = judged[judged["style"].isin(found.unlearned(1))]
+    assert found.table["UA"][1] == pytest.approx(100 * (wrong["style"] != wrong["predicted_style"]).mean(), abs=1e-3)
+    status, again, err = in_process(*chosen)
+    assert (status, err) == (0, "")
+    assert again.splitlines()[-1] == out.splitlines()[-1]
+
+
+def test_last_only_belongs_to_simultaneous_requests(in_process):
+    status, _, err = in_process(*SMOKE, "+setting.last_only=true")
+    assert status == 2
+    assert err == "cu-run: setting.last_only: requests are sequential, and each needs its own; use setting=simultaneous\n"
+
+
+def test_last_only_is_no_part_of_the_other_simultaneous_runs(compose_run):
+    """So that those made before it existed are found again."""
+    whole = compose_run("sequence=smoke", "setting=simultaneous")
+    assert "last_only" not in whole.resolved["setting"]
+    assert compose_run("sequence=smoke", "setting=simultaneous", "setting.last_only=true").signature != whole.signature
 
 
 def test_early_stop_on_ua(in_process, tmp_path):
