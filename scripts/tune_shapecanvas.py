@@ -1,34 +1,38 @@
 """Find the settings of conf/tuned at matched UA: on other concepts and another seed than those that are reported.
 
-    python scripts/tune_shapecanvas.py                            # every cell; resumes, since every run does
-    python scripts/tune_shapecanvas.py conabl+gradproj esd+none   # these cells only
+    python scripts/tune_shapecanvas.py style                                 # every cell; resumes, since every run does
+    python scripts/tune_shapecanvas.py object conabl+none conabl+gradproj    # these cells only
+    python scripts/tune_shapecanvas.py object conabl+l2 train.lr=0.0002      # of these only the candidates with this setting
 
-Runs each candidate of tune_shapecanvas.yaml on sequence=shapecanvas_tune (12 styles, 6 retained, none in shapecanvas_style)
-with seed 1. Metrics are means over the last three requests, which are less noisy than the last alone. Of the candidates with
-UA of at least 98 the one with the highest mean of RA-I and RA-C is chosen and printed, else the one with the highest UA; it
-belongs into conf/tuned/shapecanvas_style.yaml. The aim is 95 on the concepts that are reported; the margin is for their
-being others.
+Runs each candidate of tune_shapecanvas.yaml with seed 1: those of styles on sequence=shapecanvas_tune (12 styles, 6 retained, none
+in shapecanvas_style), those of objects on sequence=shapecanvas_tune_object (of the 20 objects that there are, the 8 that
+shapecanvas_object retains are unlearned). Metrics are means over the last three requests, which are less noisy than the last
+alone. Of the candidates with UA of at least 98 the one with the highest mean of RA-I and RA-C is chosen (of several the one with
+the highest UA), else the one with the highest UA; it is printed and belongs into conf/tuned/shapecanvas_<domain>.yaml. The aim is
+95 on the concepts that are reported; the margin is for their being others.
 All figures go to docs/tuning.csv.
 """
 
 import itertools
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 import yaml
 
-from cu_runner.launch import cu_runs
+from cu_runner.launch import LaunchError, cu_runs
+from cu_runner.runs import RunRecord
 
 DOCS = Path(__file__).parent.parent / "docs"
 ENOUGH = 98.0  # UA in percent
-COMMON = ["wandb.mode=disabled", "sequence=shapecanvas_tune", "seed=1"]
+SEQUENCES = {"style": "shapecanvas_tune", "object": "shapecanvas_tune_object"}
 GRID = Path(__file__).with_name("tune_shapecanvas.yaml")
 
 
-def read_grid() -> dict[str, list[list[str]]]:
-    """Overrides of every candidate by cell, "method+reg": the product of the values that its settings run through."""
-    cells = yaml.safe_load(GRID.read_text(encoding="utf-8"))
+def read_grid(domain: str) -> dict[str, list[list[str]]]:
+    """Overrides of every candidate by cell, "method+reg[+setting]": the product of the values that its settings run through."""
+    cells = yaml.safe_load(GRID.read_text(encoding="utf-8"))[domain]
     return {
         cell: [
             [f"{key}={value}" for key, value in zip(options, values, strict=True)]
@@ -38,39 +42,65 @@ def read_grid() -> dict[str, list[list[str]]]:
     }
 
 
+def cell_overrides(cell: str) -> list[str]:
+    """ "conabl+none+simultaneous" as overrides of cu-run; of simultaneous requests the last alone."""
+    chosen = [f"{group}={name}" for group, name in zip(("method", "reg", "setting"), cell.split("+"), strict=False)]
+    return [*chosen, "setting.last_only=true"] if "setting=simultaneous" in chosen else chosen
+
+
+def choose(candidates: pd.DataFrame) -> pd.Series:
+    """The candidate of one cell with the highest mean of RA-I and RA-C at a UA of ENOUGH, else the one with the highest UA."""
+    ranked = candidates.assign(reached=candidates["UA"] >= ENOUGH, kept=candidates["RA_I"] + candidates["RA_C"])
+    ranked["kept"] = ranked["kept"].where(ranked["reached"])
+    best = ranked.sort_values(["reached", "kept", "UA"], ascending=False, kind="stable").index[0]
+    return candidates.loc[best]
+
+
+def figures(run: RunRecord | str) -> dict[str, float]:
+    """What tuning.csv holds of a candidate; nothing if it diverged."""
+    if isinstance(run, str):
+        return {}
+    last = run.table[run.table["request"] > 0][["UA", "RA_I", "RA_C"]].tail(3).mean().round(2)
+    return {**last, "train_seconds": run.table["train_seconds"].sum().round()}
+
+
+def describe(row: Mapping[str, float]) -> str:
+    return f"UA {row['UA']:5.1f}  RA-I {row['RA_I']:5.1f}  RA-C {row['RA_C']:5.1f}"
+
+
 def main() -> None:
-    grid = read_grid()
-    chosen = sys.argv[1:] or list(grid)
+    domain, *arguments = sys.argv[1:] or [""]
+    if domain not in SEQUENCES:
+        raise SystemExit(f"{domain!r}: no such domain; allowed: {', '.join(SEQUENCES)}")
+    grid = read_grid(domain)
+    settings = {argument for argument in arguments if "=" in argument}
+    chosen = [argument for argument in arguments if argument not in settings] or list(grid)
     unknown = [cell for cell in chosen if cell not in grid]
     if unknown:
-        raise SystemExit(f"{unknown[0]}: no such cell in {GRID.name}; allowed: {', '.join(grid)}")
-    candidates = [(cell, overrides) for cell in chosen for overrides in grid[cell]]
-    jobs = []
-    for cell, overrides in candidates:
-        method, _, regularizer = cell.partition("+")
-        jobs.append([f"method={method}", f"reg={regularizer}", *COMMON, *overrides])
+        raise SystemExit(f"{unknown[0]}: no such cell of {domain} in {GRID.name}; allowed: {', '.join(grid)}")
+    candidates = [(cell, overrides) for cell in chosen for overrides in grid[cell] if settings <= set(overrides)]
+    if not candidates:
+        raise SystemExit(f"no candidate of these cells has {' and '.join(sorted(settings))}; see {GRID.name}")
+    common = ["wandb.mode=disabled", f"sequence={SEQUENCES[domain]}", "seed=1"]
+    jobs = [[*cell_overrides(cell), *common, *overrides] for cell, overrides in candidates]
     rows = []
     for (cell, overrides), run in zip(candidates, cu_runs(jobs), strict=True):
-        if isinstance(run, str):
-            print(f"{cell:<20} {' '.join(overrides):<70} {run}", flush=True)
-            continue
-        table = run.table
-        last = table[["UA", "RA_I", "RA_C"]].tail(3).mean()
-        seconds = table["train_seconds"].sum().round()
-        rows.append({"cell": cell, "overrides": " ".join(overrides), **last.round(2), "train_seconds": seconds})
-        print(f"{cell:<20} {rows[-1]['overrides']:<70} UA {last.UA:5.1f}  RA-I {last.RA_I:5.1f}  RA-C {last.RA_C:5.1f}", flush=True)
-    found = pd.DataFrame(rows)
+        row = {"domain": domain, "cell": cell, "overrides": " ".join(overrides), **figures(run)}
+        shown = run if isinstance(run, str) else describe(row)
+        print(f"{cell:<20} {row['overrides']:<70} {shown}", flush=True)
+        rows.append(row)
     file = DOCS / "tuning.csv"
-    if file.exists():  # cells that were not asked for keep their figures
-        known = pd.read_csv(file)
-        found = pd.concat([known[~known["cell"].isin(chosen)], found])
+    known = pd.read_csv(file) if file.exists() else pd.DataFrame()  # candidates that were not run now keep their figures
+    found = pd.concat([known, pd.DataFrame(rows)]).drop_duplicates(["domain", "cell", "overrides"], keep="last")
     found.to_csv(file, index=False)
-    for cell, group in found[found["cell"].isin(chosen)].groupby("cell", sort=False):
-        reached = group[group["UA"] >= ENOUGH]
-        best = group.loc[group["UA"].idxmax()] if reached.empty else reached.loc[(reached["RA_I"] + reached["RA_C"]).idxmax()]
-        note = f"UA {ENOUGH:.0f} not reached; nearest: " if reached.empty else ""
-        print(f"{cell}: {note}{best['overrides']}  UA {best['UA']:.1f}  RA-I {best['RA_I']:.1f}  RA-C {best['RA_C']:.1f}")
+    for cell, group in found[(found["domain"] == domain) & found["cell"].isin(chosen)].groupby("cell", sort=False):
+        best = choose(group.reset_index(drop=True))
+        note = f"UA {ENOUGH:.0f} not reached; nearest: " if best["UA"] < ENOUGH else ""
+        print(f"{cell}: {note}{best['overrides']}  {describe(best)}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LaunchError as problem:
+        raise SystemExit(str(problem)) from None
