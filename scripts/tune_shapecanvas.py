@@ -60,7 +60,7 @@ def figures(run: RunRecord | str) -> dict[str, float]:
     """What tuning.csv holds of a candidate; nothing if it diverged."""
     if isinstance(run, str):
         return {}
-    last = run.table[run.table["request"] > 0][["UA", "RA_I", "RA_C"]].tail(3).mean().round(2)
+    last = run.table[run.table["request"] > 0][["UA", "RA_I", "RA_C"]].tail(3).mean().round(1)
     return {**last, "train_seconds": run.table["train_seconds"].sum().round()}
 
 
