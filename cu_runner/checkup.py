@@ -218,7 +218,8 @@ def check_training(
 
     Anchors are one real batch, repeated as often as a method asks for images.
     """
-    requests, base, together = plan_requests(sequence, plan.setting.plan, plan.setting.last_only), snapshot(params), images_together(plan, model)
+    requests = plan_requests(sequence, plan.setting.plan, plan.setting.last_only)
+    base, together = snapshot(params), images_together(plan, model)
     made: list[Tensor] = []
 
     def few(prompts: list[str], number: int, *, mirrored: bool = False) -> Tensor:

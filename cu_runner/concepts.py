@@ -251,8 +251,8 @@ def plan_requests(sequence: Sequence, setting: Setting, last_only: bool = False)
     """The requests of a run, one per target of the sequence (Lee et al. 2026, Sec. 3).
 
     sequential: request n starts from the weights of request n-1 and unlearns one concept. independent: it unlearns one concept from
-    the untouched model. simultaneous: it unlearns the first n concepts together from the untouched model; with last_only there is one
-    request, for all concepts: it needs none of those before it.
+    the untouched model. simultaneous: it unlearns the first n concepts together from the untouched model; with last_only there is
+    one request, for all concepts: it needs none of those before it.
     """
     targets = sequence.targets
     plans = {

@@ -156,9 +156,12 @@ def revise(resolved: dict[str, Plain], overrides: list[str]) -> dict[str, Plain]
     config = OmegaConf.create(filled_in(resolved))
     OmegaConf.set_struct(config, True)
     for override in OverridesParser.create().parse_overrides(overrides):
-        key, value = override.key_or_group, override.value()
+        key = override.key_or_group
         if key == "allow_modules":
             continue
+        if override.is_sweep_override() or override.is_delete():
+            raise ConfigError(f"{override.input_line}: give one value, KEY=VALUE; a list is written 'KEY=[1,2]'")
+        value = override.value()
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in MEASUREMENT + MACHINE):
             raise ConfigError(f"{key}: shaped the training and cannot change here; allowed: {', '.join(MEASUREMENT + MACHINE)}")
         if key in CHOICES:

@@ -9,9 +9,11 @@ weights: reports and tables read it like a run. It resumes, and what is complete
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from torch import Tensor, nn
 
 from cu_runner.concepts import Concept, Sequence
 from cu_runner.config import RunConfig, check_run, revise
@@ -21,6 +23,7 @@ from cu_runner.models import DiffusionModel
 from cu_runner.params import assign, select_parameters, snapshot
 from cu_runner.process import Parser, choose_device, one_line_failures, quiet_libraries
 from cu_runner.provenance import made_with
+from cu_runner.retention.base import Retention
 from cu_runner.runs import EVALUATIONS, RunRecord, read_run
 from cu_runner.signature import signature
 from cu_runner.store import GRID, METRICS, PREDICTIONS, Cache, RunStore, Step, StoreError, read_delta, sha256_of, to_csv, to_json
@@ -51,8 +54,10 @@ def main() -> None:
         refuse_unasked_pickles(revised, arguments.overrides)
         plan = check_run(revised, run.method, allowed=allowed)
         directory = run.directory / EVALUATIONS / f"{run.directory.name[:-8]}{plan.signature[:8]}"
+        complete = len(list((directory / "steps").glob("*/step.json"))) == len(run.records)
+        judge = None if complete else load(run, plan)  # what cannot be loaded leaves no directory behind
         with RunStore(directory, plan.resolved, signature) as store:
-            for step in measure_again(run, plan, store):
+            for step in measure_again(run, plan, store, judge):
                 print(compare(run.records[step.index]["row"], step.row), flush=True)
             store.write_metrics([step.row for step in store.finished()])
         print(f"evaluation: {directory}")
@@ -67,16 +72,21 @@ def compare(before: dict[str, object], after: dict[str, object]) -> str:
     return "  ".join(parts)
 
 
-def measure_again(run: RunRecord, plan: RunConfig, store: RunStore) -> Iterator[Step]:
-    """Every finished step of the run, measured as the plan says; those that are there already come from the store.
+@dataclass(frozen=True)
+class Judge:
+    """What measures weights: the model, its trained weights and how they were before the run, and what looks at images."""
 
-    Raises:
-        StoreError: weights that are damaged or do not fit the model, or other weights of the model than the run's.
-    """
-    steps = store.finished()
-    yield from steps
-    if len(steps) == len(run.records):
-        return
+    model: DiffusionModel
+    params: dict[str, nn.Parameter]
+    base: dict[str, Tensor]
+    fingerprint: str
+    evaluator: Evaluator
+    sequence: Sequence
+    retention: Retention | None
+
+
+def load(run: RunRecord, plan: RunConfig) -> Judge:
+    """Raises StoreError for other weights of the model than the run's, and what loading raises."""
     device, sequence = choose_device(plan.spine), plan.sequence.build()
     model, evaluator = plan.model.build(device=device), plan.evaluator.build(device=device)
     model.speed_up(plan.spine.speed)
@@ -90,16 +100,35 @@ def measure_again(run: RunRecord, plan: RunConfig, store: RunStore) -> Iterator[
     retention = plan.retention.build(device=device) if plan.retention else None
     if retention:
         retention.begin(model, fingerprint, plan.spine.eval, Cache(Path(plan.spine.paths.outputs) / "cache"))
+    return Judge(model, params, base, fingerprint, evaluator, sequence, retention)
+
+
+def measure_again(run: RunRecord, plan: RunConfig, store: RunStore, judge: Judge | None = None) -> Iterator[Step]:
+    """Every finished step of the run, measured as the plan says; those that are there already come from the store.
+
+    Args:
+        judge: of load(); needed, and loaded here without one, when a step is not there yet.
+
+    Raises:
+        StoreError: weights that are damaged or do not fit the model, or other weights of the model than the run's.
+    """
+    steps = store.finished()
+    yield from steps
+    if len(steps) == len(run.records):
+        return
+    judge = judge or load(run, plan)
+    model, retention = judge.model, judge.retention
     for index in range(len(steps), len(run.records)):
         started, record = time.monotonic(), run.records[index]
         if index:
             path = run.weights(index)
             if not path.is_file() or sha256_of(path) != record["files"][path.name]:
                 raise StoreError(f"{path}: is missing or damaged (its sha256 is not the one in step.json); restore it")
-            assign(params, base, {name: change.to(model.device) for name, change in read_delta(path, base).items()})
+            delta = read_delta(path, judge.base)
+            assign(judge.params, judge.base, {name: change.to(model.device) for name, change in delta.items()})
         unlearned = run.unlearned(index)
-        predictions, grid = sample(model, evaluator, sequence, unlearned, index, plan)
-        measured = step_metrics(predictions, unlearned, sequence) | (retention.measure(index) if retention else {})
+        predictions, grid = sample(judge, unlearned, index, record["row"]["concept"], plan)
+        measured = step_metrics(predictions, unlearned, judge.sequence) | (retention.measure(index) if retention else {})
         files = {PREDICTIONS: to_csv(predictions), GRID: grid, METRICS: to_json(measured)}
         kept = {name: value for name, value in record["row"].items() if name in NOT_MEASURED}
         row = {name: kept.pop(name) for name in ("request", "concept")} | measured | kept
@@ -108,8 +137,8 @@ def measure_again(run: RunRecord, plan: RunConfig, store: RunStore) -> Iterator[
             "targets": record["targets"],
             "run_sha256": record["sha256"],
             "weights": os.path.relpath(run.weights(index), store.directory) if index else None,
-            "model_sha256": fingerprint,
-            "evaluator_sha256": evaluator.fingerprint(),
+            "model_sha256": judge.fingerprint,
+            "evaluator_sha256": judge.evaluator.fingerprint(),
             **made_with(model.device),
             "training": record["training"],
         }
@@ -119,12 +148,11 @@ def measure_again(run: RunRecord, plan: RunConfig, store: RunStore) -> Iterator[
         yield steps[-1]
 
 
-def sample(
-    model: DiffusionModel, evaluator: Evaluator, sequence: Sequence, unlearned: list[str], index: int, plan: RunConfig
-) -> tuple[pd.DataFrame, bytes]:
-    """predictions.csv and grid.png of one step, as the run itself would make them."""
+def sample(judge: Judge, unlearned: list[str], index: int, label: str, plan: RunConfig) -> tuple[pd.DataFrame, bytes]:
+    """predictions.csv and grid.png of one step, as the run itself would make them. label: of its request."""
+    sequence = judge.sequence
     targets = unlearned if index else [concept.name for concept in sequence.targets]
     concepts = [*(Concept(name, sequence.domain) for name in targets), *sequence.retain]
-    evaluation = evaluate(model, evaluator, sequence, concepts, index, plan.spine.eval)
-    title = f"after request {index}: {unlearned[-1]}" if index else "the untouched model"
+    evaluation = evaluate(judge.model, judge.evaluator, sequence, concepts, index, plan.spine.eval)
+    title = f"after request {index}: {label}" if index else "the untouched model"
     return evaluation.predictions, draw_grid(evaluation.thumbnails, unlearned, title)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from cu_runner.evaluation import read_grid
 from cu_runner.runs import RunRecord, read_run
-from cu_runner.store import GRID, PREDICTIONS, STEP, StoreError, sha256_of
+from cu_runner.store import GRID, PREDICTIONS, STEP, StoreError
 
 NEEDED = ("name", "domain", "cross_domain", "retain", "seeds")  # of the sequence in a run's config.yaml, beside what read_run needs
 LARGEST_CELL = 96  # pixels a side of a sample image in a report
@@ -55,7 +55,7 @@ class Shown:
     def accuracy(self) -> pd.DataFrame:
         """Percent recognised: rows concepts, columns requests from 0 on, NaN where not measured. Raises StoreError."""
         for index in range(len(self.run.records)):
-            check(self.run, index, PREDICTIONS)
+            self.run.require(index, PREDICTIONS)
         return self.run.accuracy_matrix()
 
     @cached_property
@@ -88,13 +88,6 @@ def label_runs(runs: list[RunRecord]) -> list[str]:
         count = Counter(labels)
         labels = [f"{label} [{detail}]" if count[label] > 1 else label for label, detail in zip(labels, details, strict=True)]
     return labels
-
-
-def check(run: RunRecord, index: int, name: str) -> None:
-    """Raises StoreError unless a file of a step is the one that step.json names."""
-    path = run.step_dir(index) / name
-    if not path.is_file() or sha256_of(path) != run.records[index]["files"].get(name):
-        raise StoreError(f"{path}: is missing or damaged (its sha256 is not the one in {STEP}); restore it")
 
 
 # ------------------------------------------------------------------------------------------------------------ drift
@@ -158,7 +151,7 @@ def sample_images(shown: Shown) -> Samples:
     cross_concept = run.predictions(0)[sequence["cross_domain"]][0]
 
     def pictures(index: int) -> dict[str, Image.Image]:
-        check(run, index, GRID)
+        run.require(index, GRID)
         predictions = run.predictions(index)
         concepts, crosses = (list(dict.fromkeys(predictions[sequence[name]])) for name in ("domain", "cross_domain"))
         grid = read_grid((run.step_dir(index) / GRID).read_bytes(), concepts, crosses)

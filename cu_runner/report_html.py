@@ -81,9 +81,9 @@ def swatch(shown: Shown) -> str:
     )
 
 
-def named(shown: Shown) -> str:
-    """Swatch and label: the first cell of a run's row."""
-    return f'<span class="run">{swatch(shown)}<span>{escape(shown.title)}</span></span>'
+def named(shown: Shown, label: str | None = None) -> str:
+    """Swatch and label of a run; without one its title, which says when it is unfinished."""
+    return f'<span class="run">{swatch(shown)}<span>{escape(label or shown.title)}</span></span>'
 
 
 def legend(runs: list[Shown]) -> str:

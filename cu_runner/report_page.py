@@ -30,6 +30,8 @@ MEANINGS = {
     "drift": "L2 distance of the trained weights from those of the untouched model: how far, not how well.",
 }
 MOST_COLUMNS = 26  # of a heat map or a sample grid side by side: what a printed page holds
+MOST_RUNS = 6  # columns of a table with a column per run
+MOST_REQUESTS = 14  # columns of a table with a column per request
 WIDE = 20  # columns from which on print is smaller
 PRINTED = (552, 940, 40)  # pixels of sample images across and down a printed page, and of one at most
 DAGGER, DOUBLE_DAGGER, DASH = "\N{DAGGER}", "\N{DOUBLE DAGGER}", "\N{EN DASH}"
@@ -85,7 +87,7 @@ def footmark(mark: str) -> str:
 def summary(runs: list[Shown], remarks: list[str]) -> str:
     rows, notes = [], []
     for shown in runs:
-        rows.append([named(shown), shown.extent, *(show(shown.last[name], form_of(name)) for name in NAMES)])
+        rows.append([named(shown, shown.label), shown.extent, *(show(shown.last[name], form_of(name)) for name in NAMES)])
         if shown.last["UA"] < ENOUGH_UA:
             rows[-1][2] += footmark(DAGGER)
     if any(shown.last["UA"] < ENOUGH_UA for shown in runs):
@@ -116,23 +118,35 @@ def contrasts(runs: list[Shown]) -> str:
         if not found:
             parts.append(f'<p class="note">{escape(label)}: one configuration, in {len(group)} directories.</p>')
             continue
-        rows = []
-        for number, shown in enumerate(group):
-            values = (values[number] for values in found.values())
-            rows.append(
-                [named(shown), *(f'<td class="text">{DASH if value is None else escape(str(value))}</td>' for value in values)]
-            )
-        parts.append(table(["run", *map(escape, found)], rows, f"Settings in which the runs of {label} differ"))
+        cells = [[text_cell(value) for value in values] for values in found.values()]
+        caption = f"Settings in which the runs of {label} differ"
+        parts.append(run_columns(group, "setting", list(map(escape, found)), cells, caption))
     return "".join(parts)
 
 
+def text_cell(value: object) -> str:
+    return f'<td class="text">{DASH if value is None else escape(str(value))}</td>'
+
+
+def run_columns(runs: list[Shown], head: str, names: list[str], cells: list[list[str]], caption: str) -> str:
+    """Tables with a column per run, MOST_RUNS side by side. names: of the rows; cells: HTML, by row, in the order of the runs."""
+    return "".join(
+        table(
+            [head, *(named(runs[number]) for number in part)],
+            [[name, *(row[number] for number in part)] for name, row in zip(names, cells, strict=True)],
+            caption,
+        )
+        for part in blocks(len(runs), MOST_RUNS)
+    )
+
+
 def by_request(runs: list[Shown], name: str) -> str:
-    """A column of metrics.csv: rows runs, columns requests."""
-    longest = max(len(shown.run.records) for shown in runs)
-    rows = [
-        [named(shown), *(show(value, form_of(name)) for value in shown.run.table[name].reindex(range(longest)))] for shown in runs
-    ]
-    return table(["run", *map(str, range(longest))], rows, f"{NAMES[name]} after request")
+    """A column of metrics.csv: rows runs, columns requests, MOST_REQUESTS side by side."""
+    parts = []
+    for part in blocks(max(len(shown.run.records) for shown in runs), MOST_REQUESTS):
+        rows = [[named(shown), *(show(value, form_of(name)) for value in shown.run.table[name].reindex(part))] for shown in runs]
+        parts.append(table(["run", *map(str, part)], rows, f"{NAMES[name]} after request"))
+    return "".join(parts)
 
 
 def metrics(runs: list[Shown], plots: Path) -> str:
@@ -170,8 +184,8 @@ def layers(runs: list[Shown], plots: Path) -> str:
     drawn = publish([layer_panel(runs, drifts, chosen, kind) for kind, chosen in groups.items()], runs, plots, "layers")
     figures = []
     for (kind, chosen), svg in zip(groups.items(), drawn, strict=True):
-        rows = [[escape(layer), *(show(drift.get(layer, float("nan")), "#.4g") for drift in drifts)] for layer in chosen]
-        numbers = table(["layer", *map(named, runs)], rows, f"L2 norm of the drift of each layer: {kind}")
+        cells = [[show(drift.get(layer, float("nan")), "#.4g") for drift in drifts] for layer in chosen]
+        numbers = run_columns(runs, "layer", list(map(escape, chosen)), cells, f"L2 norm of the drift of each layer: {kind}")
         figures.append(plot(svg, f"L2 norm of the drift of each layer, {kind}, one line per run", numbers))
     return (
         "<p>L2 norm of the drift of each trained layer after the last finished request, in the order of the network.</p>"
@@ -197,7 +211,7 @@ def cost(runs: list[Shown], plots: Path) -> str:
             f"{mark if name == 'train_seconds' else ''}</td>"
             for name in columns
         ]
-        rows.append([named(shown), shown.extent, *bars, f'<td class="text">{escape(row["device"])}</td>'])
+        rows.append([named(shown, shown.label), shown.extent, *bars, f'<td class="text">{escape(row["device"])}</td>'])
     note = (
         "Seconds are wall time on the device named, shared with whatever else ran there. Sums over the finished requests; the "
         "evaluation of the untouched model, which runs share through a cache, is not counted. Memory is the peak of the process, "

@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from cu_runner.evaluation import accuracy_per_concept, read_predictions
-from cu_runner.store import DELTA, MERGED, PREDICTIONS, STEP, StoreError, continues, read_record
+from cu_runner.store import DELTA, MERGED, PREDICTIONS, STEP, StoreError, continues, read_record, sha256_of
 from cu_runner.sweeps import JOB
 
 EVALUATIONS = "evaluations"  # folder of a run directory in which cu-eval puts what it measured, a run directory each
@@ -103,6 +103,12 @@ class RunRecord:
                 first.setdefault(name, index)
         return first
 
+    def require(self, index: int, name: str) -> None:
+        """Raises StoreError unless a file of a step is the one that its step.json names."""
+        path = self.step_dir(index) / name
+        if not path.is_file() or sha256_of(path) != self.records[index]["files"].get(name):
+            raise StoreError(f"{path}: is missing or damaged (its sha256 is not the one in {STEP}); restore it")
+
     def predictions(self, index: int) -> pd.DataFrame:
         """predictions.csv of a step: one row per image."""
         return read_predictions(self.step_dir(index) / PREDICTIONS)
@@ -138,6 +144,9 @@ def read_run(directory: Path) -> RunRecord:
         if not continues(record, parent) or record["index"] != len(records):
             raise StoreError(f"{directory}/steps/{len(records):02d}/{STEP}: does not continue the step before it")
         records.append(record)
+    later = sorted(int(path.parent.name) for path in (directory / "steps").glob(f"*/{STEP}") if path.parent.name.isdecimal())
+    if later and later[-1] >= len(records):
+        raise StoreError(f"{directory}/steps/{len(records):02d}/{STEP}: is missing, and step {later[-1]} is there; restore it")
     if not records:
         raise StoreError(f"{directory}: no step is finished; run its cu-run command first")
     return RunRecord(directory, config, records)

@@ -1,5 +1,6 @@
 """A file of scripts/tables, read and checked: rows and columns as overrides, and the published numbers with their source."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -56,7 +57,9 @@ class Targets:
             return None if value in known else f"source {value!r} is not described; allowed: {', '.join(known)}"
         if key not in table.metrics:
             return f"{key!r} is no metric of this table; allowed: source, {', '.join(table.metrics)}"
-        return f"{key} is {value!r}; give a number in percent" if isinstance(value, str) else None
+        if isinstance(value, str) or not 0 <= value <= 100:
+            return f"{key} is {value!r}; give a number of 0 to 100 (percent)"
+        return None
 
 
 @checked_dataclass(frozen=True, config=STRICT)
@@ -81,6 +84,11 @@ class Table:
         for kind, entries in (("metrics", self.metrics), ("rows", self.rows), ("experiments", self.experiments)):
             if not entries:
                 return f"{kind}: empty; a table needs one at least"
+        for name, experiment in self.experiments.items():
+            if not experiment.methods or not experiment.columns:
+                return f"experiments: {name}: methods or columns are empty; a table needs one of each at least"
+            if not re.fullmatch(r"[\w.-]+", name):
+                return f"experiments: {name!r} becomes part of a file's name; give letters, digits, '_', '-' and '.' only"
         for label, overrides in self.rows.items():
             if isinstance(overrides, dict) and set(overrides) != (columns := self.columns()):
                 return f"row {label!r} gives overrides for {', '.join(overrides)}; give them for {', '.join(sorted(columns))}"

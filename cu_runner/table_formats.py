@@ -31,7 +31,8 @@ def by_row(group: pd.DataFrame, show: Callable[[pd.Series], str]) -> dict[str, d
 
 def grid(lines: list[list[str]]) -> list[str]:
     """A Markdown table; the first line is its head."""
-    return [f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(lines[0]), *lines[1:])]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return [f"| {' | '.join(line)} |" for line in (escaped[0], ["---"] * len(escaped[0]), *escaped[1:])]
 
 
 # --------------------------------------------------------------------------------------------------------- Markdown
@@ -79,7 +80,7 @@ def ordering_lines(ordered: pd.DataFrame) -> list[str]:
     pairs = [["method", "column", "metric", "higher in the paper", "lower", "paper", "ours", "verdict"]]
     for entry in ordered.itertuples():
         verdict = entry.verdict if entry.comparable else f"{entry.verdict} \N{DAGGER}"
-        difference = f"{entry.ours:+.1f} \N{PLUS-MINUS SIGN} {entry.half:.1f}"
+        difference = f"{entry.ours:+.1f} ({entry.low:.1f} to {entry.high:.1f})"
         pairs.append(
             [entry.method, entry.column, NAMES[entry.metric], entry.higher, entry.lower, f"{entry.paper:+.1f}", difference, verdict]
         )
@@ -116,6 +117,7 @@ def as_latex(model: str, paper_model: str | None, metrics: list[str], measured: 
 
 def escape(text: str) -> str:
     """Text for LaTeX."""
-    for character in "&%$#_{}":
-        text = text.replace(character, f"\\{character}")
-    return text.replace("\N{DAGGER}", "$^\\dagger$").replace("\N{DOUBLE DAGGER}", "$^\\ddagger$")
+    named = {"\\": "textbackslash", "~": "textasciitilde", "^": "textasciicircum"}
+    shown = {"\N{DAGGER}": "$^\\dagger$", "\N{DOUBLE DAGGER}": "$^\\ddagger$"}
+    shown |= {character: f"\\{character}" for character in "&%$#_{}"} | {key: f"\\{name}{{}}" for key, name in named.items()}
+    return "".join(shown.get(character, character) for character in text)

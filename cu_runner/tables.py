@@ -9,7 +9,6 @@ Exit status: 0 done, 1 a run failed, 2 the table or the configuration of a cell 
 
 import argparse
 import functools
-import math
 import shlex
 import time
 from collections.abc import Iterable, Iterator
@@ -17,23 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from scipy.stats import binomtest, sem
-from scipy.stats import t as student_t
 
 from cu_runner.config import RunConfig, compose
 from cu_runner.evaluation import ENOUGH_UA
 from cu_runner.forecast import work_of
 from cu_runner.help import config_dir
+from cu_runner.intervals import of_sum, over_images, over_seeds
 from cu_runner.launch import LaunchError, cu_runs, diverged, submit
 from cu_runner.nodes import ConfigError
 from cu_runner.process import Parser, one_line_failures, whole_number
 from cu_runner.runs import RunRecord, read_run
-from cu_runner.store import write_atomic
+from cu_runner.signature import NOT_SCIENTIFIC
+from cu_runner.store import PREDICTIONS, StoreError, write_atomic
 from cu_runner.sweeps import SWEEP, read_sweep
 from cu_runner.table_files import Experiment, Overrides, Table, read_table
 from cu_runner.table_formats import as_csv, as_latex, as_markdown
-
-LEVEL = 0.95  # of intervals
 
 
 @dataclass(frozen=True)
@@ -61,45 +58,37 @@ def make_cells(table: Table, experiment: Experiment, seeds: list[int], more: Ove
                 command = [*where, *chosen, *own]
                 commands = [[*command, f"seed={seed}", *more] for seed in seeds] or [[*command, *more]]
                 plans = [compose(each) for each in commands]
-                runs = [read_run(plan.directory) for plan in plans if (plan.directory / "steps" / "00" / "step.json").exists()]
+                runs = [open_run(plan) for plan in plans if (plan.directory / "steps" / "00" / "step.json").exists()]
                 yield Cell(method, column, row, commands, plans, [run for run in runs if run.complete])
 
 
+def open_run(plan: RunConfig) -> RunRecord:
+    """The run in the directory of a plan. Raises StoreError when it is another one, moved or renamed to there."""
+    run = read_run(plan.directory)
+    if run.records[0]["signature"] != plan.signature:
+        raise StoreError(f"{plan.directory}: holds a run of another configuration; move it back to where it was made")
+    return run
+
+
 # -------------------------------------------------------------------------------------------------------- statistics
-def mean_and_interval(values: list[float]) -> tuple[float, float | None]:
-    """Mean, and half the width of its 95% interval by Student's t; None for a single value, which has none."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return mean, None
-    return mean, float(student_t.ppf((1 + LEVEL) / 2, len(values) - 1) * sem(values))
-
-
-def image_interval(percent: float, num_images: int) -> float:
-    """Half the width of Wilson's 95% interval of a share of images, in percentage points (Wilson 1927); NaN of NaN.
-
-    It holds the chance of which noise an image got, and nothing of how a run would differ with another seed.
-    """
-    if math.isnan(percent):
-        return math.nan
-    interval = binomtest(round(percent / 100 * num_images), num_images).proportion_ci(LEVEL, method="wilson")
-    return 50 * (interval.high - interval.low)
-
-
 def num_images(run: RunRecord, metric: str) -> int:
     """How many images of the last request a metric rests on; UA, where faces are looked for, on those that show one."""
-    rows = run.predictions(len(run.records) - 1)
+    last = len(run.records) - 1
+    run.require(last, PREDICTIONS)
+    rows = run.predictions(last)
     if metric == "UA" and "face" in rows:
         rows = rows[rows["face"] == 1]
     sequence = run.config["sequence"]
-    concepts = {"UA": run.unlearned(len(run.records) - 1), "RA_I": sequence["retain"], "RA_C_retained": sequence["retain"]}
+    concepts = {"UA": run.unlearned(last), "RA_I": sequence["retain"], "RA_C_retained": sequence["retain"]}
     return int(rows[sequence["domain"]].isin(concepts[metric]).sum()) if metric in concepts else len(rows)
 
 
 def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
     """One row per cell and metric: our mean and half interval over seeds, the published number and its source.
 
-    ours is NaN where the runs do not measure the metric. comparable: UA of our cell is at least 95. images_half: half interval from
-    the images of all seeds. tuned: the settings were searched for this method with these regularizers.
+    ours is NaN where the runs do not measure the metric. half: of its interval over seeds. images_low, images_high: its interval
+    over the images of all seeds. comparable: UA of our cell is at least 95. tuned: the settings were searched for this method with
+    these regularizers.
     """
     rows = []
     for cell in cells:
@@ -111,22 +100,24 @@ def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
             row = {"method": cell.method, "column": cell.column, "row": cell.row, "metric": metric, "seeds": len(last)}
             row["tuned"] = cell.plans[0].tuned
             row["runs"] = " ".join(str(run.directory) for run in cell.runs)
-            row |= {"paper": published.get(metric), "source": published.get("source", "none")}
+            row |= {"paper": published.get(metric), "source": published.get("source", "none") if metric in published else "none"}
             if last:
-                mean, half = mean_and_interval([float(entry[metric]) for entry in last])
+                mean, half = over_seeds([float(entry[metric]) for entry in last])
                 comparable = sum(float(entry["UA"]) for entry in last) / len(last) >= ENOUGH_UA
                 row |= {"ours": mean, "half": half, "comparable": comparable}
-                row["images_half"] = image_interval(mean, len(last) * num_images(cell.runs[0], metric))
+                images = len(last) * num_images(cell.runs[0], metric)
+                row["images_low"], row["images_high"] = over_images(mean, images)
             rows.append(row)
-    columns = ["method", "column", "row", "metric", "ours", "half", "images_half", "seeds", "comparable", "tuned", "paper"]
-    return pd.DataFrame(rows, columns=[*columns, "source", "runs"])
+    columns = ["method", "column", "row", "metric", "ours", "half", "images_low", "images_high", "seeds", "comparable", "tuned"]
+    return pd.DataFrame(rows, columns=[*columns, "paper", "source", "runs"])
 
 
 def orderings(measured: pd.DataFrame, tolerance: float) -> pd.DataFrame:
     """Every pair of rows that the paper orders in a metric, and whether ours are in the same order.
 
-    verdict: holds | reversed | undecided (our difference lies within its 95% interval: of the seeds, but no narrower than that of
-    the images, since a few seeds can agree by chance). comparable: both of ours have UA of at least 95, or UA itself is compared.
+    low, high: the 95% interval of our difference, from those of both: of the seeds, but no narrower than that of the images, since
+    a few seeds can agree by chance. verdict: holds | reversed | undecided (the interval holds 0). comparable: both of ours have UA
+    of at least 95, or UA itself is compared.
     """
     pairs = []
     known = measured.dropna(subset=["ours", "paper"])
@@ -137,14 +128,20 @@ def orderings(measured: pd.DataFrame, tolerance: float) -> pd.DataFrame:
                 high, low = (first, second) if first.paper > second.paper else (second, first)
                 if high.paper - low.paper <= tolerance:
                     continue
-                halves = [entry.images_half if pd.isna(entry.half) else max(entry.half, entry.images_half) for entry in (high, low)]
-                difference, half = high.ours - low.ours, math.hypot(*halves)
-                verdict = "undecided" if abs(difference) <= half else "holds" if difference > 0 else "reversed"
+                ends = of_sum([(1, high.ours, widest(high)), (-1, low.ours, widest(low))])
+                verdict = "holds" if ends[0] > 0 else "reversed" if ends[1] < 0 else "undecided"
                 pair = {"method": method, "column": column, "metric": metric, "higher": high.row, "lower": low.row}
-                pair |= {"paper": high.paper - low.paper, "ours": difference, "half": half, "verdict": verdict}
-                pairs.append(pair | {"comparable": bool(metric == "UA" or (high.comparable and low.comparable))})
-    columns = ["method", "column", "metric", "higher", "lower", "paper", "ours", "half", "verdict", "comparable"]
+                pair |= {"paper": high.paper - low.paper, "ours": high.ours - low.ours, "low": ends[0], "high": ends[1]}
+                comparable = bool(metric == "UA" or (high.comparable and low.comparable))
+                pairs.append(pair | {"verdict": verdict, "comparable": comparable})
+    columns = ["method", "column", "metric", "higher", "lower", "paper", "ours", "low", "high", "verdict", "comparable"]
     return pd.DataFrame(pairs, columns=columns)
+
+
+def widest(entry: tuple) -> tuple[float, float]:
+    """Both ends of a measured row's interval: over images, widened to that over seeds where that reaches further."""
+    half = 0.0 if pd.isna(entry.half) else entry.half
+    return min(entry.images_low, entry.ours - half), max(entry.images_high, entry.ours + half)
 
 
 # ----------------------------------------------------------------------------------------------------------- command
@@ -182,6 +179,7 @@ def produce(arguments: argparse.Namespace) -> None:
     if chosen not in table.experiments:
         raise ConfigError(f"--experiment {chosen}: not in table {name}; allowed: {', '.join(table.experiments)}")
     experiment = table.experiments[chosen]
+    refuse_places(table, arguments.overrides)
     if arguments.seeds and any(override.startswith("seed=") for override in arguments.overrides):
         raise ConfigError("--seeds and seed=: both set the seed; give one of them")
     read = functools.partial(make_cells, table, experiment, arguments.seeds, arguments.overrides)
@@ -193,7 +191,7 @@ def produce(arguments: argparse.Namespace) -> None:
     ordered = orderings(measured, table.targets.tolerance) if table.targets else None
     missing = [shlex.join(["cu-run", *command]) for cell in cells for command in cell.missing()]
     paper_model = table.targets.model if table.targets else None
-    notes = footnotes(table, measured, arguments.seeds)
+    notes = [*settings_of_all(arguments.overrides), *footnotes(table, measured, arguments.seeds)]
     text = as_markdown(name, table.title, experiment.model, paper_model, table.metrics, measured, notes, ordered, missing)
     arguments.output.mkdir(parents=True, exist_ok=True)
     stem = f"{name}-{chosen}"
@@ -203,6 +201,27 @@ def produce(arguments: argparse.Namespace) -> None:
     if ordered is not None:
         write_atomic(arguments.output / f"{stem}-orderings.csv", as_csv(ordered).encode())
     print(f"{text}\ntable: {arguments.output / stem}.md")
+
+
+def refuse_places(table: Table, overrides: Overrides) -> None:
+    """Raises ConfigError for an override that would make a cell another one than its row, its column and its model say."""
+    places = {"model", "sequence", "method", "reg", "setting", "experiment"}
+    places |= {key_of(override) for own in table.overrides() for override in own}
+    for override in overrides:
+        if key_of(override) == "dry_run":
+            raise ConfigError("dry_run: a table has none; without --run it runs nothing and lists what is missing")
+        if key_of(override) in places:
+            raise ConfigError(f"{override}: rows, columns and model are the table's own; leave it out, or write a table of yours")
+
+
+def key_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def settings_of_all(overrides: Overrides) -> list[str]:
+    """A note with the overrides that the user gave every run, but for those that change no result."""
+    shown = [each for each in overrides if not f"{key_of(each)}.".startswith(tuple(f"{name}." for name in NOT_SCIENTIFIC))]
+    return [f"Every run with {shlex.join(shown)}."] if shown else []
 
 
 def footnotes(table: Table, measured: pd.DataFrame, seeds: list[int]) -> list[str]:
@@ -221,7 +240,7 @@ def footnotes(table: Table, measured: pd.DataFrame, seeds: list[int]) -> list[st
         notes += [f"Published, {source}: {meaning}." for source, meaning in table.targets.sources.items()]
         notes.append(
             f"Ordering check: pairs of rows that differ by more than {table.targets.tolerance:g} points in the paper; undecided: "
-            "our difference lies within its 95% interval, that of the images (Wilson) or that over seeds, whichever is wider."
+            "the 95% interval of our difference holds 0 (Newcombe's, from Wilson's over images, or over seeds where that is wider)."
         )
     return notes + table.notes
 

@@ -431,10 +431,22 @@ def test_runs_of_one_name_say_what_differs(cu_report, tmp_path):
     make_run(tmp_path, "esd", finished=1)
     cu_report(tmp_path / "runs", "--output", "here")
     found = read_page(tmp_path / "here/index.html").tables["Settings in which the runs of conabl differ"]
-    assert found[0] == ["run", "science"]
-    assert sorted(found[1:]) == sorted(
-        [f"conabl [{run.name[-8:-4]}] (1 of 3 requests)", science] for run, science in ((one, "3"), (other, "4"))
+    assert [row[0] for row in found] == ["setting", "science"]
+    assert sorted(zip(found[0][1:], found[1][1:], strict=True)) == sorted(
+        (f"conabl [{run.name[-8:-4]}] (1 of 3 requests)", science) for run, science in ((one, "3"), (other, "4"))
     )
+
+
+def test_many_runs_stand_in_several_tables(cu_report, tmp_path):
+    """Six of them side by side, so that a printed page holds them; a hundred requests in parts too."""
+    for number in range(8):
+        make_run(tmp_path, science=number, targets=tuple(f"concept {n}" for n in range(20)), finished=20)
+    cu_report(tmp_path / "runs", "--output", "here", "--details", "1")
+    html = (tmp_path / "here/index.html").read_text()
+    assert html.count("<caption>Settings in which the runs of conabl differ</caption>") == 2
+    assert html.count("<caption>L2 norm of the drift of each layer: keys</caption>") == 2
+    heads = re.findall(r"<caption>UA after request</caption><thead>(.*?)</thead>", html, flags=re.DOTALL)
+    assert [re.findall(r">(\d+)</th>", head) for head in heads] == [[*map(str, range(11))], [*map(str, range(11, 21))]]
 
 
 def test_many_requests_come_in_parts_that_fit_a_printed_page(cu_report, tmp_path):

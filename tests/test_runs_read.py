@@ -82,6 +82,13 @@ def test_a_step_of_another_run_breaks_the_chain(run_copy):
         read_run(run_copy)
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_step_that_is_missing_between_others_is_no_unfinished_run(run_copy, lost):
+    (run_copy / f"steps/{lost:02d}/step.json").unlink()
+    with pytest.raises(StoreError, match=rf"steps/{lost:02d}/step\.json: is missing, and step 2 is there; restore it"):
+        read_run(run_copy)
+
+
 def test_a_step_with_another_parent_breaks_the_chain(run_copy):
     """A step that is whole in itself, but was made after another step 1."""
     path = run_copy / "steps/02/step.json"

@@ -284,15 +284,6 @@ def test_what_the_near_half_lost_more(script):
     assert found["mean from"] < 35 < found["mean to"]
 
 
-def test_interval_of_a_difference(script):
-    """Newcombe (1998), table II, row (a): 56/70 - 48/80; Wilson's own of 56/70."""
-    interval = script("semantic").interval
-    assert interval([(1, 80.0, 70), (-1, 60.0, 80)]) == pytest.approx((5.24, 33.39), abs=0.01)
-    assert script("semantic").wilson(0.8, 70) == pytest.approx((0.6918, 0.8770), abs=1e-4)
-    near = script("semantic").wilson(1.0, 48)
-    assert interval([(1, 100.0, 48)]) == pytest.approx((100 * near[0], 100))
-
-
 def test_halves_of_a_finished_run(script, run_copy):
     from cu_runner.runs import read_run
 

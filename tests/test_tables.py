@@ -14,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from cu_runner import tables
 from cu_runner.config import compose
 from cu_runner.help import shipped_dir
+from cu_runner.intervals import of_sum, over_images, over_seeds
 from cu_runner.table_files import read_table
 
 TABLE = {
@@ -49,22 +50,30 @@ def own_table(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- statistics
-def test_mean_and_interval_by_hand():
-    assert tables.mean_and_interval([42.0]) == (42.0, None)
-    mean, half = tables.mean_and_interval([1.0, 2.0, 3.0])  # s = 1, t(.975, 2) = 4.302653
+def test_mean_and_interval_over_seeds_by_hand():
+    assert over_seeds([42.0]) == (42.0, None)
+    mean, half = over_seeds([1.0, 2.0, 3.0])  # s = 1, t(.975, 2) = 4.302653
     assert mean == 2.0
     assert half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
 
 
-def test_image_interval_is_wilsons():
-    # 8 of 10: (0.4902, 0.9433), so half of 0.4531
-    assert tables.image_interval(80.0, 10) == pytest.approx(100 * (0.943318 - 0.490162) / 2, abs=1e-3)
-    assert tables.image_interval(0.0, 96) == pytest.approx(100 * 1.959964**2 / (96 + 1.959964**2) / 2, rel=1e-6)
+def test_the_interval_over_images_is_wilsons():
+    assert over_images(80.0, 10) == pytest.approx((49.0162, 94.3318), abs=1e-3)
+    assert over_images(0.0, 96) == pytest.approx((0.0, 100 * 1.959964**2 / (96 + 1.959964**2)), rel=1e-6)
+    assert all(pd.isna(end) for end in over_images(float("nan"), 8))
+
+
+def test_the_interval_of_a_difference_is_newcombes():
+    """The example of his paper: 56 of 70 and 48 of 80."""
+    assert of_sum([(1, 80.0, over_images(80.0, 70)), (-1, 60.0, over_images(60.0, 80))]) == pytest.approx((5.24, 33.39), abs=0.01)
+    assert of_sum([(1, 100.0, over_images(100.0, 48))]) == pytest.approx((over_images(100.0, 48)[0], 100))
 
 
 def measured(*rows: tuple) -> pd.DataFrame:
-    columns = ["row", "ours", "half", "images_half", "paper", "comparable"]
-    return pd.DataFrame(rows, columns=columns).assign(method="m", column="style", metric="RA_I")
+    """Rows of: row, ours, half over seeds, half over images, paper, comparable."""
+    table = pd.DataFrame(rows, columns=["row", "ours", "half", "images", "paper", "comparable"])
+    table = table.assign(method="m", column="style", metric="RA_I")
+    return table.assign(images_low=table["ours"] - table["images"], images_high=table["ours"] + table["images"])
 
 
 def test_orderings():
@@ -87,19 +96,26 @@ def test_orderings():
         ("c", "d"): ("reversed", False),
     }
     first = found.iloc[0]
-    assert (first["paper"], first["ours"], first["half"]) == (20.0, 20.0, 5.0)
-    assert found.set_index(["higher", "lower"]).loc[("a", "d"), "half"] == pytest.approx(90**0.5)
+    assert (first["paper"], first["ours"], first["low"], first["high"]) == (20.0, 20.0, 15.0, 25.0)
+    assert found.set_index(["higher", "lower"]).loc[("a", "d"), "high"] == pytest.approx(-40 + 90**0.5)
 
 
 def test_the_wider_interval_decides():
     found = tables.orderings(measured(("a", 60.0, 8.0, 3.0, 40.0, True), ("b", 50.0, 8.0, 4.0, 20.0, True)), tolerance=2.0)
-    assert (found.loc[0, "verdict"], found.loc[0, "half"]) == ("undecided", pytest.approx(128**0.5))
+    assert (found.loc[0, "verdict"], found.loc[0, "low"]) == ("undecided", pytest.approx(10 - 128**0.5))
+
+
+def test_near_0_percent_an_interval_reaches_up_only():
+    """None of 192 images and 2.1% of 144, by Newcombe: the half widths alone would say undecided."""
+    rows = measured(("a", 0.0, None, 0.0, 40.0, True), ("b", 2.1, None, 0.0, 20.0, True))
+    ends = [over_images(0.0, 240), over_images(2.1, 240)]
+    rows = rows.assign(images_low=[low for low, _ in ends], images_high=[high for _, high in ends])
+    assert tables.orderings(rows, tolerance=2.0).loc[0, "verdict"] == "reversed"
 
 
 def test_what_is_not_measured_takes_no_part():
     rows = measured(("a", float("nan"), None, float("nan"), 40.0, True), ("b", 30.0, None, 4.0, 20.0, True))
     assert tables.orderings(rows, tolerance=2.0).empty
-    assert pd.isna(tables.image_interval(float("nan"), 8))
 
 
 def test_forgetting_itself_is_comparable_below_95():
@@ -170,10 +186,38 @@ def test_a_finished_run_fills_its_cell_and_a_missing_one_gives_its_command(cu_ta
     assert "style (paper, SD 1.5)" in latex
 
 
-def test_a_number_comes_from_its_own_signature_only(cu_table, own_table, run_copy):
-    status, out, _ = cu_table(own_table(), "train.steps=4")  # the finished run has 3
+def test_a_number_comes_from_its_own_signature_only(cu_table, own_table, run_copy, tmp_path):
+    status, out, _ = cu_table(own_table(), "train.lr=0.125", "eval.batch_size=7")
     assert status == 0
     assert "| sequential | - | 100 |" in out
+    assert "- Every run with train.lr=0.125.\n" in out
+    assert "{\\footnotesize Every run with train.lr=0.125.\\par}" in (tmp_path / "outputs/tables/mine-smoke.tex").read_text()
+    assert "Every run with train.lr=0.125 eval" not in out  # which changes no result
+    assert "Every run with" not in cu_table(own_table())[1]
+
+
+def test_a_run_that_was_moved_to_the_place_of_another_is_refused(cu_table, own_table, run_copy):
+    place = compose([*SMOKE, "method=conabl", "reg=l2"]).directory
+    run_copy.rename(place)
+    status, _, err = cu_table(own_table())
+    assert status == 1
+    assert err == f"cu-table: {place}: holds a run of another configuration; move it back to where it was made\n"
+
+
+def test_a_damaged_file_of_a_run_is_refused(cu_table, own_table, run_copy):
+    path = run_copy / "steps/02/predictions.csv"
+    path.write_text(path.read_text().replace("image", "imaje"))
+    status, _, err = cu_table(own_table())
+    assert status == 1
+    assert err.endswith("steps/02/predictions.csv: is missing or damaged (its sha256 is not the one in step.json); restore it\n")
+    assert err.count("\n") == 1
+
+
+def test_labels_of_the_user_break_no_format(cu_table, own_table, run_copy, tmp_path):
+    assert cu_table(own_table(rows={"a|b~_^\\": ["reg=none"]}, targets=None))[0] == 0
+    assert "| a\\|b~_^\\ |" in (tmp_path / "outputs/tables/mine-smoke.md").read_text()
+    latex = (tmp_path / "outputs/tables/mine-smoke.tex").read_text()
+    assert "a|b\\textasciitilde{}\\_\\textasciicircum{}\\textbackslash{} & " in latex
 
 
 def test_several_seeds_are_all_needed_for_a_cell(cu_table, own_table, run_copy):
@@ -225,6 +269,7 @@ def test_ua_rests_on_images_with_a_face():
     run = SimpleNamespace(
         records=[{}, {}],
         predictions=lambda _: rows,
+        require=lambda *_: None,
         unlearned=lambda _: ["a"],
         config={"sequence": {"domain": "style", "retain": ["b"]}},
     )
@@ -277,6 +322,10 @@ def test_a_hundred_cells(own_table, run_copy, tmp_path):
         (["gone.yaml"], "gone.yaml: no such table"),
         (["table2", "--launcher", "nix"], "invalid choice: 'nix' (choose from "),
         (["table2", "--seeds", "0,0"], "'0,0' names a seed twice, which is one run; give each once"),
+        (["table2", "reg=l2"], "reg=l2: rows, columns and model are the table's own; leave it out, or write a table of yours"),
+        (["table2", "--run", "dry_run=true"], "dry_run: a table has none; without --run it runs nothing and lists what is missing"),
+        (["table2", "model=sd15"], "model=sd15: rows, columns and model are the table's own"),
+        (["table2", "+setting.last_only=true"], "rows, columns and model are the table's own"),
         (["table2", "--seeds", "0", "seed=1"], "--seeds and seed=: both set the seed; give one of them"),
     ],
 )
@@ -297,6 +346,9 @@ def test_a_table_file_is_checked(cu_table, own_table, tmp_path):
         in cu_table(own_table(metrics=["drift_l2"]))[2]
     )
     assert "mine.yaml: experiments: empty; a table needs one at least" in cu_table(own_table(experiments={}))[2]
+    smoke = TABLE["experiments"]["smoke"]
+    assert "smoke: methods or columns are empty" in cu_table(own_table(experiments={"smoke": smoke | {"methods": {}}}))[2]
+    assert "'a/b' becomes part of a file's name" in cu_table(own_table(experiments={"a/b": smoke}))[2]
     (tmp_path / "mine.yaml").write_text("a: [")
     assert "cannot be read" in cu_table(str(tmp_path / "mine.yaml"))[2]
 
@@ -308,7 +360,8 @@ def test_a_table_file_is_checked(cu_table, own_table, tmp_path):
         ({"ConAbl": {"stile": {}}}, "'stile' is no part of this table; allowed: style"),
         ({"ESD": {}}, "'ESD' is no part of this table; allowed: ConAbl"),
         ({"ConAbl": {"style": {"L2": {"RAI": 1.0}}}}, "'RAI' is no metric of this table; allowed: source, UA, RA_I, RA_C"),
-        ({"ConAbl": {"style": {"L2": {"UA": "100"}}}}, "L2: UA is '100'; give a number in percent"),
+        ({"ConAbl": {"style": {"L2": {"UA": "100"}}}}, "L2: UA is '100'; give a number of 0 to 100 (percent)"),
+        ({"ConAbl": {"style": {"L2": {"UA": 300}}}}, "L2: UA is 300.0; give a number of 0 to 100 (percent)"),
         ({"ConAbl": {"style": {"L2": {"UA": 1.0, "source": "nix"}}}}, "source 'nix' is not described; allowed: plot, none"),
     ],
 )

@@ -11,9 +11,9 @@ import math
 import pandas as pd
 from ablation import cells
 from matplotlib.figure import Figure
-from scipy.stats import binomtest
 from study import Study, as_markdown, command, finished, panels, with_stopped
 
+from cu_runner.intervals import of_sum, over_images
 from cu_runner.runs import RunRecord
 from cu_runner.studies import near_and_far, text_similarity
 
@@ -26,26 +26,6 @@ def accuracy_of_halves(runs: dict[str, RunRecord], near: list[str], far: list[st
         halves = {"near": accuracy.loc[near].mean(), "far": accuracy.loc[far].mean()}
         rows.append(pd.DataFrame(halves).rename_axis("request").reset_index().assign(run=label))
     return pd.concat(rows)[["run", "request", "near", "far"]]
-
-
-def wilson(share: float, number: int) -> tuple[float, float]:
-    """The 95% interval of a share of `number` images, to the nearest image (Wilson 1927); share and interval between 0 and 1."""
-    return tuple(binomtest(round(share * number), number).proportion_ci(method="wilson"))
-
-
-def interval(terms: list[tuple[int, float, int]]) -> tuple[float, float]:
-    """The 95% interval of a sum of independent shares, from those of each: of two, Newcombe's (1998, method 10).
-
-    Args:
-        terms: sign (1 or -1), share in percent and number of images of each. The interval is in points.
-    """
-    total = below = above = 0.0
-    for sign, percent, number in terms:
-        low, high = (100 * end for end in wilson(percent / 100, number))
-        total += sign * percent
-        below += (percent - low if sign > 0 else high - percent) ** 2
-        above += (high - percent if sign > 0 else percent - low) ** 2
-    return total - math.sqrt(below), total + math.sqrt(above)
 
 
 def losses(halves: pd.DataFrame, images: dict[str, int]) -> pd.DataFrame:
@@ -61,8 +41,9 @@ def losses(halves: pd.DataFrame, images: dict[str, int]) -> pd.DataFrame:
             lost = {half: row[f"{half} before"] - row[f"{half} {moment}"] for half in ("near", "far")}
             row[f"near lost more, {moment}"] = lost["near"] - lost["far"]
             signs = {("near", "before"): 1, ("near", moment): -1, ("far", "before"): -1, ("far", moment): 1}
-            terms = [(sign, row[f"{half} {when}"], images[half]) for (half, when), sign in signs.items()]
-            row[f"{moment} from"], row[f"{moment} to"] = interval(terms)
+            shares = [(sign, row[f"{half} {when}"], images[half]) for (half, when), sign in signs.items()]
+            terms = [(sign, share, over_images(share, number)) for sign, share, number in shares]
+            row[f"{moment} from"], row[f"{moment} to"] = of_sum(terms)
         rows.append({"run": label, **row})
     return pd.DataFrame(rows)
 
