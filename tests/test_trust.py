@@ -321,7 +321,7 @@ def test_nothing_that_is_written_holds_a_secret(planted, in_process, call_comman
     assert (status, err) == (0, "")
     run = run_directory(out, tmp_path)
     assert call_command(cu_report, "cu-report", run)[0] == 0
-    assert call_command(cu_table, "cu-table", "table2", *overrides[:2])[0] == 0
+    assert call_command(cu_table, "cu-table", "table2", *overrides[1:3])[0] == 0
     assert list((tmp_path / "outputs/tables").iterdir())
     assert list((tmp_path / "outputs/wandb").glob("offline-run-*/*.wandb"))
     (job,) = (tmp_path / "outputs/sweeps").glob("*/0/job.json")
