@@ -94,7 +94,7 @@ class RunRecord:
         alone = self.plan == "independent" and self.weights(index).name != MERGED
         return self.records[index]["targets"] if alone else [name for name, first in self.requested.items() if first <= index]
 
-    @property
+    @cached_property
     def requested(self) -> dict[str, int]:
         """The request that first unlearned a concept, by concept, in their order."""
         first: dict[str, int] = {}

@@ -44,8 +44,9 @@ def read_grid(domain: str) -> dict[str, list[list[str]]]:
 
 def cell_overrides(cell: str) -> list[str]:
     """ "conabl+none+simultaneous" as overrides of cu-run; of simultaneous requests the last alone."""
-    chosen = [f"{group}={name}" for group, name in zip(("method", "reg", "setting"), cell.split("+"), strict=False)]
-    return [*chosen, "setting.last_only=true"] if "setting=simultaneous" in chosen else chosen
+    method, regularizer, *setting = cell.split("+")
+    chosen = [f"method={method}", f"reg={regularizer}", *(f"setting={name}" for name in setting)]
+    return [*chosen, "setting.last_only=true"] if "simultaneous" in setting else chosen
 
 
 def choose(candidates: pd.DataFrame) -> pd.Series:

@@ -106,9 +106,9 @@ def test_the_wider_interval_decides():
 
 
 def test_near_0_percent_an_interval_reaches_up_only():
-    """None of 192 images and 2.1% of 144, by Newcombe: the half widths alone would say undecided."""
-    rows = measured(("a", 0.0, None, 0.0, 40.0, True), ("b", 2.1, None, 0.0, 20.0, True))
-    ends = [over_images(0.0, 240), over_images(2.1, 240)]
+    """0 of 240 images and 5 of 240, by Newcombe: the half widths alone would say undecided."""
+    rows = measured(("a", 0.0, None, 0.0, 40.0, True), ("b", 500 / 240, None, 0.0, 20.0, True))
+    ends = [over_images(0.0, 240), over_images(500 / 240, 240)]
     rows = rows.assign(images_low=[low for low, _ in ends], images_high=[high for _, high in ends])
     assert tables.orderings(rows, tolerance=2.0).loc[0, "verdict"] == "reversed"
 
