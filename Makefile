@@ -38,7 +38,7 @@ test-all: setup  ## the tests and the slow ones
 	@$(BIN)/python -m pytest -m 'not slurm and not faults'
 
 test-slurm: setup  ## sweeps on a SLURM of one node: pre-empted, out of time, cancelled; needs root and slurm-wlm, munge
-	@$(BIN)/python -m pytest -m slurm tests/test_slurm.py
+	@$(BIN)/python -m pytest -m slurm tests/sweeps/test_slurm.py
 
 test-faults: setup  ## two hundred kills, damage of every file, a full disk at every write; prints the counts
 	@$(BIN)/python -m pytest -m faults tests

@@ -46,17 +46,24 @@ def with_interval(x: pd.Series, y: pd.Series, variance: float) -> Correlation:
         end = float("nan") if number < 4 else r
         return Correlation(r, end, end, number)
     half = NORMAL * np.sqrt(variance / (number - 3))
-    return Correlation(r, float(np.tanh(np.arctanh(r) - half)), float(np.tanh(np.arctanh(r) + half)), number)
+    return Correlation(
+        r, float(np.tanh(np.arctanh(r) - half)), float(np.tanh(np.arctanh(r) + half)), number
+    )
 
 
-def text_similarity(model: DiffusionModel, names: list[str], targets: list[str], domain: str) -> pd.DataFrame:
+def text_similarity(
+    model: DiffusionModel, names: list[str], targets: list[str], domain: str
+) -> pd.DataFrame:
     """Cosines of the whole text-encoder outputs, all L x D values of "NAME Domain"; rows: names, columns: targets.
 
     That is the paper's "X Style" (Lee et al. 2026, arXiv 2511.07970).
     """
     units = [
         F.normalize(
-            model.encode_prompts([f"{name} {domain.capitalize()}" for name in group]).hidden.flatten(1).double(), dim=1
+            model.encode_prompts([f"{name} {domain.capitalize()}" for name in group])
+            .hidden.flatten(1)
+            .double(),
+            dim=1,
         ).cpu()
         for group in (names, targets)
     ]
@@ -78,4 +85,6 @@ def output_change(base: Mapping[str, Tensor], delta: Mapping[str, Tensor], text:
     """
     tokens = text.double().flatten(0, 1).T
     change = sum((delta[name].double() @ tokens).square().sum() for name in base if name in delta)
-    return float((change / sum((weight.double() @ tokens).square().sum() for weight in base.values())) ** 0.5)
+    return float(
+        (change / sum((weight.double() @ tokens).square().sum() for weight in base.values())) ** 0.5
+    )

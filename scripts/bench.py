@@ -25,16 +25,27 @@ import torch
 from bench_levers import bench_levers
 from bench_model import bench_accuracy, bench_model, load, wall_seconds
 
-from cu_runner.config import compose
-from cu_runner.forecast import work_of
-from cu_runner.help import config_dir
-from cu_runner.launch import CU_RUN
-from cu_runner.models import DTYPES
-from cu_runner.process import Parser, choose_device, one_line_failures, quiet_libraries, whole_number
-from cu_runner.runs import RunRecord, read_run
-from cu_runner.store import STEP
+from cu_runner.cli.console import Parser, quiet_libraries, whole_number
+from cu_runner.cli.failures import one_line_failures
+from cu_runner.config.compose import compose
+from cu_runner.models.diffusion import DTYPES
+from cu_runner.runner.forecast import work_of
+from cu_runner.runtime.devices import choose_device
+from cu_runner.runtime.paths import config_dir
+from cu_runner.store.layout import STEP
+from cu_runner.store.run_record import RunRecord, read_run
+from cu_runner.sweeps.make_runs import CU_RUN
 
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no"]
+ACCELERATE = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+]
 ACCELERATE += ["--dynamo_backend", "no", "--main_process_port", "0"]
 
 
@@ -45,12 +56,18 @@ def choices(group: str) -> list[str]:
 
 def bench_start() -> None:
     seconds = sorted(
-        wall_seconds(lambda: subprocess.run([CU_RUN, "--help"], check=True, capture_output=True), torch.device("cpu"), 5)
+        wall_seconds(
+            lambda: subprocess.run([CU_RUN, "--help"], check=True, capture_output=True),
+            torch.device("cpu"),
+            5,
+        )
     )
     print(f"cu-run --help: {seconds[2]:.2f} s", flush=True)
 
 
-def run_in(folder: str, overrides: list[str], processes: int = 1, last: int | None = None) -> tuple[RunRecord, float]:
+def run_in(
+    folder: str, overrides: list[str], processes: int = 1, last: int | None = None
+) -> tuple[RunRecord, float]:
     """A run by the command with empty caches, and its seconds.
 
     Args:
@@ -62,12 +79,19 @@ def run_in(folder: str, overrides: list[str], processes: int = 1, last: int | No
     overrides = [*overrides, f"paths.outputs={folder}"]
     directory, said = compose(overrides).directory, Path(folder) / "stderr"
     committed = directory / "steps" / f"{last:02d}" / STEP if last is not None else None
-    command = [CU_RUN] if processes == 1 else [*ACCELERATE, "--num_processes", str(processes), "-m", "cu_runner.cli"]
+    command = (
+        [CU_RUN]
+        if processes == 1
+        else [*ACCELERATE, "--num_processes", str(processes), "-m", "cu_runner.cli.run"]
+    )
     environment = os.environ | {"WANDB_MODE": "offline"}
     started = time.perf_counter()
-    with said.open("w") as errors, subprocess.Popen(
-        [*command, *overrides], stdout=subprocess.DEVNULL, stderr=errors, env=environment
-    ) as process:  # fmt: skip
+    with (
+        said.open("w") as errors,
+        subprocess.Popen(
+            [*command, *overrides], stdout=subprocess.DEVNULL, stderr=errors, env=environment
+        ) as process,
+    ):
         while process.poll() is None and not (committed and committed.exists()):
             time.sleep(0.05)
         seconds = time.perf_counter() - started
@@ -94,7 +118,9 @@ def bench_request(overrides: list[str], processes: int) -> None:
     )
     evaluation = request["eval_seconds"] / images * sum(entry.images for entry in work)
     total = start + evaluation + request["train_seconds"] * (len(work) - 1)
-    print(f"all {len(work) - 1} requests, projected from one measured request: {total / 60:.1f} min")
+    print(
+        f"all {len(work) - 1} requests, projected from one measured request: {total / 60:.1f} min"
+    )
 
 
 def bench_methods(names: list[str], overrides: list[str], device: str) -> None:
@@ -128,27 +154,52 @@ def bench_main_job(overrides: list[str]) -> None:
 
 def read_arguments() -> argparse.Namespace:
     parser = Parser(prog="bench.py", description=__doc__.splitlines()[0])
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="further settings, as cu-run takes them")
-    parser.add_argument("--model", choices=choices("model"), help="a file of conf/model; shapecanvas without it")
-    parser.add_argument("--path", help="of its weights; scripts/make_random_pipeline.py writes some")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="further settings, as cu-run takes them"
+    )
+    parser.add_argument(
+        "--model", choices=choices("model"), help="a file of conf/model; shapecanvas without it"
+    )
+    parser.add_argument(
+        "--path", help="of its weights; scripts/make_random_pipeline.py writes some"
+    )
     parser.add_argument("--device", help="auto (a GPU if there is one), cpu, cuda, cuda:1")
     parser.add_argument("--precision", choices=list(DTYPES))
     parser.add_argument("--batch-size", type=whole_number, help="images that are sampled together")
     parser.add_argument("--train-batch-size", type=whole_number, help="images per training step")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice: less memory")
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute activations twice: less memory",
+    )
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
-    parser.add_argument("--levers", action="store_true", help="also each lever of speed, with and without")
+    parser.add_argument(
+        "--levers", action="store_true", help="also each lever of speed, with and without"
+    )
     parser.add_argument("--skip-main", action="store_true", help="leave the main job out")
-    parser.add_argument("--methods", nargs="*", metavar="METHOD", help="only the cost of a training step, of every method or these")
-    parser.add_argument("--request", action="store_true", help="only one request of such a run, and the whole projected from it")
-    parser.add_argument("--processes", type=whole_number, default=1, help="with --request: GPUs, one process each")
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        metavar="METHOD",
+        help="only the cost of a training step, of every method or these",
+    )
+    parser.add_argument(
+        "--request",
+        action="store_true",
+        help="only one request of such a run, and the whole projected from it",
+    )
+    parser.add_argument(
+        "--processes", type=whole_number, default=1, help="with --request: GPUs, one process each"
+    )
     arguments = parser.parse_intermixed_args()
     wrong = [entry for entry in arguments.overrides if "=" not in entry]
     if wrong:
         parser.error(f"{wrong[0]!r} is no setting; they are KEY=VALUE, as cu-run takes them")
     unknown = [name for name in arguments.methods or [] if name not in choices("method")]
     if unknown:
-        parser.error(f"--methods {unknown[0]}: no such file in conf/method; allowed: {', '.join(choices('method'))}")
+        parser.error(
+            f"--methods {unknown[0]}: no such file in conf/method; allowed: {', '.join(choices('method'))}"
+        )
     return arguments
 
 
@@ -164,7 +215,9 @@ def settings_of(arguments: argparse.Namespace) -> list[str]:
         "train.gradient_checkpointing": arguments.gradient_checkpointing or None,
         "speed.compile": arguments.compile or None,
     }
-    return [f"{key}={value}" for key, value in options.items() if value is not None] + arguments.overrides
+    return [
+        f"{key}={value}" for key, value in options.items() if value is not None
+    ] + arguments.overrides
 
 
 def main() -> None:

@@ -15,8 +15,9 @@ from bench_model import load
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from cu_runner.methods.base import Method, Scope
-from cu_runner.models import DTYPES, DiffusionModel
+from cu_runner.methods.base import Method
+from cu_runner.models.diffusion import DTYPES, DiffusionModel
+from cu_runner.request.scope import Scope
 
 
 def bench_levers(overrides: list[str], device: str) -> None:
@@ -27,7 +28,13 @@ def bench_levers(overrides: list[str], device: str) -> None:
     speed = replace(plan.spine.speed, compile=False, kv_cache=True, channels_last=True)
     model.speed_up(speed)
     rate = bench.images_per_second()
-    say("sampling", f"batch of {len(bench.prompts)} in place of 1", rate, bench.images_per_second(1), "images/s")
+    say(
+        "sampling",
+        f"batch of {len(bench.prompts)} in place of 1",
+        rate,
+        bench.images_per_second(1),
+        "images/s",
+    )
     model.speed_up(replace(speed, kv_cache=False))
     say("sampling", "kv_cache", rate, bench.images_per_second(), "images/s")
     model.speed_up(speed)
@@ -37,16 +44,34 @@ def bench_levers(overrides: list[str], device: str) -> None:
     say("sampling", "fused attention", rate, unfused[0], "images/s")
     say("training", "fused attention", steps, unfused[1], "steps/s")
     with every_gradient(model):
-        say("training", "gradients of the trained weights alone", steps, 1 / bench.step_seconds(), "steps/s")
+        say(
+            "training",
+            "gradients of the trained weights alone",
+            steps,
+            1 / bench.step_seconds(),
+            "steps/s",
+        )
     with encoding(method, model, plan.spine.train.batch_size):
-        say("training", "cached latents of anchor images", steps, 1 / bench.step_seconds(), "steps/s")
+        say(
+            "training",
+            "cached latents of anchor images",
+            steps,
+            1 / bench.step_seconds(),
+            "steps/s",
+        )
     with fused_set(method, not cuda):
         other = 1 / bench.step_seconds()
     fused, unfused = (steps, other) if cuda else (other, steps)
     say("training", f"fused {plan.spine.train.optimizer}", fused, unfused, "steps/s")
     if not plan.spine.train.gradient_checkpointing:
         model.checkpoint_gradients()
-        say("training", "gradient checkpointing, which saves memory", 1 / bench.step_seconds(), steps, "steps/s")
+        say(
+            "training",
+            "gradient checkpointing, which saves memory",
+            1 / bench.step_seconds(),
+            steps,
+            "steps/s",
+        )
         model.unet.disable_gradient_checkpointing()
     if cuda:
         model.speed_up(replace(speed, channels_last=False))
@@ -75,7 +100,10 @@ def bench_precisions(overrides: list[str], device: str) -> None:
 
 
 def say(what: str, lever: str, rate: float, without: float, unit: str) -> None:
-    print(f"lever, {what}: {lever}: {rate:.2f} {unit}, without {without:.2f}: {rate / without:.2f} times", flush=True)
+    print(
+        f"lever, {what}: {lever}: {rate:.2f} {unit}, without {without:.2f}: {rate / without:.2f} times",
+        flush=True,
+    )
 
 
 @contextmanager
@@ -91,7 +119,11 @@ def every_gradient(model: DiffusionModel) -> Iterator[None]:
 @contextmanager
 def encoding(method: Method, model: DiffusionModel, batch_size: int) -> Iterator[None]:
     """Every batch encodes its images again, as scripts do that keep pictures."""
-    pictures, side, draw = torch.rand(batch_size, 3, model.resolution, model.resolution), model.device, method.batch
+    pictures, side, draw = (
+        torch.rand(batch_size, 3, model.resolution, model.resolution),
+        model.device,
+        method.batch,
+    )
 
     def batch(scope: Scope, step: int) -> object:
         model.encode_images(pictures.to(side))

@@ -17,17 +17,19 @@ from scipy.stats import binomtest
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cu_runner.concepts import plan_requests
-from cu_runner.config import RunConfig, compose
-from cu_runner.evaluation import evaluate
-from cu_runner.methods.base import Method, Scope
-from cu_runner.models import DTYPES, DiffusionModel
-from cu_runner.params import assign, select_parameters, snapshot
-from cu_runner.provenance import device_name, peak_memory_mb
-from cu_runner.sampling import generate, make_scheduler
-from cu_runner.seeding import RandomSource
-from cu_runner.settings import Sampler, Speed
-from cu_runner.training import erase
+from cu_runner.concepts.requests import plan_requests
+from cu_runner.config.compose import compose
+from cu_runner.config.run_config import RunConfig
+from cu_runner.evaluators.evaluate import evaluate
+from cu_runner.methods.base import Method
+from cu_runner.models.diffusion import DTYPES, DiffusionModel
+from cu_runner.models.parameters import assign, select_parameters, snapshot
+from cu_runner.models.sampling import generate, make_scheduler
+from cu_runner.request.scope import Scope
+from cu_runner.runner.training import erase
+from cu_runner.runtime.devices import device_name, peak_memory_mb
+from cu_runner.runtime.seeding import RandomSource
+from cu_runner.schema.settings import Sampler, Speed
 
 SIDES = {"cpu": 3072, "cuda": 8192}  # of the matrices whose product gives the peak rate
 SINGLE = 4  # images that are made one after another, where a batch is compared with that
@@ -55,7 +57,9 @@ def synchronize(device: torch.device) -> None:
 def matmul_peak(device: torch.device, precision: str) -> float:
     """FLOP/s of a large square matrix product on random data, the fastest of 20: a peak is what nothing disturbed."""
     side = SIDES[device.type]
-    left, right = (torch.randn(side, side, device=device, dtype=DTYPES[precision]) for _ in range(2))
+    left, right = (
+        torch.randn(side, side, device=device, dtype=DTYPES[precision]) for _ in range(2)
+    )
     return 2 * side**3 / min(wall_seconds(lambda: left @ right, device, 20))
 
 
@@ -76,7 +80,9 @@ class Peaks:
 
     def __str__(self) -> str:
         if self._device.type == "cuda":
-            return "peak memory: " + ", ".join(f"{name} {peak:.0f} MB" for name, peak in self._found.items())
+            return "peak memory: " + ", ".join(
+                f"{name} {peak:.0f} MB" for name, peak in self._found.items()
+            )
         return f"peak memory of the process, all of this together: {peak_memory_mb(self._device):.0f} MB"
 
 
@@ -113,13 +119,23 @@ class Bench:
         """Of one batch of evaluation images, or of SINGLE images in smaller batches."""
         prompts = self.prompts if batch_size is None else self.prompts[:SINGLE]
         sample = lambda: list(  # noqa: E731
-            generate(self.model, prompts, [0] * len(prompts), self.plan.spine.eval, batch_size=batch_size or len(prompts), label="")
+            generate(
+                self.model,
+                prompts,
+                [0] * len(prompts),
+                self.plan.spine.eval,
+                batch_size=batch_size or len(prompts),
+                label="",
+            )
         )
         return len(prompts) / statistics.median(wall_seconds(sample, self.model.device, 3))
 
     def image_flops(self) -> int:
         """Floating-point operations of the UNet for one image and one denoising step."""
-        latents, text = torch.randn(1, *self.model.latent_shape, device=self.model.device), self.model.encode_prompts(["a tree"])
+        latents, text = (
+            torch.randn(1, *self.model.latent_shape, device=self.model.device),
+            self.model.encode_prompts(["a tree"]),
+        )
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             self.model.unet_output(latents, torch.tensor(500, device=self.model.device), text)
         return counter.get_total_flops()
@@ -130,9 +146,14 @@ class Bench:
 
         def anchors(prompts: list[str], number: int, mirrored: bool = False) -> torch.Tensor:
             made[tuple(prompts)] = number
-            return torch.randn(number, *self.model.latent_shape, generator=torch.Generator().manual_seed(number))
+            return torch.randn(
+                number, *self.model.latent_shape, generator=torch.Generator().manual_seed(number)
+            )
 
-        request, settings = plan_requests(sequence, "sequential")[0], dataclasses.replace(self.plan.spine.train, steps=steps)
+        request, settings = (
+            plan_requests(sequence, "sequential")[0],
+            dataclasses.replace(self.plan.spine.train, steps=steps),
+        )
         scope = Scope(
             self.model,
             sequence,
@@ -156,7 +177,9 @@ class Bench:
     def step_seconds(self, few: int = 3, many: int = 15) -> float:
         """Seconds per training step: what a request prepares before its first one cancels out."""
         self.train(few)
-        short, long = (statistics.median(self.train(steps)[0] for _ in range(3)) for steps in (few, many))
+        short, long = (
+            statistics.median(self.train(steps)[0] for _ in range(3)) for steps in (few, many)
+        )
         return (long - short) / (many - few)
 
     def step_flops(self) -> int:
@@ -188,8 +211,13 @@ def bench_model(overrides: list[str], device: str) -> None:
     model, settings, speed = bench.model, bench.plan.spine.eval, bench.plan.spine.speed
     peak, flops, prompts = matmul_peak(target, model.precision), bench.image_flops(), bench.prompts
     path = bench.plan.model.arguments["path"]
-    print(f"{path}, {device_name(target)}, {model.precision}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
-    print(f"matrix product: {peak / 1e9:.0f} GFLOP/s; UNet: {flops / 1e9:.3f} GFLOP per image and step", flush=True)
+    print(
+        f"{path}, {device_name(target)}, {model.precision}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
+    )
+    print(
+        f"matrix product: {peak / 1e9:.0f} GFLOP/s; UNet: {flops / 1e9:.3f} GFLOP per image and step",
+        flush=True,
+    )
     with peaks.phase("diffusers' own loop"):
         plain = plain_rate(model, prompts[:SINGLE], settings)
     print(f"diffusers' own loop, batch 1, fp32, untouched model: {plain:.2f} images/s", flush=True)
@@ -234,15 +262,27 @@ def plain_rate(model: DiffusionModel, prompts: list[str], sampler: Sampler) -> f
     common = {"unet": parts.unet, "vae": parts.vae, "scheduler": make_scheduler(model, sampler)}
     if len(parts.tokenizers) == 2:
         (first, second), (encoder, larger) = parts.tokenizers, parts.text_encoders
-        more = {"tokenizer": first, "tokenizer_2": second, "text_encoder": encoder, "text_encoder_2": larger}
+        more = {
+            "tokenizer": first,
+            "tokenizer_2": second,
+            "text_encoder": encoder,
+            "text_encoder_2": larger,
+        }
         pipeline = diffusers.StableDiffusionXLPipeline(**common, **more)
     else:
-        more = {"tokenizer": parts.tokenizers[0], "text_encoder": parts.text_encoders[0], "safety_checker": None}
-        pipeline = diffusers.StableDiffusionPipeline(**common, **more, feature_extractor=None, requires_safety_checker=False)
+        more = {
+            "tokenizer": parts.tokenizers[0],
+            "text_encoder": parts.text_encoders[0],
+            "safety_checker": None,
+        }
+        pipeline = diffusers.StableDiffusionPipeline(
+            **common, **more, feature_extractor=None, requires_safety_checker=False
+        )
     pipeline.set_progress_bar_config(disable=True)
     size = {"height": model.resolution, "width": model.resolution, "output_type": "pt"}
     single = lambda: [  # noqa: E731
-        pipeline(prompt, num_inference_steps=sampler.steps, guidance_scale=sampler.guidance, **size) for prompt in prompts
+        pipeline(prompt, num_inference_steps=sampler.steps, guidance_scale=sampler.guidance, **size)
+        for prompt in prompts
     ]
     return len(prompts) / statistics.median(wall_seconds(single, model.device, 3))
 
@@ -259,8 +299,13 @@ def bench_accuracy(overrides: list[str], device: str) -> None:
             bench.model.speed_up(Speed(False, False, False))
         concepts = [*sequence.targets, *sequence.retain]
         fast_levers = levers_on(plan.spine.speed, bench.model.device, sampling=True)
-        found = evaluate(bench.model, plan.evaluator.build(device=device), sequence, concepts, 0, plan.spine.eval).predictions
-        hits[precision] = {domain: int((found[domain] == found[f"predicted_{domain}"]).sum()) for domain in sequence.judged}
+        found = evaluate(
+            bench.model, plan.evaluator.build(device=device), sequence, concepts, 0, plan.spine.eval
+        ).predictions
+        hits[precision] = {
+            domain: int((found[domain] == found[f"predicted_{domain}"]).sum())
+            for domain in sequence.judged
+        }
     for domain, right in hits["fp32"].items():
         interval = binomtest(right, len(found)).proportion_ci(method="wilson")
         share = hits[fast][domain] / len(found)

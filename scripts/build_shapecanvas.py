@@ -29,30 +29,52 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import yaml
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
-from cu_runner.concepts import Concept, make_sequence
-from cu_runner.evaluation import evaluate
+from cu_runner.concepts.sequence import Concept, make_sequence
 from cu_runner.evaluators.classifier import Classifier
+from cu_runner.evaluators.evaluate import evaluate
 from cu_runner.evaluators.open_clip import OpenClip
-from cu_runner.models import load_model
-from cu_runner.settings import EvalSettings, Sampler
+from cu_runner.models.diffusion import load_model
+from cu_runner.schema.settings import EvalSettings, Sampler
 from cu_runner.shapecanvas.render import IMAGE_SIZE, OBJECTS, STYLES, render
 
 TEXT_WIDTH, NUM_TOKENS = 128, 16
 LATENTS_PER_PAIR = 16  # renders of each (object, style) pair whose latents the UNet trains on
 STEPS = {"vae": 1200, "text": 1000, "style": 3000, "object": 3000, "unet": 6000, "open_clip": 1200}
 BATCH = {"vae": 32, "text": 96, "style": 64, "object": 64, "unet": 64, "open_clip": 96}
-PEAK_RATE = {"vae": 2e-3, "text": 1e-3, "style": 2e-3, "object": 2e-3, "unet": 1e-3, "open_clip": 2e-3}
+PEAK_RATE = {
+    "vae": 2e-3,
+    "text": 1e-3,
+    "style": 2e-3,
+    "object": 2e-3,
+    "unet": 1e-3,
+    "open_clip": 2e-3,
+}
 TEXT_SCALE = 10.0  # inverse temperature of the contrastive loss
 SEED = {name: 1000 + index for index, name in enumerate(STEPS)}
 
 
 CONF = Path(__file__).parent.parent / "conf"
-PARTS = {"model": "shapecanvas", "evaluator": "shapecanvas", "sequence": "shapecanvas_style"}  # what measure() rests on
+PARTS = {
+    "model": "shapecanvas",
+    "evaluator": "shapecanvas",
+    "sequence": "shapecanvas_style",
+}  # what measure() rests on
 
 
 # ------------------------------------------------------------------------------------------------------- parts
@@ -72,7 +94,8 @@ def make_vae() -> AutoencoderKL:
 def make_tokenizer() -> CLIPTokenizer:
     """A CLIP byte-pair tokenizer whose merges make every word of the world one token; other words fall into letters."""
     words = sorted(
-        {word for name in (*STYLES, *OBJECTS) for word in name.split()} | set(["an", "image", "in", "style", "the", "of"])
+        {word for name in (*STYLES, *OBJECTS) for word in name.split()}
+        | set(["an", "image", "in", "style", "the", "of"])
     )
     letters = [chr(code) for code in range(33, 127)]
     vocabulary = letters + [letter + "</w>" for letter in letters]
@@ -117,8 +140,14 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     # own, as the words of a large text encoder do. From the default of 0.02 the 120 styles end up spanning about 20 dimensions,
     # and every style then lies in the span of the others, which no projection can tell apart.
     embeddings = dict(encoder.named_parameters())
-    nn.init.normal_(next(p for name, p in embeddings.items() if name.endswith("token_embedding.weight")), std=1.0)
-    nn.init.normal_(next(p for name, p in embeddings.items() if name.endswith("position_embedding.weight")), std=0.3)
+    nn.init.normal_(
+        next(p for name, p in embeddings.items() if name.endswith("token_embedding.weight")),
+        std=1.0,
+    )
+    nn.init.normal_(
+        next(p for name, p in embeddings.items() if name.endswith("position_embedding.weight")),
+        std=0.3,
+    )
     return encoder
 
 
@@ -150,13 +179,25 @@ def make_classifier(labels: tuple[str, ...]) -> ResNetForImageClassification:
 
 def clip_config(tokenizer: CLIPTokenizer) -> dict[str, object]:
     """open_clip_config.json: an image-text model of a million weights. Its tokenizer is the pipeline's, in the same directory."""
-    text = {"context_length": NUM_TOKENS, "vocab_size": len(tokenizer), "hf_tokenizer_name": "local"}
+    text = {
+        "context_length": NUM_TOKENS,
+        "vocab_size": len(tokenizer),
+        "hf_tokenizer_name": "local",
+    }
     model = {
         "embed_dim": 96,
-        "vision_cfg": {"image_size": IMAGE_SIZE, "layers": [1, 1, 1, 1], "width": 12, "head_width": 16},
+        "vision_cfg": {
+            "image_size": IMAGE_SIZE,
+            "layers": [1, 1, 1, 1],
+            "width": 12,
+            "head_width": 16,
+        },
         "text_cfg": text | {"width": 96, "heads": 4, "layers": 2, "mlp_ratio": 2.0},
     }
-    return {"model_cfg": model, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}}
+    return {
+        "model_cfg": model,
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"},
+    }
 
 
 def make_scheduler() -> DPMSolverMultistepScheduler:
@@ -200,10 +241,16 @@ def train(
 ) -> None:
     """Run the optimiser of one stage to its end, resuming from `work/<stage>.pt`; `average` is an EMA of modules['unet']."""
     path, total = work / f"{stage}.pt", STEPS[stage]
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=PEAK_RATE[stage], weight_decay=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(
+        modules.parameters(), lr=PEAK_RATE[stage], weight_decay=1e-2, fused=True
+    )
     warmup = total // 20
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total)))
+        optimizer,
+        lambda step: (
+            min(1.0, (step + 1) / warmup)
+            * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total)))
+        ),
     )
     start = 0
     if path.exists():
@@ -214,7 +261,9 @@ def train(
         schedule.load_state_dict(state["schedule"])
         if average is not None:
             average.load_state_dict(state["average"])
-    progress = tqdm(range(start, total), initial=start, total=total, desc=stage, mininterval=5, ncols=88)
+    progress = tqdm(
+        range(start, total), initial=start, total=total, desc=stage, mininterval=5, ncols=88
+    )
     saved, smooth = time.monotonic(), None
     for step in progress:
         loss = loss_of(torch.Generator().manual_seed(SEED[stage] * 1_000_003 + step))
@@ -226,14 +275,23 @@ def train(
         if average is not None:
             decay = min(0.999, (step + 1) / (step + 10))
             with torch.no_grad():
-                for kept, new in zip(average.parameters(), modules["unet"].parameters(), strict=True):
+                for kept, new in zip(
+                    average.parameters(), modules["unet"].parameters(), strict=True
+                ):
                     kept.lerp_(new, 1 - decay)
         if step % 20 == 0:
             smooth = loss.item() if smooth is None else 0.9 * smooth + 0.1 * loss.item()
             progress.set_postfix(loss=f"{smooth:.4f}")
         if time.monotonic() - saved > 60 or step + 1 == total:
-            state = {"step": step + 1, "modules": modules.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"schedule": schedule.state_dict(), "average": average.state_dict() if average is not None else {}}
+            state = {
+                "step": step + 1,
+                "modules": modules.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
+            state |= {
+                "schedule": schedule.state_dict(),
+                "average": average.state_dict() if average is not None else {},
+            }
             torch.save(state, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
             saved = time.monotonic()
@@ -246,7 +304,8 @@ def train_vae(work: Path, device: str) -> AutoencoderKL:
         images = draw(BATCH["vae"], generator)[0].to(device) * 2 - 1
         posterior = vae.encode(images).latent_dist
         restored = vae.decode(
-            posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(device)
+            posterior.mean
+            + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(device)
         ).sample
         error = restored - images
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
@@ -256,7 +315,9 @@ def train_vae(work: Path, device: str) -> AutoencoderKL:
     return vae.eval()
 
 
-def captioned(count: int, generator: torch.Generator, unsaid: float) -> tuple[Tensor, list[str], Tensor]:
+def captioned(
+    count: int, generator: torch.Generator, unsaid: float
+) -> tuple[Tensor, list[str], Tensor]:
     """Images [B, 3, S, S], a caption of each, and which captions describe which images [B captions, B images], 1 or 0.
 
     unsaid: how often the object is left out of a caption, and how often the style.
@@ -267,7 +328,9 @@ def captioned(count: int, generator: torch.Generator, unsaid: float) -> tuple[Te
         caption(None if silent[0, i] else OBJECTS[o], None if silent[1, i] else STYLES[s])
         for i, (o, s) in enumerate(zip(objects, styles, strict=True))
     ]
-    match = (silent[0, :, None] | (objects[:, None] == objects)) & (silent[1, :, None] | (styles[:, None] == styles))
+    match = (silent[0, :, None] | (objects[:, None] == objects)) & (
+        silent[1, :, None] | (styles[:, None] == styles)
+    )
     return images, captions, match.float()
 
 
@@ -282,7 +345,9 @@ def train_text(work: Path, device: str) -> CLIPTextModel:
     """Contrastive training against a small image network; the text encoder is frozen afterwards."""
     tokenizer = make_tokenizer()
     text = make_text_encoder(tokenizer).to(device)
-    image = make_classifier(tuple(str(i) for i in range(TEXT_WIDTH))).to(device)  # its outputs are the image embedding
+    image = make_classifier(tuple(str(i) for i in range(TEXT_WIDTH))).to(
+        device
+    )  # its outputs are the image embedding
     project = nn.Linear(TEXT_WIDTH, TEXT_WIDTH, bias=False).to(device)
     modules = nn.ModuleDict({"text": text, "image": image, "project": project})
 
@@ -302,7 +367,11 @@ def soften(images: Tensor, generator: torch.Generator) -> Tensor:
     small = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
     blurred = F.interpolate(small, size=images.shape[-1], mode="bilinear")
     amount = torch.rand(len(images), 1, 1, 1, generator=generator)
-    noise = 0.04 * torch.rand(len(images), 1, 1, 1, generator=generator) * torch.randn(images.shape, generator=generator)
+    noise = (
+        0.04
+        * torch.rand(len(images), 1, 1, 1, generator=generator)
+        * torch.randn(images.shape, generator=generator)
+    )
     return torch.lerp(images, blurred, amount) + noise
 
 
@@ -313,7 +382,9 @@ def train_classifier(domain: str, work: Path, device: str) -> ResNetForImageClas
         images, objects, styles = draw(BATCH[domain], generator)
         images = soften(images, generator)
         labels = (styles if domain == "style" else objects).to(device)
-        return F.cross_entropy(model(images.to(device) * 2 - 1).logits, labels, label_smoothing=0.05)
+        return F.cross_entropy(
+            model(images.to(device) * 2 - 1).logits, labels, label_smoothing=0.05
+        )
 
     train(domain, nn.ModuleDict({"model": model}), loss_of, work)
     return model.eval()
@@ -328,7 +399,10 @@ def train_clip(work: Path, device: str) -> open_clip.CLIP:
         images, captions, match = captioned(BATCH["open_clip"], generator, 0.3)
         images = soften(images, generator).to(device) * 2 - 1
         tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
-        text, image = model.encode_text(tokens, normalize=True), model.encode_image(images, normalize=True)
+        text, image = (
+            model.encode_text(tokens, normalize=True),
+            model.encode_image(images, normalize=True),
+        )
         return contrast(model.logit_scale.exp().clamp(max=100) * text @ image.T, match.to(device))
 
     train("open_clip", nn.ModuleDict({"model": model}), loss_of, work)
@@ -344,15 +418,23 @@ def cache_latents(vae: AutoencoderKL, work: Path, device: str) -> Tensor:
         pairs = [(o, s) for o in OBJECTS for s in STYLES for _ in range(LATENTS_PER_PAIR)]
         for start in tqdm(range(0, len(pairs), 240), desc="latents", ncols=88):
             chunk = pairs[start : start + 240]
-            images = render([o for o, _ in chunk], [s for _, s in chunk], torch.Generator().manual_seed(77_000_000 + start))
+            images = render(
+                [o for o, _ in chunk],
+                [s for _, s in chunk],
+                torch.Generator().manual_seed(77_000_000 + start),
+            )
             batches.append(vae.encode(images.to(device) * 2 - 1).latent_dist.mean.cpu())
-        latents = torch.cat(batches).view(len(OBJECTS), len(STYLES), LATENTS_PER_PAIR, *batches[0].shape[1:])
+        latents = torch.cat(batches).view(
+            len(OBJECTS), len(STYLES), LATENTS_PER_PAIR, *batches[0].shape[1:]
+        )
         torch.save(latents, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
     return torch.load(path, weights_only=True)
 
 
-def train_unet(vae: AutoencoderKL, text: CLIPTextModel, work: Path, device: str) -> UNet2DConditionModel:
+def train_unet(
+    vae: AutoencoderKL, text: CLIPTextModel, work: Path, device: str
+) -> UNet2DConditionModel:
     latents = cache_latents(vae, work, device)
     latents = latents / latents.std()
     tokenizer, scheduler = make_tokenizer(), make_scheduler()
@@ -372,13 +454,19 @@ def train_unet(vae: AutoencoderKL, text: CLIPTextModel, work: Path, device: str)
         copies = torch.randint(LATENTS_PER_PAIR, (count,), generator=generator)
         clean = latents[objects, styles, copies].to(device)
         said = torch.rand(3, count, generator=generator)
-        row = torch.where(said[0] < 0.1, 0, objects + 1) * (len(STYLES) + 1) + torch.where(said[1] < 0.1, 0, styles + 1) + 1
+        row = (
+            torch.where(said[0] < 0.1, 0, objects + 1) * (len(STYLES) + 1)
+            + torch.where(said[1] < 0.1, 0, styles + 1)
+            + 1
+        )
         row = torch.where(said[2] < 0.1, 0, row)  # the empty prompt, for classifier-free guidance
         noise = torch.randn(clean.shape, generator=generator).to(device)
         steps = torch.randint(1000, (count,), generator=generator)
         signal = scheduler.alphas_cumprod[steps].sqrt().view(-1, 1, 1, 1).to(device)
         sigma = (1 - signal**2).sqrt()
-        predicted = unet(signal * clean + sigma * noise, steps.to(device), embeddings[row.to(device)]).sample
+        predicted = unet(
+            signal * clean + sigma * noise, steps.to(device), embeddings[row.to(device)]
+        ).sample
         return F.mse_loss(predicted, signal * noise - sigma * clean)  # v, Salimans & Ho 2022
 
     train("unet", nn.ModuleDict({"unet": unet}), loss_of, work, average)
@@ -406,9 +494,13 @@ def pack(work: Path, out: Path, device: str) -> None:
     config = (
         out / "pipeline" / "text_encoder" / "config.json"
     )  # transformers would keep half precision, diffusers loads the rest as float
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n"
+    )
     for domain in ("style", "object"):
-        train_classifier(domain, work, device).half().save_pretrained(out / f"{domain}_classifier", safe_serialization=True)
+        train_classifier(domain, work, device).half().save_pretrained(
+            out / f"{domain}_classifier", safe_serialization=True
+        )
     pack_clip(work, out, device)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size / 2**20:.2f} MB")
@@ -418,18 +510,28 @@ def pack_clip(work: Path, out: Path, device: str) -> None:
     """Write the open_clip directory: configuration, tokenizer, half-precision safetensors."""
     tokenizer, folder = make_tokenizer(), out / "open_clip"
     tokenizer.save_pretrained(folder)
-    (folder / "open_clip_config.json").write_text(json.dumps(clip_config(tokenizer), indent=2) + "\n")
-    weights = {name: tensor.half().cpu().contiguous() for name, tensor in train_clip(work, device).state_dict().items()}
+    (folder / "open_clip_config.json").write_text(
+        json.dumps(clip_config(tokenizer), indent=2) + "\n"
+    )
+    weights = {
+        name: tensor.half().cpu().contiguous()
+        for name, tensor in train_clip(work, device).state_dict().items()
+    }
     safetensors.torch.save_file(weights, folder / "open_clip_model.safetensors")
 
 
 def measure(out: Path, device: str) -> None:
     """Base accuracy of generated images at the default sampler, printed and saved as base_accuracy.json."""
-    read = {group: yaml.safe_load((CONF / group / f"{name}.yaml").read_text()) for group, name in PARTS.items()}
+    read = {
+        group: yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+        for group, name in PARTS.items()
+    }
     for part in read.values():
         del part["_target_"]
     sampler = Sampler(**read["model"].pop("sampler"))
-    model = load_model(**read["model"] | {"path": str(out / "pipeline")}, sampler=sampler, device=device)
+    model = load_model(
+        **read["model"] | {"path": str(out / "pipeline")}, sampler=sampler, device=device
+    )
     judges = {domain: str(out / f"{domain}_classifier") for domain in ("style", "object")}
     evaluator = Classifier(**read["evaluator"] | {"paths": judges}, device=device)
     sequence = make_sequence(**read["sequence"])
@@ -443,9 +545,17 @@ def measure(out: Path, device: str) -> None:
         grid = dataclasses.replace(sequence, cross_retain=cross, seeds=seeds)
         settings = EvalSettings(sampler.steps, sampler.guidance, sampler.scheduler, batch_size=96)
         rows = evaluate(model, evaluator, grid, concepts, 0, settings).predictions
-        right = {domain: 100 * (rows[domain] == rows[f"predicted_{domain}"]).mean().item() for domain in ("style", "object")}
-        result[name] = {"images": len(rows), **{f"{domain}_percent": round(value, 2) for domain, value in right.items()}}
-        print(f"base accuracy, {name}: {len(rows)} images, style {right['style']:.1f}%, object {right['object']:.1f}%")
+        right = {
+            domain: 100 * (rows[domain] == rows[f"predicted_{domain}"]).mean().item()
+            for domain in ("style", "object")
+        }
+        result[name] = {
+            "images": len(rows),
+            **{f"{domain}_percent": round(value, 2) for domain, value in right.items()},
+        }
+        print(
+            f"base accuracy, {name}: {len(rows)} images, style {right['style']:.1f}%, object {right['object']:.1f}%"
+        )
     (out / "base_accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
@@ -453,40 +563,87 @@ def measure_clip(out: Path, device: str) -> None:
     """Zero-shot accuracy of the image-text model on 1000 rendered images, and on the base model's grid of the benchmark."""
     read = {
         name: yaml.safe_load((CONF / f"{name}.yaml").read_text())
-        for name in ("evaluator/shapecanvas_clip", "model/shapecanvas", "sequence/shapecanvas_style")
+        for name in (
+            "evaluator/shapecanvas_clip",
+            "model/shapecanvas",
+            "sequence/shapecanvas_style",
+        )
     }
     for part in read.values():
         del part["_target_"]
-    judge = OpenClip(**read["evaluator/shapecanvas_clip"] | {"model": str(out / "open_clip")}, device=device)
+    judge = OpenClip(
+        **read["evaluator/shapecanvas_clip"] | {"model": str(out / "open_clip")}, device=device
+    )
     generator, rows = torch.Generator().manual_seed(987654321), []
     for _ in range(10):
         images, objects, styles = draw(100, generator)
         found = judge.predict(images.to(device))
-        rows += zip(found["style"].labels, found["object"].labels, styles.tolist(), objects.tolist(), strict=True)
-    style, thing = sum(row[0] == STYLES[row[2]] for row in rows) / 10, sum(row[1] == OBJECTS[row[3]] for row in rows) / 10
+        rows += zip(
+            found["style"].labels,
+            found["object"].labels,
+            styles.tolist(),
+            objects.tolist(),
+            strict=True,
+        )
+    style, thing = (
+        sum(row[0] == STYLES[row[2]] for row in rows) / 10,
+        sum(row[1] == OBJECTS[row[3]] for row in rows) / 10,
+    )
     print(f"zero-shot, rendered: {len(rows)} images, style {style:.1f}%, object {thing:.1f}%")
-    sampler, sequence = Sampler(**read["model/shapecanvas"].pop("sampler")), make_sequence(**read["sequence/shapecanvas_style"])
-    model = load_model(**read["model/shapecanvas"] | {"path": str(out / "pipeline")}, sampler=sampler, device=device)
+    sampler, sequence = (
+        Sampler(**read["model/shapecanvas"].pop("sampler")),
+        make_sequence(**read["sequence/shapecanvas_style"]),
+    )
+    model = load_model(
+        **read["model/shapecanvas"] | {"path": str(out / "pipeline")},
+        sampler=sampler,
+        device=device,
+    )
     settings = EvalSettings(sampler.steps, sampler.guidance, sampler.scheduler, batch_size=96)
-    grid = evaluate(model, judge, sequence, [*sequence.targets, *sequence.retain], 0, settings).predictions
-    right = {domain: 100 * (grid[domain] == grid[f"predicted_{domain}"]).mean() for domain in ("style", "object")}
-    print(f"zero-shot, generated: {len(grid)} images, style {right['style']:.1f}%, object {right['object']:.1f}%")
+    grid = evaluate(
+        model, judge, sequence, [*sequence.targets, *sequence.retain], 0, settings
+    ).predictions
+    right = {
+        domain: 100 * (grid[domain] == grid[f"predicted_{domain}"]).mean()
+        for domain in ("style", "object")
+    }
+    print(
+        f"zero-shot, generated: {len(grid)} images, style {right['style']:.1f}%, object {right['object']:.1f}%"
+    )
 
 
 def beside(stages: list[str], arguments: argparse.Namespace) -> subprocess.Popen:
     """Train further stages in a second process while this one goes on."""
-    places = ["--work", str(arguments.work), "--out", str(arguments.out), "--device", arguments.device]
+    places = [
+        "--work",
+        str(arguments.work),
+        "--out",
+        str(arguments.out),
+        "--device",
+        arguments.device,
+    ]
     command = [sys.executable, __file__, *places, "--only", *stages]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} if arguments.device == "cpu" else os.environ
-    return subprocess.Popen(command, env=environment, stderr=(arguments.work / "beside.log").open("a"))
+    return subprocess.Popen(
+        command, env=environment, stderr=(arguments.work / "beside.log").open("a")
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=Path("outputs/shapecanvas"), help="checkpoints of the build")
-    parser.add_argument("--out", type=Path, default=Path("cu_runner/shapecanvas/weights"), help="where the result goes")
+    parser.add_argument(
+        "--work", type=Path, default=Path("outputs/shapecanvas"), help="checkpoints of the build"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("cu_runner/shapecanvas/weights"),
+        help="where the result goes",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of the UNet stage")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="CPU threads of the UNet stage"
+    )
     parser.add_argument("--only", nargs="*", default=[], help="train these stages and stop")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -498,7 +655,9 @@ def main() -> None:
         "object": lambda work, device: train_classifier("object", work, device),
         "open_clip": lambda work, device: pack_clip(work, arguments.out, device),
         "measure_clip": lambda work, device: measure_clip(arguments.out, device),
-        "unet": lambda work, device: train_unet(train_vae(work, device), train_text(work, device), work, device),
+        "unet": lambda work, device: train_unet(
+            train_vae(work, device), train_text(work, device), work, device
+        ),
     }
     if arguments.only:
         torch.set_num_threads(arguments.threads if "unet" in arguments.only else 1)

@@ -22,15 +22,21 @@ import transformers
 import yaml
 from open_clip.tokenizer import SimpleTokenizer
 
-from cu_runner.help import config_dir
-from cu_runner.lists import read_shipped
-from cu_runner.models import DTYPES
+from cu_runner.concepts.entries import read_shipped
+from cu_runner.models.diffusion import DTYPES
+from cu_runner.runtime.paths import config_dir
 
 KINDS = ("sd15", "sd21_base", "sdxl")
 NOISE = {
-    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
-    "clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True,
-}  # fmt: skip
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+}
 
 
 def unet_config(kind: str, tiny: bool) -> dict[str, object]:
@@ -38,9 +44,17 @@ def unet_config(kind: str, tiny: bool) -> dict[str, object]:
     cross, plain = "CrossAttn{}Block2D", "{}Block2D"
     layout = [plain, cross, cross] if kind == "sdxl" else [cross, cross, cross, plain]
     if tiny:
-        widths, heads, text = [16, 32, 32], [2, 4, 4], {"sd15": 32, "sd21_base": 48, "sdxl": 80}[kind]
+        widths, heads, text = (
+            [16, 32, 32],
+            [2, 4, 4],
+            {"sd15": 32, "sd21_base": 48, "sdxl": 80}[kind],
+        )
     else:
-        widths, heads, text = [320, 640, 1280], [5, 10, 20], {"sd15": 768, "sd21_base": 1024, "sdxl": 2048}[kind]
+        widths, heads, text = (
+            [320, 640, 1280],
+            [5, 10, 20],
+            {"sd15": 768, "sd21_base": 1024, "sdxl": 2048}[kind],
+        )
     config = {
         "sample_size": 8 if tiny else 128 if kind == "sdxl" else 64,
         "block_out_channels": widths + widths[-1:] * (kind != "sdxl"),
@@ -88,9 +102,17 @@ def text_config(name: str, tiny: bool) -> transformers.CLIPTextConfig:
         width = {"L": 32, "H": 48, "bigG": 48}[name]
         layers, heads, projection = 3, 4, width
     return transformers.CLIPTextConfig(
-        vocab_size=49408, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
-        hidden_act=activation, projection_dim=projection, max_position_embeddings=77, bos_token_id=0, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=49408,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        hidden_act=activation,
+        projection_dim=projection,
+        max_position_embeddings=77,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
 
 
 def scheduler_of(kind: str) -> diffusers.SchedulerMixin:
@@ -103,15 +125,26 @@ def scheduler_of(kind: str) -> diffusers.SchedulerMixin:
 def write_tokenizer(directory: Path, pad_token: str) -> None:
     """CLIP's vocabulary of 49408 entries as vocab.json and merges.txt, from the merges in open_clip."""
     clip = SimpleTokenizer()
-    special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # open_clip's names for them, and CLIP's
+    special = {
+        "<start_of_text>": "<|startoftext|>",
+        "<end_of_text>": "<|endoftext|>",
+    }  # open_clip's names for them, and CLIP's
     words = {special.get(word, word): number for word, number in clip.encoder.items()}
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "vocab.json", words)
     merges = ["#version: 0.2", *(" ".join(pair) for pair in clip.bpe_ranks)]
     (directory / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
-    ends = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token=pad_token)
+    ends = dict(
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        pad_token=pad_token,
+    )
     write_json(directory / "special_tokens_map.json", ends)
-    write_json(directory / "tokenizer_config.json", ends | {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77})
+    write_json(
+        directory / "tokenizer_config.json",
+        ends | {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77},
+    )
 
 
 def write_json(path: Path, content: object) -> None:
@@ -129,7 +162,14 @@ def building_in(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def make_pipeline(kind: str, directory: Path, *, tiny: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+def make_pipeline(
+    kind: str,
+    directory: Path,
+    *,
+    tiny: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write a whole diffusers directory, one component in memory at a time.
 
     Args:
@@ -142,25 +182,48 @@ def make_pipeline(kind: str, directory: Path, *, tiny: bool = False, seed: int =
     scheduler_of(kind).save_pretrained(directory / "scheduler")
     encoders = {"sd15": ["L"], "sd21_base": ["H"], "sdxl": ["L", "bigG"]}[kind]
     with building_in(dtype):
-        diffusers.UNet2DConditionModel(**unet_config(kind, tiny)).save_pretrained(directory / "unet", max_shard_size="100GB")
+        diffusers.UNet2DConditionModel(**unet_config(kind, tiny)).save_pretrained(
+            directory / "unet", max_shard_size="100GB"
+        )
         diffusers.AutoencoderKL(**vae_config(kind, tiny)).save_pretrained(directory / "vae")
         for name, suffix in zip(encoders, ("", "_2"), strict=False):
-            model = transformers.CLIPTextModelWithProjection if suffix else transformers.CLIPTextModel
+            model = (
+                transformers.CLIPTextModelWithProjection if suffix else transformers.CLIPTextModel
+            )
             model(text_config(name, tiny)).save_pretrained(directory / f"text_encoder{suffix}")
-            write_tokenizer(directory / f"tokenizer{suffix}", "<|endoftext|>" if name == "L" else "!")
+            write_tokenizer(
+                directory / f"tokenizer{suffix}", "<|endoftext|>" if name == "L" else "!"
+            )
             index[f"text_encoder{suffix}"] = ["transformers", model.__name__]
             index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
     index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
     if kind == "sdxl":
-        index |= {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True, "add_watermarker": None}
+        index |= {
+            "_class_name": "StableDiffusionXLPipeline",
+            "force_zeros_for_empty_prompt": True,
+            "add_watermarker": None,
+        }
     else:
-        unused = {key: [None, None] for key in ("safety_checker", "feature_extractor", "image_encoder")}
-        index |= {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **unused}
-    write_json(directory / "model_index.json", index | {"_diffusers_version": diffusers.__version__})
+        unused = {
+            key: [None, None] for key in ("safety_checker", "feature_extractor", "image_encoder")
+        }
+        index |= {
+            "_class_name": "StableDiffusionPipeline",
+            "requires_safety_checker": False,
+            **unused,
+        }
+    write_json(
+        directory / "model_index.json", index | {"_diffusers_version": diffusers.__version__}
+    )
 
 
 def make_classifiers(
-    directory: Path, judged: str = "unlearncanvas", *, tiny: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32
+    directory: Path,
+    judged: str = "unlearncanvas",
+    *,
+    tiny: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write the judges of an experiment, whose classifiers are ViT-L/16.
 
@@ -170,18 +233,30 @@ def make_classifiers(
     """
     torch.manual_seed(seed)
     if judged == "unlearncanvas":
-        labels = {domain: read_shipped(f"unlearncanvas_{domain}s") for domain in ("style", "object")}
+        labels = {
+            domain: read_shipped(f"unlearncanvas_{domain}s") for domain in ("style", "object")
+        }
     else:
-        sequence = yaml.safe_load((config_dir() / "sequence/celebrity.yaml").read_text(encoding="utf-8"))
+        sequence = yaml.safe_load(
+            (config_dir() / "sequence/celebrity.yaml").read_text(encoding="utf-8")
+        )
         labels = {"celebrity": sequence["targets"] + sequence["retain"]}
-    sizes = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+    sizes = dict(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    )
     if tiny:
-        sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+        sizes = dict(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+        )
     with building_in(dtype):
         for domain, entries in labels.items():
             names = dict(enumerate(entries))
             config = transformers.ViTConfig(
-                **sizes, image_size=224, patch_size=16, id2label=names, label2id={name: i for i, name in names.items()}
+                **sizes,
+                image_size=224,
+                patch_size=16,
+                id2label=names,
+                label2id={name: i for i, name in names.items()},
             )
             transformers.ViTForImageClassification(config).save_pretrained(directory / domain)
         if judged == "celebrity":
@@ -197,8 +272,14 @@ def write_open_clip(directory: Path, tiny: bool) -> None:
         vision = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16}
         model = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
     directory.mkdir(parents=True, exist_ok=True)
-    preprocess = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD, "interpolation": "bicubic"}
-    write_json(directory / "open_clip_config.json", {"model_cfg": model, "preprocess_cfg": preprocess})
+    preprocess = {
+        "mean": open_clip.OPENAI_DATASET_MEAN,
+        "std": open_clip.OPENAI_DATASET_STD,
+        "interpolation": "bicubic",
+    }
+    write_json(
+        directory / "open_clip_config.json", {"model_cfg": model, "preprocess_cfg": preprocess}
+    )
     network = open_clip.CLIP(**{key: model[key] for key in ("embed_dim", "vision_cfg", "text_cfg")})
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     safetensors.torch.save_file(weights, directory / "open_clip_model.safetensors")
@@ -207,18 +288,29 @@ def write_open_clip(directory: Path, tiny: bool) -> None:
 def write_face_detector(directory: Path, tiny: bool) -> None:
     """A YOLOS with the one class "face"; the bias of its class head makes every detection one."""
     side = 64 if tiny else 512
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16) if tiny else {}
+    sizes = (
+        dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        if tiny
+        else {}
+    )
     config = transformers.YolosConfig(
-        **sizes, image_size=[side, side], patch_size=16, num_detection_tokens=2 if tiny else 100, id2label={0: "face"},
-        label2id={"face": 0}, use_mid_position_embeddings=False,
-    )  # fmt: skip
+        **sizes,
+        image_size=[side, side],
+        patch_size=16,
+        num_detection_tokens=2 if tiny else 100,
+        id2label={0: "face"},
+        label2id={"face": 0},
+        use_mid_position_embeddings=False,
+    )
     network = transformers.YolosForObjectDetection(config)
     head = network.class_labels_classifier.layers[-1]
     with torch.no_grad():
         head.weight.zero_()
         head.bias.copy_(torch.tensor([6.0, 0.0]))
     network.save_pretrained(directory)
-    transformers.YolosImageProcessor(size={"height": side, "width": side}).save_pretrained(directory)
+    transformers.YolosImageProcessor(size={"height": side, "width": side}).save_pretrained(
+        directory
+    )
 
 
 def main() -> None:
@@ -229,9 +321,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the files")
     parser.add_argument(
-        "--classifiers", nargs="?", const="unlearncanvas", choices=["unlearncanvas", "celebrity"],
+        "--classifiers",
+        nargs="?",
+        const="unlearncanvas",
+        choices=["unlearncanvas", "celebrity"],
         help="also the judges of an experiment: DIR/classifiers/style and object, or celebrity, scene and faces",
-    )  # fmt: skip
+    )
     arguments = parser.parse_args()
     options = {"tiny": arguments.tiny, "seed": arguments.seed, "dtype": DTYPES[arguments.dtype]}
     make_pipeline(arguments.kind, arguments.directory, **options)

@@ -14,19 +14,40 @@ from pathlib import Path
 import matplotlib as mpl
 import pandas as pd
 
-from cu_runner.help import config_dir
-from cu_runner.launch import cu_runs
+from cu_runner.runtime.paths import config_dir
+from cu_runner.sweeps.make_runs import cu_runs
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).parent.parent / "docs"
 PANELS = {"UA": "UA (%)", "RA_I": "RA-I (%)", "RA_C": "RA-C (%)", "drift_l2": "drift, L2 norm"}
-COLUMNS = ["method", "reg", "remark", "UA", "RA_I", "RA_C", "drift_l2", "seconds", "first_UA", "first_RA_C"]
+COLUMNS = [
+    "method",
+    "reg",
+    "remark",
+    "UA",
+    "RA_I",
+    "RA_C",
+    "drift_l2",
+    "seconds",
+    "first_UA",
+    "first_RA_C",
+]
 # The curves of the picture: conabl with these regularizers.
-CURVES = {"none": "#444444", "l2": "#1f77b4", "merge": "#7570b3", "gradproj": "#d95f02", "nullspace": "#1b9e77"}
+CURVES = {
+    "none": "#444444",
+    "l2": "#1f77b4",
+    "merge": "#7570b3",
+    "gradproj": "#d95f02",
+    "nullspace": "#1b9e77",
+}
 # The subspace as published: one column per name, the mean over its own tokens; 43 names, as many as leave the target room.
-OWN_TOKENS = ["reg.gradproj.tokens=own", "reg.gradproj.energy=1.0", "reg.gradproj.contexts=['{concept}']"]
+OWN_TOKENS = [
+    "reg.gradproj.tokens=own",
+    "reg.gradproj.energy=1.0",
+    "reg.gradproj.contexts=['{concept}']",
+]
 OWN_TOKENS += ["reg.gradproj.auxiliary.number=43", "train.lr=3e-4"]
 
 
@@ -36,10 +57,15 @@ def choices(group: str) -> list[str]:
     return sorted(names, key=lambda name: name not in ("conabl", "none"))
 
 
-def matrix(methods: list[str], regularizers: tuple[str, ...]) -> dict[tuple[str, str, str], list[str]]:
+def matrix(
+    methods: list[str], regularizers: tuple[str, ...]
+) -> dict[tuple[str, str, str], list[str]]:
     """(method, reg, remark) -> overrides of its run: conabl with everything, these methods with these regularizers."""
     cells = {("conabl", reg, ""): [f"reg={reg}"] for reg in choices("reg")}
-    cells["conabl", "nullspace", "retained names in the kept prompts"] = ["reg=nullspace", "reg.nullspace.names.retained=true"]
+    cells["conabl", "nullspace", "retained names in the kept prompts"] = [
+        "reg=nullspace",
+        "reg.nullspace.names.retained=true",
+    ]
     cells["conabl", "gradproj", "own tokens only"] = ["reg=gradproj", *OWN_TOKENS]
     for reg in regularizers:
         cells |= {(method, reg, ""): [f"method={method}", f"reg={reg}"] for method in methods}
@@ -54,7 +80,11 @@ def table_of(tables: dict[tuple[str, str, str], pd.DataFrame | str]) -> pd.DataF
         if isinstance(table, str):
             rows.append(row | {"stopped": table})
             continue
-        row |= {"first_UA": table["UA"][1], "first_RA_C": table["RA_C"][1], "seconds": table["train_seconds"].sum()}
+        row |= {
+            "first_UA": table["UA"][1],
+            "first_RA_C": table["RA_C"][1],
+            "seconds": table["train_seconds"].sum(),
+        }
         rows.append(row | table[["UA", "RA_I", "RA_C", "drift_l2"]].iloc[-1].to_dict())
     return pd.DataFrame(rows, columns=[*COLUMNS, "stopped"])
 
@@ -66,7 +96,10 @@ def summary(table: pd.DataFrame) -> str:
 
 def keep_others(found: pd.DataFrame) -> pd.DataFrame:
     """The rows found, in place of the same ones of docs/matrix.csv, which keeps its order; new ones at the end."""
-    known, key = pd.read_csv(DOCS / "matrix.csv").fillna({"remark": ""}), ["method", "reg", "remark"]
+    known, key = (
+        pd.read_csv(DOCS / "matrix.csv").fillna({"remark": ""}),
+        ["method", "reg", "remark"],
+    )
     names = [frame[key].agg("+".join, axis=1) for frame in (known, found)]
     places = {name: place for place, name in enumerate(dict.fromkeys(pd.concat(names)))}
     kept = known[~names[0].isin(names[1])]
@@ -82,7 +115,9 @@ def as_markdown(table: pd.DataFrame) -> str:
     for row in table.itertuples():
         regularizer = f"{row.reg}, {row.remark}" if row.remark else row.reg
         if isinstance(row.stopped, str):
-            lines.append(f"| {row.method} | {regularizer} | {row.stopped.removeprefix('cu-run: ')} |")
+            lines.append(
+                f"| {row.method} | {regularizer} | {row.stopped.removeprefix('cu-run: ')} |"
+            )
             continue
         first = f"{row.first_UA:.0f} / {row.first_RA_C:.1f}"
         numbers = f"{row.UA:.1f} | {row.RA_I:.1f} | {row.RA_C:.1f} | {row.drift_l2:.1f} | {row.seconds:.0f} | {first}"
@@ -95,7 +130,14 @@ def draw(tables: dict[str, pd.DataFrame]) -> None:
     for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
         for reg, table in tables.items():
             shown = table[table["request"] > 0] if name == "UA" else table
-            axis.plot(shown["request"], shown[name], marker="o", markersize=3, color=CURVES[reg], label=f"conabl, {reg}")
+            axis.plot(
+                shown["request"],
+                shown[name],
+                marker="o",
+                markersize=3,
+                color=CURVES[reg],
+                label=f"conabl, {reg}",
+            )
         axis.set(xlabel="request", title=title, xticks=range(0, 13, 2))
         axis.grid(alpha=0.25)
         if name != "drift_l2":
@@ -113,15 +155,26 @@ def write(tables: dict[tuple[str, str, str], pd.DataFrame | str], *, partly: boo
     curves = {reg: tables["conabl", reg, ""] for reg in CURVES if ("conabl", reg, "") in tables}
     if len(curves) == len(CURVES):
         rows = pd.concat([table.assign(reg=reg) for reg, table in curves.items()])
-        rows[["reg", "request", "concept", *PANELS, "RA_C_retained"]].to_csv(DOCS / "results.csv", index=False)
+        rows[["reg", "request", "concept", *PANELS, "RA_C_retained"]].to_csv(
+            DOCS / "results.csv", index=False
+        )
         draw(curves)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("methods", nargs="*", default=choices("method"), help="beside conabl; default: all")
-    parser.add_argument("--alone", action="store_true", help="leave out the methods with gradient projection")
-    parser.add_argument("--rows", nargs="+", metavar="METHOD+REG", help="only these rows; the others keep their figures")
+    parser.add_argument(
+        "methods", nargs="*", default=choices("method"), help="beside conabl; default: all"
+    )
+    parser.add_argument(
+        "--alone", action="store_true", help="leave out the methods with gradient projection"
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        metavar="METHOD+REG",
+        help="only these rows; the others keep their figures",
+    )
     arguments = parser.parse_args()
     cells = matrix(arguments.methods, ("none",) if arguments.alone else ("none", "gradproj"))
     if arguments.rows:
@@ -130,9 +183,16 @@ def main() -> None:
             parser.error(f"{unknown[0]}: no such row; allowed: {', '.join(named)}")
         cells = {named[row]: cells[named[row]] for row in arguments.rows}
     tables = {}
-    for cell, run in zip(cells, cu_runs([["wandb.mode=disabled", *overrides] for overrides in cells.values()]), strict=True):
+    for cell, run in zip(
+        cells,
+        cu_runs([["wandb.mode=disabled", *overrides] for overrides in cells.values()]),
+        strict=True,
+    ):
         tables[cell] = table = run if isinstance(run, str) else run.table
-        print(f"{'+'.join(filter(None, cell)):<40} {table if isinstance(table, str) else summary(table)}", flush=True)
+        print(
+            f"{'+'.join(filter(None, cell)):<40} {table if isinstance(table, str) else summary(table)}",
+            flush=True,
+        )
         write(tables, partly=bool(arguments.rows))
 
 

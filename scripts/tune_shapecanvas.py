@@ -21,8 +21,9 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from cu_runner.launch import LaunchError, cu_runs
-from cu_runner.runs import RunRecord
+from cu_runner.schema.errors import LaunchError
+from cu_runner.store.run_record import RunRecord
+from cu_runner.sweeps.make_runs import cu_runs
 
 DOCS = Path(__file__).parent.parent / "docs"
 ENOUGH = 98.0  # UA in percent
@@ -51,7 +52,9 @@ def cell_overrides(cell: str) -> list[str]:
 
 def choose(candidates: pd.DataFrame) -> pd.Series:
     """The candidate of one cell with the highest mean of RA-I and RA-C at a UA of ENOUGH, else the one with the highest UA."""
-    ranked = candidates.assign(reached=candidates["UA"] >= ENOUGH, kept=candidates["RA_I"] + candidates["RA_C"])
+    ranked = candidates.assign(
+        reached=candidates["UA"] >= ENOUGH, kept=candidates["RA_I"] + candidates["RA_C"]
+    )
     ranked["kept"] = ranked["kept"].where(ranked["reached"])
     best = ranked.sort_values(["reached", "kept", "UA"], ascending=False, kind="stable").index[0]
     return candidates.loc[best]
@@ -78,10 +81,19 @@ def main() -> None:
     chosen = [argument for argument in arguments if argument not in settings] or list(grid)
     unknown = [cell for cell in chosen if cell not in grid]
     if unknown:
-        raise SystemExit(f"{unknown[0]}: no such cell of {domain} in {GRID.name}; allowed: {', '.join(grid)}")
-    candidates = [(cell, overrides) for cell in chosen for overrides in grid[cell] if settings <= set(overrides)]
+        raise SystemExit(
+            f"{unknown[0]}: no such cell of {domain} in {GRID.name}; allowed: {', '.join(grid)}"
+        )
+    candidates = [
+        (cell, overrides)
+        for cell in chosen
+        for overrides in grid[cell]
+        if settings <= set(overrides)
+    ]
     if not candidates:
-        raise SystemExit(f"no candidate of these cells has {' and '.join(sorted(settings))}; see {GRID.name}")
+        raise SystemExit(
+            f"no candidate of these cells has {' and '.join(sorted(settings))}; see {GRID.name}"
+        )
     common = ["wandb.mode=disabled", f"sequence={SEQUENCES[domain]}", "seed=1"]
     jobs = [[*cell_overrides(cell), *common, *overrides] for cell, overrides in candidates]
     rows = []
@@ -91,10 +103,16 @@ def main() -> None:
         print(f"{cell:<20} {row['overrides']:<70} {shown}", flush=True)
         rows.append(row)
     file = DOCS / "tuning.csv"
-    known = pd.read_csv(file) if file.exists() else pd.DataFrame()  # candidates that were not run now keep their figures
-    found = pd.concat([known, pd.DataFrame(rows)]).drop_duplicates(["domain", "cell", "overrides"], keep="last")
+    known = (
+        pd.read_csv(file) if file.exists() else pd.DataFrame()
+    )  # candidates that were not run now keep their figures
+    found = pd.concat([known, pd.DataFrame(rows)]).drop_duplicates(
+        ["domain", "cell", "overrides"], keep="last"
+    )
     found.to_csv(file, index=False)
-    for cell, group in found[(found["domain"] == domain) & found["cell"].isin(chosen)].groupby("cell", sort=False):
+    for cell, group in found[(found["domain"] == domain) & found["cell"].isin(chosen)].groupby(
+        "cell", sort=False
+    ):
         best = choose(group.reset_index(drop=True))
         note = f"UA {ENOUGH:.0f} not reached; nearest: " if best["UA"] < ENOUGH else ""
         print(f"{cell}: {note}{best['overrides']}  {describe(best)}")

@@ -19,23 +19,30 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
-from cu_runner.cli import main
-from cu_runner.concepts import make_sequence, plan_requests
+from cu_runner.cli.run import main
+from cu_runner.concepts.requests import plan_requests
+from cu_runner.concepts.sequence import make_sequence
 from cu_runner.evaluators.classifier import Classifier
-from cu_runner.help import config_dir
-from cu_runner.methods.base import Scope
-from cu_runner.models import load_model, locate
-from cu_runner.params import select_parameters, snapshot
-from cu_runner.seeding import RandomSource
-from cu_runner.settings import Sampler, TrainSettings
+from cu_runner.models.checkpoints import locate
+from cu_runner.models.diffusion import load_model
+from cu_runner.models.parameters import select_parameters, snapshot
+from cu_runner.request.scope import Scope
+from cu_runner.runtime.paths import config_dir
+from cu_runner.runtime.seeding import RandomSource
+from cu_runner.schema.settings import Sampler, TrainSettings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
 SMOKE = (
-    "sequence=smoke", "train.steps=3", "train.batch_size=2", "method.num_anchors=4", "model.sampler.steps=2",
-    "wandb.mode=disabled", "num_threads=1",
-)  # fmt: skip
+    "sequence=smoke",
+    "train.steps=3",
+    "train.batch_size=2",
+    "method.num_anchors=4",
+    "model.sampler.steps=2",
+    "wandb.mode=disabled",
+    "num_threads=1",
+)
 SCRIPT = Path(sysconfig.get_path("scripts")) / "cu-run"
 
 
@@ -76,7 +83,13 @@ def sequence():
 @pytest.fixture(scope="session")
 def settings():
     """Returns make(**changes) -> TrainSettings."""
-    defaults = {"steps": 3, "optimizer": "adamw", "batch_size": 2, "lr": 1e-3, "betas": (0.9, 0.999)}
+    defaults = {
+        "steps": 3,
+        "optimizer": "adamw",
+        "batch_size": 2,
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+    }
     defaults |= {"weight_decay": 0.01, "grad_clip": 0.0}
     return lambda **changes: TrainSettings(**defaults | changes)
 
@@ -85,7 +98,13 @@ def settings():
 def make_scope(model, sequence):
     """Returns make(request=1, group="kv_xattn", seed=0, batch_size=2, steps=3) -> Scope on the embedded model."""
 
-    def make(request: int = 1, group: str = "kv_xattn", seed: int = 0, batch_size: int = 2, steps: int = 3) -> Scope:
+    def make(
+        request: int = 1,
+        group: str = "kv_xattn",
+        seed: int = 0,
+        batch_size: int = 2,
+        steps: int = 3,
+    ) -> Scope:
         params = select_parameters(model.unet, group)
         latents = torch.randn(64, *model.latent_shape, generator=torch.Generator().manual_seed(1))
         return Scope(
@@ -98,7 +117,9 @@ def make_scope(model, sequence):
             rng=RandomSource(seed, request),
             batch_size=batch_size,
             steps=steps,
-            anchors=lambda prompts, number, mirrored=False: latents[:number].flip(-1) if mirrored else latents[:number],
+            anchors=lambda prompts, number, mirrored=False: (
+                latents[:number].flip(-1) if mirrored else latents[:number]
+            ),
         )
 
     return make
@@ -107,7 +128,9 @@ def make_scope(model, sequence):
 @pytest.fixture
 def pipeline_copy(tmp_path):
     """A copy of the shipped diffusers directory, to be damaged."""
-    return Path(shutil.copytree(locate("package:shapecanvas/weights/pipeline"), tmp_path / "pipeline"))
+    return Path(
+        shutil.copytree(locate("package:shapecanvas/weights/pipeline"), tmp_path / "pipeline")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -160,7 +183,11 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def command() -> list[str]:
-    return [str(SCRIPT)] if SCRIPT.exists() else [sys.executable, "-c", "from cu_runner.cli import main; main()"]
+    return (
+        [str(SCRIPT)]
+        if SCRIPT.exists()
+        else [sys.executable, "-c", "from cu_runner.cli.run import main; main()"]
+    )
 
 
 def reset_interrupt() -> None:
@@ -172,9 +199,17 @@ def reset_interrupt() -> None:
 def cu_run(tmp_path):
     """Returns run(*overrides, cwd, env, **popen) -> CompletedProcess of the command as a user types it."""
 
-    def run(*overrides: str, cwd: Path = tmp_path, env: dict[str, str] | None = None, **popen) -> subprocess.CompletedProcess:
+    def run(
+        *overrides: str, cwd: Path = tmp_path, env: dict[str, str] | None = None, **popen
+    ) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [*command(), *overrides], cwd=cwd, env=environment(**env or {}), capture_output=True, text=True, timeout=300, **popen
+            [*command(), *overrides],
+            cwd=cwd,
+            env=environment(**env or {}),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            **popen,
         )
 
     return run
@@ -187,9 +222,14 @@ def start(tmp_path):
 
     def begin(*overrides: str, cwd: Path = tmp_path) -> subprocess.Popen:
         process = subprocess.Popen(
-            [*command(), *overrides], cwd=cwd, env=environment(), text=True, preexec_fn=reset_interrupt,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            [*command(), *overrides],
+            cwd=cwd,
+            env=environment(),
+            text=True,
+            preexec_fn=reset_interrupt,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         started.append(process)
         return process
 
@@ -202,7 +242,7 @@ def start(tmp_path):
 
 @pytest.fixture
 def in_process(tmp_path, monkeypatch, capsys):
-    """Returns run(*overrides) -> (exit status, stdout, stderr) of cu_runner.cli.main in this process, in tmp_path."""
+    """Returns run(*overrides) -> (exit status, stdout, stderr) of cu_runner.cli.run.main in this process, in tmp_path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -258,7 +298,14 @@ def run_directory(stdout: str, cwd: Path) -> Path:
 def finished_run(tmp_path_factory):
     """A finished smoke run, made by the command: its outputs' parent, its directory, and the finished process."""
     cwd = tmp_path_factory.mktemp("finished")
-    process = subprocess.run([*command(), *SMOKE], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
+    process = subprocess.run(
+        [*command(), *SMOKE],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert process.returncode == 0, process.stderr
     return cwd, run_directory(process.stdout, cwd), process
 

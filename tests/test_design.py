@@ -46,8 +46,10 @@ def test_nothing_below_imports_the_command():
     for path in PACKAGE:
         if path.name not in ("cli.py", "complaints.py"):
             text = path.read_text(encoding="utf-8")
-            assert "cu_runner.cli" not in text, path.name
-            assert path.name in AT_THE_DOOR | TAKE_A_RUN or "cu_runner.config" not in text, path.name
+            assert "cu_runner.cli.run" not in text, path.name
+            assert (
+                path.name in AT_THE_DOOR | TAKE_A_RUN or "cu_runner.config.run_config" not in text
+            ), path.name
 
 
 def test_axes_do_not_know_each_other():
@@ -58,10 +60,14 @@ def test_axes_do_not_know_each_other():
             assert "cu_runner.evaluators" not in modules
         if path.parent.name == "cu_runner":
             for axis in ("methods", "regularizers", "evaluators"):
-                names = {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
-                assert {name for name in names if name and name.startswith(f"cu_runner.{axis}.")} <= {f"cu_runner.{axis}.base"}, (
-                    path.name
-                )
+                names = {
+                    node.module
+                    for node in ast.walk(ast.parse(path.read_text()))
+                    if isinstance(node, ast.ImportFrom)
+                }
+                assert {
+                    name for name in names if name and name.startswith(f"cu_runner.{axis}.")
+                } <= {f"cu_runner.{axis}.base"}, path.name
 
 
 @pytest.mark.parametrize("path", named(PACKAGE))
@@ -76,19 +82,33 @@ def test_code_is_ascii(path):
 
 
 def test_only_commands_print():
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-    commands = {f"{entry.partition(':')[0].removeprefix('cu_runner.')}.py" for entry in scripts.values()}
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "scripts"
+    ]
+    commands = {
+        f"{entry.partition(':')[0].removeprefix('cu_runner.')}.py" for entry in scripts.values()
+    }
     assert {"cli.py", "tables.py"} <= commands
     for path in PACKAGE:
         if path.name not in commands | {"process.py"}:
-            calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
-            assert not [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"], path.name
+            calls = [
+                node
+                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                if isinstance(node, ast.Call)
+            ]
+            assert not [
+                call
+                for call in calls
+                if isinstance(call.func, ast.Name) and call.func.id == "print"
+            ], path.name
 
 
 def test_help_does_not_load_torch():
     """`cu-run --help` answers at once: nothing that it imports pulls in torch or hydra."""
-    code = "import sys; sys.argv = ['', '--help']; from cu_runner.cli import main; main(); print([*sys.modules], file=sys.stderr)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stderr
-    assert "'cu_runner.cli'" in loaded
+    code = "import sys; sys.argv = ['', '--help']; from cu_runner.cli.run import main; main(); print([*sys.modules], file=sys.stderr)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    ).stderr
+    assert "'cu_runner.cli.run'" in loaded
     for module in ("torch", "hydra", "omegaconf", "pandas", "diffusers"):
         assert f"'{module}'" not in loaded

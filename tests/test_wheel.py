@@ -13,14 +13,27 @@ ROOT = Path(__file__).parent.parent
 
 
 def files_below(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The built wheel."""
     target = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), str(ROOT)]
+    build = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(target),
+        str(ROOT),
+    ]
     done = subprocess.run(build, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = target.glob("cu_runner-*.whl")
@@ -29,7 +42,11 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_everything_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    local = {f"cu_runner/conf/{name}" for name in files_below(ROOT / "conf") if not name.startswith("local/")}
+    local = {
+        f"cu_runner/conf/{name}"
+        for name in files_below(ROOT / "conf")
+        if not name.startswith("local/")
+    }
     assert local <= names
     assert {f"cu_runner/{name}" for name in files_below(ROOT / "cu_runner")} <= names
     for name in (
@@ -49,15 +66,28 @@ def test_the_wheel_holds_everything_and_nothing_else(wheel):
 def test_the_installed_package_runs_from_another_directory(wheel, tmp_path):
     target, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(target),
+        str(wheel),
+    ]
     subprocess.run(install, check=True, timeout=300, capture_output=True)
     env = environment(PYTHONPATH=str(target))
     where = [
         sys.executable,
         "-c",
-        "import cu_runner, cu_runner.help; print(cu_runner.__file__); print(cu_runner.help.config_dir())",
+        "import cu_runner, cu_runner.cli.help; print(cu_runner.__file__); print(cu_runner.runtime.paths.config_dir())",
     ]
-    found = subprocess.run(where, cwd=elsewhere, env=env, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    found = subprocess.run(
+        where, cwd=elsewhere, env=env, capture_output=True, text=True, check=True, timeout=60
+    ).stdout.split()
     assert found == [str(target / "cu_runner/__init__.py"), str(target / "cu_runner/conf")]
     assert os.access(target / "bin/cu-run", os.X_OK)
     done = subprocess.run(

@@ -13,21 +13,33 @@ ANSWER = {
     "model": {"bucket": None, "id": "p", "name": "cu_runner"},
     "project": {"artifact": None},
     "upsertBucket": {
-        "bucket": {"id": "x", "name": "n", "displayName": "n", "config": "{}", "historyLineCount": 0,
-                   "project": {"id": "p", "name": "cu_runner", "entity": OWNER}},
+        "bucket": {
+            "id": "x",
+            "name": "n",
+            "displayName": "n",
+            "config": "{}",
+            "historyLineCount": 0,
+            "project": {"id": "p", "name": "cu_runner", "entity": OWNER},
+        },
         "inserted": True,
     },
     "createRunFiles": {"runID": "x", "uploadHeaders": [], "files": []},
     "createArtifact": {
-        "artifact": {"id": "a", "state": "COMMITTED", "artifactSequence": {"id": "s", "latestArtifact": None}},
+        "artifact": {
+            "id": "a",
+            "state": "COMMITTED",
+            "artifactSequence": {"id": "s", "latestArtifact": None},
+        },
     },
-}  # fmt: skip
+}
 
 
 class WandbServer:
     """Listens on a port of its own until it is shut. after: called with the path of every request once it is answered."""
 
-    def __init__(self, after: Callable[["WandbServer", str], None] = lambda server, path: None) -> None:
+    def __init__(
+        self, after: Callable[["WandbServer", str], None] = lambda server, path: None
+    ) -> None:
         self.requests: list[tuple[str, dict]] = []
         outer = self
 
@@ -64,10 +76,22 @@ class WandbServer:
 
     def history(self) -> list[dict]:
         """The rows that were logged."""
-        files = [body["files"] for path, body in self.requests if path.endswith("/file_stream") and "files" in body]
-        lines = [line for part in files for line in part.get("wandb-history.jsonl", {}).get("content", [])]
+        files = [
+            body["files"]
+            for path, body in self.requests
+            if path.endswith("/file_stream") and "files" in body
+        ]
+        lines = [
+            line
+            for part in files
+            for line in part.get("wandb-history.jsonl", {}).get("content", [])
+        ]
         return [json.loads(line) for line in lines]
 
     def opened(self) -> dict:
         """The variables with which the run was begun: names, group, configuration."""
-        return next(body["variables"] for _, body in self.requests if "mutation UpsertBucket" in body.get("query", ""))
+        return next(
+            body["variables"]
+            for _, body in self.requests
+            if "mutation UpsertBucket" in body.get("query", "")
+        )

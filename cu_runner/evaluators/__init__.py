@@ -1,1 +1,1 @@
-"""Evaluators: what names the content of generated images. One file here and one YAML in conf/evaluator make one."""
+"""Evaluators name the content of images: one file and one YAML each; with them, what is measured."""

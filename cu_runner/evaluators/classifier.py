@@ -3,25 +3,27 @@
 Shapes: B batch, S image side, K labels of a domain.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 import hashlib
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import torch
-import torch.nn.functional as F
-import transformers
 from pydantic import PositiveInt
-from torch import Tensor, nn
 
 from cu_runner.evaluators.base import Evaluator, Prediction
 from cu_runner.evaluators.faces import FaceDetector, FaceSettings
 from cu_runner.evaluators.labels import read_labels
-from cu_runner.hashing import hash_weights
-from cu_runner.model_files import ModelError, load_weights, locate
-from cu_runner.safe_loading import load_tensors
-
-if TYPE_CHECKING:
-    from cu_runner.evaluators.open_clip import OpenClip
+from cu_runner.evaluators.open_clip import OpenClip
+from cu_runner.models.checkpoints import load_weights, locate
+from cu_runner.models.weight_files import hash_weights, load_tensors
+from cu_runner.runtime.lazy import F, nn, torch, transformers, without_gradients
+from cu_runner.schema.errors import ModelError
 
 
 class Classifier(Evaluator):
@@ -67,8 +69,13 @@ class Classifier(Evaluator):
             ("faces", [faces.domain] if faces else []),
         ):
             if strangers := [domain for domain in domains if domain not in paths]:
-                raise ValueError(f"evaluator.{key}: {strangers[0]} is no domain of evaluator.paths ({', '.join(paths)})")
-        named = {domain: read_labels(f"evaluator.labels.{domain}", source) for domain, source in labels.items()}
+                raise ValueError(
+                    f"evaluator.{key}: {strangers[0]} is no domain of evaluator.paths ({', '.join(paths)})"
+                )
+        named = {
+            domain: read_labels(f"evaluator.labels.{domain}", source)
+            for domain, source in labels.items()
+        }
         self._networks: dict[str, tuple[nn.Module, list[str]]] = {}
         self._zero_shot: dict[str, OpenClip] = {}
         for domain, path in paths.items():
@@ -81,33 +88,51 @@ class Classifier(Evaluator):
                     "transformers directory needs none"
                 )
             if kind != "transformers" and domain not in named:
-                raise ValueError(f"evaluator.labels.{domain} is not set; {kind} weights do not name their outputs")
+                raise ValueError(
+                    f"evaluator.labels.{domain} is not set; {kind} weights do not name their outputs"
+                )
             if kind == "open_clip":
-                self._zero_shot[domain] = zero_shot(domain, name, path, named[domain], templates, allow_pickle, device)
+                self._zero_shot[domain] = zero_shot(
+                    domain, name, path, named[domain], templates, allow_pickle, device
+                )
             else:
                 network = (
                     load_timm(name, path, len(named[domain]), allow_pickle or [])
                     if kind == "timm"
                     else load_weights(transformers.AutoModelForImageClassification, locate(path))
                 )
-                self._networks[domain] = (network.to(device).eval(), check_outputs(path, network, named.get(domain)))
+                self._networks[domain] = (
+                    network.to(device).eval(),
+                    check_outputs(path, network, named.get(domain)),
+                )
         self._size, self._interpolation = size, interpolation
         self._mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
         self._std = torch.tensor(std, device=device).view(1, -1, 1, 1)
         self._faces = faces
         self._detector = FaceDetector(faces, device) if faces else None
 
-    @torch.no_grad()
+    @without_gradients
     def predict(self, images: Tensor) -> dict[str, Prediction]:
-        predictions = {domain: judge.predict(images)[domain] for domain, judge in self._zero_shot.items()}
+        predictions = {
+            domain: judge.predict(images)[domain] for domain, judge in self._zero_shot.items()
+        }
         resized = images
         if images.shape[-1] != self._size:
-            resized = F.interpolate(images, size=(self._size, self._size), mode=self._interpolation, antialias=True)
+            resized = F.interpolate(
+                images, size=(self._size, self._size), mode=self._interpolation, antialias=True
+            )
         inputs = (resized - self._mean) / self._std
         for domain, (network, names) in self._networks.items():
             output = network(inputs)
-            best = (output if isinstance(output, Tensor) else output.logits).float().softmax(1).max(1)
-            predictions[domain] = Prediction([names[index] for index in best.indices.tolist()], best.values.tolist())
+            best = (
+                (output if isinstance(output, torch.Tensor) else output.logits)
+                .float()
+                .softmax(1)
+                .max(1)
+            )
+            predictions[domain] = Prediction(
+                [names[index] for index in best.indices.tolist()], best.values.tolist()
+            )
         if self._detector:
             domain = self._faces.domain
             predictions[domain] = only_faces(predictions[domain], self._detector.find(images))
@@ -115,7 +140,9 @@ class Classifier(Evaluator):
 
     def labels(self) -> dict[str, list[str]]:
         labels = {domain: names for domain, (_, names) in self._networks.items()}
-        return labels | {domain: judge.labels()[domain] for domain, judge in self._zero_shot.items()}
+        return labels | {
+            domain: judge.labels()[domain] for domain, judge in self._zero_shot.items()
+        }
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -128,7 +155,9 @@ class Classifier(Evaluator):
         if self._interpolation != "bilinear":
             digest.update(self._interpolation.encode())
         if self._detector:
-            digest.update(repr((self._faces.domain, self._faces.threshold, self._faces.classes)).encode())
+            digest.update(
+                repr((self._faces.domain, self._faces.threshold, self._faces.classes)).encode()
+            )
             hash_weights(digest, self._detector.network)
         return digest.hexdigest()
 
@@ -141,12 +170,21 @@ def zero_shot(
     templates: dict[str, list[str]] | None,
     allow_pickle: list[str] | None,
     device: str,
-) -> "OpenClip":
+) -> OpenClip:
     """A judge of one domain by open_clip; without an architecture, path is a directory."""
-    from cu_runner.evaluators.open_clip import OpenClip  # importing open_clip takes seconds, and most evaluators do without
+    from cu_runner.evaluators.open_clip import (
+        OpenClip,  # importing open_clip takes seconds, and most evaluators do without
+    )
 
     model, weights = (architecture, path) if architecture else (str(locate(path)), None)
-    return OpenClip(model, {domain: labels}, path=weights, templates=templates, allow_pickle=allow_pickle, device=device)
+    return OpenClip(
+        model,
+        {domain: labels},
+        path=weights,
+        templates=templates,
+        allow_pickle=allow_pickle,
+        device=device,
+    )
 
 
 def only_faces(prediction: Prediction, faces: list[bool]) -> Prediction:
@@ -171,8 +209,13 @@ def check_outputs(path: str, network: nn.Module, labels: list[str] | None) -> li
     if labels is None:
         return own
     if len(labels) != len(own):
-        raise ModelError(f"{path}: has {len(own)} outputs and the label list {len(labels)} labels; they must be as many")
-    theirs, ours = ([" ".join(re.split(r"[\s_-]+", label.casefold().strip())) for label in names] for names in (own, labels))
+        raise ModelError(
+            f"{path}: has {len(own)} outputs and the label list {len(labels)} labels; they must be as many"
+        )
+    theirs, ours = (
+        [" ".join(re.split(r"[\s_-]+", label.casefold().strip())) for label in names]
+        for names in (own, labels)
+    )
     for index, (their, our) in enumerate(zip(theirs, ours, strict=True)):
         if our != their and our in theirs:
             raise ModelError(
@@ -189,19 +232,27 @@ def load_timm(architecture: str, path: str, num_labels: int, allow_pickle: list[
     try:
         network = timm.create_model(architecture, pretrained=False, num_classes=num_labels)
     except RuntimeError as error:
-        raise ModelError(f"timm:{architecture}: {' '.join(str(error).split())}; timm.list_models() has all names") from None
+        raise ModelError(
+            f"timm:{architecture}: {' '.join(str(error).split())}; timm.list_models() has all names"
+        ) from None
     weights, wanted = load_tensors(locate(path), allow_pickle), network.state_dict()
     head = f"{network.pretrained_cfg['classifier']}."
     for name, tensor in wanted.items():
         if name not in weights:
-            raise ModelError(f"{path}: lacks {name} of {architecture}; the file belongs to another architecture")
+            raise ModelError(
+                f"{path}: lacks {name} of {architecture}; the file belongs to another architecture"
+            )
         if weights[name].shape != tensor.shape and name.startswith(head):
             raise ModelError(
                 f"{path}: has {len(weights[name])} outputs and the label list {num_labels} labels; they must be as many"
             )
         if weights[name].shape != tensor.shape:
-            raise ModelError(f"{path}: {name} is {list(weights[name].shape)}, that of {architecture} is {list(tensor.shape)}")
+            raise ModelError(
+                f"{path}: {name} is {list(weights[name].shape)}, that of {architecture} is {list(tensor.shape)}"
+            )
     if strangers := sorted(set(weights) - set(wanted)):
-        raise ModelError(f"{path}: holds {strangers[0]}, which {architecture} has not; the file belongs to another architecture")
+        raise ModelError(
+            f"{path}: holds {strangers[0]}, which {architecture} has not; the file belongs to another architecture"
+        )
     network.load_state_dict(weights)
     return network

@@ -3,15 +3,19 @@
 Shapes: B batch, S image side.
 """
 
-from typing import Annotated
+from __future__ import annotations
 
-import torch
-import transformers
+from typing import TYPE_CHECKING, Annotated
+
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
-from cu_runner.model_files import ModelError, load_weights, locate
+from cu_runner.models.checkpoints import load_weights, locate
+from cu_runner.runtime.lazy import transformers, without_gradients
+from cu_runner.schema.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -34,12 +38,18 @@ class FaceDetector:
     def __init__(self, settings: FaceSettings, device: str) -> None:
         """Raises ModelError for a directory that cannot be loaded, or without the classes that are asked for."""
         directory = locate(settings.path)
-        self.network = load_weights(transformers.AutoModelForObjectDetection, directory).to(device).eval()
+        self.network = (
+            load_weights(transformers.AutoModelForObjectDetection, directory).to(device).eval()
+        )
         try:
-            self._processor = transformers.AutoImageProcessor.from_pretrained(directory, local_files_only=True)
+            self._processor = transformers.AutoImageProcessor.from_pretrained(
+                directory, local_files_only=True
+            )
         except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ModelError(f"{settings.path}: its image processor cannot be read ({reason})") from error
+            raise ModelError(
+                f"{settings.path}: its image processor cannot be read ({reason})"
+            ) from error
         names = self.network.config.id2label
         wanted = list(names.values()) if settings.classes is None else settings.classes
         if unknown := [name for name in wanted if name not in names.values()]:
@@ -50,9 +60,13 @@ class FaceDetector:
         self._faces = [index for index, name in names.items() if name in wanted]
         self._threshold, self._device = settings.threshold, device
 
-    @torch.no_grad()
+    @without_gradients
     def find(self, images: Tensor) -> list[bool]:
         """Of images [B, 3, S, S] in 0..1: whether each shows a face."""
-        inputs = self._processor(images=list(images.cpu()), do_rescale=False, return_tensors="pt").to(self._device)
-        found = self._processor.post_process_object_detection(self.network(**inputs), threshold=self._threshold)
+        inputs = self._processor(
+            images=list(images.cpu()), do_rescale=False, return_tensors="pt"
+        ).to(self._device)
+        found = self._processor.post_process_object_detection(
+            self.network(**inputs), threshold=self._threshold
+        )
         return [any(label in self._faces for label in each["labels"].tolist()) for each in found]

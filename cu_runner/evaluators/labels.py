@@ -1,6 +1,8 @@
 """The labels of a network's outputs, in the order of the outputs."""
 
-from cu_runner.concepts import read_entries
+from __future__ import annotations
+
+from cu_runner.concepts.entries import read_entries
 
 IMAGENET = "imagenet"  # the 1000 classes in their usual order, as open_clip spells them
 
@@ -24,4 +26,6 @@ def imagenet_classes() -> list[str]:
     from open_clip import IMAGENET_CLASSNAMES  # takes seconds, and most evaluators do without
 
     names = list(IMAGENET_CLASSNAMES)
-    return [f"{name} ({index})" if name in names[:index] else name for index, name in enumerate(names)]
+    return [
+        f"{name} ({index})" if name in names[:index] else name for index, name in enumerate(names)
+    ]

@@ -3,15 +3,18 @@
 Shapes: B batch, S image side, K labels of a domain, E embedding width.
 """
 
-import hashlib
+from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import hashlib
+from typing import TYPE_CHECKING
 
 from cu_runner.evaluators.base import Evaluator, Prediction
 from cu_runner.evaluators.labels import read_labels
-from cu_runner.image_text import ImageTextSource, load_image_text
+from cu_runner.models.image_text import ImageTextSource, load_image_text
+from cu_runner.runtime.lazy import F, without_gradients
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PHOTOS = ("a photo of {label}", "an image of {label}", "a picture of {label}")
 
@@ -40,15 +43,25 @@ class OpenClip(Evaluator):
         Raises:
             ValueError: labels or templates that cannot be used. ModelError, WeightFileError: a model that cannot be loaded.
         """
-        self._labels = {domain: read_labels(f"evaluator.labels.{domain}", source) for domain, source in labels.items()}
-        self._prompts = {domain: spell(names, choose_templates(templates, domain)) for domain, names in self._labels.items()}
-        self._model = load_image_text(ImageTextSource(model, path, tuple(allow_pickle or ())), device)
+        self._labels = {
+            domain: read_labels(f"evaluator.labels.{domain}", source)
+            for domain, source in labels.items()
+        }
+        self._prompts = {
+            domain: spell(names, choose_templates(templates, domain))
+            for domain, names in self._labels.items()
+        }
+        self._model = load_image_text(
+            ImageTextSource(model, path, tuple(allow_pickle or ())), device
+        )
         self._directions = {}  # domain -> [K, E]
         for domain, prompts in self._prompts.items():
             rows = self._model.embed_texts([text for texts in prompts for text in texts])
-            self._directions[domain] = F.normalize(rows.unflatten(0, (len(prompts), -1)).mean(1), dim=-1)
+            self._directions[domain] = F.normalize(
+                rows.unflatten(0, (len(prompts), -1)).mean(1), dim=-1
+            )
 
-    @torch.no_grad()
+    @without_gradients
     def predict(self, images: Tensor) -> dict[str, Prediction]:
         embedded = self._model.embed_images(images)
         predictions = {}
@@ -62,20 +75,35 @@ class OpenClip(Evaluator):
         return self._labels
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(repr((self._model.fingerprint(), sorted(self._prompts.items()))).encode()).hexdigest()
+        return hashlib.sha256(
+            repr((self._model.fingerprint(), sorted(self._prompts.items()))).encode()
+        ).hexdigest()
 
 
 def choose_templates(templates: list[str] | dict[str, list[str]] | None, domain: str) -> list[str]:
     """The prompts of a domain. Raises ValueError for none, or for one that does not hold {label} alone."""
-    chosen = templates.get(domain, PHOTOS) if isinstance(templates, dict) else templates if templates is not None else PHOTOS
+    chosen = (
+        templates.get(domain, PHOTOS)
+        if isinstance(templates, dict)
+        else templates
+        if templates is not None
+        else PHOTOS
+    )
     if not chosen:
-        raise ValueError(f"evaluator.templates: none for {domain}; give at least one prompt with {{label}}")
+        raise ValueError(
+            f"evaluator.templates: none for {domain}; give at least one prompt with {{label}}"
+        )
     for template in chosen:
         if "{label}" not in template or "{" in template.replace("{label}", ""):
-            raise ValueError(f"evaluator.templates: {template!r} must hold {{label}} and no other placeholder")
+            raise ValueError(
+                f"evaluator.templates: {template!r} must hold {{label}} and no other placeholder"
+            )
     return list(chosen)
 
 
 def spell(labels: list[str], templates: list[str]) -> list[list[str]]:
     """The prompts of each label; underscores of label lists are read as spaces."""
-    return [[template.replace("{label}", label.replace("_", " ")) for template in templates] for label in labels]
+    return [
+        [template.replace("{label}", label.replace("_", " ")) for template in templates]
+        for label in labels
+    ]

@@ -1,1 +1,1 @@
-"""Unlearning methods. One file here and one YAML of the same name in conf/method make a method; nothing else has to know."""
+"""Unlearning methods: one file and one YAML of the same name in conf/method each; `_name` holds no method."""

@@ -3,58 +3,20 @@
 Shapes: B batch, C latent channels, H W latent size, L tokens, D text width.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from cu_runner.request.scope import Resumable, Scope
+from cu_runner.runtime.lazy import nn
+from cu_runner.schema.settings import ParameterGroup
 
-from cu_runner.concepts import Request, Sequence
-from cu_runner.models import DiffusionModel
-from cu_runner.params import ParameterGroup
-from cu_runner.seeding import RandomSource
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
 
 Batch = TypeVar("Batch")
-
-
-@dataclass(frozen=True)
-class Scope:
-    """What methods and regularizers may see of the request at hand.
-
-    params: the trainable weights by name; they change under the optimiser. start: their values at the start of the request.
-    base: their values in the untouched model. anchors: image latents of prompts, made by the untouched model and cached.
-    """
-
-    model: DiffusionModel
-    sequence: Sequence
-    request: Request
-    params: dict[str, nn.Parameter]
-    start: dict[str, Tensor]
-    base: dict[str, Tensor]
-    rng: RandomSource
-    batch_size: int
-    steps: int  # optimiser steps of the request
-    anchors: Callable[..., Tensor]  # (prompts, number of images, mirrored=False) -> latents [number, C, H, W]
-
-
-class Resumable:
-    """Something that changes from step to step of a request, and that a request which goes on in its middle needs back.
-
-    begin_request comes first then too, with the weights of the request's start: what it makes must not be listed here.
-    """
-
-    changing: tuple[str, ...] = ()  # attributes: tensors, numbers, lists and dictionaries of them
-
-    def state(self) -> dict[str, object]:
-        """What changes, as it is now; later steps may change it in place."""
-        return {name: getattr(self, name) for name in self.changing}
-
-    def restore(self, state: dict[str, object]) -> None:
-        """Take what state() gave."""
-        for name in self.changing:
-            setattr(self, name, state[name])
 
 
 class Method(Resumable, ABC, Generic[Batch]):
@@ -72,7 +34,9 @@ class Method(Resumable, ABC, Generic[Batch]):
 
     def loss(self, scope: Scope, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The scalar to minimise and what to log of it."""
-        raise NotImplementedError(f"{type(self).__name__} must define loss, or backward in its place")
+        raise NotImplementedError(
+            f"{type(self).__name__} must define loss, or backward in its place"
+        )
 
     def backward(self, scope: Scope, batch: Batch) -> dict[str, float]:
         """Add the method's gradient to .grad of scope.params; returns what to log, "loss" among it.

@@ -3,16 +3,20 @@
 Shapes: B batch, C latent channels, H W latent size, L tokens, D text width.
 """
 
-from typing import Literal
+from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+from typing import TYPE_CHECKING, Literal
+
 from pydantic import NonNegativeFloat, PositiveInt
-from torch import Tensor
 
-from cu_runner.data import CaptionedImages, NoisyBatch, diffusion_loss
-from cu_runner.methods.base import Method, Scope
-from cu_runner.params import ParameterGroup
+from cu_runner.methods.base import Method
+from cu_runner.request.images import CaptionedImages, NoisyBatch, diffusion_loss
+from cu_runner.request.scope import Scope
+from cu_runner.runtime.lazy import F, torch
+from cu_runner.schema.settings import ParameterGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ConAbl(Method[NoisyBatch]):
@@ -44,7 +48,9 @@ class ConAbl(Method[NoisyBatch]):
         pairs = [scope.sequence.training_pairs(concept) for concept in scope.request.targets]
         anchors = [[anchor for _, anchor in prompts] for prompts in pairs]
         targets = [[target for target, _ in prompts] for prompts in pairs]
-        self._images = CaptionedImages(scope, anchors, targets, number=self.num_anchors, flip=self.flip)
+        self._images = CaptionedImages(
+            scope, anchors, targets, number=self.num_anchors, flip=self.flip
+        )
 
     def batch(self, scope: Scope, step: int) -> NoisyBatch:
         """Anchor images under noise; texts: (anchor's prompts, concept's prompts)."""

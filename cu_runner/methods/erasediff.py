@@ -15,18 +15,29 @@ and for L_f, two predictions for L_f(theta_K), and the retain term.
 Shapes: P trainable weights in one vector.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
-from torch import Tensor
 
-from cu_runner.data import CaptionedImages, NoisyBatch, RetainSet, diffusion_loss
-from cu_runner.methods.base import Method, Scope
-from cu_runner.methods.forgetting import ForgetBatch, add_gradient, draw_pair, flat_gradient, matching_loss, target_prompts
-from cu_runner.params import ParameterGroup
-from cu_runner.settings import StepSize
+from cu_runner.methods._forgetting import (
+    ForgetBatch,
+    add_gradient,
+    draw_pair,
+    flat_gradient,
+    matching_loss,
+    target_prompts,
+)
+from cu_runner.methods.base import Method
+from cu_runner.request.images import CaptionedImages, NoisyBatch, RetainSet, diffusion_loss
+from cu_runner.request.scope import Scope
+from cu_runner.runtime.lazy import torch
+from cu_runner.schema.settings import ParameterGroup, StepSize
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def bome_multiplier(g_retain: Tensor, g_constraint: Tensor, eta: float) -> float:
@@ -78,18 +89,29 @@ class EraseDiff(Method[EraseDiffBatch]):
         """
         self.multiplier, self.weight, self.eta = multiplier, weight, eta
         self.num_inner, self.inner_optimizer, self.inner_lr = num_inner, inner_optimizer, inner_lr
-        self.unrelated, self.num_images, self.retain, self.params = unrelated, num_images, retain, params
+        self.unrelated, self.num_images, self.retain, self.params = (
+            unrelated,
+            num_images,
+            retain,
+            params,
+        )
 
     def begin_request(self, scope: Scope) -> None:
         """Images of the concept with its own prompts and the unrelated ones; images of what is to be kept."""
         pairs = [scope.sequence.training_pairs(concept) for concept in scope.request.targets]
-        other = [[anchor if self.unrelated is None else self.unrelated for _, anchor in prompts] for prompts in pairs]
+        other = [
+            [anchor if self.unrelated is None else self.unrelated for _, anchor in prompts]
+            for prompts in pairs
+        ]
         self._forget = CaptionedImages(scope, target_prompts(scope), other, number=self.num_images)
         self._kept = self.retain.images_of(scope)
 
     def batch(self, scope: Scope, step: int) -> EraseDiffBatch:
         """K batches for the inner passes and one pair for the outer step; texts: (concept's prompts, unrelated prompts)."""
-        inner = [self._forget.draw(scope.rng.generator(f"inner {k}", step), scope.batch_size) for k in range(self.num_inner)]
+        inner = [
+            self._forget.draw(scope.rng.generator(f"inner {k}", step), scope.batch_size)
+            for k in range(self.num_inner)
+        ]
         return EraseDiffBatch(inner, draw_pair(scope, step, self._forget, self._kept))
 
     def backward(self, scope: Scope, batch: EraseDiffBatch) -> dict[str, float]:
@@ -97,16 +119,32 @@ class EraseDiff(Method[EraseDiffBatch]):
         reached = self._reached(scope, batch)
         forget = matching_loss(scope.model, batch.outer.forget)
         kept = diffusion_loss(scope.model, batch.outer.retain)
-        g_retain, g_constraint = flat_gradient(kept, scope.params), flat_gradient(forget, scope.params)
-        lam = self.weight if self.multiplier == "fixed" else bome_multiplier(g_retain, g_constraint, self.eta)
+        g_retain, g_constraint = (
+            flat_gradient(kept, scope.params),
+            flat_gradient(forget, scope.params),
+        )
+        lam = (
+            self.weight
+            if self.multiplier == "fixed"
+            else bome_multiplier(g_retain, g_constraint, self.eta)
+        )
         add_gradient(scope.params, g_retain + lam * g_constraint)
-        losses = {"retain_loss": kept.item(), "forget_loss": forget.item(), "qhat": forget.item() - reached}
+        losses = {
+            "retain_loss": kept.item(),
+            "forget_loss": forget.item(),
+            "qhat": forget.item() - reached,
+        }
         return {"loss": losses["retain_loss"] + lam * losses["qhat"], **losses, "lam": lam}
 
     def _reached(self, scope: Scope, batch: EraseDiffBatch) -> float:
         """L_f(theta_K) on the batch of the outer step."""
-        weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in scope.params.items()}
-        optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[self.inner_optimizer](weights.values(), lr=self.inner_lr)
+        weights = {
+            name: parameter.detach().clone().requires_grad_()
+            for name, parameter in scope.params.items()
+        }
+        optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[self.inner_optimizer](
+            weights.values(), lr=self.inner_lr
+        )
         for inner in batch.inner:
             matching_loss(scope.model, inner, weights).backward()
             optimizer.step()

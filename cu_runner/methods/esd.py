@@ -12,21 +12,30 @@ times as much at S = 10 (measured on ShapeCanvas: 2.6, for sampling keeps no act
 Shapes: B batch, C latent channels, H W latent size, L tokens, D text width.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveInt
-from torch import Tensor
 
-from cu_runner.methods.base import Method, Scope
-from cu_runner.names import check_template
-from cu_runner.params import ParameterGroup
-from cu_runner.sampling import sample_partly
+from cu_runner.methods.base import Method
+from cu_runner.models.sampling import sample_partly
+from cu_runner.request.name_sources import check_template
+from cu_runner.request.scope import Scope
+from cu_runner.runtime.lazy import F, torch
+from cu_runner.schema.settings import ParameterGroup
 
-VARIANTS: dict[str, ParameterGroup] = {"esd-x": "xattn", "esd-x-strict": "kv_xattn", "esd-u": "non_xattn", "esd-all": "full"}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VARIANTS: dict[str, ParameterGroup] = {
+    "esd-x": "xattn",
+    "esd-x-strict": "kv_xattn",
+    "esd-u": "non_xattn",
+    "esd-all": "full",
+}
 
 
 @dataclass(frozen=True)
@@ -70,12 +79,19 @@ class ESD(Method[Trajectories]):
         """Samples of the current weights for the concepts' prompts, denoised for a random number of steps."""
         captions = scope.sequence.captions if "{caption}" in self.prompt else [""]
         prompts = [
-            self.prompt.format(concept=concept.name, caption=caption) for concept in scope.request.targets for caption in captions
+            self.prompt.format(concept=concept.name, caption=caption)
+            for concept in scope.request.targets
+            for caption in captions
         ]
-        sampler = dataclasses.replace(scope.model.sampler, steps=self.sampler_steps, guidance=self.guidance)
+        sampler = dataclasses.replace(
+            scope.model.sampler, steps=self.sampler_steps, guidance=self.guidance
+        )
         generator = scope.rng.generator("train", step)
         stop = int(torch.randint(self.sampler_steps, (), generator=generator))
-        chosen = [prompts[row] for row in torch.randint(len(prompts), (scope.batch_size,), generator=generator)]
+        chosen = [
+            prompts[row]
+            for row in torch.randint(len(prompts), (scope.batch_size,), generator=generator)
+        ]
         seeds = torch.randint(2**62, (scope.batch_size,), generator=generator).tolist()
         noisy, timestep = sample_partly(scope.model, chosen, seeds, sampler, stop)
         # some schedulers stop between two training timesteps
@@ -87,8 +103,13 @@ class ESD(Method[Trajectories]):
         text = model.encode_prompts(batch.prompts)
         both = model.encode_prompts([""] * len(text) + batch.prompts)
         with torch.no_grad():
-            taught = model.predict_noise(torch.cat([batch.noisy] * 2), torch.cat([batch.timesteps] * 2), both, weights)
-        loss = F.mse_loss(model.predict_noise(batch.noisy, batch.timesteps, text), erasing_target(*taught.chunk(2), self.eta))
+            taught = model.predict_noise(
+                torch.cat([batch.noisy] * 2), torch.cat([batch.timesteps] * 2), both, weights
+            )
+        loss = F.mse_loss(
+            model.predict_noise(batch.noisy, batch.timesteps, text),
+            erasing_target(*taught.chunk(2), self.eta),
+        )
         return loss, {"unlearn_loss": loss.item(), "timestep": batch.timesteps[0].item()}
 
 

@@ -10,18 +10,23 @@ A step costs 1.7 times ConAbl's, 2.1 with ascent.
 Shapes: B batch, C latent channels, H W latent size, P trainable weights in one vector, m unlearning concepts (groups of data).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import PositiveFloat, PositiveInt
-from torch import Tensor
 
-from cu_runner.data import CaptionedImages, NoisyBatch, RetainSet, diffusion_loss
-from cu_runner.methods.base import Scope
-from cu_runner.methods.constrained import DualAscent, Duals, PrimalDual, group_means, squared_error
-from cu_runner.methods.forgetting import add_gradient, target_prompts
-from cu_runner.models import Text
-from cu_runner.params import ParameterGroup
+from cu_runner.methods._forgetting import add_gradient, target_prompts
+from cu_runner.methods._primal_dual import DualAscent, Duals, PrimalDual, group_means, squared_error
+from cu_runner.models.diffusion import Text
+from cu_runner.request.images import CaptionedImages, NoisyBatch, RetainSet, diffusion_loss
+from cu_runner.request.scope import Scope
+from cu_runner.runtime.lazy import torch
+from cu_runner.schema.settings import ParameterGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def forget_weights(lam: Tensor, sizes: Tensor, total: int) -> Tensor:
@@ -31,7 +36,9 @@ def forget_weights(lam: Tensor, sizes: Tensor, total: int) -> Tensor:
 
 def shorten(ascent: Tensor, descent: Tensor, ratio: float) -> Tensor:
     """The ascending gradient [P], scaled down where its norm exceeds `ratio` times that of the descending one [P]."""
-    return ascent * (ratio * descent.norm() / ascent.norm().clamp(min=torch.finfo(ascent.dtype).tiny)).clamp(max=1)
+    return ascent * (
+        ratio * descent.norm() / ascent.norm().clamp(min=torch.finfo(ascent.dtype).tiny)
+    ).clamp(max=1)
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,19 @@ class ForwardKL(PrimalDual[DataBatch]):
             raise ValueError(
                 f"method.ascent_stop={ascent_stop}: must exceed method.bound={bound}, which it would else put out of reach"
             )
-        self.bound, self.cap, self.ascent_stop, self.ascent_ratio = bound, cap, ascent_stop, ascent_ratio
-        self.num_images, self.num_fresh, self.retain, self.dual, self.params = num_images, num_fresh, retain, dual, params
+        self.bound, self.cap, self.ascent_stop, self.ascent_ratio = (
+            bound,
+            cap,
+            ascent_stop,
+            ascent_ratio,
+        )
+        self.num_images, self.num_fresh, self.retain, self.dual, self.params = (
+            num_images,
+            num_fresh,
+            retain,
+            dual,
+            params,
+        )
 
     def begin_request(self, scope: Scope) -> None:
         """q's data: images of every group and of what is kept, by the untouched model and with their own captions."""
@@ -98,7 +116,9 @@ class ForwardKL(PrimalDual[DataBatch]):
         self._total = number * self.num_images + self.retain.images
         caps = self.cap * self._sizes / self._total
         ones = torch.ones_like(self._sizes)  # values are relative to the loss at the start
-        self.duals = Duals(self.dual, ones, self.bound * ones, "at least", lambda lam: lam.minimum(caps))
+        self.duals = Duals(
+            self.dual, ones, self.bound * ones, "at least", lambda lam: lam.minimum(caps)
+        )
 
     def batch(self, scope: Scope, step: int) -> DataBatch:
         """As many images of the groups, about equally many of each, as of what is kept."""
@@ -106,7 +126,10 @@ class ForwardKL(PrimalDual[DataBatch]):
         generator = scope.rng.generator("train", step)
         chosen = torch.randperm(number, generator=generator)[: scope.batch_size].tolist()
         counts = [len(range(k, scope.batch_size, len(chosen))) for k in range(len(chosen))]
-        parts = [self._groups[group].draw(generator, count) for group, count in zip(chosen, counts, strict=True)]
+        parts = [
+            self._groups[group].draw(generator, count)
+            for group, count in zip(chosen, counts, strict=True)
+        ]
         groups = [group for group, count in zip(chosen, counts, strict=True) for _ in range(count)]
         return DataBatch(join(parts), groups, self._retain.draw(generator, scope.batch_size))
 
@@ -117,11 +140,16 @@ class ForwardKL(PrimalDual[DataBatch]):
         losses = squared_error(scope.model.predict_noise(*arguments), forget.noise)
         with torch.no_grad():
             before = squared_error(scope.model.predict_noise(*arguments, scope.start), forget.noise)
-        growth = group_means(losses, batch.groups, number) / group_means(before, batch.groups, number) - 1
+        growth = (
+            group_means(losses, batch.groups, number) / group_means(before, batch.groups, number)
+            - 1
+        )
         logs = {"forget_loss": losses.mean().item(), **self.duals.note(growth)}
         weights = forget_weights(self.duals.lam, self._sizes, self._total)
         if self.ascent_stop is not None:
-            weights = torch.where(self.duals.averaged() > self.ascent_stop, weights.clamp(min=0), weights)
+            weights = torch.where(
+                self.duals.averaged() > self.ascent_stop, weights.clamp(min=0), weights
+            )
         # a row stands for the samples of its group: all groups together hold number * n_i of them
         rows = (number * self.num_images / len(losses)) * weights[batch.groups].to(losses)
         retain = diffusion_loss(scope.model, batch.retain)
@@ -142,7 +170,12 @@ class ForwardKL(PrimalDual[DataBatch]):
         else:
             params = list(scope.params.values())
             down, up = (
-                torch.cat([gradient.flatten() for gradient in torch.autograd.grad(part, params, retain_graph=True)])
+                torch.cat(
+                    [
+                        gradient.flatten()
+                        for gradient in torch.autograd.grad(part, params, retain_graph=True)
+                    ]
+                )
                 for part in (descent, ascent)  # both hang on the same pass over the groups' images
             )
             add_gradient(scope.params, down + shorten(up, down, self.ascent_ratio))
@@ -151,25 +184,38 @@ class ForwardKL(PrimalDual[DataBatch]):
     def final_constraint(self, scope: Scope) -> Tensor:
         """Growth of the diffusion loss on the groups' held-out images."""
         model, values = scope.model, []
-        for i, (latents, prompts) in enumerate(zip(self._fresh, target_prompts(scope), strict=True)):
-            captions = [prompts[(self.num_images + k) % len(prompts)] for k in range(self.num_fresh)]
+        for i, (latents, prompts) in enumerate(
+            zip(self._fresh, target_prompts(scope), strict=True)
+        ):
+            captions = [
+                prompts[(self.num_images + k) % len(prompts)] for k in range(self.num_fresh)
+            ]
             after, before = [], []
             for n in range(self.dual.rounds):
                 generator = scope.rng.generator(f"final {i}", n)
-                timesteps = torch.randint(model.num_train_timesteps, (self.num_fresh,), generator=generator).to(model.device)
+                timesteps = torch.randint(
+                    model.num_train_timesteps, (self.num_fresh,), generator=generator
+                ).to(model.device)
                 noise = torch.randn(latents.shape, generator=generator).to(model.device)
                 noisy = model.add_noise(latents.to(model.device), noise, timesteps)
                 for start in range(0, self.num_fresh, scope.batch_size):
                     rows = slice(start, start + scope.batch_size)
                     arguments = (noisy[rows], timesteps[rows], model.encode_prompts(captions[rows]))
                     after.append(squared_error(model.predict_noise(*arguments), noise[rows]))
-                    before.append(squared_error(model.predict_noise(*arguments, scope.start), noise[rows]))
-            values.append((torch.cat(after).double().mean() / torch.cat(before).double().mean() - 1).cpu())
+                    before.append(
+                        squared_error(model.predict_noise(*arguments, scope.start), noise[rows])
+                    )
+            values.append(
+                (torch.cat(after).double().mean() / torch.cat(before).double().mean() - 1).cpu()
+            )
         return torch.stack(values)
 
 
 def join(parts: list[NoisyBatch]) -> NoisyBatch:
     """One batch of the rows of several."""
     texts = tuple(Text.cat(texts) for texts in zip(*(part.texts for part in parts), strict=True))
-    noisy, noise, timesteps = (torch.cat([getattr(part, name) for part in parts]) for name in ("noisy", "noise", "timesteps"))
+    noisy, noise, timesteps = (
+        torch.cat([getattr(part, name) for part in parts])
+        for name in ("noisy", "noise", "timesteps")
+    )
     return NoisyBatch(noisy, noise, timesteps, texts)

@@ -4,13 +4,20 @@ After NegGrad (Golatkar et al., CVPR 2020, arXiv 1911.04933) and Thudi et al. (E
 lower bound, so the model breaks down when the steps are many or large: a cheap baseline, not a remedy.
 """
 
-from pydantic import NonNegativeFloat, PositiveInt
-from torch import Tensor
+from __future__ import annotations
 
-from cu_runner.data import CaptionedImages, RetainSet, diffusion_loss
-from cu_runner.methods.base import Method, Scope
-from cu_runner.methods.forgetting import ForgetBatch, add_retained, draw_pair, target_prompts
-from cu_runner.params import ParameterGroup
+from typing import TYPE_CHECKING
+
+from pydantic import NonNegativeFloat, PositiveInt
+
+from cu_runner.methods._forgetting import ForgetBatch, add_retained, draw_pair, target_prompts
+from cu_runner.methods.base import Method
+from cu_runner.request.images import CaptionedImages, RetainSet, diffusion_loss
+from cu_runner.request.scope import Scope
+from cu_runner.schema.settings import ParameterGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class GradientAscent(Method[ForgetBatch]):
@@ -30,7 +37,12 @@ class GradientAscent(Method[ForgetBatch]):
             retain: what is to be kept.
             params: the weights that are trained.
         """
-        self.retain_weight, self.num_images, self.retain, self.params = retain_weight, num_images, retain, params
+        self.retain_weight, self.num_images, self.retain, self.params = (
+            retain_weight,
+            num_images,
+            retain,
+            params,
+        )
 
     def begin_request(self, scope: Scope) -> None:
         """Images of the concepts, and of what is to be kept."""
@@ -43,4 +55,9 @@ class GradientAscent(Method[ForgetBatch]):
 
     def loss(self, scope: Scope, batch: ForgetBatch) -> tuple[Tensor, dict[str, float]]:
         """- E ||e(x_t, c*) - eps||^2 + w E ||e(x_t, c) - eps||^2."""
-        return add_retained(scope.model, -diffusion_loss(scope.model, batch.forget), batch.retain, self.retain_weight)
+        return add_retained(
+            scope.model,
+            -diffusion_loss(scope.model, batch.forget),
+            batch.retain,
+            self.retain_weight,
+        )

@@ -12,19 +12,15 @@ three teacher passes, and the retain term. A request of m concepts takes m + 2, 
 Shapes: B batch, C latent channels, H W latent size, L tokens, D text width, m unlearning concepts, S draws of noise per image.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Generator, Tensor
-from torch.optim import Optimizer
 
-from cu_runner.data import NoisyBatch, RetainSet
-from cu_runner.methods.base import Scope
-from cu_runner.methods.constrained import (
+from cu_runner.methods._primal_dual import (
     DualAscent,
     Duals,
     PrimalDual,
@@ -40,11 +36,20 @@ from cu_runner.methods.constrained import (
     squared_error,
     teacher_weights,
 )
-from cu_runner.params import ParameterGroup
-from cu_runner.sampling import sample_latents
+from cu_runner.models.sampling import sample_latents
+from cu_runner.request.images import NoisyBatch, RetainSet
+from cu_runner.request.scope import Scope
+from cu_runner.runtime.lazy import F, torch, without_gradients
+from cu_runner.schema.settings import ParameterGroup
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+    from torch.optim import Optimizer
 
 
-def density_ratio(null_errors: Tensor, concept_errors: Tensor, temperature: float, clip: float) -> Tensor:
+def density_ratio(
+    null_errors: Tensor, concept_errors: Tensor, temperature: float, clip: float
+) -> Tensor:
     """r = q(x|c)/q(x), log r ~ tau mean_s(||eps - e_null||^2 - ||eps - e_c||^2), at most `clip`; errors [..., S] to [...]."""
     log_ratio = temperature * (null_errors - concept_errors).mean(-1)
     return log_ratio.clamp(max=math.log(clip)).exp()
@@ -112,9 +117,26 @@ class Likelihood(PrimalDual[SampledBatch]):
             dual: the dual ascent.
             params: the weights that are trained.
         """
-        self.bound, self.cap, self.clip, self.temperature, self.draws = bound, cap, clip, temperature, draws
-        self.reference, self.teacher, self.sampling_steps, self.guidance = reference, teacher, sampling_steps, guidance
-        self.retain_weight, self.retain_kind, self.retain, self.dual, self.params = retain_weight, retain_loss, retain, dual, params
+        self.bound, self.cap, self.clip, self.temperature, self.draws = (
+            bound,
+            cap,
+            clip,
+            temperature,
+            draws,
+        )
+        self.reference, self.teacher, self.sampling_steps, self.guidance = (
+            reference,
+            teacher,
+            sampling_steps,
+            guidance,
+        )
+        self.retain_weight, self.retain_kind, self.retain, self.dual, self.params = (
+            retain_weight,
+            retain_loss,
+            retain,
+            dual,
+            params,
+        )
 
     def begin_request(self, scope: Scope) -> None:
         """Kept images, and E[r] on samples of the concepts as they are."""
@@ -122,7 +144,9 @@ class Likelihood(PrimalDual[SampledBatch]):
         self._largest_push = 0.0
         initial = self._measure(scope, "initial")
         bound = torch.full_like(initial, self.bound)
-        self.duals = Duals(self.dual, initial, bound, "at most", lambda lam: lam.clamp(max=self.cap))
+        self.duals = Duals(
+            self.dual, initial, bound, "at most", lambda lam: lam.clamp(max=self.cap)
+        )
 
     def batch(self, scope: Scope, step: int) -> SampledBatch:
         """On-policy images of the concepts' prompts at S noise levels each, B rows in all."""
@@ -135,7 +159,10 @@ class Likelihood(PrimalDual[SampledBatch]):
         """E ||e_theta(x_t, c*) - sg e*||^2 + w L_retain on noised samples of the model in training."""
         model, weights = scope.model, teacher_weights(scope, self.teacher)
         arguments, lam = (batch.noisy, batch.timesteps), self.duals.lam
-        concepts, captions = ([i for i in indices for _ in range(self.draws)] for indices in (batch.concepts, batch.captions))
+        concepts, captions = (
+            [i for i in indices for _ in range(self.draws)]
+            for indices in (batch.concepts, batch.captions)
+        )
         with torch.no_grad():
             null, of_concepts, ratios = self._ratios(scope, batch)
             reference = null
@@ -143,11 +170,22 @@ class Likelihood(PrimalDual[SampledBatch]):
                 anchors = reference_prompts(scope, self.reference, concepts, captions)
                 reference = model.predict_noise(*arguments, model.encode_prompts(anchors), weights)
             push = lam.to(ratios)[:, None] * ratios
-            target = repelled_target(reference, null, of_concepts, push.repeat_interleave(self.draws, dim=1))
-        loss = F.mse_loss(model.predict_noise(*arguments, model.encode_prompts(own_prompts(scope, concepts, captions))), target)
+            target = repelled_target(
+                reference, null, of_concepts, push.repeat_interleave(self.draws, dim=1)
+            )
+        loss = F.mse_loss(
+            model.predict_noise(
+                *arguments, model.encode_prompts(own_prompts(scope, concepts, captions))
+            ),
+            target,
+        )
         own = ratios[batch.concepts, range(len(batch.concepts))]
         self._push = push.max().item()
-        logs = {"unlearn_loss": loss.item(), **self.duals.note(group_means(own, batch.concepts, len(lam))), "push": self._push}
+        logs = {
+            "unlearn_loss": loss.item(),
+            **self.duals.note(group_means(own, batch.concepts, len(lam))),
+            "push": self._push,
+        }
         if batch.retain:
             retained = retain_loss(scope, batch.retain, self.retain_kind, weights)
             loss = loss + self.retain_weight * retained
@@ -182,8 +220,14 @@ class Likelihood(PrimalDual[SampledBatch]):
     ) -> SampledBatch:
         """Images of the model as it is, under noise."""
         model, images = scope.model, len(concepts)
-        timesteps = spread_timesteps(generator, images, self.draws, model.num_train_timesteps).flatten().to(model.device)
-        noise = torch.randn((images * self.draws, *model.latent_shape), generator=generator).to(model.device)
+        timesteps = (
+            spread_timesteps(generator, images, self.draws, model.num_train_timesteps)
+            .flatten()
+            .to(model.device)
+        )
+        noise = torch.randn((images * self.draws, *model.latent_shape), generator=generator).to(
+            model.device
+        )
         sampler = replace(model.sampler, steps=self.sampling_steps, guidance=self.guidance)
         clean = sample_latents(model, own_prompts(scope, concepts, captions), seeds, sampler)
         noisy = model.add_noise(clean.repeat_interleave(self.draws, dim=0), noise, timesteps)
@@ -191,16 +235,26 @@ class Likelihood(PrimalDual[SampledBatch]):
 
     def _ratios(self, scope: Scope, batch: SampledBatch) -> tuple[Tensor, Tensor, Tensor]:
         """e_null [B, C, H, W], e_{c_i} [m, B, C, H, W] and r_i [m, images], all by the teacher."""
-        model, weights, elements = scope.model, teacher_weights(scope, self.teacher), batch.noise[0].numel()
+        model, weights, elements = (
+            scope.model,
+            teacher_weights(scope, self.teacher),
+            batch.noise[0].numel(),
+        )
         captions = [caption for caption in batch.captions for _ in range(self.draws)]
         empty = model.encode_prompts([""] * len(captions))
         null = model.predict_noise(batch.noisy, batch.timesteps, empty, weights)
         concepts = concept_predictions(scope, batch.noisy, batch.timesteps, captions, weights)
         null_errors = elements * squared_error(batch.noise, null).view(-1, self.draws)
-        concept_errors = torch.stack([elements * squared_error(batch.noise, each).view(-1, self.draws) for each in concepts])
-        return null, concepts, density_ratio(null_errors, concept_errors, self.temperature, self.clip)
+        concept_errors = torch.stack(
+            [elements * squared_error(batch.noise, each).view(-1, self.draws) for each in concepts]
+        )
+        return (
+            null,
+            concepts,
+            density_ratio(null_errors, concept_errors, self.temperature, self.clip),
+        )
 
-    @torch.no_grad()
+    @without_gradients
     def _measure(self, scope: Scope, purpose: Literal["initial", "final"]) -> Tensor:
         """E_p[r_i] [m] of the model as it is, on `dual.rounds` batches of every concept's own samples."""
         values = []
@@ -209,7 +263,9 @@ class Likelihood(PrimalDual[SampledBatch]):
             for n in range(self.dual.rounds):
                 generator = scope.rng.generator(f"{purpose} {concept}", n)
                 captions, seeds = draw_captions(scope, generator, scope.batch_size)
-                batch = self._draw(scope, generator, [concept] * scope.batch_size, captions, seeds, None)
+                batch = self._draw(
+                    scope, generator, [concept] * scope.batch_size, captions, seeds, None
+                )
                 ratios.append(self._ratios(scope, batch)[2][concept].double())
             values.append(torch.cat(ratios).mean().cpu())
         return torch.stack(values)

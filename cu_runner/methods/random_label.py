@@ -4,17 +4,28 @@ After Golatkar et al. (CVPR 2020, arXiv 1911.04933), who train classifiers so; f
 generation (Fan et al., ICLR 2024, arXiv 2310.12508, Sec. 4), whose released code gives one fixed other class to all images.
 """
 
-from typing import Literal
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Literal
+
 from pydantic import NonNegativeFloat, PositiveInt
-from torch import Tensor
 
-from cu_runner.data import CaptionedImages, RetainSet, spread
-from cu_runner.methods.base import Method, Scope
-from cu_runner.methods.forgetting import ForgetBatch, add_retained, draw_pair, matching_loss, target_prompts
-from cu_runner.names import kept_names
-from cu_runner.params import ParameterGroup
+from cu_runner.methods._forgetting import (
+    ForgetBatch,
+    add_retained,
+    draw_pair,
+    matching_loss,
+    target_prompts,
+)
+from cu_runner.methods.base import Method
+from cu_runner.request.images import CaptionedImages, RetainSet, spread
+from cu_runner.request.name_sources import kept_names
+from cu_runner.request.scope import Scope
+from cu_runner.runtime.lazy import torch
+from cu_runner.schema.settings import ParameterGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class RandomLabel(Method[ForgetBatch]):
@@ -42,7 +53,10 @@ class RandomLabel(Method[ForgetBatch]):
 
     def begin_request(self, scope: Scope) -> None:
         """Images of the concepts, each with its own prompt and a random other one for the whole request."""
-        own = [[prompts[i % len(prompts)] for i in range(self.num_images)] for prompts in target_prompts(scope)]
+        own = [
+            [prompts[i % len(prompts)] for i in range(self.num_images)]
+            for prompts in target_prompts(scope)
+        ]
         self._forget = CaptionedImages(scope, own, self._labels(scope), number=self.num_images)
         self._kept = self.retain.images_of(scope) if self.retain_weight else None
 
@@ -54,11 +68,23 @@ class RandomLabel(Method[ForgetBatch]):
             choices = [[prompt] * len(captions) for prompt in self.retain.read(scope)]
         else:
             names = spread(kept_names(scope, self.retain.names), self.retain.names.number)
-            choices = [[sequence.target_prompt.format(concept=name, caption=caption) for caption in captions] for name in names]
+            choices = [
+                [
+                    sequence.target_prompt.format(concept=name, caption=caption)
+                    for caption in captions
+                ]
+                for name in names
+            ]
         if not choices:
-            raise ValueError("method.label=name: no name is left beside the targets and the retained concepts; use label=prompt")
-        chosen = torch.randint(len(choices), (concepts, self.num_images), generator=generator).tolist()
-        return [[choices[choice][i % len(captions)] for i, choice in enumerate(row)] for row in chosen]
+            raise ValueError(
+                "method.label=name: no name is left beside the targets and the retained concepts; use label=prompt"
+            )
+        chosen = torch.randint(
+            len(choices), (concepts, self.num_images), generator=generator
+        ).tolist()
+        return [
+            [choices[choice][i % len(captions)] for i, choice in enumerate(row)] for row in chosen
+        ]
 
     def batch(self, scope: Scope, step: int) -> ForgetBatch:
         """Both kinds of images under noise; texts of the forget batch: (concept's prompts, labels)."""
@@ -66,4 +92,6 @@ class RandomLabel(Method[ForgetBatch]):
 
     def loss(self, scope: Scope, batch: ForgetBatch) -> tuple[Tensor, dict[str, float]]:
         """E ||e(x_t, c*) - sg e(x_t, c')||^2 + w E ||e(x_t, c) - eps||^2   (Fan et al. 2024, Sec. 4)."""
-        return add_retained(scope.model, matching_loss(scope.model, batch.forget), batch.retain, self.retain_weight)
+        return add_retained(
+            scope.model, matching_loss(scope.model, batch.forget), batch.retain, self.retain_weight
+        )

@@ -10,17 +10,14 @@ request of m concepts takes m + 1 teacher passes, since every q_i enters the tar
 Shapes: B batch, C latent channels, H W latent size, L tokens, D text width, m unlearning concepts.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Tensor
 
-from cu_runner.data import NoisyBatch, RetainSet
-from cu_runner.methods.base import Scope
-from cu_runner.methods.constrained import (
+from cu_runner.methods._primal_dual import (
     DualAscent,
     Duals,
     PrimalDual,
@@ -37,8 +34,15 @@ from cu_runner.methods.constrained import (
     squared_error,
     teacher_weights,
 )
-from cu_runner.params import ParameterGroup, placed
-from cu_runner.sampling import sample_partly
+from cu_runner.models.parameters import placed
+from cu_runner.models.sampling import sample_partly
+from cu_runner.request.images import NoisyBatch, RetainSet
+from cu_runner.request.scope import Scope
+from cu_runner.runtime.lazy import F, torch, without_gradients
+from cu_runner.schema.settings import ParameterGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def alpha_from_lambda(lam: Tensor) -> Tensor:
@@ -102,9 +106,21 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
             dual: the dual ascent.
             params: the weights that are trained.
         """
-        self.bound, self.cap, self.reference, self.teacher, self.weighting = bound, cap, reference, teacher, weighting
+        self.bound, self.cap, self.reference, self.teacher, self.weighting = (
+            bound,
+            cap,
+            reference,
+            teacher,
+            weighting,
+        )
         self.sampling_steps, self.guidance = sampling_steps, guidance
-        self.retain_weight, self.retain_kind, self.retain, self.dual, self.params = retain_weight, retain_loss, retain, dual, params
+        self.retain_weight, self.retain_kind, self.retain, self.dual, self.params = (
+            retain_weight,
+            retain_loss,
+            retain,
+            dual,
+            params,
+        )
 
     def begin_request(self, scope: Scope) -> None:
         """Kept images, and b_i from KL(q||q_i) on samples of q."""
@@ -112,14 +128,22 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
         self._level_weights = snr_weights(scope.model.alphas_cumprod)
         with placed(scope.params, teacher_weights(scope, self.teacher)):
             initial = self._measure(scope, "initial")
-        self.duals = Duals(self.dual, initial, self.bound * initial, "at least", lambda lam: limit_lambda(lam, self.cap))
+        self.duals = Duals(
+            self.dual,
+            initial,
+            self.bound * initial,
+            "at least",
+            lambda lam: limit_lambda(lam, self.cap),
+        )
 
     def batch(self, scope: Scope, step: int) -> OnPolicyBatch:
         """On-policy x_t for the concepts' prompts at one noise level per step."""
         generator = scope.rng.generator("train", step)
         concepts, captions, seeds = draw_rows(scope, generator, scope.batch_size)
         levels = scope.rng.generator("levels", step // self.sampling_steps)
-        stop = torch.randperm(self.sampling_steps, generator=levels)[step % self.sampling_steps].item()
+        stop = torch.randperm(self.sampling_steps, generator=levels)[
+            step % self.sampling_steps
+        ].item()
         noisy, timesteps = self._sample(scope, own_prompts(scope, concepts, captions), seeds, stop)
         retain = self._images and self._images.draw(generator, scope.batch_size)
         return OnPolicyBatch(noisy, timesteps, concepts, captions, retain)
@@ -135,14 +159,23 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
             )
         )
         with torch.no_grad():
-            concepts = concept_predictions(scope, batch.noisy, batch.timesteps, batch.captions, weights)
+            concepts = concept_predictions(
+                scope, batch.noisy, batch.timesteps, batch.captions, weights
+            )
             target = combined_target(
-                model.predict_noise(batch.noisy, batch.timesteps, reference, weights), concepts, alpha_from_lambda(self.duals.lam)
+                model.predict_noise(batch.noisy, batch.timesteps, reference, weights),
+                concepts,
+                alpha_from_lambda(self.duals.lam),
             )
         predicted = model.predict_noise(batch.noisy, batch.timesteps, own)
         loss = F.mse_loss(predicted, target)
-        divergence = self._divergence(predicted.detach(), concepts[batch.concepts, range(len(own))], batch.timesteps)
-        logs = {"unlearn_loss": loss.item(), **self.duals.note(group_means(divergence, batch.concepts, len(concepts)))}
+        divergence = self._divergence(
+            predicted.detach(), concepts[batch.concepts, range(len(own))], batch.timesteps
+        )
+        logs = {
+            "unlearn_loss": loss.item(),
+            **self.duals.note(group_means(divergence, batch.concepts, len(concepts))),
+        }
         if batch.retain:
             retained = retain_loss(scope, batch.retain, self.retain_kind, weights)
             loss = loss + self.retain_weight * retained
@@ -153,7 +186,9 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
         """KL(p||q_i) on fresh samples of p."""
         return self._measure(scope, "final")
 
-    def _sample(self, scope: Scope, prompts: list[str], seeds: list[int], stop: int) -> tuple[Tensor, Tensor]:
+    def _sample(
+        self, scope: Scope, prompts: list[str], seeds: list[int], stop: int
+    ) -> tuple[Tensor, Tensor]:
         """x_t [B, C, H, W] of the model as it is, and its timesteps [B]."""
         sampler = replace(scope.model.sampler, steps=self.sampling_steps, guidance=self.guidance)
         noisy, timestep = sample_partly(scope.model, prompts, seeds, sampler, stop)
@@ -165,9 +200,11 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
         error = squared_error(predicted, reference)
         if self.weighting == "mse":
             return error
-        return error * predicted[0].numel() * len(self._level_weights) * self._level_weights[timesteps]
+        return (
+            error * predicted[0].numel() * len(self._level_weights) * self._level_weights[timesteps]
+        )
 
-    @torch.no_grad()
+    @without_gradients
     def _measure(self, scope: Scope, purpose: Literal["initial", "final"]) -> Tensor:
         """KL(p||q_i) [m] on every noise level equally; p is the model as it is: at first q with q's prompt, at last c_i's."""
         model, number, values = scope.model, len(scope.request.targets), []
@@ -175,13 +212,21 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
             rows = [concept] * scope.batch_size
             shares = []
             for n in range(self.dual.rounds * self.sampling_steps):
-                captions, seeds = draw_captions(scope, scope.rng.generator(f"{purpose} {concept}", n), scope.batch_size)
+                captions, seeds = draw_captions(
+                    scope, scope.rng.generator(f"{purpose} {concept}", n), scope.batch_size
+                )
                 own = own_prompts(scope, rows, captions)
-                prompts = reference_prompts(scope, self.reference, rows, captions) if purpose == "initial" else own
+                prompts = (
+                    reference_prompts(scope, self.reference, rows, captions)
+                    if purpose == "initial"
+                    else own
+                )
                 noisy, timesteps = self._sample(scope, prompts, seeds, n % self.sampling_steps)
                 predicted = model.predict_noise(noisy, timesteps, model.encode_prompts(prompts))
                 weights = teacher_weights(scope, self.teacher)
-                reference = model.predict_noise(noisy, timesteps, model.encode_prompts(own), weights)
+                reference = model.predict_noise(
+                    noisy, timesteps, model.encode_prompts(own), weights
+                )
                 shares.append(self._divergence(predicted, reference, timesteps).double().mean())
             values.append(torch.stack(shares).mean().cpu())
         return torch.stack(values)

@@ -7,19 +7,32 @@ Neither loss is hurt to first order by a plain gradient step (train.optimizer=sg
 Shapes: P trainable weights in one vector.
 """
 
-from typing import Annotated, Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Tensor
 
-from cu_runner.data import CaptionedImages, RetainSet, diffusion_loss, spread
-from cu_runner.lists import read_file, read_shipped
-from cu_runner.methods.base import Method, Scope
-from cu_runner.methods.forgetting import ForgetBatch, add_gradient, draw_pair, flat_gradient, target_prompts
-from cu_runner.params import ParameterGroup
+from cu_runner.concepts.entries import read_file, read_shipped
+from cu_runner.methods._forgetting import (
+    ForgetBatch,
+    add_gradient,
+    draw_pair,
+    flat_gradient,
+    target_prompts,
+)
+from cu_runner.methods.base import Method
+from cu_runner.request.images import CaptionedImages, RetainSet, diffusion_loss, spread
+from cu_runner.request.scope import Scope
+from cu_runner.schema.settings import ParameterGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def restricted_gradient(g_forget: Tensor, g_retain: Tensor, alpha: float = 1.0, always: bool = False) -> Tensor:
+def restricted_gradient(
+    g_forget: Tensor, g_retain: Tensor, alpha: float = 1.0, always: bool = False
+) -> Tensor:
     """d_f + alpha d_r [P], the direction to descend   (Ko et al. 2024).
 
     d_f = g_f - (g_f.g_r / ||g_r||^2) g_r,   d_r = g_r - (g_f.g_r / ||g_f||^2) g_f, both from the original gradients.
@@ -33,8 +46,12 @@ def restricted_gradient(g_forget: Tensor, g_retain: Tensor, alpha: float = 1.0, 
     dot = (g_forget.double() @ g_retain.double()).item()
     if dot == 0 or (dot > 0 and not always):
         return g_forget + alpha * g_retain
-    squared_forget, squared_retain = (gradient.double().square().sum().item() for gradient in (g_forget, g_retain))
-    return (g_forget - dot / squared_retain * g_retain) + alpha * (g_retain - dot / squared_forget * g_forget)
+    squared_forget, squared_retain = (
+        gradient.double().square().sum().item() for gradient in (g_forget, g_retain)
+    )
+    return (g_forget - dot / squared_retain * g_retain) + alpha * (
+        g_retain - dot / squared_forget * g_forget
+    )
 
 
 def without_concept(template: str) -> str:
@@ -76,15 +93,25 @@ class RGD(Method[ForgetBatch]):
             ValueError: the templates cannot be read, or one of them does not hold {concept} once.
         """
         self.alpha, self.always, self.truncate_at = alpha, always, truncate_at
-        self.diversity, self.num_images, self.retain, self.params = diversity, num_images, retain, params
-        self._templates = read_templates(templates, num_prompts) if diversity == "diversified" else []
+        self.diversity, self.num_images, self.retain, self.params = (
+            diversity,
+            num_images,
+            retain,
+            params,
+        )
+        self._templates = (
+            read_templates(templates, num_prompts) if diversity == "diversified" else []
+        )
 
     def begin_request(self, scope: Scope) -> None:
         """Images of the concepts and of what is to be kept."""
         forget = target_prompts(scope)
         if self.diversity == "diversified":
             names = [concept.name for concept in scope.request.targets]
-            forget = [[template.replace("{concept}", name) for template in self._templates] for name in names]
+            forget = [
+                [template.replace("{concept}", name) for template in self._templates]
+                for name in names
+            ]
             keep = [[without_concept(template) for template in self._templates]]
         elif self.diversity == "narrow":
             pairs = [scope.sequence.training_pairs(concept)[0] for concept in scope.request.targets]
@@ -101,7 +128,10 @@ class RGD(Method[ForgetBatch]):
 
     def backward(self, scope: Scope, batch: ForgetBatch) -> dict[str, float]:
         """The restricted gradient, or that of the retained images alone where the concept is forgotten enough."""
-        forget, kept = diffusion_loss(scope.model, batch.forget), diffusion_loss(scope.model, batch.retain)
+        forget, kept = (
+            diffusion_loss(scope.model, batch.forget),
+            diffusion_loss(scope.model, batch.retain),
+        )
         g_retain = flat_gradient(kept, scope.params)
         logs = {"forget_loss": forget.item(), "retain_loss": kept.item()}
         if self.truncate_at is not None and forget.item() > self.truncate_at:
@@ -120,5 +150,7 @@ def read_templates(source: str, number: int) -> list[str]:
         raise ValueError(f"method.templates={error}") from None
     for template in found:
         if template.count("{concept}") != 1:
-            raise ValueError(f"method.templates={source}: {template!r} must hold {{concept}} once, where the concept stands")
+            raise ValueError(
+                f"method.templates={source}: {template!r} must hold {{concept}} once, where the concept stands"
+            )
     return spread(found, number)

@@ -8,19 +8,24 @@ regularizers' penalties could still move the rest, so here the step is masked to
 Shapes: P trainable weights in one vector.
 """
 
+from __future__ import annotations
+
 import math
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
-from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from cu_runner.data import RetainSet, diffusion_loss
-from cu_runner.methods.base import Scope
-from cu_runner.methods.forgetting import flat_gradient, split
+from cu_runner.methods._forgetting import flat_gradient, split
 from cu_runner.methods.random_label import RandomLabel
-from cu_runner.params import ParameterGroup, largest, snapshot
+from cu_runner.models.parameters import largest, snapshot
+from cu_runner.request.images import RetainSet, diffusion_loss
+from cu_runner.request.scope import Scope
+from cu_runner.runtime.lazy import nn, torch, without_gradients
+from cu_runner.schema.settings import ParameterGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
 
 
 def saliency_mask(scores: Tensor, fraction: float) -> Tensor:
@@ -65,12 +70,14 @@ class SalUn(RandomLabel):
         for parameter, kept in zip(params.values(), split(self._mask, params), strict=True):
             parameter.grad *= kept
 
-    @torch.no_grad()
+    @without_gradients
     def update(self, scope: Scope, optimizer: Optimizer) -> None:
         """The optimiser's step, undone outside the mask."""
         before = snapshot(scope.params)
         optimizer.step()
-        for (name, parameter), kept in zip(scope.params.items(), split(self._mask, scope.params), strict=True):
+        for (name, parameter), kept in zip(
+            scope.params.items(), split(self._mask, scope.params), strict=True
+        ):
             parameter.copy_(torch.where(kept, parameter, before[name]))
 
     def end_request(self, scope: Scope) -> dict[str, object]:

@@ -8,17 +8,22 @@ A regularizer of the step that mixes weights (gradproj with apply=update, nullsp
 Shapes: any weight tensor [...]; a mask and gathered gradients have the shape of their weight.
 """
 
+from __future__ import annotations
+
 import math
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
-from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from cu_runner.methods.base import Scope
 from cu_runner.methods.conabl import ConAbl
-from cu_runner.params import ParameterGroup, largest, snapshot
+from cu_runner.models.parameters import largest, snapshot
+from cu_runner.request.scope import Scope
+from cu_runner.runtime.lazy import nn, torch, without_gradients
+from cu_runner.schema.settings import ParameterGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -58,10 +63,14 @@ class SculpMem(ConAbl):
     def begin_request(self, scope: Scope) -> None:
         """Anchor images, and no mask yet. Raises ValueError when the warm-up leaves no step for one."""
         if self.warmup >= scope.steps:
-            raise ValueError(f"method.warmup={self.warmup}: train.steps={scope.steps} leaves no step under a mask; lower it")
+            raise ValueError(
+                f"method.warmup={self.warmup}: train.steps={scope.steps} leaves no step under a mask; lower it"
+            )
         super().begin_request(scope)
         self._step, self._exchanges = 0, 0
-        self._gathered = {name: torch.zeros_like(parameter) for name, parameter in scope.params.items()}
+        self._gathered = {
+            name: torch.zeros_like(parameter) for name, parameter in scope.params.items()
+        }
         self._masks: dict[str, Tensor] = {}
 
     def on_gradients(self, params: dict[str, nn.Parameter]) -> None:
@@ -71,7 +80,7 @@ class SculpMem(ConAbl):
             if self._masks:
                 parameter.grad.mul_(self._masks[name])
 
-    @torch.no_grad()
+    @without_gradients
     def update(self, scope: Scope, optimizer: Optimizer) -> None:
         """The optimiser's step in the active entries, bitwise nothing in the others; then the mask of the next step."""
         before = snapshot(scope.params) if self._masks else {}
@@ -80,10 +89,21 @@ class SculpMem(ConAbl):
             scope.params[name].copy_(torch.where(mask, scope.params[name], before[name]))
         self._step += 1
         if self._step == self.warmup:
-            self._change({name: keep_top(gathered, self.active) for name, gathered in self._gathered.items()})
-        elif self._masks and self._step % self.interval == 0 and self._step < self.until * scope.steps:
+            self._change(
+                {name: keep_top(gathered, self.active) for name, gathered in self._gathered.items()}
+            )
+        elif (
+            self._masks
+            and self._step % self.interval == 0
+            and self._step < self.until * scope.steps
+        ):
             fraction = turnover(self.exchanged, self._step / scope.steps)
-            self._change({name: exchange(mask, self._gathered[name], fraction) for name, mask in self._masks.items()})
+            self._change(
+                {
+                    name: exchange(mask, self._gathered[name], fraction)
+                    for name, mask in self._masks.items()
+                }
+            )
             self._exchanges += 1
 
     def _change(self, masks: dict[str, Tensor]) -> None:

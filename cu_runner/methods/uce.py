@@ -9,17 +9,22 @@ know of it and is held where it is. Where both prompts begin alike, an exact fit
 Shapes: L tokens, D text width, N edited and M preserved token positions, out attention width.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import NonNegativeFloat
-from torch import Tensor
-from torch.optim import Optimizer
 
-from cu_runner.data import RetainSet
-from cu_runner.methods.base import Method, Scope
-from cu_runner.names import earlier_targets
+from cu_runner.methods.base import Method
+from cu_runner.request.images import RetainSet
+from cu_runner.request.name_sources import earlier_targets
+from cu_runner.request.scope import Scope
+from cu_runner.runtime.lazy import torch, without_gradients
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,11 @@ class UCE(Method[TextPairs]):
             for name in earlier_targets(scope)
             for caption in sequence.captions
         ]
-        return TextPairs(torch.cat(concept), torch.cat(anchor), model.encode_prompts(kept).hidden.flatten(0, 1))
+        return TextPairs(
+            torch.cat(concept), torch.cat(anchor), model.encode_prompts(kept).hidden.flatten(0, 1)
+        )
 
-    @torch.no_grad()
+    @without_gradients
     def backward(self, scope: Scope, batch: TextPairs) -> dict[str, float]:
         """Solve for the weights, which update() sets. Logs mean squares over positions and outputs, averaged over the weights.
 
@@ -80,7 +87,14 @@ class UCE(Method[TextPairs]):
         self._edited, rows = {}, []
         for name, parameter in scope.params.items():
             values = batch.anchor @ parameter.T  # [N, out]
-            weight = edited_weight(parameter, batch.concept, values, batch.preserved, preserve=self.preserve, ridge=self.ridge)
+            weight = edited_weight(
+                parameter,
+                batch.concept,
+                values,
+                batch.preserved,
+                preserve=self.preserve,
+                ridge=self.ridge,
+            )
             gaps = (
                 batch.concept @ weight.T - values,
                 batch.concept @ parameter.T - values,
@@ -89,16 +103,27 @@ class UCE(Method[TextPairs]):
             rows.append([gap.square().mean().item() for gap in gaps])
             self._edited[name] = weight
         names = ("loss", "before", "preservation_loss")
-        return {name: sum(column) / len(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+        return {
+            name: sum(column) / len(column)
+            for name, column in zip(names, zip(*rows, strict=True), strict=True)
+        }
 
-    @torch.no_grad()
+    @without_gradients
     def update(self, scope: Scope, optimizer: Optimizer) -> None:
         """Set the weights."""
         for name, parameter in scope.params.items():
             parameter.copy_(self._edited[name])
 
 
-def edited_weight(weight: Tensor, edited: Tensor, values: Tensor, preserved: Tensor, *, preserve: float, ridge: float) -> Tensor:
+def edited_weight(
+    weight: Tensor,
+    edited: Tensor,
+    values: Tensor,
+    preserved: Tensor,
+    *,
+    preserve: float,
+    ridge: float,
+) -> Tensor:
     """The W [out, D] that takes edited [N, D] to values [N, out], preserved [M, D] where W_old = weight [out, D] takes them.
 
     W = (sum_E v* c^T + p sum_P W_old c c^T + lam W_old) S^-1,  S = sum_E c c^T + p sum_P c c^T + lam I   (eq. 7)

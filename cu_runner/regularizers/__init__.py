@@ -1,1 +1,1 @@
-"""Add-on regularizers. One file here and one YAML of the same name in conf/reg make one; they combine in list order."""
+"""Add-on regularizers: one file and one YAML of the same name in conf/reg each; they combine in list order."""

@@ -1,11 +1,16 @@
 """What a regularizer may do; every hook defaults to doing nothing. The list order of regularizers is the order of every hook."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor, nn
+from cu_runner.methods.base import Method
+from cu_runner.request.scope import Resumable, Scope
+from cu_runner.runtime.lazy import nn
 
-from cu_runner.methods.base import Method, Resumable, Scope
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Stage = Literal["loss", "gradient", "step", "weights"]
 
@@ -13,7 +18,9 @@ Stage = Literal["loss", "gradient", "step", "weights"]
 class Regularizer(Resumable):
     """Hooks of one request, in the order in which they are called."""
 
-    acts_on: tuple[Stage, ...] = ()  # what the hooks change; the loop keeps the weights before a step only for "step"
+    acts_on: tuple[
+        Stage, ...
+    ] = ()  # what the hooks change; the loop keeps the weights before a step only for "step"
     independent_starts: bool = False  # True: every request must start from the base model (merging)
 
     def begin_request(self, scope: Scope, method: Method) -> dict[str, object]:
@@ -30,7 +37,9 @@ class Regularizer(Resumable):
     def on_step(self, params: dict[str, nn.Parameter], before: dict[str, Tensor]) -> None:
         """Change the weights in place after the optimiser's step; before: their values ahead of the step."""
 
-    def post_request(self, names: list[str], deltas: Callable[[str], Tensor]) -> dict[str, Tensor] | None:
+    def post_request(
+        self, names: list[str], deltas: Callable[[str], Tensor]
+    ) -> dict[str, Tensor] | None:
         """The weights to use in place of this request's, as a delta from the base model by name; None keeps them.
 
         deltas(name): the changes [N, ...] of one weight by the N requests so far, each trained from the base model; read from

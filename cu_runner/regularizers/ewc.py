@@ -3,33 +3,49 @@
 Shapes: theta and F as the weights are.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import NonNegativeFloat, PositiveInt
-from torch import Tensor, nn
 
-from cu_runner.data import NoisyBatch, RetainSet, diffusion_loss
-from cu_runner.methods.base import Method, Scope
-from cu_runner.models import DiffusionModel
+from cu_runner.methods.base import Method
+from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.regularizers.base import Regularizer
+from cu_runner.request.images import NoisyBatch, RetainSet, diffusion_loss
+from cu_runner.request.scope import Scope
+from cu_runner.runtime.lazy import nn, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def ewc_penalty(params: dict[str, Tensor], anchor: dict[str, Tensor], fisher: dict[str, Tensor]) -> Tensor:
+def ewc_penalty(
+    params: dict[str, Tensor], anchor: dict[str, Tensor], fisher: dict[str, Tensor]
+) -> Tensor:
     """1/2 mean_d F_d (theta_d - anchor_d)^2 over all elements of all tensors together   (eq. 3); a scalar."""
-    total = torch.stack([(fisher[name] * (parameter - anchor[name]).square()).sum() for name, parameter in params.items()]).sum()
+    total = torch.stack(
+        [
+            (fisher[name] * (parameter - anchor[name]).square()).sum()
+            for name, parameter in params.items()
+        ]
+    ).sum()
     return total / 2 / sum(parameter.numel() for parameter in params.values())
 
 
-def diagonal_fisher(model: DiffusionModel, params: dict[str, nn.Parameter], batches: Iterable[NoisyBatch]) -> dict[str, Tensor]:
+def diagonal_fisher(
+    model: DiffusionModel, params: dict[str, nn.Parameter], batches: Iterable[NoisyBatch]
+) -> dict[str, Tensor]:
     """F_d = mean over batches of (dL/dtheta_d)^2, L the diffusion loss of a batch, .grad left as it is.
 
     The empirical Fisher; batches of several images make it smaller, since their gradients partly cancel before they are squared.
     """
     fisher = {name: torch.zeros_like(parameter) for name, parameter in params.items()}
     for number, batch in enumerate(batches, start=1):
-        gradients = torch.autograd.grad(diffusion_loss(model, batch), list(params.values()), materialize_grads=True)
+        gradients = torch.autograd.grad(
+            diffusion_loss(model, batch), list(params.values()), materialize_grads=True
+        )
         for total, gradient in zip(fisher.values(), gradients, strict=True):
             total += (gradient.square() - total) / number  # running mean
     return fisher
@@ -58,15 +74,26 @@ class EWC(Regularizer):
                 estimated at the start of the request either way.
             retain: what is to be kept.
         """
-        self.weight, self.num_batches, self.batch_size, self.anchor, self.retain = weight, num_batches, batch_size, anchor, retain
+        self.weight, self.num_batches, self.batch_size, self.anchor, self.retain = (
+            weight,
+            num_batches,
+            batch_size,
+            anchor,
+            retain,
+        )
 
     def begin_request(self, scope: Scope, method: Method) -> dict[str, object]:
         """Estimate F at the start of the request."""
         self._reference = scope.start if self.anchor == "previous" else scope.base
         images = self.retain.images_of(scope)
-        batches = (images.draw(scope.rng.generator("ewc", number), self.batch_size) for number in range(self.num_batches))
+        batches = (
+            images.draw(scope.rng.generator("ewc", number), self.batch_size)
+            for number in range(self.num_batches)
+        )
         fisher = diagonal_fisher(scope.model, scope.params, batches)
-        mean = torch.stack([values.sum() for values in fisher.values()]).sum() / sum(values.numel() for values in fisher.values())
+        mean = torch.stack([values.sum() for values in fisher.values()]).sum() / sum(
+            values.numel() for values in fisher.values()
+        )
         if mean == 0:
             raise ValueError(
                 "reg.ewc: the Fisher information of the kept prompts is zero; choose another retain set or method.params"

@@ -6,19 +6,30 @@ the model makes of that concept alone. The subspace of auxiliary concepts is rem
 Shapes: D text width, K auxiliary concepts, out attention width.
 """
 
+from __future__ import annotations
+
 import logging
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
 
-from cu_runner.methods.base import Method, Scope
-from cu_runner.models import DiffusionModel
-from cu_runner.names import Names, check_template, earlier_targets, kept_names
-from cu_runner.params import is_cross_attention_kv
+from cu_runner.methods.base import Method
+from cu_runner.models.parameters import is_cross_attention_kv
 from cu_runner.regularizers.base import Regularizer
+from cu_runner.request.name_sources import NameSource, earlier_targets, kept_names
+from cu_runner.request.scope import Scope
+from cu_runner.request.text_subspace import (
+    check_contexts,
+    check_projected,
+    concept_vectors,
+    nearest_names,
+    principal_columns,
+    prompt_vectors,
+)
+from cu_runner.runtime.lazy import F, nn, torch, without_gradients
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def drop_similar(C: Tensor, threshold: float = 0.95) -> Tensor:
@@ -35,22 +46,6 @@ def kept_columns(C: Tensor, threshold: float) -> list[int]:
         if not kept or cosine[column, kept].max() <= threshold:
             kept.append(column)
     return kept
-
-
-def principal_columns(C: Tensor, energy: float | None = None, *, rank: int | None = None) -> Tensor:
-    """The top principal directions of C [D, K], not centred; [D, rank], orthonormal.
-
-    Args:
-        energy: take the fewest that hold this fraction of ||C||_F^2.
-        rank: or take this many. Either way at most the numerical rank.
-    """
-    values, directions = torch.linalg.eigh(C.double() @ C.double().T)  # ascending
-    values, directions = values.flip(0).clamp(min=0), directions.flip(1)
-    if rank is None:
-        short = values.cumsum(0) < (energy - 1e-12) * values.sum()  # the tolerance keeps ties clear of rounding
-        rank = int(short.sum().item()) + 1 if energy > 0 else 0
-    numerical = values > max(C.shape) * torch.finfo(torch.float64).eps * values[0]
-    return directions[:, : min(rank, int(numerical.sum().item()))].to(C.dtype)
 
 
 def orthogonal_projector(C: Tensor) -> Tensor:
@@ -72,55 +67,6 @@ def orthogonal_projector(C: Tensor) -> Tensor:
     return (eye - columns @ torch.linalg.pinv(columns)).to(C.dtype)
 
 
-def concept_vectors(model: DiffusionModel, names: list[str], context: str) -> Tensor:
-    """[D, K]: the mean text-encoder output over each name's own tokens, the name standing in `context`."""
-    prompts = [context.format(concept=name) for name in names]
-    hidden = model.encode_prompts(prompts).hidden
-    spans = [model.token_span(name, prompt) for name, prompt in zip(names, prompts, strict=True)]
-    return torch.stack([hidden[row, span].mean(0) for row, span in enumerate(spans)], dim=1)
-
-
-def text_vectors(model: DiffusionModel, prompts: list[str]) -> Tensor:
-    """[D, positions of all prompts]: every token's output; those of the end and the padding are averaged into one."""
-    hidden = model.encode_prompts(prompts).hidden
-    columns = []
-    for row, prompt in zip(hidden, prompts, strict=True):
-        end = min(len(model.tokenizer(prompt).input_ids), len(row)) - 1
-        columns += [*row[:end], row[end:].mean(0)]
-    return torch.stack(columns, dim=1)
-
-
-def prompt_vectors(model: DiffusionModel, names: list[str], context: str) -> Tensor:
-    """text_vectors of the names, each standing in `context`."""
-    return text_vectors(model, [context.format(concept=name) for name in names])
-
-
-def nearest_names(model: DiffusionModel, names: list[str], targets: list[str], context: str, number: int) -> list[str]:
-    """At most `number` of the names, those nearest to a target first: by the cosine of their own tokens' mean in `context`."""
-    if not names:
-        return []
-    units = [F.normalize(concept_vectors(model, group, context), dim=0) for group in (names, targets)]
-    nearness = (units[0].T @ units[1]).amax(1)
-    return [names[i] for i in nearness.argsort(descending=True, stable=True)[:number].tolist()]
-
-
-def check_projected(scope: Scope, key: str) -> None:
-    """Raises ValueError when no trained weight can be projected; warns, once a run, of those that cannot."""
-    free = [name for name in scope.params if not is_cross_attention_kv(name)]
-    if len(free) == len(scope.params):
-        raise ValueError(f"{key} projects cross-attention keys and values, and method.params trains none of them")
-    if free and scope.request.index == 1:
-        logger.warning("%s projects keys and values only: %d other trained weights move freely", key, len(free))
-
-
-def check_contexts(contexts: tuple[str, ...], key: str) -> None:
-    """Raises ValueError unless there is one, and each is a template of prompts."""
-    for context in contexts:
-        check_template(context, key)
-    if not contexts:
-        raise ValueError(f"{key} is empty; give at least one prompt with {{concept}}")
-
-
 logger = logging.getLogger(__name__)
 
 
@@ -130,7 +76,7 @@ class GradProj(Regularizer):
     def __init__(
         self,
         apply: Literal["gradient", "update"] = "gradient",
-        auxiliary: Names = Names(),  # noqa: B008, frozen
+        auxiliary: NameSource = NameSource(),  # noqa: B008, frozen
         threshold: Annotated[float, Field(gt=0, le=1)] = 0.95,
         tokens: Literal["own", "all"] = "own",
         contexts: tuple[str, ...] | None = ("{concept}",),
@@ -159,10 +105,15 @@ class GradProj(Regularizer):
     def begin_request(self, scope: Scope, method: Method) -> dict[str, object]:
         """Choose the names, build P, and report the names used."""
         check_projected(scope, "reg.gradproj")
-        targets, earlier = [concept.name for concept in scope.request.targets], earlier_targets(scope)
+        targets, earlier = (
+            [concept.name for concept in scope.request.targets],
+            earlier_targets(scope),
+        )
         candidates = kept_names(scope, self.auxiliary)
         if not candidates and not earlier:
-            raise ValueError("reg.gradproj.auxiliary: no name is left beside the target and the retained concepts; give more names")
+            raise ValueError(
+                "reg.gradproj.auxiliary: no name is left beside the target and the retained concepts; give more names"
+            )
         contexts = [
             context.replace("{caption}", caption)
             for context in self.contexts or (scope.sequence.target_prompt,)
@@ -170,19 +121,31 @@ class GradProj(Regularizer):
         ]
         goals = concept_vectors(scope.model, targets, contexts[0])
         # a small vocabulary can be used up: then the earlier targets alone span the subspace
-        names = earlier + nearest_names(scope.model, candidates, targets, contexts[0], self.auxiliary.number)
+        names = earlier + nearest_names(
+            scope.model, candidates, targets, contexts[0], self.auxiliary.number
+        )
         if self.tokens == "own":
-            columns = torch.cat([concept_vectors(scope.model, names, context) for context in contexts], dim=1)
+            columns = torch.cat(
+                [concept_vectors(scope.model, names, context) for context in contexts], dim=1
+            )
             kept = kept_columns(columns, self.threshold)
-            columns, names = columns[:, kept], list(dict.fromkeys(names[column % len(names)] for column in kept))
+            columns, names = (
+                columns[:, kept],
+                list(dict.fromkeys(names[column % len(names)] for column in kept)),
+            )
         else:
-            columns = torch.cat([prompt_vectors(scope.model, names, context) for context in contexts], dim=1)
+            columns = torch.cat(
+                [prompt_vectors(scope.model, names, context) for context in contexts], dim=1
+            )
         if self.energy < 1:
             columns = principal_columns(columns, self.energy)
         self._projector = orthogonal_projector(columns)
         freedom = ((self._projector @ goals).norm(dim=0) / goals.norm(dim=0)).mean().item()
         if freedom < 1e-2:
-            logger.warning("reg.gradproj leaves nothing of %s to unlearn: give fewer names or less energy", scope.request.label)
+            logger.warning(
+                "reg.gradproj leaves nothing of %s to unlearn: give fewer names or less energy",
+                scope.request.label,
+            )
         return {"auxiliary": names, "rank": columns.shape[1], "target_outside_subspace": freedom}
 
     def on_gradients(self, params: dict[str, nn.Parameter]) -> None:
@@ -191,7 +154,7 @@ class GradProj(Regularizer):
                 if is_cross_attention_kv(name):
                     parameter.grad = parameter.grad @ self._projector
 
-    @torch.no_grad()
+    @without_gradients
     def on_step(self, params: dict[str, nn.Parameter], before: dict[str, Tensor]) -> None:
         if self.apply == "update":
             for name, parameter in params.items():

@@ -1,8 +1,13 @@
 """L1 penalty on the change of the weights (Lee et al. 2026, arXiv 2511.07970, Sec. 5)."""
 
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from cu_runner.regularizers.l2 import L2, mean_power
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def penalty(params: dict[str, Tensor], anchor: dict[str, Tensor]) -> Tensor:

@@ -1,18 +1,25 @@
 """L2 penalty on the change of the weights (Lee et al. 2026, arXiv 2511.07970, Sec. 5)."""
 
-from typing import Literal
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Literal
+
 from pydantic import NonNegativeFloat
-from torch import Tensor, nn
 
-from cu_runner.methods.base import Method, Scope
+from cu_runner.methods.base import Method
 from cu_runner.regularizers.base import Regularizer
+from cu_runner.request.scope import Scope
+from cu_runner.runtime.lazy import nn, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def mean_power(params: dict[str, Tensor], anchor: dict[str, Tensor], power: int) -> Tensor:
     """mean |theta - anchor|^power over all elements of all tensors together; a scalar."""
-    total = torch.stack([(parameter - anchor[name]).abs().pow(power).sum() for name, parameter in params.items()]).sum()
+    total = torch.stack(
+        [(parameter - anchor[name]).abs().pow(power).sum() for name, parameter in params.items()]
+    ).sum()
     return total / sum(parameter.numel() for parameter in params.values())
 
 
@@ -27,7 +34,9 @@ class L2(Regularizer):
     acts_on = ("loss",)
     mean = staticmethod(penalty)
 
-    def __init__(self, weight: NonNegativeFloat, anchor: Literal["previous", "base"] = "previous") -> None:
+    def __init__(
+        self, weight: NonNegativeFloat, anchor: Literal["previous", "base"] = "previous"
+    ) -> None:
         """anchor: "previous" pulls towards the weights at the start of the request, "base" towards the untouched model."""
         self.weight, self.anchor = weight, anchor
 

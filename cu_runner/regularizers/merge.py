@@ -6,23 +6,30 @@ ICLR 2023, arXiv 2212.04089.
 Shapes: N requests, P elements of one weight tensor.
 """
 
+from __future__ import annotations
+
 import logging
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
-from torch import Tensor
 
-from cu_runner.methods.base import Method, Scope
-from cu_runner.params import largest
+from cu_runner.methods.base import Method
+from cu_runner.models.parameters import largest
 from cu_runner.regularizers.base import Regularizer
+from cu_runner.request.scope import Scope
+from cu_runner.runtime.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 
-def ties(deltas: Tensor, topk: float, lam: float = 1.0, how: Literal["mean", "sum", "max"] = "mean") -> Tensor:
+def ties(
+    deltas: Tensor, topk: float, lam: float = 1.0, how: Literal["mean", "sum", "max"] = "mean"
+) -> Tensor:
     """Merge the changes [N, P] of one weight tensor into one [P]: scale, trim, elect a sign, join what has it.
 
     Trimming keeps exactly floor(topk * P) elements of each row, the largest in magnitude and of equal ones the first (the released
@@ -61,12 +68,16 @@ def worded(meaning: str) -> WrapValidator:
         try:
             return check(value)
         except ValidationError:
-            raise ValueError(f"give {meaning}, or a list of them, one for each request from the second on") from None
+            raise ValueError(
+                f"give {meaning}, or a list of them, one for each request from the second on"
+            ) from None
 
     return WrapValidator(validate)
 
 
 Scale = Annotated[float, Field(gt=0)]
+
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -97,14 +108,23 @@ class Merge(Regularizer):
         self._check_schedules(len(scope.sequence.targets))
         return {}
 
-    def post_request(self, names: list[str], deltas: Callable[[str], Tensor]) -> dict[str, Tensor] | None:
+    def post_request(
+        self, names: list[str], deltas: Callable[[str], Tensor]
+    ) -> dict[str, Tensor] | None:
         """Merge tensor by tensor: beside the result, the changes of one tensor at a time are in memory."""
         number = len(deltas(names[0]))
         if number == 1:
-            logger.info("merge: every request starts from the untouched model; from the second on their changes are merged")
+            logger.info(
+                "merge: every request starts from the untouched model; from the second on their changes are merged"
+            )
             return None
-        self._check_schedules(number)  # begin_request is not called for a request whose training was cached
-        lam, topk = (value[number - 2] if isinstance(value, list) else value for value in (self.lam, self.topk))
+        self._check_schedules(
+            number
+        )  # begin_request is not called for a request whose training was cached
+        lam, topk = (
+            value[number - 2] if isinstance(value, list) else value
+            for value in (self.lam, self.topk)
+        )
         merged = {}
         for name in names:
             stack = deltas(name)  # [N, ...]

@@ -11,20 +11,31 @@ rescaled element by element, would otherwise fill all that is left of the space,
 Shapes: D text width, N text vectors, out attention width.
 """
 
+from __future__ import annotations
+
 import logging
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
-from torch import Tensor, nn
 
-from cu_runner.data import spread
-from cu_runner.lists import read_file
-from cu_runner.methods.base import Method, Scope
-from cu_runner.names import Names, earlier_targets, kept_names
-from cu_runner.params import is_cross_attention_kv
+from cu_runner.concepts.entries import read_file
+from cu_runner.methods.base import Method
+from cu_runner.models.parameters import is_cross_attention_kv
 from cu_runner.regularizers.base import Regularizer
-from cu_runner.regularizers.gradproj import check_contexts, check_projected, nearest_names, principal_columns, text_vectors
+from cu_runner.request.images import spread
+from cu_runner.request.name_sources import NameSource, earlier_targets, kept_names
+from cu_runner.request.scope import Scope
+from cu_runner.request.text_subspace import (
+    check_contexts,
+    check_projected,
+    nearest_names,
+    principal_columns,
+    text_vectors,
+)
+from cu_runner.runtime.lazy import nn, torch, without_gradients
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +54,9 @@ def null_space_projector(X: Tensor, rank: int | None = None, energy: float | Non
         ValueError: not exactly one of rank and energy, or one out of its range.
     """
     if (rank is None) == (energy is None):
-        raise ValueError(f"rank={rank} and energy={energy}: give exactly one of the two, the other as null")
+        raise ValueError(
+            f"rank={rank} and energy={energy}: give exactly one of the two, the other as null"
+        )
     if rank is not None and rank < 0:
         raise ValueError(f"rank={rank}: a number of directions is 0 or more")
     if energy is not None and not 0 <= energy <= 1:
@@ -82,7 +95,7 @@ class NullSpace(Regularizer):
         scaled: bool = True,
         sources: tuple[Literal["names", "anchors", "empty"], ...] = ("names", "anchors", "empty"),
         file: str | None = None,
-        names: Names = Names(),  # noqa: B008, frozen
+        names: NameSource = NameSource(),  # noqa: B008, frozen
         contexts: tuple[str, ...] | None = None,
         prompts: PositiveInt = 2000,
         earlier: NonNegativeInt = 1,
@@ -105,20 +118,38 @@ class NullSpace(Regularizer):
                 that it stays as unlearned as it is; 0 lets earlier targets move.
         """
         if (rank is None) == (energy is None):
-            raise ValueError(f"reg.nullspace: rank={rank} and energy={energy}; give exactly one of the two, the other as null")
+            raise ValueError(
+                f"reg.nullspace: rank={rank} and energy={energy}; give exactly one of the two, the other as null"
+            )
         if not sources and file is None:
-            raise ValueError("reg.nullspace.sources is empty and there is no file; keep something: names, anchors, empty")
+            raise ValueError(
+                "reg.nullspace.sources is empty and there is no file; keep something: names, anchors, empty"
+            )
         if contexts is not None:
             check_contexts(contexts, "reg.nullspace.contexts")
-        self.rank, self.energy, self.target_rank, self.scaled, self.earlier = rank, energy, target_rank, scaled, earlier
-        self.sources, self.file, self.names, self.contexts, self.prompts = sources, file, names, contexts, prompts
+        self.rank, self.energy, self.target_rank, self.scaled, self.earlier = (
+            rank,
+            energy,
+            target_rank,
+            scaled,
+            earlier,
+        )
+        self.sources, self.file, self.names, self.contexts, self.prompts = (
+            sources,
+            file,
+            names,
+            contexts,
+            prompts,
+        )
 
     def begin_request(self, scope: Scope, method: Method) -> dict[str, object]:
         """Build P from the kept prompts, and from the text of the targets and the earlier ones; report names and sizes."""
         check_projected(scope, "reg.nullspace")
         names, kept = self.kept_prompts(scope)
         if not kept:
-            raise ValueError("reg.nullspace: no name is left beside the target and the retained concepts; add a source of prompts")
+            raise ValueError(
+                "reg.nullspace: no name is left beside the target and the retained concepts; add a source of prompts"
+            )
         vectors = [text_vectors(scope.model, prompts).T.double() for prompts in kept.values()]
         X = torch.cat([rows / len(rows) ** 0.5 for rows in vectors])
         P = null_space_projector(X, self.rank, self.energy)
@@ -131,7 +162,10 @@ class NullSpace(Regularizer):
         }
         targets, earlier = (
             [text_vectors(scope.model, self.fill(scope, [name])).T.double() for name in group]
-            for group in ([concept.name for concept in scope.request.targets], earlier_targets(scope))
+            for group in (
+                [concept.name for concept in scope.request.targets],
+                earlier_targets(scope),
+            )
         )
         if self.earlier:
             U = own_directions(P, earlier, self.earlier)
@@ -142,7 +176,10 @@ class NullSpace(Regularizer):
             P = U @ U.T
         moved = record["target_moved"] = fraction(targets, P)
         if moved < 1e-3:
-            logger.warning("reg.nullspace leaves nothing of %s to unlearn: lower its energy, rank or earlier", scope.request.label)
+            logger.warning(
+                "reg.nullspace leaves nothing of %s to unlearn: lower its energy, rank or earlier",
+                scope.request.label,
+            )
         elif self.scaled and not method.closed_form:
             P = P / moved
         self._projector = P.float()
@@ -155,10 +192,16 @@ class NullSpace(Regularizer):
         if "names" in self.sources:
             candidates = kept_names(scope, self.names)
             names = nearest_names(scope.model, candidates, targets, "{concept}", self.names.number)
-        anchors = [anchor for concept in scope.request.erased for _, anchor in sequence.training_pairs(concept)]
+        anchors = [
+            anchor
+            for concept in scope.request.erased
+            for _, anchor in sequence.training_pairs(concept)
+        ]
         found = {
             "names": self.fill(scope, names)[: self.prompts],
-            "anchors": spread(list(dict.fromkeys(anchors)), self.prompts) if "anchors" in self.sources else [],
+            "anchors": spread(list(dict.fromkeys(anchors)), self.prompts)
+            if "anchors" in self.sources
+            else [],
             "empty": [""] if "empty" in self.sources else [],
             "file": self.read(),
         }
@@ -166,7 +209,10 @@ class NullSpace(Regularizer):
 
     def fill(self, scope: Scope, names: list[str]) -> list[str]:
         """Every context with every name and caption; name i meets caption i first, so that the first prompts hold every name."""
-        captions, contexts = scope.sequence.captions, self.contexts or (scope.sequence.target_prompt,)
+        captions, contexts = (
+            scope.sequence.captions,
+            self.contexts or (scope.sequence.target_prompt,),
+        )
         filled = [
             context.format(concept=name, caption=captions[(i + shift) % len(captions)])
             for shift in range(len(captions))
@@ -184,7 +230,7 @@ class NullSpace(Regularizer):
         except ValueError as error:
             raise ValueError(f"reg.nullspace.file={error}") from None
 
-    @torch.no_grad()
+    @without_gradients
     def on_step(self, params: dict[str, nn.Parameter], before: dict[str, Tensor]) -> None:
         for name, parameter in params.items():
             if is_cross_attention_kv(name):

@@ -5,16 +5,20 @@ The generative replay of Shin et al., NeurIPS 2017, arXiv 1705.08690, with the u
 Shapes: B batch, C latent channels, H W latent size, L tokens, D text width.
 """
 
-from typing import Literal
+from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+from typing import TYPE_CHECKING, Literal
+
 from pydantic import NonNegativeFloat, PositiveInt
-from torch import Tensor, nn
 
-from cu_runner.data import RetainSet
-from cu_runner.methods.base import Method, Scope
+from cu_runner.methods.base import Method
 from cu_runner.regularizers.base import Regularizer
+from cu_runner.request.images import RetainSet
+from cu_runner.request.scope import Scope
+from cu_runner.runtime.lazy import F, nn, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Replay(Regularizer):
@@ -46,7 +50,9 @@ class Replay(Regularizer):
     def penalty(self, params: dict[str, nn.Parameter]) -> Tensor:
         """The loss of the step's own batch."""
         scope, model = self._scope, self._scope.model
-        batch = self._images.draw(scope.rng.generator("replay", self._step), self.batch_size or scope.batch_size)
+        batch = self._images.draw(
+            scope.rng.generator("replay", self._step), self.batch_size or scope.batch_size
+        )
         self._step += 1
         arguments = (batch.noisy, batch.timesteps, batch.texts[0])
         wanted = batch.noise

@@ -3,25 +3,32 @@
 Shapes: n trainable elements, C latent channels, H W latent size.
 """
 
-import math
-from typing import Annotated, Literal
+from __future__ import annotations
 
-import torch
+import math
+from typing import TYPE_CHECKING, Annotated, Literal
+
 from pydantic import Field, PositiveInt
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from cu_runner.methods.base import Method, Scope
-from cu_runner.params import largest
+from cu_runner.methods.base import Method
+from cu_runner.models.parameters import largest
+from cu_runner.models.sampling import sample_partly
 from cu_runner.regularizers.base import Regularizer
-from cu_runner.sampling import sample_partly
-from cu_runner.settings import Sampler
+from cu_runner.request.scope import Scope
+from cu_runner.runtime.lazy import nn, torch, without_gradients
+from cu_runner.schema.settings import Sampler
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GUIDANCE = 3.0  # of the trajectory that is scored, as released
 
 
-@torch.no_grad()
-def topk_mask(params: dict[str, Tensor], grads: dict[str, Tensor], fraction: float) -> dict[str, Tensor]:
+@without_gradients
+def topk_mask(
+    params: dict[str, Tensor], grads: dict[str, Tensor], fraction: float
+) -> dict[str, Tensor]:
     """Which elements belong to the top `fraction` by importance |theta * dL/dtheta|, over all tensors together.
 
     Args:
@@ -35,12 +42,19 @@ def topk_mask(params: dict[str, Tensor], grads: dict[str, Tensor], fraction: flo
     Raises:
         ValueError: an importance is not finite.
     """
-    importance = torch.cat([(parameter * grads[name]).abs().flatten() for name, parameter in params.items()])
+    importance = torch.cat(
+        [(parameter * grads[name]).abs().flatten() for name, parameter in params.items()]
+    )
     if not importance.isfinite().all():
-        raise ValueError("selft: |theta * gradient| is not finite at the start of the request; lower train.lr")
+        raise ValueError(
+            "selft: |theta * gradient| is not finite at the start of the request; lower train.lr"
+        )
     chosen = largest(importance, math.floor(fraction * len(importance)))
     parts = chosen.split([parameter.numel() for parameter in params.values()])
-    return {name: part.view(parameter.shape) for (name, parameter), part in zip(params.items(), parts, strict=True)}
+    return {
+        name: part.view(parameter.shape)
+        for (name, parameter), part in zip(params.items(), parts, strict=True)
+    }
 
 
 def score_trajectory(scope: Scope, steps: int) -> None:
@@ -54,9 +68,20 @@ def score_trajectory(scope: Scope, steps: int) -> None:
     sampler = Sampler(steps, GUIDANCE, "DDIMScheduler")
     for number, concept in enumerate(scope.request.targets):
         pairs = scope.sequence.training_pairs(concept)
-        for step in tqdm(range(steps), desc=f"  score {concept.name}", leave=False, disable=None, ncols=100, unit="step"):
+        for step in tqdm(
+            range(steps),
+            desc=f"  score {concept.name}",
+            leave=False,
+            disable=None,
+            ncols=100,
+            unit="step",
+        ):
             target, anchor = pairs[step % len(pairs)]
-            seed = int(torch.randint(2**62, (), generator=scope.rng.generator("selft", number * steps + step)))
+            seed = int(
+                torch.randint(
+                    2**62, (), generator=scope.rng.generator("selft", number * steps + step)
+                )
+            )
             noisy, timestep = sample_partly(model, [target], [seed], sampler, step)  # [1, C, H, W]
             arguments = (noisy, timestep.expand(1))
             with torch.no_grad():
@@ -87,7 +112,13 @@ class SelFT(Regularizer):
             apply: "gradient" masks before the optimiser, as released: weight decay still shrinks what is masked. "update" puts
                 masked elements back after the step, bitwise.
         """
-        self.fraction, self.scoring, self.num_batches, self.steps, self.apply = fraction, scoring, num_batches, steps, apply
+        self.fraction, self.scoring, self.num_batches, self.steps, self.apply = (
+            fraction,
+            scoring,
+            num_batches,
+            steps,
+            apply,
+        )
         self.acts_on = ("gradient",) if apply == "gradient" else ("step",)
 
     def begin_request(self, scope: Scope, method: Method) -> dict[str, object]:
@@ -114,7 +145,7 @@ class SelFT(Regularizer):
             for name, parameter in params.items():
                 parameter.grad.mul_(self._mask[name])
 
-    @torch.no_grad()
+    @without_gradients
     def on_step(self, params: dict[str, nn.Parameter], before: dict[str, Tensor]) -> None:
         if self.apply == "update":
             for name, parameter in params.items():

@@ -1,10 +1,12 @@
 """What a measurement of retention provides, beside RA-I and RA-C."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 
-from cu_runner.models import DiffusionModel
-from cu_runner.settings import EvalSettings
-from cu_runner.store import Cache
+from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.schema.settings import EvalSettings
+from cu_runner.store.cache import Cache
 
 
 class Retention(ABC):
@@ -20,7 +22,9 @@ class Retention(ABC):
         """Load what judges. Raises ValueError or OSError for what cannot be read."""
 
     @abstractmethod
-    def begin(self, model: DiffusionModel, model_sha256: str, settings: EvalSettings, cache: Cache) -> None:
+    def begin(
+        self, model: DiffusionModel, model_sha256: str, settings: EvalSettings, cache: Cache
+    ) -> None:
         """load(), and measure the untouched model (or take that from the cache).
 
         Args:

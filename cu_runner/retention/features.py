@@ -3,21 +3,25 @@
 Shapes: B batch, S image side, D feature width.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 import hashlib
 from importlib.util import find_spec
 from typing import Annotated
 
-import timm
-import torch
-import torch.nn.functional as F
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
 
-from cu_runner.hashing import hash_weights
-from cu_runner.image_text import ImageTextModel, ImageTextSource, load_image_text
-from cu_runner.model_files import ModelError, locate
-from cu_runner.safe_loading import check_pickle, load_tensors
+from cu_runner.models.checkpoints import locate
+from cu_runner.models.image_text import ImageTextModel, ImageTextSource, load_image_text
+from cu_runner.models.weight_files import check_pickle, hash_weights, load_tensors
+from cu_runner.runtime.lazy import F, nn, timm, torch, without_gradients
+from cu_runner.schema.errors import ModelError
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -49,27 +53,44 @@ class FeatureExtractor:
         self._tower = network if isinstance(network, ImageTextModel) else None
         self._network = None if self._tower else network.to(device).eval()
 
-    @torch.no_grad()
+    @without_gradients
     def __call__(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S] in 0..1 to features [B, D]. Raises ModelError for a module that makes something else of them."""
         images, source = images.to(self._device), self._source
         if self._tower:
             features = self._tower.embed_images(images)
-        elif source.architecture == "inception":  # resizes by itself, as the published implementation does
+        elif (
+            source.architecture == "inception"
+        ):  # resizes by itself, as the published implementation does
             features = self._network((images * 255).round().to(torch.uint8))
         else:
             if images.shape[-1] != source.size:
-                images = F.interpolate(images, size=(source.size, source.size), mode="bicubic", antialias=True).clamp(0, 1)
-            mean, std = (torch.tensor(value, device=self._device).view(1, -1, 1, 1) for value in (source.mean, source.std))
+                images = F.interpolate(
+                    images, size=(source.size, source.size), mode="bicubic", antialias=True
+                ).clamp(0, 1)
+            mean, std = (
+                torch.tensor(value, device=self._device).view(1, -1, 1, 1)
+                for value in (source.mean, source.std)
+            )
             features = self._network((images - mean) / std)
-        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
-            raise ModelError(f"{source.path}: must map {len(images)} images to as many rows of features")
+        if (
+            not isinstance(features, torch.Tensor)
+            or features.ndim != 2
+            or len(features) != len(images)
+        ):
+            raise ModelError(
+                f"{source.path}: must map {len(images)} images to as many rows of features"
+            )
         return features.double().cpu()
 
     def fingerprint(self) -> str:
         """sha256 over weights and preprocessing."""
         digest = hashlib.sha256()
-        digest.update(repr((self._source.architecture, self._source.size, self._source.mean, self._source.std)).encode())
+        digest.update(
+            repr(
+                (self._source.architecture, self._source.size, self._source.mean, self._source.std)
+            ).encode()
+        )
         if self._tower:
             digest.update(self._tower.fingerprint().encode())
         else:
@@ -91,16 +112,28 @@ def load_network(source: FeatureSource, device: str) -> nn.Module | ImageTextMod
         try:
             return torch.jit.load(path, map_location=device)
         except RuntimeError as error:
-            raise ModelError(f"{source.path}: is no TorchScript file ({' '.join(str(error).split())[:200]})") from error
+            raise ModelError(
+                f"{source.path}: is no TorchScript file ({' '.join(str(error).split())[:200]})"
+            ) from error
     try:
         network = timm.create_model(name, pretrained=False)
     except RuntimeError as error:
-        raise ModelError(f"timm:{name}: {' '.join(str(error).split())}; timm.list_models() has all names") from None
+        raise ModelError(
+            f"timm:{name}: {' '.join(str(error).split())}; timm.list_models() has all names"
+        ) from None
     network.reset_classifier(0)
     weights, wanted = load_tensors(path, source.allow_pickle), network.state_dict()
-    if wrong := sorted(name for name, tensor in wanted.items() if name not in weights or weights[name].shape != tensor.shape):
-        raise ModelError(f"{source.path}: {wrong[0]} is missing or has another shape; the file belongs to another architecture")
-    network.load_state_dict({name: weights[name] for name in wanted})  # the head, if there is one, is not needed
+    if wrong := sorted(
+        name
+        for name, tensor in wanted.items()
+        if name not in weights or weights[name].shape != tensor.shape
+    ):
+        raise ModelError(
+            f"{source.path}: {wrong[0]} is missing or has another shape; the file belongs to another architecture"
+        )
+    network.load_state_dict(
+        {name: weights[name] for name in wanted}
+    )  # the head, if there is one, is not needed
     return network
 
 
@@ -109,10 +142,16 @@ def load_inception(source: FeatureSource) -> nn.Module:
     path = locate(source.path)
     check_pickle(path, source.allow_pickle)
     if find_spec("torch_fidelity") is None:
-        raise ModelError("features.architecture=inception needs the package torch-fidelity: pip install 'cu_runner[fid]'")
+        raise ModelError(
+            "features.architecture=inception needs the package torch-fidelity: pip install 'cu_runner[fid]'"
+        )
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     try:  # it reads the file as weights alone, torch's default
-        return NoTrainInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+        return NoTrainInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
+        )
     except Exception as error:  # of torch and of the file; the cause is kept in the line
-        raise ModelError(f"{source.path}: holds no weights of inception ({' '.join(str(error).split())[:200]})") from error
+        raise ModelError(
+            f"{source.path}: holds no weights of inception ({' '.join(str(error).split())[:200]})"
+        ) from error

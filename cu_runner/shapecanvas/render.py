@@ -8,14 +8,20 @@ of the palette, the object between the last two, both along the texture.
 Shapes: B batch, S image side in pixels. Coordinates run over [-1, 1] from the top left corner, y downwards.
 """
 
+from __future__ import annotations
+
 import colorsys
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from cu_runner.runtime.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IMAGE_SIZE = 64
+
 
 # Background, background accent, object, object accent; sRGB 0..255.
 PALETTES: dict[str, tuple[tuple[int, int, int], ...]] = {
@@ -33,35 +39,179 @@ PALETTES: dict[str, tuple[tuple[int, int, int], ...]] = {
     "mint": ((186, 242, 210), (122, 212, 166), (150, 40, 120), (202, 96, 170)),
 }
 
+
 # The names of the ten shades of each palette, from the most negative turn of hue to the most positive.
 SHADES: dict[str, tuple[str, ...]] = {
-    "ember": ("ember", "cinder", "blaze", "lava", "flame", "torch", "magma", "furnace", "spark", "coal"),
-    "frost": ("frost", "ice", "snow", "glacier", "sleet", "hail", "polar", "winter", "arctic", "crystal"),
-    "forest": ("forest", "fern", "moss", "ivy", "pine", "jungle", "cedar", "clover", "bamboo", "grove"),
-    "ocean": ("ocean", "sea", "lagoon", "tide", "reef", "marine", "river", "harbor", "atoll", "abyss"),
-    "dusk": ("dusk", "twilight", "violet", "plum", "sunset", "lilac", "orchid", "mauve", "evening", "iris"),
-    "candy": ("candy", "bubblegum", "rose", "blossom", "petal", "sugar", "peony", "sherbet", "taffy", "flamingo"),
-    "sand": ("sand", "dune", "desert", "clay", "wheat", "camel", "straw", "cocoa", "walnut", "cork"),
+    "ember": (
+        "ember",
+        "cinder",
+        "blaze",
+        "lava",
+        "flame",
+        "torch",
+        "magma",
+        "furnace",
+        "spark",
+        "coal",
+    ),
+    "frost": (
+        "frost",
+        "ice",
+        "snow",
+        "glacier",
+        "sleet",
+        "hail",
+        "polar",
+        "winter",
+        "arctic",
+        "crystal",
+    ),
+    "forest": (
+        "forest",
+        "fern",
+        "moss",
+        "ivy",
+        "pine",
+        "jungle",
+        "cedar",
+        "clover",
+        "bamboo",
+        "grove",
+    ),
+    "ocean": (
+        "ocean",
+        "sea",
+        "lagoon",
+        "tide",
+        "reef",
+        "marine",
+        "river",
+        "harbor",
+        "atoll",
+        "abyss",
+    ),
+    "dusk": (
+        "dusk",
+        "twilight",
+        "violet",
+        "plum",
+        "sunset",
+        "lilac",
+        "orchid",
+        "mauve",
+        "evening",
+        "iris",
+    ),
+    "candy": (
+        "candy",
+        "bubblegum",
+        "rose",
+        "blossom",
+        "petal",
+        "sugar",
+        "peony",
+        "sherbet",
+        "taffy",
+        "flamingo",
+    ),
+    "sand": (
+        "sand",
+        "dune",
+        "desert",
+        "clay",
+        "wheat",
+        "camel",
+        "straw",
+        "cocoa",
+        "walnut",
+        "cork",
+    ),
     "ash": ("ash", "smoke", "slate", "stone", "iron", "steel", "granite", "pewter", "fog", "lead"),
-    "neon": ("neon", "laser", "acid", "plasma", "cyber", "disco", "arcade", "glow", "voltage", "radium"),
-    "gold": ("gold", "honey", "amber", "sun", "lemon", "brass", "saffron", "mustard", "canary", "corn"),
-    "cherry": ("cherry", "ruby", "crimson", "scarlet", "poppy", "tomato", "berry", "garnet", "wine", "lobster"),
-    "mint": ("mint", "jade", "pistachio", "sage", "apple", "aloe", "lime", "celery", "basil", "melon"),
+    "neon": (
+        "neon",
+        "laser",
+        "acid",
+        "plasma",
+        "cyber",
+        "disco",
+        "arcade",
+        "glow",
+        "voltage",
+        "radium",
+    ),
+    "gold": (
+        "gold",
+        "honey",
+        "amber",
+        "sun",
+        "lemon",
+        "brass",
+        "saffron",
+        "mustard",
+        "canary",
+        "corn",
+    ),
+    "cherry": (
+        "cherry",
+        "ruby",
+        "crimson",
+        "scarlet",
+        "poppy",
+        "tomato",
+        "berry",
+        "garnet",
+        "wine",
+        "lobster",
+    ),
+    "mint": (
+        "mint",
+        "jade",
+        "pistachio",
+        "sage",
+        "apple",
+        "aloe",
+        "lime",
+        "celery",
+        "basil",
+        "melon",
+    ),
 }
+
+
 HUE_TURN = 0.035  # largest turn of hue of a shade, as a fraction of the colour circle
 
+
 OBJECTS = (
-    "ball", "box", "tent", "star", "heart", "moon", "hoop", "cross", "arrow", "tree",
-    "house", "fish", "flower", "key", "cup", "bolt", "leaf", "boat", "crown", "mushroom",
-)  # fmt: skip
+    "ball",
+    "box",
+    "tent",
+    "star",
+    "heart",
+    "moon",
+    "hoop",
+    "cross",
+    "arrow",
+    "tree",
+    "house",
+    "fish",
+    "flower",
+    "key",
+    "cup",
+    "bolt",
+    "leaf",
+    "boat",
+    "crown",
+    "mushroom",
+)
 
 
-# ---------------------------------------------------------------------------------------------------- objects
 def _circle(x: Tensor, y: Tensor, cx: float, cy: float, radius: float) -> Tensor:
     return torch.hypot(x - cx, y - cy) - radius
 
 
-def _rectangle(x: Tensor, y: Tensor, cx: float, cy: float, half_width: float, half_height: float) -> Tensor:
+def _rectangle(
+    x: Tensor, y: Tensor, cx: float, cy: float, half_width: float, half_height: float
+) -> Tensor:
     dx, dy = (x - cx).abs() - half_width, (y - cy).abs() - half_height
     return torch.hypot(dx.clamp_min(0), dy.clamp_min(0)) + torch.maximum(dx, dy).clamp_max(0)
 
@@ -83,7 +233,10 @@ def _polygon(x: Tensor, y: Tensor, vertices: list[tuple[float, float]]) -> Tenso
 
 def _regular(count: int, outer: float, inner: float) -> list[tuple[float, float]]:
     radii = [outer if i % 2 == 0 else inner for i in range(2 * count)]
-    return [(r * math.sin(math.pi * i / count), -r * math.cos(math.pi * i / count)) for i, r in enumerate(radii)]
+    return [
+        (r * math.sin(math.pi * i / count), -r * math.cos(math.pi * i / count))
+        for i, r in enumerate(radii)
+    ]
 
 
 def _union(*parts: Tensor) -> Tensor:
@@ -119,15 +272,23 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "heart": _heart,
     "moon": lambda x, y: _without(_circle(x, y, -0.05, 0, 0.88), _circle(x, y, 0.4, -0.12, 0.72)),
     "hoop": lambda x, y: _without(_circle(x, y, 0, 0, 0.88), _circle(x, y, 0, 0, 0.5)),
-    "cross": lambda x, y: _union(_rectangle(x, y, 0, 0, 0.9, 0.27), _rectangle(x, y, 0, 0, 0.27, 0.9)),
-    "arrow": lambda x, y: _union(_rectangle(x, y, -0.4, 0, 0.55, 0.22), _polygon(x, y, [(0.05, -0.72), (0.95, 0), (0.05, 0.72)])),
+    "cross": lambda x, y: _union(
+        _rectangle(x, y, 0, 0, 0.9, 0.27), _rectangle(x, y, 0, 0, 0.27, 0.9)
+    ),
+    "arrow": lambda x, y: _union(
+        _rectangle(x, y, -0.4, 0, 0.55, 0.22),
+        _polygon(x, y, [(0.05, -0.72), (0.95, 0), (0.05, 0.72)]),
+    ),
     "tree": lambda x, y: _union(
         _polygon(x, y, [(0, -0.98), (0.5, -0.2), (-0.5, -0.2)]),
         _polygon(x, y, [(0, -0.5), (0.7, 0.5), (-0.7, 0.5)]),
         _rectangle(x, y, 0, 0.72, 0.15, 0.25),
     ),
     "house": lambda x, y: _without(
-        _union(_rectangle(x, y, 0, 0.38, 0.62, 0.48), _polygon(x, y, [(0, -0.9), (0.9, -0.05), (-0.9, -0.05)])),
+        _union(
+            _rectangle(x, y, 0, 0.38, 0.62, 0.48),
+            _polygon(x, y, [(0, -0.9), (0.9, -0.05), (-0.9, -0.05)]),
+        ),
         _rectangle(x, y, 0, 0.6, 0.16, 0.3),
     ),
     "fish": lambda x, y: _union(
@@ -141,10 +302,21 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         _without(_circle(x, y, 0.5, -0.05, 0.42), _circle(x, y, 0.5, -0.05, 0.22)),
     ),
     "bolt": lambda x, y: _polygon(
-        x, y, [(0.15, -1.0), (-0.6, 0.18), (-0.08, 0.18), (-0.25, 1.0), (0.6, -0.28), (0.06, -0.28), (0.55, -1.0)]
+        x,
+        y,
+        [
+            (0.15, -1.0),
+            (-0.6, 0.18),
+            (-0.08, 0.18),
+            (-0.25, 1.0),
+            (0.6, -0.28),
+            (0.06, -0.28),
+            (0.55, -1.0),
+        ],
     ),
     "leaf": lambda x, y: _without(
-        _without(_circle(x, y, -0.62, 0, 1.12), -_circle(x, y, 0.62, 0, 1.12)), _rectangle(x, y, 0, 0.35, 0.05, 0.6)
+        _without(_circle(x, y, -0.62, 0, 1.12), -_circle(x, y, 0.62, 0, 1.12)),
+        _rectangle(x, y, 0, 0.35, 0.05, 0.6),
     ),
     "boat": lambda x, y: _union(
         _polygon(x, y, [(-0.95, 0.35), (0.95, 0.35), (0.6, 0.85), (-0.6, 0.85)]),
@@ -152,13 +324,24 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         _polygon(x, y, [(0.14, -0.7), (0.7, 0.2), (0.14, 0.2)]),
     ),
     "crown": lambda x, y: _polygon(
-        x, y, [(-0.9, -0.6), (-0.42, 0.02), (0, -0.75), (0.42, 0.02), (0.9, -0.6), (0.75, 0.7), (-0.75, 0.7)]
+        x,
+        y,
+        [
+            (-0.9, -0.6),
+            (-0.42, 0.02),
+            (0, -0.75),
+            (0.42, 0.02),
+            (0.9, -0.6),
+            (0.75, 0.7),
+            (-0.75, 0.7),
+        ],
     ),
-    "mushroom": lambda x, y: _union(torch.maximum(_circle(x, y, 0, 0.05, 0.9), y - 0.05), _rectangle(x, y, 0, 0.45, 0.24, 0.42)),
+    "mushroom": lambda x, y: _union(
+        torch.maximum(_circle(x, y, 0, 0.05, 0.9), y - 0.05), _rectangle(x, y, 0, 0.45, 0.24, 0.42)
+    ),
 }
 
 
-# --------------------------------------------------------------------------------------------------- textures
 def _soft_square(phase: Tensor, sharpness: float = 3.0) -> Tensor:
     """A smoothed square wave of period 2 pi, in 0..1."""
     return torch.sigmoid(2 * sharpness * torch.sin(phase))
@@ -192,20 +375,26 @@ TEXTURES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
         6 * (torch.cos(math.pi * f * (x + p[:, 0])) + torch.cos(math.pi * f * (y + p[:, 1])) - 0.7)
     ),
     "check": lambda x, y, p, f: torch.sigmoid(
-        12 * torch.sin(math.pi * f * 0.8 * (x + p[:, 0])) * torch.sin(math.pi * f * 0.8 * (y + p[:, 1]))
+        12
+        * torch.sin(math.pi * f * 0.8 * (x + p[:, 0]))
+        * torch.sin(math.pi * f * 0.8 * (y + p[:, 1]))
     ),
     "brick": _brick,
     "wave": lambda x, y, p, f: _soft_square(
-        math.pi * f * 1.1 * (y + 0.16 * torch.sin(2 * math.pi * (x + p[:, 1]))) + 2 * math.pi * p[:, 0]
+        math.pi * f * 1.1 * (y + 0.16 * torch.sin(2 * math.pi * (x + p[:, 1])))
+        + 2 * math.pi * p[:, 0]
     ),
     "ripple": lambda x, y, p, f: _soft_square(
-        math.pi * f * 1.5 * torch.hypot(x + 0.3 * p[:, 1] - 0.15, y + 0.3 * p[:, 2] - 0.15) + 2 * math.pi * p[:, 0]
+        math.pi * f * 1.5 * torch.hypot(x + 0.3 * p[:, 1] - 0.15, y + 0.3 * p[:, 2] - 0.15)
+        + 2 * math.pi * p[:, 0]
     ),
     "ray": lambda x, y, p, f: _soft_square(
-        9 * torch.atan2(y + 0.2 * p[:, 1] - 0.1, x + 0.2 * p[:, 2] - 0.1) + 2 * math.pi * p[:, 0], 2.0
+        9 * torch.atan2(y + 0.2 * p[:, 1] - 0.1, x + 0.2 * p[:, 2] - 0.1) + 2 * math.pi * p[:, 0],
+        2.0,
     ),
     "mist": _mist,
 }
+
 
 # style name -> (palette, place of the shade 0..9, texture): the j-th shade of every palette wears the j-th texture
 STYLE_PARTS: dict[str, tuple[str, int, str]] = {
@@ -213,6 +402,8 @@ STYLE_PARTS: dict[str, tuple[str, int, str]] = {
     for palette in PALETTES
     for place, texture in enumerate(TEXTURES)
 }
+
+
 STYLES = tuple(STYLE_PARTS)
 
 
@@ -269,4 +460,6 @@ def render(objects: list[str], styles: list[str], generator: torch.Generator) ->
     foreground = torch.lerp(colours[:, 2], colours[:, 3], pattern[:, None])
     pixel = 2 / size
     coverage = (0.5 - distance / pixel).clamp(0, 1)[:, None]  # anti-aliased edge, one pixel wide
-    return (torch.lerp(background, foreground, coverage) * between(9, 0.88, 1.08)[:, None]).clamp(0, 1)
+    return (torch.lerp(background, foreground, coverage) * between(9, 0.88, 1.08)[:, None]).clamp(
+        0, 1
+    )

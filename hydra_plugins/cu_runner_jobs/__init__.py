@@ -12,14 +12,16 @@ class ListedJobs(Sweeper):
     def __init__(self, file: str) -> None:
         self.file = file
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         self.hydra_context, self.config = hydra_context, config
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> list[object]:
-        from cu_runner.submission import read_jobs  # Hydra imports this file for every command
+        from cu_runner.sweeps.submission import read_jobs
 
         jobs = [[*job, *arguments] for job in read_jobs(self.file)]
         self.validate_batch_is_legal(jobs)

@@ -7,7 +7,16 @@ gain over the run without regularizer. A run of the sequence per file; ablation.
 """
 
 import pandas as pd
-from study import Study, as_markdown, command, draw_bars, finished, last_rows, regularizers, with_stopped
+from study import (
+    Study,
+    as_markdown,
+    command,
+    draw_bars,
+    finished,
+    last_rows,
+    regularizers,
+    with_stopped,
+)
 
 
 def cells() -> dict[str, list[str]]:
@@ -17,7 +26,9 @@ def cells() -> dict[str, list[str]]:
 def with_gains(table: pd.DataFrame) -> pd.DataFrame:
     """The table with the gains of RA-I and RA-C in points over its row "none"; NaN without such a row."""
     plain = table.set_index("run").reindex(["none"]).iloc[0]
-    return table.assign(RA_I_gain=table["RA_I"] - plain["RA_I"], RA_C_gain=table["RA_C"] - plain["RA_C"])
+    return table.assign(
+        RA_I_gain=table["RA_I"] - plain["RA_I"], RA_C_gain=table["RA_C"] - plain["RA_C"]
+    )
 
 
 def main(study: Study) -> None:

@@ -15,33 +15,48 @@ from pathlib import Path
 import pandas as pd
 from study import Study, as_markdown, command, draw_bars, finished, last_rows, with_stopped
 
-from cu_runner.names import plain, read_listed
-from cu_runner.runs import RunRecord
+from cu_runner.request.name_sources import normalized, read_listed
+from cu_runner.store.run_record import RunRecord
 
 NUMBERS = (10, 50)
 RANDOM = 25  # names in the file
 THRESHOLDS = (0.3, 0.7, 0.95)
 LISTS = ("painting_styles", "common_objects")
 # The published subspace on the embedded model: one column per name, and a step size at which the collapse is not that of the step.
-OWN = ["reg.gradproj.tokens=own", "reg.gradproj.energy=1.0", "reg.gradproj.contexts=['{concept}']", "train.lr=3e-4"]
+OWN = [
+    "reg.gradproj.tokens=own",
+    "reg.gradproj.energy=1.0",
+    "reg.gradproj.contexts=['{concept}']",
+    "train.lr=3e-4",
+]
 
 
 def cells(study: Study, random_names: Path) -> dict[str, list[str]]:
     own = OWN if study.plan(["reg=gradproj"]).resolved["reg"]["gradproj"]["tokens"] == "all" else []
     source = "reg.gradproj.auxiliary.source"
     changes = {"as tuned": []}
-    changes |= {f"number {number}": [f"reg.gradproj.auxiliary.number={number}"] for number in NUMBERS}
-    changes[f"file, {RANDOM} at random"] = [f"{source}=file", f"reg.gradproj.auxiliary.name={json.dumps(str(random_names))}"]
-    changes |= {f"list {name}": [f"{source}=list", f"reg.gradproj.auxiliary.name={name}"] for name in LISTS}
+    changes |= {
+        f"number {number}": [f"reg.gradproj.auxiliary.number={number}"] for number in NUMBERS
+    }
+    changes[f"file, {RANDOM} at random"] = [
+        f"{source}=file",
+        f"reg.gradproj.auxiliary.name={json.dumps(str(random_names))}",
+    ]
+    changes |= {
+        f"list {name}": [f"{source}=list", f"reg.gradproj.auxiliary.name={name}"] for name in LISTS
+    }
     changes["with retained names"] = ["reg.gradproj.auxiliary.retained=true"]
-    changes |= {f"own tokens, threshold {value}": [*own, f"reg.gradproj.threshold={value}"] for value in THRESHOLDS}
+    changes |= {
+        f"own tokens, threshold {value}": [*own, f"reg.gradproj.threshold={value}"]
+        for value in THRESHOLDS
+    }
     return {label: ["reg=gradproj", *change] for label, change in changes.items()}
 
 
 def draw_names(candidates: list[str], shut: list[str], number: int) -> list[str]:
     """At most so many of the candidates, at random with a fixed seed, none of them shut out."""
-    closed = {plain(name) for name in shut}
-    free = [name for name in candidates if plain(name) not in closed]
+    closed = {normalized(name) for name in shut}
+    free = [name for name in candidates if normalized(name) not in closed]
     return random.Random(0).sample(free, min(number, len(free)))
 
 
@@ -49,8 +64,14 @@ def subspaces(runs: dict[str, RunRecord]) -> pd.DataFrame:
     """What the projection held, means over the requests: names, directions, and the fraction of the target outside of them."""
     rows = []
     for label, run in runs.items():
-        notes = pd.DataFrame([record["training"]["regularizers"]["gradproj"] for record in run.records[1:]])
-        row = {"run": label, "names": notes["auxiliary"].map(len).mean(), "rank": notes["rank"].mean()}
+        notes = pd.DataFrame(
+            [record["training"]["regularizers"]["gradproj"] for record in run.records[1:]]
+        )
+        row = {
+            "run": label,
+            "names": notes["auxiliary"].map(len).mean(),
+            "rank": notes["rank"].mean(),
+        }
         rows.append(row | {"target_outside": notes["target_outside_subspace"].mean()})
     return pd.DataFrame(rows)
 
@@ -59,15 +80,21 @@ def main(study: Study) -> None:
     plan = study.plan(["reg=gradproj"])
     sequence, auxiliary = plan.sequence.build(), plan.resolved["reg"]["gradproj"]["auxiliary"]
     listed = auxiliary["source"] in ("list", "file")
-    candidates = read_listed(auxiliary["source"], auxiliary["name"]) if listed else list(sequence.vocabulary)
+    candidates = (
+        read_listed(auxiliary["source"], auxiliary["name"]) if listed else list(sequence.vocabulary)
+    )
     shut = [concept.name for concept in (*sequence.targets, *sequence.retain)]
     study.output.mkdir(parents=True, exist_ok=True)
     random_names = study.output / "auxiliary_random.txt"
-    random_names.write_text("\n".join(draw_names(candidates, shut, RANDOM)) + "\n", encoding="utf-8")
+    random_names.write_text(
+        "\n".join(draw_names(candidates, shut, RANDOM)) + "\n", encoding="utf-8"
+    )
     print(f"wrote {random_names}")
     runs = study.run(cells(study, random_names))
     done = finished(runs)
-    table = subspaces(done).merge(last_rows({label: run.table for label, run in done.items()}), on="run")
+    table = subspaces(done).merge(
+        last_rows({label: run.table for label, run in done.items()}), on="run"
+    )
     shown = with_stopped(table, runs)
     text = "After the last request. Means over the requests: names (earlier targets included, duplicates not), rank (directions\n"
     text += f"of the subspace), target_outside (fraction of the target's vector that it leaves free).\n\n{as_markdown(shown, 2)}"

@@ -8,7 +8,16 @@ standard deviation and range of the metrics after the last request. 12 runs of t
 
 import pandas as pd
 from matplotlib.figure import Figure
-from study import Study, as_markdown, command, finished, last_rows, panels, plot_over_requests, with_stopped
+from study import (
+    Study,
+    as_markdown,
+    command,
+    finished,
+    last_rows,
+    panels,
+    plot_over_requests,
+    with_stopped,
+)
 
 REGULARIZERS = {"none": "#444444", "gradproj": "#d95f02"}
 ORDERS = ("paper", "reversed", "shuffle-1", "shuffle-2")
@@ -29,24 +38,46 @@ def spread(table: pd.DataFrame) -> pd.DataFrame:
     """Of the rows of last_rows: mean, standard deviation (n - 1), smallest and largest of each metric, by what varies."""
     parts = table["run"].str.split(", ", expand=True).set_axis(["reg", "order", "seed"], axis=1)
     rows = []
-    for varied, fixed, value in (("order", "seed", f"seed {SEEDS[0]}"), ("seed", "order", ORDERS[0])):
+    for varied, fixed, value in (
+        ("order", "seed", f"seed {SEEDS[0]}"),
+        ("seed", "order", ORDERS[0]),
+    ):
         for reg, group in table[parts[fixed] == value].groupby(parts["reg"], sort=False):
             for metric in ("UA", "RA_I", "RA_C"):
-                row = {"run": reg, "varied": varied, "n": len(group), "metric": metric, "mean": group[metric].mean()}
-                rows.append(row | {"sd": group[metric].std(), "from": group[metric].min(), "to": group[metric].max()})
+                row = {
+                    "run": reg,
+                    "varied": varied,
+                    "n": len(group),
+                    "metric": metric,
+                    "mean": group[metric].mean(),
+                }
+                rows.append(
+                    row
+                    | {
+                        "sd": group[metric].std(),
+                        "from": group[metric].min(),
+                        "to": group[metric].max(),
+                    }
+                )
     return pd.DataFrame(rows)
 
 
 def draw(tables: dict[str, pd.DataFrame]) -> Figure:
     """Solid: orders. Dotted: seeds."""
     figure, axes = panels(1, 4)
-    plot_over_requests(axes, tables, {label: "-" if label.endswith(f"seed {SEEDS[0]}") else ":" for label in tables})
+    plot_over_requests(
+        axes,
+        tables,
+        {label: "-" if label.endswith(f"seed {SEEDS[0]}") else ":" for label in tables},
+    )
     kinds = {}
     for axis in axes:
         for line in axis.get_lines():
             name = line.get_label().partition(",")[0]
             line.set_color(REGULARIZERS[name])
-            kinds.setdefault(f"{name}, {'orders' if line.get_linestyle() == '-' else 'other seeds'}", line)
+            kinds.setdefault(
+                f"{name}, {'orders' if line.get_linestyle() == '-' else 'other seeds'}", line
+            )
     axes[0].legend(kinds.values(), kinds, fontsize=7, loc="lower right")
     return figure
 

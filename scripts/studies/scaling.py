@@ -25,8 +25,8 @@ from study import (
     with_stopped,
 )
 
-from cu_runner.help import config_dir
-from cu_runner.lists import read_shipped
+from cu_runner.concepts.entries import read_shipped
+from cu_runner.runtime.paths import config_dir
 
 REGULARIZERS = ("none", "l2", "gradproj", "merge", "gradproj_l1")
 SEQUENCE = "sequence=shapecanvas_style100"
@@ -40,8 +40,14 @@ NO_STYLE = "Seed_Images"  # of UnlearnCanvas: the photos that were styled
 
 def on_stable_diffusion() -> str:
     """The overrides of the longest sequence on UnlearnCanvas: its published targets, then every style that is not retained."""
-    sequence = yaml.safe_load((config_dir() / "sequence/unlearncanvas_style.yaml").read_text(encoding="utf-8"))
-    others = set(read_shipped(sequence["vocabulary"])) - {NO_STYLE, *sequence["targets"], *sequence["retain"]}
+    sequence = yaml.safe_load(
+        (config_dir() / "sequence/unlearncanvas_style.yaml").read_text(encoding="utf-8")
+    )
+    others = set(read_shipped(sequence["vocabulary"])) - {
+        NO_STYLE,
+        *sequence["targets"],
+        *sequence["retain"],
+    }
     return f"{STABLE_DIFFUSION} 'sequence.targets=[{','.join([*sequence['targets'], *sorted(others)])}]'"
 
 
@@ -71,7 +77,11 @@ def by_quarter(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
         for metric in ("UA", "RA_I", "RA_C"):
             means = quarters(table, metric)
             ends = {"fate": fate(means[2], means[3]) if metric != "UA" else "-"}
-            rows.append({"run": label, "metric": metric} | {f"quarter {i + 1}": mean for i, mean in enumerate(means)} | ends)
+            rows.append(
+                {"run": label, "metric": metric}
+                | {f"quarter {i + 1}": mean for i, mean in enumerate(means)}
+                | ends
+            )
     return pd.DataFrame(rows)
 
 
@@ -87,7 +97,9 @@ def main(study: Study) -> None:
     text = f"After the last request:\n\n{as_markdown(with_stopped(last_rows(tables), runs))}\n\n"
     text += f"Means over the quarters of the requests:\n\n{as_markdown(by_quarter(tables))}\n\n"
     text += f"gone: the last quarter is below {GONE:.0f}%; level: it is at most {LEVEL:.0f} points below the third; falling: more."
-    study.write(with_stopped(over_requests(tables), runs), draw(tables), text, on_stable_diffusion())
+    study.write(
+        with_stopped(over_requests(tables), runs), draw(tables), text, on_stable_diffusion()
+    )
 
 
 if __name__ == "__main__":

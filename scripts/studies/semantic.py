@@ -13,8 +13,8 @@ from ablation import cells
 from matplotlib.figure import Figure
 from study import Study, as_markdown, command, finished, panels, with_stopped
 
-from cu_runner.intervals import of_sum, over_images
-from cu_runner.runs import RunRecord
+from cu_runner.reporting.intervals import of_sum, over_images
+from cu_runner.store.run_record import RunRecord
 from cu_runner.studies import near_and_far, text_similarity
 
 
@@ -35,13 +35,30 @@ def losses(halves: pd.DataFrame, images: dict[str, int]) -> pd.DataFrame:
     """
     rows = []
     for label, table in halves.groupby("run", sort=False):
-        moments = {"before": table.iloc[0], "after": table.iloc[-1], "mean": table[["near", "far"]].iloc[1:].mean()}
-        row = {f"{half} {moment}": value[half] for half in ("near", "far") for moment, value in moments.items()}
+        moments = {
+            "before": table.iloc[0],
+            "after": table.iloc[-1],
+            "mean": table[["near", "far"]].iloc[1:].mean(),
+        }
+        row = {
+            f"{half} {moment}": value[half]
+            for half in ("near", "far")
+            for moment, value in moments.items()
+        }
         for moment in ("after", "mean"):
-            lost = {half: row[f"{half} before"] - row[f"{half} {moment}"] for half in ("near", "far")}
+            lost = {
+                half: row[f"{half} before"] - row[f"{half} {moment}"] for half in ("near", "far")
+            }
             row[f"near lost more, {moment}"] = lost["near"] - lost["far"]
-            signs = {("near", "before"): 1, ("near", moment): -1, ("far", "before"): -1, ("far", moment): 1}
-            shares = [(sign, row[f"{half} {when}"], images[half]) for (half, when), sign in signs.items()]
+            signs = {
+                ("near", "before"): 1,
+                ("near", moment): -1,
+                ("far", "before"): -1,
+                ("far", moment): 1,
+            }
+            shares = [
+                (sign, row[f"{half} {when}"], images[half]) for (half, when), sign in signs.items()
+            ]
             terms = [(sign, share, over_images(share, number)) for sign, share, number in shares]
             row[f"{moment} from"], row[f"{moment} to"] = of_sum(terms)
         rows.append({"run": label, **row})
@@ -56,8 +73,12 @@ def draw(halves: pd.DataFrame) -> Figure:
         axis.set_visible(False)
     for axis, label in zip(axes[: len(labels)], labels, strict=True):
         table = halves[halves["run"] == label]
-        axis.plot(table["request"], table["near"], "o-", markersize=3, color="#d95f02", label="near half")
-        axis.plot(table["request"], table["far"], "o--", markersize=3, color="#1b9e77", label="far half")
+        axis.plot(
+            table["request"], table["near"], "o-", markersize=3, color="#d95f02", label="near half"
+        )
+        axis.plot(
+            table["request"], table["far"], "o--", markersize=3, color="#1b9e77", label="far half"
+        )
         axis.set(title=label, ylim=(-3, 103), ylabel="accuracy (%)", xlabel="request")
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize=7, loc="lower left")
@@ -68,7 +89,9 @@ def main(study: Study) -> None:
     runs = study.run(cells())
     plan = study.plan([])
     sequence = plan.sequence.build()
-    names, targets = ([concept.name for concept in concepts] for concepts in (sequence.retain, sequence.targets))
+    names, targets = (
+        [concept.name for concept in concepts] for concepts in (sequence.retain, sequence.targets)
+    )
     similarity = text_similarity(plan.model.build(device="cpu"), names, targets, sequence.domain)
     nearest = similarity.max(axis=1)
     near, far = near_and_far(nearest)
@@ -76,15 +99,18 @@ def main(study: Study) -> None:
     shown = next(iter(finished(runs).values())).predictions(0)[sequence.domain]
     images = {"near": int(shown.isin(near).sum()), "far": int(shown.isin(far).sum())}
     chosen = [
-        {"concept": name, "half": half, "nearest target": similarity.loc[name].idxmax(), "similarity": nearest[name]}
+        {
+            "concept": name,
+            "half": half,
+            "nearest target": similarity.loc[name].idxmax(),
+            "similarity": nearest[name],
+        }
         for half, group in (("near", near), ("far", far))
         for name in group
     ]
     text = "Accuracy in percent before and after all requests, and its mean over them:\n\n"
     text += f"{as_markdown(with_stopped(losses(halves, images), runs))}\n\n"
-    text += (
-        f"from, to: the 95% interval of what near lost more, over images ({images['near']} near, {images['far']} far; Newcombe's\n"
-    )
+    text += f"from, to: the 95% interval of what near lost more, over images ({images['near']} near, {images['far']} far; Newcombe's\n"
     text += "from Wilson's, the four accuracies as if independent); it holds nothing of how another seed would differ.\n\n"
     text += f"The halves:\n\n{as_markdown(pd.DataFrame(chosen), digits=3)}"
     study.write(with_stopped(halves, runs), draw(halves), text)

@@ -16,16 +16,22 @@ import safetensors.torch
 from matplotlib.figure import Figure
 from study import Study, as_markdown, command, finished, panels, with_stopped
 
-from cu_runner.concepts import Sequence
-from cu_runner.evaluation import accuracy_per_concept
-from cu_runner.models import DiffusionModel
-from cu_runner.params import select_parameters
-from cu_runner.runs import RunRecord
+from cu_runner.concepts.sequence import Sequence
+from cu_runner.evaluators.metrics import accuracy_per_concept
+from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.parameters import select_parameters
+from cu_runner.store.run_record import RunRecord
 from cu_runner.studies import output_change, pearson, spearman, text_similarity
 
 PAPER = Path(__file__).with_name("paper_similarity.csv")
-PAPER_KV = 0.835  # r of the change of K/V outputs against similarity, as published; its points were not
-MEASURES = {"after": "accuracy after (%)", "drop": "drop of accuracy (points)", "kv_change": "relative change of K/V outputs"}
+PAPER_KV = (
+    0.835  # r of the change of K/V outputs against similarity, as published; its points were not
+)
+MEASURES = {
+    "after": "accuracy after (%)",
+    "drop": "drop of accuracy (points)",
+    "kv_change": "relative change of K/V outputs",
+}
 COLUMNS = ["run", "fold", "concept", "similarity", "before", "after", "drop", "kv_change"]
 FOLDS = 4
 CROSS = 4  # concepts of the other domain
@@ -41,10 +47,14 @@ def cells(study: Study, sequence: Sequence, known: list[str]) -> dict[str, list[
         shared += [f"sequence.targets={json.dumps([target.name])}"]
         shared += [f"~sequence.anchors.{concept.name}" for concept in others if concept.anchor]
     if not study.gives("sequence.cross_retain"):
-        shared.append(f"sequence.cross_retain={json.dumps([concept.name for concept in sequence.cross_retain[:CROSS]])}")
+        shared.append(
+            f"sequence.cross_retain={json.dumps([concept.name for concept in sequence.cross_retain[:CROSS]])}"
+        )
     auxiliary = study.plan(["reg=gradproj"]).resolved["reg"]["gradproj"]["auxiliary"]
     folds = FOLDS if auxiliary["source"] == "vocabulary" else 1
-    groups = {"none, all": measured} | {f"gradproj, {i + 1} of {folds}": measured[i::folds] for i in range(folds)}
+    groups = {"none, all": measured} | {
+        f"gradproj, {i + 1} of {folds}": measured[i::folds] for i in range(folds)
+    }
     retain = {label: f"sequence.retain={json.dumps(names)}" for label, names in groups.items()}
     return {label: [f"reg={label.partition(',')[0]}", *shared, retain[label]] for label in groups}
 
@@ -63,7 +73,13 @@ def per_concept(model: DiffusionModel, runs: dict[str, RunRecord]) -> pd.DataFra
         reg, _, fold = label.partition(", ")
         for name in names:
             change = output_change(base, delta, model.encode_prompts(list(prompts[name])).hidden)
-            values = (similarity[name], before[name], after[name], before[name] - after[name], change)
+            values = (
+                similarity[name],
+                before[name],
+                after[name],
+                before[name] - after[name],
+                change,
+            )
             rows.append(dict(zip(COLUMNS, (reg, fold, name, *values), strict=True)))
     return pd.DataFrame(rows)
 
@@ -75,14 +91,23 @@ def correlations(table: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
         for reg, group in table.groupby("run", sort=False)
         for measure in MEASURES
     ]
-    pairs.append(("paper's points, none", "after", paper["cosine_similarity"], paper["accuracy_percent"]))
+    pairs.append(
+        ("paper's points, none", "after", paper["cosine_similarity"], paper["accuracy_percent"])
+    )
     rows = []
     for reg, measure, x, y in pairs:
         r, rho = pearson(x, y), spearman(x, y)
         row = {"run": reg, "similarity against": MEASURES[measure], "n": r.number}
         row |= {"Pearson r": r.value, "r from": r.low, "r to": r.high}
         rows.append(row | {"Spearman rho": rho.value, "rho from": rho.low, "rho to": rho.high})
-    rows.append({"run": "paper, none", "similarity against": MEASURES["kv_change"], "n": "-", "Pearson r": PAPER_KV})
+    rows.append(
+        {
+            "run": "paper, none",
+            "similarity against": MEASURES["kv_change"],
+            "n": "-",
+            "Pearson r": PAPER_KV,
+        }
+    )
     return pd.DataFrame(rows)
 
 
@@ -91,18 +116,36 @@ def draw(table: pd.DataFrame, paper: pd.DataFrame) -> Figure:
     figure, axes = panels(1, len(MEASURES) + 1)
     for axis, (measure, title) in zip(axes[:-1], MEASURES.items(), strict=True):
         for reg, group in table.groupby("run", sort=False):
-            axis.plot(group["similarity"], group[measure], "o", markersize=3, alpha=0.6, color=COLOURS[reg], label=reg)
+            axis.plot(
+                group["similarity"],
+                group[measure],
+                "o",
+                markersize=3,
+                alpha=0.6,
+                color=COLOURS[reg],
+                label=reg,
+            )
         axis.set(xlabel="similarity to the unlearned concept", title=title)
     axes[0].legend(fontsize=7)
-    axes[-1].plot(paper["cosine_similarity"], paper["accuracy_percent"], "o", markersize=4, color=COLOURS["none"])
-    axes[-1].set(xlabel="similarity to Abstractionism", title="the paper: accuracy after (%)", ylim=(-3, 103))
+    axes[-1].plot(
+        paper["cosine_similarity"],
+        paper["accuracy_percent"],
+        "o",
+        markersize=4,
+        color=COLOURS["none"],
+    )
+    axes[-1].set(
+        xlabel="similarity to Abstractionism", title="the paper: accuracy after (%)", ylim=(-3, 103)
+    )
     return figure
 
 
 def main(study: Study) -> None:
     plan, paper = study.plan([]), pd.read_csv(PAPER, comment="#")
     sequence = plan.sequence.build()
-    runs = study.run(cells(study, sequence, plan.evaluator.build(device="cpu").labels()[sequence.domain]))
+    runs = study.run(
+        cells(study, sequence, plan.evaluator.build(device="cpu").labels()[sequence.domain])
+    )
     table = per_concept(plan.model.build(device="cpu"), finished(runs))
     means = table.drop(columns=["fold", "concept"]).groupby("run", sort=False).mean().reset_index()
     text = f"Unlearned: {sequence.targets[0].name}. Correlations with the similarity to it, with 95% intervals (Fisher's z):\n\n"

@@ -17,11 +17,14 @@ from pathlib import Path
 import matplotlib as mpl
 import pandas as pd
 
-from cu_runner.config import RunConfig, compose
-from cu_runner.help import config_dir
-from cu_runner.launch import LaunchError, cu_runs
-from cu_runner.process import Parser, one_line_failures, quiet_libraries
-from cu_runner.runs import RunRecord
+from cu_runner.cli.console import Parser, quiet_libraries
+from cu_runner.cli.failures import one_line_failures
+from cu_runner.config.compose import compose
+from cu_runner.config.run_config import RunConfig
+from cu_runner.runtime.paths import config_dir
+from cu_runner.schema.errors import LaunchError
+from cu_runner.store.run_record import RunRecord
+from cu_runner.sweeps.make_runs import cu_runs
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -30,9 +33,7 @@ from matplotlib.figure import Figure
 
 PANELS = {"UA": "UA (%)", "RA_I": "RA-I (%)", "RA_C": "RA-C (%)", "drift_l2": "drift, L2 norm"}
 OUTPUT = Path("docs/studies")
-STABLE_DIFFUSION = (
-    "experiment=unlearncanvas_style model.path=DIR evaluator.paths.style=DIR evaluator.paths.object=DIR --output unlearncanvas"
-)
+STABLE_DIFFUSION = "experiment=unlearncanvas_style model.path=DIR evaluator.paths.style=DIR evaluator.paths.object=DIR --output unlearncanvas"
 
 
 def regularizers() -> list[str]:
@@ -52,7 +53,9 @@ class Study:
 
     def gives(self, *keys: str) -> bool:
         """Whether the user set one of these."""
-        return not {override.partition("=")[0].lstrip("+") for override in self.overrides}.isdisjoint(keys)
+        return not {
+            override.partition("=")[0].lstrip("+") for override in self.overrides
+        }.isdisjoint(keys)
 
     def job(self, cell: list[str]) -> list[str]:
         """All overrides of a run."""
@@ -73,26 +76,41 @@ class Study:
         """
         for key in {override.partition("=")[0] for cell in cells.values() for override in cell}:
             if self.gives(key):
-                raise ValueError(f"{key}: this study sets it itself; leave it out, or run cu-run with it")
+                raise ValueError(
+                    f"{key}: this study sets it itself; leave it out, or run cu-run with it"
+                )
         places = {label: self.plan(cell).directory for label, cell in cells.items()}
         jobs = {places[label]: self.job(cell) for label, cell in cells.items()}
         found = {}
-        for place, run in zip(jobs, cu_runs(list(jobs.values())), strict=True):  # one job where two labels are the same run
+        for place, run in zip(
+            jobs, cu_runs(list(jobs.values())), strict=True
+        ):  # one job where two labels are the same run
             found[place] = run
             labels = ", ".join(label for label in cells if places[label] == place)
-            print(f"{labels:<40} {run if isinstance(run, str) else summary_line(run.table)}", flush=True)
+            print(
+                f"{labels:<40} {run if isinstance(run, str) else summary_line(run.table)}",
+                flush=True,
+            )
         if all(isinstance(run, str) for run in found.values()):
             raise LaunchError(f"every run diverged, the last with: {run}")
         return {label: found[place] for label, place in places.items()}
 
-    def write(self, rows: pd.DataFrame, figure: Figure, text: str, on_stable_diffusion: str = STABLE_DIFFUSION) -> None:
+    def write(
+        self,
+        rows: pd.DataFrame,
+        figure: Figure,
+        text: str,
+        on_stable_diffusion: str = STABLE_DIFFUSION,
+    ) -> None:
         """Write the rows, the picture, and the text under the commands that made it and what a person found.
 
         Args:
             on_stable_diffusion: the overrides that give the study there.
         """
         self.output.mkdir(parents=True, exist_ok=True)
-        table, picture, page = (self.output / f"{self.name}.{kind}" for kind in ("csv", "png", "md"))
+        table, picture, page = (
+            self.output / f"{self.name}.{kind}" for kind in ("csv", "png", "md")
+        )
         rows.to_csv(table, index=False, float_format="%.6g")
         figure.savefig(picture, dpi=110)
         plt.close(figure)
@@ -105,7 +123,10 @@ class Study:
         image = f"![{self.about}]({picture.name})"
         finding = self.output / f"{self.name}.finding.md"
         found = f"{finding.read_text(encoding='utf-8').strip()}\n\n" if finding.is_file() else ""
-        page.write_text(f"# {self.name}\n\n{self.about}\n\n{found}{commands}\n{image}\n\n{text}\n", encoding="utf-8")
+        page.write_text(
+            f"# {self.name}\n\n{self.about}\n\n{found}{commands}\n{image}\n\n{text}\n",
+            encoding="utf-8",
+        )
         if found:
             print(f"{finding} is in it: read whether it still holds")
         for path in (table, picture, page):
@@ -115,12 +136,18 @@ class Study:
 def command(main: Callable[[Study], None], docstring: str) -> None:
     """Call a study with its command line; what a user can mend becomes one line on stderr and an exit status, as with cu-run."""
     parser = Parser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of cu-run, for every run of the study")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"folder to write to (default: {OUTPUT})")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="OVERRIDE", help="as of cu-run, for every run of the study"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=OUTPUT, help=f"folder to write to (default: {OUTPUT})"
+    )
     given = parser.parse_intermixed_args()
     with one_line_failures(Path(sys.argv[0]).name):
         quiet_libraries()
-        main(Study(Path(sys.argv[0]).stem, docstring.splitlines()[0], given.overrides, given.output))
+        main(
+            Study(Path(sys.argv[0]).stem, docstring.splitlines()[0], given.overrides, given.output)
+        )
 
 
 def summary_line(table: pd.DataFrame) -> str:
@@ -140,14 +167,20 @@ def with_stopped(table: pd.DataFrame, runs: dict[str, RunRecord | str]) -> pd.Da
     reasons = {label: run for label, run in runs.items() if isinstance(run, str)}
     if not reasons:
         return table
-    return pd.concat([table, pd.DataFrame({table.columns[0]: list(reasons), "stopped": list(reasons.values())})])
+    return pd.concat(
+        [table, pd.DataFrame({table.columns[0]: list(reasons), "stopped": list(reasons.values())})]
+    )
 
 
 def last_rows(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """One row per run: the metrics after its last request, and the seconds of all its requests (training and evaluation)."""
     shown = ["UA", "RA_I", "RA_C", "RA_C_retained", "drift_l2"]
     rows = [
-        {"run": label, **table[shown].iloc[-1], "seconds": table[["train_seconds", "eval_seconds"]].to_numpy().sum()}
+        {
+            "run": label,
+            **table[shown].iloc[-1],
+            "seconds": table[["train_seconds", "eval_seconds"]].to_numpy().sum(),
+        }
         for label, table in tables.items()
     ]
     return pd.DataFrame(rows)
@@ -172,7 +205,9 @@ def as_markdown(table: pd.DataFrame, digits: int = 1) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
-def panels(rows: int, columns: int, width: float = 3.3, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+def panels(
+    rows: int, columns: int, width: float = 3.3, height: float = 3.2
+) -> tuple[Figure, list[Axes]]:
     """A figure with a grid of axes, left to right and top to bottom; width and height of each in inches."""
     size = (width * columns, height * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, constrained_layout=True, squeeze=False)
@@ -181,11 +216,19 @@ def panels(rows: int, columns: int, width: float = 3.3, height: float = 3.2) -> 
     return figure, list(axes.flat)
 
 
-def plot_over_requests(axes: list[Axes], tables: dict[str, pd.DataFrame], styles: dict[str, str] | None = None) -> None:
+def plot_over_requests(
+    axes: list[Axes], tables: dict[str, pd.DataFrame], styles: dict[str, str] | None = None
+) -> None:
     """UA, RA-I, RA-C and drift over the requests into four axes, one line per run. styles: matplotlib's line format by label."""
     for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
         for label, table in tables.items():
-            axis.plot(table["request"], table[name], (styles or {}).get(label, "o-"), markersize=3, label=label)
+            axis.plot(
+                table["request"],
+                table[name],
+                (styles or {}).get(label, "o-"),
+                markersize=3,
+                label=label,
+            )
         axis.set(xlabel="request", title=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
         if name != "drift_l2":
@@ -197,7 +240,12 @@ def draw_bars(table: pd.DataFrame) -> Figure:
     """UA, RA-I, RA-C and drift after the last request, one bar per run."""
     figure, axes = panels(1, len(PANELS), height=0.8 + 0.24 * len(table))
     for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
-        axis.barh(table["run"], table[name], color="#1b9e77" if name != "drift_l2" else "#888888", height=0.7)
+        axis.barh(
+            table["run"],
+            table[name],
+            color="#1b9e77" if name != "drift_l2" else "#888888",
+            height=0.7,
+        )
         axis.set(title=title, yticks=range(len(table)))
         axis.invert_yaxis()
         if name != "drift_l2":

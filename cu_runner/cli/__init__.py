@@ -1,0 +1,1 @@
+"""Commands: parse the line, call, print, exit with a status."""

@@ -1,0 +1,68 @@
+"""cu-eval: measure a run's stored weights again, with another evaluator, sampler, seeds or device. Nothing is trained.
+
+    cu-eval outputs/runs/shapecanvas_style/conabl-none-sequential-s0-ec91c30b 'sequence.seeds=[1,2,3]'
+
+The result is a directory of the same form under <run>/evaluations, with predictions, grids and metrics of every step but no
+weights: reports and tables read it like a run. It resumes, and what is complete is not made again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cu_runner.cli.console import Parser, quiet_libraries
+from cu_runner.cli.failures import one_line_failures
+from cu_runner.config.permissions import allowed_modules, refuse_unasked_pickles
+from cu_runner.config.revise import revise
+from cu_runner.config.run_config import check_run
+from cu_runner.runner.remeasure import load, measure_again
+from cu_runner.store.layout import EVALUATIONS
+from cu_runner.store.run_directory import RunStore
+from cu_runner.store.run_record import read_run
+from cu_runner.store.signature import signature
+
+SHOWN = ("UA", "RA_I", "RA_C", "RA_C_retained")
+
+
+def main() -> None:
+    """Entry point of `cu-eval`."""
+    parser = Parser(prog="cu-eval", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "run", type=Path, help="a run directory, as the last line of cu-run names it"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help="evaluator=NAME, retention=NAME, eval.steps=50, 'sequence.seeds=[1,2]', device=cpu, ...",
+    )
+    arguments = parser.parse_intermixed_args()
+    with one_line_failures("cu-eval"):
+        quiet_libraries()
+        run = read_run(arguments.run.resolve())
+        if run.is_evaluation:
+            raise ValueError(
+                f"{run.directory}: is an evaluation, without weights; give its run, {run.directory.parent.parent}"
+            )
+        allowed = allowed_modules(arguments.overrides)
+        revised = revise(run.config, arguments.overrides)
+        refuse_unasked_pickles(revised, arguments.overrides)
+        plan = check_run(revised, run.method, allowed=allowed)
+        directory = run.directory / EVALUATIONS / f"{run.directory.name[:-8]}{plan.signature[:8]}"
+        complete = len(list((directory / "steps").glob("*/step.json"))) == len(run.records)
+        instruments = (
+            None if complete else load(run, plan)
+        )  # what cannot be loaded leaves no directory behind
+        with RunStore(directory, plan.resolved, signature) as store:
+            for step in measure_again(run, plan, store, instruments):
+                print(compare(run.records[step.index]["row"], step.row), flush=True)
+            store.write_metrics([step.row for step in store.finished()])
+        print(f"evaluation: {directory}")
+
+
+def compare(before: dict[str, object], after: dict[str, object]) -> str:
+    """One line: each metric now, and in brackets as the run itself measured it."""
+    parts = [f"{after['request']:>3}  {after['concept'] or 'untouched model':<18}"]
+    for name in SHOWN:
+        now, then = ("-" if row[name] is None else f"{row[name]:.1f}" for row in (after, before))
+        parts.append(f"{name.replace('_', '-', 1).replace('_', ' ')} {now:>5} ({then})")
+    return "  ".join(parts)

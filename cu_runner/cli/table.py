@@ -1,0 +1,237 @@
+"""cu-table: a table of a paper from run directories, beside the published numbers, and the command of every run that is missing.
+
+A table is a YAML file of scripts/tables: rows and columns are lists of overrides, a cell is the run that they compose to. Its
+signature names one directory; that one is opened and no other, so that a number can never come from another configuration.
+Numbers are percent.
+
+Exit status: 0 done, 1 a run failed, 2 the table or the configuration of a cell is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import shlex
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from cu_runner.cli.console import Parser, whole_number
+from cu_runner.cli.failures import one_line_failures
+from cu_runner.evaluators.metrics import ENOUGH_UA
+from cu_runner.reporting.table_cells import Cell, make_cells, measure, orderings
+from cu_runner.reporting.table_formats import as_csv, as_latex, as_markdown
+from cu_runner.reporting.table_spec import Overrides, Table, read_table
+from cu_runner.runner.forecast import work_of
+from cu_runner.runtime.lazy import pd
+from cu_runner.runtime.paths import config_dir
+from cu_runner.schema.errors import ConfigError, LaunchError
+from cu_runner.store.files import write_atomic
+from cu_runner.store.layout import SWEEP
+from cu_runner.store.run_record import RunRecord
+from cu_runner.store.signature import NOT_SCIENTIFIC
+from cu_runner.sweeps.make_runs import cu_runs, diverged, submit
+from cu_runner.sweeps.status import read_sweep
+
+
+def main() -> None:
+    """Entry point of `cu-table`."""
+    launchers = sorted(path.stem for path in (config_dir() / "hydra/launcher").glob("*.yaml"))
+    parser = Parser(prog="cu-table", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("table", help="name of a file of scripts/tables, or path of your own")
+    parser.add_argument(
+        "overrides", nargs="*", help="KEY=VALUE for every run, as for cu-run: model.path=..."
+    )
+    parser.add_argument(
+        "--experiment",
+        help="which model and sequences, from the table's own list; default: the first",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=seed_list,
+        default=[],
+        help="0,1,2: several seeds become mean and 95%% interval",
+    )
+    parser.add_argument("--run", action="store_true", help="make the runs that are missing")
+    parser.add_argument(
+        "--jobs",
+        type=whole_number,
+        help="runs side by side; default: one per core, or one on a GPU",
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=launchers,
+        help="make them on a cluster, by this file of conf/hydra/launcher",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/tables"), help="where the files go"
+    )
+    arguments = parser.parse_intermixed_args()
+    with one_line_failures("cu-table"):
+        produce(arguments)
+
+
+def seed_list(text: str) -> list[int]:
+    try:
+        seeds = [int(entry) for entry in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of whole numbers; give 0,1,2"
+        ) from None
+    if len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} names a seed twice, which is one run; give each once"
+        )
+    return seeds
+
+
+def produce(arguments: argparse.Namespace) -> None:
+    """Compose, run what is missing if asked to, write the files, print the table."""
+    name, table = read_table(arguments.table)
+    chosen = arguments.experiment or next(iter(table.experiments))
+    if chosen not in table.experiments:
+        raise ConfigError(
+            f"--experiment {chosen}: not in table {name}; allowed: {', '.join(table.experiments)}"
+        )
+    experiment = table.experiments[chosen]
+    refuse_places(table, arguments.overrides)
+    if arguments.seeds and any(override.startswith("seed=") for override in arguments.overrides):
+        raise ConfigError("--seeds and seed=: both set the seed; give one of them")
+    read = functools.partial(make_cells, table, experiment, arguments.seeds, arguments.overrides)
+    cells = list(read())
+    if arguments.run and any(cell.missing() for cell in cells):
+        run_missing(cells, name, arguments)
+        cells = list(read())
+    measured = measure(cells, table)
+    ordered = orderings(measured, table.targets.tolerance) if table.targets else None
+    missing = [shlex.join(["cu-run", *command]) for cell in cells for command in cell.missing()]
+    paper_model = table.targets.model if table.targets else None
+    notes = [*settings_of_all(arguments.overrides), *footnotes(table, measured, arguments.seeds)]
+    text = as_markdown(
+        name,
+        table.title,
+        experiment.model,
+        paper_model,
+        table.metrics,
+        measured,
+        notes,
+        ordered,
+        missing,
+    )
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    stem = f"{name}-{chosen}"
+    write_atomic(arguments.output / f"{stem}.md", text.encode())
+    write_atomic(arguments.output / f"{stem}.csv", as_csv(measured).encode())
+    write_atomic(
+        arguments.output / f"{stem}.tex",
+        as_latex(experiment.model, paper_model, table.metrics, measured, notes).encode(),
+    )
+    if ordered is not None:
+        write_atomic(arguments.output / f"{stem}-orderings.csv", as_csv(ordered).encode())
+    print(f"{text}\ntable: {arguments.output / stem}.md")
+
+
+def refuse_places(table: Table, overrides: Overrides) -> None:
+    """Raises ConfigError for an override that would make a cell another one than its row, its column and its model say."""
+    places = {"model", "sequence", "method", "reg", "setting", "experiment"}
+    places |= {key_of(override) for own in table.overrides() for override in own}
+    for override in overrides:
+        if key_of(override) == "dry_run":
+            raise ConfigError(
+                "dry_run: a table has none; without --run it runs nothing and lists what is missing"
+            )
+        if key_of(override) in places:
+            raise ConfigError(
+                f"{override}: rows, columns and model are the table's own; leave it out, or write a table of yours"
+            )
+
+
+def key_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def settings_of_all(overrides: Overrides) -> list[str]:
+    """A note with the overrides that the user gave every run, but for those that change no result."""
+    shown = [
+        each
+        for each in overrides
+        if not f"{key_of(each)}.".startswith(tuple(f"{name}." for name in NOT_SCIENTIFIC))
+    ]
+    return [f"Every run with {shlex.join(shown)}."] if shown else []
+
+
+def footnotes(table: Table, measured: pd.DataFrame, seeds: list[int]) -> list[str]:
+    """What a reader must know of the numbers."""
+    count = max(len(seeds), 1)
+    notes = [
+        f"{count} seeds: mean and 95% interval over them (Student's t)."
+        if count > 1
+        else "One seed: there is no interval over seeds."
+    ]
+    if not measured["comparable"].dropna().all():
+        notes.append(
+            f"\N{DAGGER} UA is under {ENOUGH_UA:.0f}: less was forgotten, so the retention is not comparable."
+        )
+    if not measured.loc[measured["ours"].notna(), "tuned"].all():
+        notes.append(
+            "\N{DOUBLE DAGGER} The settings of this method with these regularizers were not searched (conf/tuned)."
+        )
+    if table.targets:
+        notes += [
+            f"Published, {source}: {meaning}." for source, meaning in table.targets.sources.items()
+        ]
+        notes.append(
+            f"Ordering check: pairs of rows that differ by more than {table.targets.tolerance:g} points in the paper; undecided: "
+            "the 95% interval of our difference holds 0 (Newcombe's, from Wilson's over images, or over seeds where that is wider)."
+        )
+    return notes + table.notes
+
+
+def run_missing(cells: list[Cell], name: str, arguments: argparse.Namespace) -> None:
+    """Make the runs, with a line for each that ends. Raises LaunchError; a run whose weights diverge stays missing."""
+    plans = {
+        tuple(command): plan
+        for cell in cells
+        for command, plan in zip(cell.commands, cell.plans, strict=True)
+    }
+    commands = [command for cell in cells for command in cell.missing()]
+    commands.sort(
+        key=lambda command: -sum(work.train_steps for work in work_of(plans[tuple(command)]))
+    )  # the longest must not be last
+    if not arguments.launcher:
+        made = (
+            (command, said(run))
+            for command, run in zip(commands, cu_runs(commands, arguments.jobs), strict=True)
+        )
+        print_ended(made, len(commands))
+        return
+    outputs = Path(plans[tuple(commands[0])].spine.paths.outputs)
+    folder = (outputs / "sweeps" / f"{name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}").absolute()
+    jobs = [command[: len(command) - len(arguments.overrides)] for command in commands]
+    failure = submit(jobs, arguments.overrides, arguments.launcher, folder)
+    if not (folder / SWEEP).exists():
+        raise LaunchError(failure)
+    ended = read_sweep(folder)
+    print_ended(
+        (
+            (command, f"{job.state}  {job.why}")
+            for command, job in zip(commands, ended, strict=True)
+        ),
+        len(commands),
+    )
+    if any(job.state != "done" and not diverged(job.why) for job in ended):
+        raise LaunchError(failure or f"not every job has ended; see `cu-sweep status {folder}`")
+
+
+def said(run: RunRecord | str) -> str:
+    return (
+        run
+        if isinstance(run, str)
+        else "UA {UA:.1f}  RA-I {RA_I:.1f}  RA-C {RA_C:.1f}".format(**run.table.iloc[-1])
+    )
+
+
+def print_ended(runs: Iterable[tuple[Overrides, str]], number: int) -> None:
+    """A line for each run that has ended, and what became of it."""
+    for count, (command, text) in enumerate(runs, start=1):
+        print(f"{count:>3}/{number}  {' '.join(command):<70}  {text}".rstrip(), flush=True)

@@ -1,0 +1,6 @@
+"""Concepts, sequences of requests to unlearn them, and the lists that they are read from."""
+
+from cu_runner.concepts.requests import Request, plan_requests
+from cu_runner.concepts.sequence import Concept, ImagePrompt, Sequence, make_sequence
+
+__all__ = ["Concept", "ImagePrompt", "Request", "Sequence", "make_sequence", "plan_requests"]

@@ -1,0 +1,57 @@
+"""Lists of names and prompts: those that ship with the package, and a user's text files, one entry a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cu_runner.schema.secrets import refuse_secrets
+
+LISTS = Path(__file__).parent / "lists"
+
+
+def read_entries(key: str, source: str | list[str]) -> list[str]:
+    """The entries as given, of a shipped list, or of a text file where the source looks like a path. Raises ValueError.
+
+    key: the setting that names the source, for the complaint.
+    """
+    if isinstance(source, list):
+        return source
+    try:
+        return (
+            read_file(source) if "/" in source or source.endswith(".txt") else read_shipped(source)
+        )
+    except ValueError as error:
+        raise ValueError(f"{key}={error}") from None
+
+
+def shipped_lists() -> list[str]:
+    """The names that read_shipped knows."""
+    return sorted(path.stem for path in LISTS.glob("*.txt"))
+
+
+def read_shipped(name: str | None) -> list[str]:
+    """The entries of a shipped list. Raises ValueError with the lists there are."""
+    if name not in shipped_lists():
+        raise ValueError(f"{name}: no such list; allowed: {', '.join(shipped_lists())}")
+    return parse_names((LISTS / f"{name}.txt").read_text(encoding="utf-8"))
+
+
+def read_file(path: str | None) -> list[str]:
+    """The entries of a user's file. Raises ValueError if it is missing, holds none, or holds a secret of the environment."""
+    file = Path(path or "").expanduser()
+    if not file.is_file():
+        raise ValueError(f"{path}: no such file; give a text file with one name a line")
+    try:
+        names = parse_names(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is not a text file in UTF-8; give one name a line") from None
+    if not names:
+        raise ValueError(f"{path}: holds no names; give at least one, one a line")
+    refuse_secrets((f"{path}, name {number}", name) for number, name in enumerate(names, start=1))
+    return names
+
+
+def parse_names(text: str) -> list[str]:
+    """Stripped lines in order, without blanks, comments and repeats."""
+    lines = [line.strip() for line in text.splitlines()]
+    return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))

@@ -1,0 +1,81 @@
+"""What methods share that train on images of the concept itself: such images beside retained ones, two losses, flat gradients.
+
+Shapes: B batch, L tokens, D text width, G concepts, M prompts per concept, P trainable weights in one vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.request.images import CaptionedImages, NoisyBatch, diffusion_loss
+from cu_runner.request.scope import Scope
+from cu_runner.runtime.lazy import F, nn, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ForgetBatch:
+    """forget: images of the concepts to unlearn, their own prompts first. retain: images to be kept, None where they weigh 0."""
+
+    forget: NoisyBatch
+    retain: NoisyBatch | None
+
+
+def target_prompts(scope: Scope) -> list[list[str]]:
+    """The prompts of every concept to unlearn, [G][M]: what their images are made from, by the untouched model."""
+    return [
+        [target for target, _ in scope.sequence.training_pairs(concept)]
+        for concept in scope.request.targets
+    ]
+
+
+def draw_pair(
+    scope: Scope, step: int, forget: CaptionedImages, retain: CaptionedImages | None
+) -> ForgetBatch:
+    """Batch number `step`: scope.batch_size images of each kind."""
+    kept = retain and retain.draw(scope.rng.generator("retain", step), scope.batch_size)
+    return ForgetBatch(forget.draw(scope.rng.generator("train", step), scope.batch_size), kept)
+
+
+def matching_loss(
+    model: DiffusionModel, batch: NoisyBatch, weights: dict[str, Tensor] | None = None
+) -> Tensor:
+    """E ||e(x_t, c*) - sg e(x_t, other)||^2; texts: (the concept's prompts, the others'). weights: in place of the UNet's own."""
+    own, other = batch.texts
+    with torch.no_grad():
+        wanted = model.predict_noise(batch.noisy, batch.timesteps, other, weights)
+    return F.mse_loss(model.predict_noise(batch.noisy, batch.timesteps, own, weights), wanted)
+
+
+def add_retained(
+    model: DiffusionModel, loss: Tensor, retain: NoisyBatch | None, weight: float
+) -> tuple[Tensor, dict[str, float]]:
+    """loss + weight x diffusion loss on the retained images; both terms for the log."""
+    logs = {"forget_loss": loss.item()}
+    if retain is None:
+        return loss, logs
+    kept = diffusion_loss(model, retain)
+    return loss + weight * kept, logs | {"retain_loss": kept.item()}
+
+
+def flat_gradient(loss: Tensor, params: dict[str, nn.Parameter]) -> Tensor:
+    """d loss / d theta as one vector [P], in the order of params; .grad stays as it is."""
+    gradients = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def split(flat: Tensor, params: dict[str, nn.Parameter]) -> list[Tensor]:
+    """A vector [P] cut into the shapes of the weights; views."""
+    parts = flat.split([parameter.numel() for parameter in params.values()])
+    return [part.view_as(parameter) for part, parameter in zip(parts, params.values(), strict=True)]
+
+
+def add_gradient(params: dict[str, nn.Parameter], flat: Tensor) -> None:
+    """Add a vector [P] to .grad, which gets the strides of its weight: fused optimisers take no others."""
+    for parameter, part in zip(params.values(), split(flat, params), strict=True):
+        total = part if parameter.grad is None else parameter.grad + part
+        parameter.grad = torch.empty_like(parameter).copy_(total)

@@ -1,0 +1,396 @@
+"""A text-to-image diffusion model as the unlearning code sees it: encode prompts, predict noise, encode and decode images.
+
+The embedded ShapeCanvas model, Stable Diffusion 1 and 2, and SDXL differ in their files only.
+
+Shapes: B batch, C latent channels, H W latent size, L tokens, D text width, P pooled text width, S image side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import PositiveInt
+
+from cu_runner.models.checkpoints import Components, PredictionType, locate, read_components
+from cu_runner.runtime import distributed
+from cu_runner.runtime.lazy import nn, torch, without_gradients
+from cu_runner.schema.errors import ModelError
+from cu_runner.schema.settings import Precision, Sampler, Speed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # names in torch
+
+
+@dataclass(frozen=True)
+class Text:
+    """Encoded prompts, as the UNet reads them."""
+
+    hidden: Tensor  # [B, L, D], at every token position; keys and values of cross-attention are linear in it
+    pooled: Tensor | None = None  # [B, P], of SDXL
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, rows: slice | list[int]) -> Text:
+        return Text(self.hidden[rows], None if self.pooled is None else self.pooled[rows])
+
+    def to(self, device: torch.device | str) -> Text:
+        """The same on another device."""
+        return Text(self.hidden.to(device), None if self.pooled is None else self.pooled.to(device))
+
+    @staticmethod
+    def cat(parts: Sequence[Text]) -> Text:
+        """The rows of all parts, in order."""
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return Text(
+            torch.cat([part.hidden for part in parts]), torch.cat(pooled) if pooled else None
+        )
+
+
+class Remembered:
+    """A function of one tensor that is not computed again for the tensor that it saw last."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._function = function
+        self._seen: Tensor | None = None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if tensor is not self._seen:
+            self._seen, self._result = tensor, self._function(tensor)
+        return self._result
+
+
+class DiffusionModel:
+    """A latent diffusion model with frozen text encoder and autoencoder.
+
+    The UNet's master weights stay fp32; `precision` is that of the forward passes (torch.autocast).
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        *,
+        resolution: int,
+        sampler: Sampler,
+        precision: Precision,
+        device: torch.device,
+        vae_slicing: bool = False,
+    ) -> None:
+        self.components = components
+        self.unet, self.vae, *self.text_encoders = (
+            part.to(device).eval().requires_grad_(False)
+            for part in (components.unet, components.vae, *components.text_encoders)
+        )
+        self.tokenizer, self.scheduler = components.tokenizers[0], components.scheduler
+        self.sampler, self.device, self.resolution = sampler, device, resolution
+        self.dtype, self.precision = getattr(torch, DTYPES[precision]), precision
+        self.vae.use_slicing = vae_slicing
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        if resolution % factor:
+            raise ModelError(
+                f"model.resolution={resolution}: not a multiple of {factor}, the autoencoder's factor"
+            )
+        self.latent_shape = (
+            self.unet.config.in_channels,
+            resolution // factor,
+            resolution // factor,
+        )
+        self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
+        self.batch_limit: int | None = (
+            None  # the most images of a batch, once more of them did not fit into GPU memory
+        )
+        self._embeddings: dict[str, Text] = {}
+        self._forward: Callable = self.unet
+        self._caches_text = False
+
+    def speed_up(self, speed: Speed) -> None:
+        """Choose what gives the same results faster, up to rounding; on a CPU without compilation, the same bits."""
+        self._caches_text = speed.kv_cache and not speed.compile
+        layout = (
+            torch.channels_last
+            if speed.channels_last and self.device.type == "cuda"
+            else torch.contiguous_format
+        )
+        self.unet.to(memory_format=layout)
+        self.vae.to(memory_format=layout)
+        # only keys and values change between requests, and in place: one compilation per shape and process
+        self._forward = torch.compile(self.unet, dynamic=False) if speed.compile else self.unet
+
+    @contextlib.contextmanager
+    def constant_text(self) -> Iterator[None]:
+        """Here the UNet runs without gradients on one text, again and again: its keys and values are computed once."""
+        if not self._caches_text:
+            yield
+            return
+        layers = [
+            layer
+            for name, layer in self.unet.named_modules()
+            if name.endswith(("attn2.to_k", "attn2.to_v"))
+        ]
+        for layer in layers:
+            layer.forward = Remembered(layer.forward)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def autocast(self) -> torch.autocast:
+        """The precision of forward passes. Training in fp16 would need loss scaling: with gradients on, fp16 runs as fp32."""
+        enabled = self.precision == "bf16" or (
+            self.precision == "fp16" and not torch.is_grad_enabled()
+        )
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
+
+    @without_gradients
+    def encode_prompts(self, prompts: list[str]) -> Text:
+        """The text of B prompts; each distinct prompt is encoded once per process, in fp32, and kept on the CPU."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
+        for start in range(0, len(new), 256):
+            chunk = new[start : start + 256]
+            text = self._encode(chunk).to("cpu")
+            for row, prompt in enumerate(chunk):
+                encoded = Text.cat(
+                    [text[row : row + 1]]
+                )  # a copy: a view would keep the whole chunk
+                if prompt == "" and self.components.zero_empty_prompt:
+                    encoded = Text(
+                        torch.zeros_like(encoded.hidden), torch.zeros_like(encoded.pooled)
+                    )
+                self._embeddings[prompt] = encoded
+        return Text.cat([self._embeddings[prompt] for prompt in prompts]).to(self.device)
+
+    def _encode(self, prompts: list[str]) -> Text:
+        """One encoder: its last hidden states. SDXL: the last but one of both, side by side, and the second's projection."""
+        ids = []
+        for tokenizer in self.components.tokenizers:
+            tokens = tokenizer(
+                prompts, padding="max_length", truncation=True, return_tensors="pt"
+            ).input_ids
+            longest, limit = (
+                max(len(tokenizer(prompt).input_ids) for prompt in prompts),
+                tokens.shape[1],
+            )
+            if longest > limit and not ids:
+                logger.warning(
+                    "a prompt of %d tokens is cut to the %d that the model reads", longest, limit
+                )
+            ids.append(tokens.to(self.device))
+        if len(ids) == 1:
+            return Text(self.text_encoders[0](ids[0])[0].float())
+        outputs = [
+            encoder(rows, output_hidden_states=True)
+            for encoder, rows in zip(self.text_encoders, ids, strict=True)
+        ]
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return Text(hidden.float(), outputs[1].text_embeds.float())
+
+    def token_span(self, text: str, inside: str) -> slice:
+        """The token positions of `text` in the prompt `inside`, counting the begin-of-text token as position 0."""
+        whole = self.tokenizer(inside).input_ids
+        part = self.tokenizer(text).input_ids[1:-1]
+        for start in range(1, len(whole) - len(part)):
+            if whole[start : start + len(part)] == part:
+                return slice(start, start + len(part))
+        raise ValueError(f"{text!r} is not a run of whole tokens in the prompt {inside!r}")
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = sqrt(ab_t) x_0 + sqrt(1 - ab_t) eps   (Ho et al. 2020, eq. 4); all [B, C, H, W], timesteps [B]."""
+        alpha_bar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
+
+    def unet_output(
+        self, noisy: Tensor, timesteps: Tensor, text: Text, weights: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """What the UNet says [B, C, H, W], fp32, as the scheduler's prediction type means it.
+
+        Args:
+            noisy: [B, C, H, W]. timesteps: [B], or one for all.
+            weights: values to use in place of some UNet parameters (a frozen teacher); the UNet itself is not changed.
+        """
+        rows = distributed.share(len(noisy))
+        if rows is not None:  # several processes: each runs its share
+            timesteps = timesteps[rows] if timesteps.ndim else timesteps
+            return distributed.gather(
+                self._run_unet(noisy[rows], timesteps, text[rows], weights), len(noisy)
+            )
+        return self._run_unet(noisy, timesteps, text, weights)
+
+    def _run_unet(
+        self, noisy: Tensor, timesteps: Tensor, text: Text, weights: dict[str, Tensor] | None
+    ) -> Tensor:
+        more = {}
+        if text.pooled is not None:
+            # original size, crop corner, target size: an image that was never resized or cropped   (Podell et al. 2023, Sec. 2.2)
+            size = [self.resolution, self.resolution, 0, 0, self.resolution, self.resolution]
+            more["added_cond_kwargs"] = {
+                "text_embeds": text.pooled,
+                "time_ids": noisy.new_tensor([size] * len(text)),
+            }
+        arguments = (noisy, timesteps, text.hidden)
+        with self.autocast():
+            if weights is None:
+                output = self._forward(*arguments, **more).sample
+            else:
+                output = torch.func.functional_call(self.unet, weights, arguments, more).sample
+        return output.float()
+
+    def predict_noise(
+        self, noisy: Tensor, timesteps: Tensor, text: Text, weights: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """e(x_t, t, c) [B, C, H, W] for noisy latents [B, C, H, W], timesteps [B] and the text of B prompts; weights as above."""
+        output = self.unet_output(noisy, timesteps, text, weights)
+        if self.scheduler.config.prediction_type == "epsilon":
+            return output
+        # v = sqrt(ab) eps - sqrt(1 - ab) x_0   =>   eps = sqrt(ab) v + sqrt(1 - ab) x_t   (Salimans & Ho 2022, App. D)
+        alpha_bar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * noisy
+
+    @without_gradients
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] in 0..1 to scaled latents [B, C, H, W] (the mean of the posterior)."""
+        return (
+            self.vae.encode(images.to(self.device) * 2 - 1).latent_dist.mean
+            * self.vae.config.scaling_factor
+        )
+
+    @without_gradients
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents [B, C, H, W] to images [B, 3, S, S] in 0..1."""
+        # SDXL's autoencoder overflows in fp16; others leave force_upcast at its default, and their pipeline does not read it
+        overflows = (
+            self.precision == "fp16"
+            and self.vae.config.force_upcast
+            and len(self.text_encoders) == 2
+        )
+        with contextlib.nullcontext() if overflows else self.autocast():
+            images = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def lower_frozen(self, trained: Container[str]) -> None:
+        """With precision=bf16, hold the UNet's matrices in bf16 that are not trained: half their memory, bitwise the same outputs.
+
+        Call it after fingerprint(), which is over the weights as they were loaded. The other precisions also run in fp32.
+
+        Args:
+            trained: names of UNet parameters that stay fp32.
+        """
+        if self.precision != "bf16":
+            return
+        for name, module in self.unet.named_modules():
+            if isinstance(
+                module, nn.Linear | nn.Conv2d
+            ):  # what autocast would cast at every forward pass
+                for key, parameter in module.named_parameters(recurse=False):
+                    if f"{name}.{key}" not in trained:
+                        parameter.data = parameter.data.to(self.dtype)
+
+    def checkpoint_gradients(self) -> None:
+        """Keep no activations inside the UNet's blocks, and compute them again on the way back: less memory, more time."""
+
+        from torch.utils.checkpoint import checkpoint
+
+        def run(module: nn.Module, *arguments: object) -> object:
+            # the weights as they are now: on the way back, those of a functional_call are no longer in place
+            weights = dict(module.named_parameters())
+            call = lambda *inputs: torch.func.functional_call(module, weights, inputs)  # noqa: E731
+            return checkpoint(call, *arguments, use_reentrant=False)
+
+        self.unet.enable_gradient_checkpointing(run)
+
+    def fingerprint(self) -> str:
+        """sha256 over weights, scheduler, vocabulary and latent size: two models with one fingerprint make the same images."""
+        digest = hashlib.sha256()
+        settings = {
+            "scheduler": type(self.scheduler).__name__,
+            **self.scheduler.config,
+            "latent": self.latent_shape,
+        }
+        settings |= {
+            "scaling_factor": self.vae.config.scaling_factor,
+            "words": self.tokenizer.get_vocab(),
+        }
+        if len(self.text_encoders) == 2:
+            settings |= {
+                "words_2": self.components.tokenizers[1].get_vocab(),
+                "zero_empty": self.components.zero_empty_prompt,
+            }
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        for part in (self.unet, self.vae, *self.text_encoders):
+            for name, tensor in part.state_dict().items():
+                digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+                digest.update(
+                    tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                )
+        return digest.hexdigest()
+
+
+def load_model(
+    path: str,
+    resolution: PositiveInt,
+    sampler: Sampler,
+    precision: Precision = "fp32",
+    *,
+    revision: str | None = None,
+    config: str | None = None,
+    prediction_type: PredictionType | None = None,
+    vae_slicing: bool = False,
+    allow_pickle: tuple[str, ...] = (),
+    device: str = "cpu",
+) -> DiffusionModel:
+    """Load a text-to-image model: Stable Diffusion 1 or 2, SDXL, or one that is built like them.
+
+    Args:
+        path: a diffusers directory, a single file in the original layout, or the id of a diffusers repository on the Hugging Face
+            hub; `package:...` is inside the installed package.
+        resolution: image side in pixels.
+        sampler: default denoising steps and guidance.
+        precision: of the forward passes. bf16 holds what is not trained in it too; fp16 is for passes without gradients, those with
+            gradients are fp32.
+        revision: branch, tag or commit of a hub repository.
+        config: for a single file, a diffusers directory (or hub id) of the same kind: its configurations and tokenizers are read.
+        prediction_type: what the UNet predicts, where the checkpoint's scheduler says it wrongly.
+        vae_slicing: encode and decode images one by one: less memory.
+        allow_pickle: files that may be read although they are pickles; as weights only, whatever they hold.
+        device: as torch names it.
+
+    Raises:
+        ModelError: missing checkpoint or component, weights that are incomplete or of a wrong shape, a precision that the device
+            does not have.
+    """
+    target = torch.device(device)
+    if (
+        precision == "bf16"
+        and target.type == "cuda"
+        and torch.cuda.get_device_capability(target) < (8, 0)
+    ):
+        raise ModelError("model.precision=bf16: this GPU does not have it; use fp16 or fp32")
+    components = read_components(
+        locate(path, revision),
+        config=config,
+        prediction_type=prediction_type,
+        allow_pickle=allow_pickle,
+    )
+    return DiffusionModel(
+        components,
+        resolution=resolution,
+        sampler=sampler,
+        precision=precision,
+        device=target,
+        vae_slicing=vae_slicing,
+    )

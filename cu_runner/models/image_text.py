@@ -1,0 +1,198 @@
+"""Image-text models (CLIP and its kin) through open_clip: images and texts as unit vectors in one space.
+
+Shapes: B batch, S image side, N texts, E embedding width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from cu_runner.models.checkpoints import locate
+from cu_runner.models.weight_files import check_pickle, hash_weights
+from cu_runner.runtime.lazy import F, nn, open_clip, torch, without_gradients
+from cu_runner.schema.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class ImageTextSource:
+    """Where an image-text model comes from.
+
+    model: an architecture that open_clip knows ("ViT-L-14"), the path of a model configuration of one's own (.json), an open_clip
+    directory (open_clip_config.json, weights and, for a tokenizer of its own, its files), or "hf-hub:OWNER/NAME".
+    path: the weight file of the first two; the others bring their own. allow_pickle: weight files other than safetensors that
+    may be read.
+    """
+
+    model: str
+    path: str | None = None
+    allow_pickle: tuple[str, ...] = ()
+
+
+class ImageTextModel:
+    """A loaded model, in fp32, with the size and the normalisation that it was trained with."""
+
+    def __init__(self, network: nn.Module, tokenizer: object, device: str) -> None:
+        self._network, self._tokenizer, self._device = (
+            network.to(device).eval().requires_grad_(False),
+            tokenizer,
+            device,
+        )
+        preprocess = network.visual.preprocess_cfg
+        side = preprocess["size"]
+        self._size = (side, side) if isinstance(side, int) else tuple(side)
+        self._interpolation = preprocess["interpolation"]
+        self._mean, self._std = (
+            torch.tensor(preprocess[key], device=device).view(1, -1, 1, 1)
+            for key in ("mean", "std")
+        )
+
+    @property
+    def scale(self) -> float:
+        """The trained inverse temperature: logits are this times the cosine."""
+        return self._network.logit_scale.exp().item()
+
+    @without_gradients
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] in 0..1 to unit vectors [B, E]."""
+        if images.shape[-2:] != self._size:
+            images = F.interpolate(
+                images, size=self._size, mode=self._interpolation, antialias=True
+            ).clamp(0, 1)
+        return F.normalize(
+            self._network.encode_image((images.to(self._device) - self._mean) / self._std).float(),
+            dim=-1,
+        )
+
+    @without_gradients
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """N texts to unit vectors [N, E]; what is longer than the model reads is cut."""
+        batches = [texts[start : start + 256] for start in range(0, len(texts), 256)]
+        rows = [
+            self._network.encode_text(self._tokenizer(batch).to(self._device)).float()
+            for batch in batches
+        ]
+        return F.normalize(torch.cat(rows), dim=-1)
+
+    def fingerprint(self) -> str:
+        """sha256 over weights, preprocessing, and how the tokenizer reads a sentence."""
+        digest = hashlib.sha256()
+        words = self._tokenizer(["The quick brown fox, 3 jumps over the lazy dog."]).tolist()
+        digest.update(
+            repr(
+                (self._size, self._interpolation, self._mean.tolist(), self._std.tolist(), words)
+            ).encode()
+        )
+        hash_weights(digest, self._network)
+        return digest.hexdigest()
+
+
+def load_image_text(source: ImageTextSource, device: str) -> ImageTextModel:
+    """Load a model whose weights must be complete.
+
+    Raises:
+        ModelError: an unknown architecture, a missing or damaged file, weights that do not fit. WeightFileError: a weight file
+            that is missing, or a pickle that allow_pickle does not name.
+    """
+    name, weights = find_parts(source)
+    try:
+        with quiet_root_logger():
+            network = open_clip.create_model(name, load_weights=False, pretrained_text=False)
+            open_clip.load_checkpoint(network, str(weights), weights_only=True)
+            tokenizer = open_clip.get_tokenizer(name)
+    except (
+        Exception
+    ) as error:  # open_clip, torch and transformers raise many types; the cause is kept in the line
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{source.model}: cannot be loaded by open_clip ({reason or type(error).__name__})"
+        ) from error
+    return ImageTextModel(network, tokenizer, device)
+
+
+def find_parts(source: ImageTextSource) -> tuple[str, Path]:
+    """The name under which open_clip builds the architecture, and the weight file. Raises ModelError or WeightFileError."""
+    name, hub = source.model, source.model.removeprefix("hf-hub:")
+    if hub != name:
+        try:
+            weights = Path(open_clip.pretrained.download_pretrained_from_hf(hub))
+        except Exception as error:  # network, hub and cache errors of several libraries
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(
+                f"{name}: cannot be downloaded ({reason}); give a local open_clip directory"
+            ) from error
+    elif name in open_clip.list_models():
+        weights = given_weights(source)
+    elif name.endswith(".json"):
+        file = locate(name)
+        check_config(file, json_key=None)
+        open_clip.add_model_config(file)
+        name, weights = file.stem, given_weights(source)
+    elif "/" in name:
+        folder = locate(name)
+        check_config(folder / "open_clip_config.json", json_key="model_cfg")
+        found = sorted(
+            path
+            for kind in ("safetensors", "bin", "pth", "pt")
+            for path in folder.glob(f"*.{kind}")
+        )
+        if not found:
+            raise ModelError(
+                f"{folder}: holds no weight file; an open_clip directory has open_clip_model.safetensors"
+            )
+        name, weights = (
+            f"local-dir:{folder}",
+            next((path for path in found if path.suffix == ".safetensors"), found[0]),
+        )
+    else:
+        raise ModelError(
+            f"{name}: open_clip knows no such architecture; give one such as ViT-L-14, a .json of your own, an open_clip directory "
+            "or hf-hub:OWNER/NAME"
+        )
+    check_pickle(weights, source.allow_pickle)
+    return name, weights
+
+
+def given_weights(source: ImageTextSource) -> Path:
+    if source.path is None:
+        raise ModelError(
+            f"{source.model}: is an architecture without weights; give the path of a weight file"
+        )
+    return locate(source.path)
+
+
+def check_config(file: Path, json_key: str | None) -> None:
+    """Raises ModelError unless the file describes an open_clip model, under json_key where it has one."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        complete = {"embed_dim", "vision_cfg", "text_cfg"} <= set(
+            content[json_key] if json_key else content
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise ModelError(
+            f"{file}: describes no open_clip model; it must be JSON with embed_dim, vision_cfg and text_cfg"
+        )
+
+
+@contextmanager
+def quiet_root_logger() -> Iterator[None]:
+    """open_clip reports through the root logger, which would print to the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

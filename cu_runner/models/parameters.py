@@ -1,0 +1,104 @@
+"""Parameter groups, snapshots, deltas and drift norms. Pure functions on dicts of tensors keyed by UNet parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cu_runner.runtime.lazy import nn, torch, without_gradients
+from cu_runner.schema.settings import ParameterGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOVED = 6e-5  # a weight counts as moved when it differs from the base by more than this (released code of Lee et al. 2026)
+
+
+def is_cross_attention_kv(name: str) -> bool:
+    """True for the weights that read the prompt: `attn2.to_k` and `attn2.to_v`, [out, D]."""
+    return ".attn2.to_k." in name or ".attn2.to_v." in name
+
+
+def belongs(name: str, group: ParameterGroup) -> bool:
+    """Whether a UNet parameter of this name is in the group."""
+    in_cross_attention = ".attn2." in name
+    return {
+        "kv_xattn": is_cross_attention_kv(name),
+        "xattn": in_cross_attention,
+        "non_xattn": not in_cross_attention,
+        "full": True,
+    }[group]
+
+
+def select_parameters(unet: nn.Module, group: ParameterGroup) -> dict[str, nn.Parameter]:
+    """The UNet parameters of a group, in the order of the module.
+
+    kv_xattn: keys and values of cross-attention. xattn: all of cross-attention. non_xattn: all the rest. full: every parameter.
+    """
+    chosen = {
+        name: parameter for name, parameter in unet.named_parameters() if belongs(name, group)
+    }
+    if not chosen:
+        raise ValueError(
+            f"method.params={group}: the UNet has no such parameters; it needs cross-attention layers (attn2)"
+        )
+    return chosen
+
+
+def snapshot(params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that later training does not change."""
+    return {name: parameter.detach().clone() for name, parameter in params.items()}
+
+
+def subtract(params: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
+    """theta - theta_base, tensor by tensor."""
+    return {name: parameter.detach() - base[name] for name, parameter in params.items()}
+
+
+@without_gradients
+def assign(
+    params: dict[str, nn.Parameter], base: dict[str, Tensor], delta: dict[str, Tensor] | None = None
+) -> None:
+    """Set theta to theta_base + delta, in place; no delta is the base itself."""
+    for name, parameter in params.items():
+        parameter.copy_(base[name] if delta is None else base[name] + delta[name])
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Mask [n] of exactly `count` of the scores [n]: the largest; of equal ones the first."""
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(len(scores) - count + 1).values
+    chosen = scores > threshold
+    tied = (scores == threshold).nonzero().flatten()
+    chosen[tied[: count - int(chosen.sum())]] = True
+    return chosen
+
+
+@contextmanager
+def placed(params: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> Iterator[None]:
+    """theta set to other weights for the length of a block, and then back."""
+    now = snapshot(params)
+    assign(params, weights)
+    try:
+        yield
+    finally:
+        assign(params, now)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Size of a weight change d over all trainable weights: sqrt(sum d^2), sum |d|, and the fraction with |d| > MOVED."""
+
+    l2: float
+    l1: float
+    fraction: float
+
+
+def drift(delta: dict[str, Tensor]) -> Drift:
+    """Norms of a delta, accumulated in float64 so that they do not depend on how the weights are split into tensors."""
+    flat = torch.cat([change.detach().double().flatten() for change in delta.values()])
+    moved = (flat.abs() > MOVED).double().mean()
+    return Drift(l2=flat.norm().item(), l1=flat.abs().sum().item(), fraction=moved.item())

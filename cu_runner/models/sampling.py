@@ -1,0 +1,171 @@
+"""Batched text-to-image generation with noise fixed per image.
+
+Shapes: B batch, C latent channels, H W latent size, S image side.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+from tqdm import tqdm
+
+from cu_runner.models.checkpoints import NO_DIFFUSION
+from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.runtime import distributed
+from cu_runner.runtime.lazy import diffusers, torch, without_gradients
+from cu_runner.runtime.seeding import derive_seed, image_noise
+from cu_runner.schema.settings import Sampler
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+Value = TypeVar("Value")
+
+
+def generate(
+    model: DiffusionModel,
+    prompts: list[str],
+    seeds: list[int],
+    sampler: Sampler,
+    *,
+    batch_size: int,
+    label: str,
+    transform: Callable[[Tensor], Value] = lambda images: images,
+) -> Iterator[Value]:
+    """Yield images batch by batch, in the order of the prompts, under a progress bar; where GPU memory runs out, half as large.
+
+    Args:
+        prompts, seeds: one of each per image; together they fix its noise.
+        batch_size: images per forward pass (twice as many rows with guidance).
+        label: what the progress bar says.
+        transform: what is made of each batch and yielded in its place; it may run out of memory too.
+
+    Yields:
+        [B, 3, S, S] float in 0..1, on the model's device.
+    """
+    done = 0
+    with progress(len(prompts), label) as bar:
+        while done < len(prompts):
+            size = largest_batch(model, batch_size)
+            rows = slice(done, min(done + size, len(prompts)))
+            try:
+                found = transform(sample_images(model, prompts[rows], seeds[rows], sampler))
+            except torch.OutOfMemoryError:
+                if not halve_batches(model, size):
+                    raise
+                continue
+            yield found
+            bar.update(rows.stop - rows.start)
+            done = rows.stop
+
+
+def largest_batch(model: DiffusionModel, batch_size: int) -> int:
+    """At most batch_size images, and not more than memory was found to hold; of processes that share a batch, in each of them."""
+    own = min(batch_size, model.batch_limit or batch_size)
+    return min(distributed.in_turn(own)) if distributed.is_shared() else own
+
+
+def halve_batches(model: DiffusionModel, size: int) -> bool:
+    """From now on batches have half of `size` images at most, which GPU memory did not hold.
+
+    False where there is nothing to halve: a single image, or a batch of which other processes wait for this one's share.
+    """
+    if size == 1 or distributed.is_shared():
+        return False
+    model.batch_limit = size // 2
+    logger.warning(
+        "   out of GPU memory: sampling goes on with batches of %d images", model.batch_limit
+    )
+    return True
+
+
+def progress(images: int, label: str) -> tqdm:
+    """A progress bar over images."""
+    return tqdm(total=images, desc=f"  {label}", leave=False, disable=None, ncols=100, unit="image")
+
+
+def sample_images(
+    model: DiffusionModel, prompts: list[str], seeds: list[int], sampler: Sampler
+) -> Tensor:
+    """One batch of images [B, 3, S, S], float in 0..1, on the model's device."""
+    return model.decode_latents(sample_latents(model, prompts, seeds, sampler))
+
+
+def make_scheduler(model: DiffusionModel, sampler: Sampler) -> diffusers.SchedulerMixin:
+    """A fresh scheduler with its timesteps set; the state of one trajectory lives in it. Raises ValueError for an unknown one.
+
+    Whatever a checkpoint says or leaves to defaults, latents are not clipped to -1..1, and Stable Diffusion 1 and 2 offset their
+    timesteps by one, as diffusers' pipelines make them.
+    """
+    kind = type(model.scheduler)
+    if sampler.scheduler is not None:
+        kind = getattr(diffusers, sampler.scheduler, None)
+        if not (inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)):
+            raise ValueError(
+                f"scheduler={sampler.scheduler}: diffusers has no such scheduler; give a class such as DDIMScheduler"
+            )
+    offset = {"steps_offset": 1} if len(model.text_encoders) == 1 else {}
+    scheduler = kind.from_config(model.scheduler.config, clip_sample=False, **offset)
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"scheduler={sampler.scheduler}: {NO_DIFFUSION}")
+    scheduler.set_timesteps(sampler.steps, device=model.device)
+    return scheduler
+
+
+@without_gradients
+def sample_latents(
+    model: DiffusionModel, prompts: list[str], seeds: list[int], sampler: Sampler
+) -> Tensor:
+    """Denoise one batch; scaled latents [B, C, H, W]."""
+    scheduler = make_scheduler(model, sampler)
+    return denoise(model, scheduler, prompts, seeds, sampler.guidance, len(scheduler.timesteps))
+
+
+@without_gradients
+def sample_partly(
+    model: DiffusionModel, prompts: list[str], seeds: list[int], sampler: Sampler, stop: int
+) -> tuple[Tensor, Tensor]:
+    """Denoise one batch for the first `stop` steps: x_t [B, C, H, W] as add_noise would scale it, and t, a scalar."""
+    scheduler = make_scheduler(model, sampler)
+    latents = denoise(model, scheduler, prompts, seeds, sampler.guidance, stop)
+    timestep = scheduler.timesteps[stop]
+    return scheduler.scale_model_input(latents, timestep), timestep
+
+
+def denoise(
+    model: DiffusionModel,
+    scheduler: diffusers.SchedulerMixin,
+    prompts: list[str],
+    seeds: list[int],
+    guidance: float,
+    stop: int,
+) -> Tensor:
+    """The first `stop` steps of the scheduler from each image's own noise; latents [B, C, H, W]."""
+    latents = (
+        image_noise(prompts, seeds, model.latent_shape).to(model.device)
+        * scheduler.init_noise_sigma
+    )
+    text = model.encode_prompts(([""] * len(prompts) if guidance != 1 else []) + prompts)
+    extra = {}
+    if (
+        "generator" in inspect.signature(scheduler.step).parameters
+    ):  # stochastic samplers draw per image too
+        extra["generator"] = [
+            torch.Generator().manual_seed(derive_seed("sampler", prompt, seed))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+    with model.constant_text():
+        for timestep in scheduler.timesteps[:stop]:
+            rows = torch.cat([latents, latents]) if guidance != 1 else latents
+            output = model.unet_output(scheduler.scale_model_input(rows, timestep), timestep, text)
+            if guidance != 1:
+                unconditional, conditional = output.chunk(2)
+                output = unconditional + guidance * (conditional - unconditional)
+            latents = scheduler.step(output, timestep, latents, **extra).prev_sample
+    return latents

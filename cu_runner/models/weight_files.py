@@ -1,0 +1,82 @@
+"""What a network is, as a hash."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cu_runner.runtime.lazy import nn, torch
+from cu_runner.schema.errors import WeightFileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+import hashlib
+
+
+def hash_weights(digest: hashlib._Hash, network: nn.Module) -> None:
+    """Feed every weight and buffer of a network to a hash, each with its name."""
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
+
+
+NESTS = ("model_state_dict", "state_dict")  # where checkpoints of training scripts keep the weights
+
+
+def load_tensors(path: str | Path, allow_pickle: Sequence[str] = ()) -> dict[str, Tensor]:
+    """The weights in a file by name, on the CPU and in the file's precision.
+
+    Args:
+        path: a `.safetensors` file, or a pickle (`.pth`, `.pt`, `.bin`, `.ckpt`) that allow_pickle names. Weights nested under
+            `model_state_dict` or `state_dict` are found.
+        allow_pickle: the pickle files that may be read. They are read with torch's weights_only=True, whatever they hold.
+
+    Raises:
+        WeightFileError: the file is missing, damaged, a pickle that is not named, or holds anything but tensors.
+    """
+    file = Path(path).expanduser()
+    check_pickle(file, allow_pickle)
+    try:
+        if file.suffix == ".safetensors":
+            import safetensors.torch
+
+            return safetensors.torch.load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (
+        Exception
+    ) as error:  # damaged and refused files raise many types; the cause is kept in the line
+        reason = " ".join(str(error).split()).partition(" In PyTorch 2.6")[0][:300]
+        raise WeightFileError(
+            f"{path}: cannot be read as weights ({reason or type(error).__name__})"
+        ) from error
+    while isinstance(content, dict) and (
+        nest := next((name for name in NESTS if name in content), None)
+    ):
+        content = content[nest]
+    if not isinstance(content, dict) or not content:
+        raise WeightFileError(
+            f"{path}: holds no weights by name but a {type(content).__name__}; save a state_dict"
+        )
+    if others := [
+        str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)
+    ]:
+        raise WeightFileError(
+            f"{path}: {others[0]} is no tensor; save a state_dict, alone or under {' or '.join(NESTS)}"
+        )
+    return content
+
+
+def check_pickle(file: str | Path, allow_pickle: Sequence[str]) -> None:
+    """Raises WeightFileError unless the file is there, and is safetensors or named in allow_pickle."""
+    file = Path(file).expanduser()
+    if not file.is_file():
+        raise WeightFileError(f"{file}: no such file; give a weight file, best of all .safetensors")
+    allowed = {Path(name).expanduser().resolve() for name in allow_pickle}
+    if file.suffix != ".safetensors" and file.resolve() not in allowed:
+        raise WeightFileError(
+            f"{file}: is no .safetensors file, and other formats can carry code; convert it, or allow this one with "
+            f"allow_pickle=[{file}]"
+        )

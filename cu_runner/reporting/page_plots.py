@@ -1,0 +1,319 @@
+"""The plots of a report: drawn by matplotlib, written as PNG and SVG, and as SVG text for a page, coloured by its CSS variables."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from cu_runner.evaluators.metrics import ENOUGH_UA
+from cu_runner.reporting.page_data import Shown, short_layer
+from cu_runner.runtime.lazy import pd
+
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+
+# name of the CSS variable -> colour on light and on dark paper. The series are distinct in all three kinds of colour blindness
+# (smallest OKLab distance 0.10, under the simulation of Machado et al. 2009) and have a contrast of at least 3 to the paper.
+COLOURS = {
+    "paper": ("#ffffff", "#15181d"),
+    "ink": ("#1d2430", "#e4e7ec"),
+    "quiet": ("#5b6472", "#a3abb8"),
+    "rule": ("#d9dde3", "#343a44"),
+    "series-0": ("#1933c2", "#4a74f2"),
+    "series-1": ("#7e4a00", "#f09a07"),
+    "series-2": ("#26847a", "#b2f2b3"),
+    "series-3": ("#d55ce2", "#e3aefb"),
+    "series-4": ("#9a9a06", "#d3412c"),
+    "series-5": ("#2d333a", "#8b929b"),
+    # Of a cell of a heat map at 100%: black numbers on light and white ones on dark have a contrast of at least 4.5 to every shade.
+    "known": ("#5b93d6", "#2f6fb5"),  # a concept that the model is to keep
+    "gone": ("#e07b45", "#b5551f"),  # an unlearned concept
+    "number": ("#000000", "#ffffff"),
+}
+
+
+SERIES = [light for name, (light, _) in COLOURS.items() if name.startswith("series")]
+
+
+DASHES = ((), (5, 2), (1.5, 1.5), (7, 2, 1.5, 2))
+
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+PERCENTAGES = {"UA": "UA", "RA_I": "RA-I", "RA_C": "RA-C"}
+
+
+MOST_NUMBERS = 600  # cells of a heat map that still have room for their numbers
+
+
+MOST_TICKS = 24
+
+
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.edgecolor": COLOURS["rule"][0],
+    "text.color": COLOURS["ink"][0],
+    "axes.labelcolor": COLOURS["quiet"][0],
+    "axes.titlecolor": COLOURS["ink"][0],
+    "xtick.color": COLOURS["rule"][0],
+    "ytick.color": COLOURS["rule"][0],
+    "xtick.labelcolor": COLOURS["quiet"][0],
+    "ytick.labelcolor": COLOURS["quiet"][0],
+    "grid.color": COLOURS["rule"][0],
+    "grid.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 3.6,
+    "text.parse_math": False,
+    "svg.hashsalt": "report",
+    "legend.frameon": False,
+}
+
+
+Panel = Callable[[Axes], None]
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colour, line style and marker of a run; 168 runs differ in at least one."""
+
+    colour: int
+    dashes: tuple[float, ...]
+    marker: str
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """Of matplotlib's lines."""
+        return {
+            "color": SERIES[self.colour],
+            "linestyle": (0, self.dashes) if self.dashes else "-",
+            "marker": self.marker,
+        }
+
+
+def look(number: int) -> Look:
+    """Of the run with this number: colours first, then line styles; the markers turn all the time."""
+    return Look(
+        number % len(SERIES),
+        DASHES[number // len(SERIES) % len(DASHES)],
+        MARKERS[number % len(MARKERS)],
+    )
+
+
+def publish(panels: list[Panel], runs: list[Shown], folder: Path, stem: str) -> list[str]:
+    """Write the panels with a legend to `folder` as stem.png and stem.svg; return each alone as SVG text for a page."""
+    with mpl.rc_context(STYLE):
+        save(draw(panels, runs), folder / stem)
+        return [inline(draw([panel], []), f"{stem}-{i}") for i, panel in enumerate(panels)]
+
+
+def draw(panels: list[Panel], legend: list[Shown]) -> Figure:
+    """Panels in a row, and below them a legend of these runs."""
+    longest = max((len(shown.title) for shown in legend), default=0)
+    columns = max(
+        1, min(len(legend), int(4.1 * len(panels) / (0.6 + 0.07 * longest)))
+    )  # inches of the figure and of an entry
+    lines = -(-len(legend) // columns)
+    figure = Figure(figsize=(4.1 * len(panels), 2.9 + 0.19 * lines), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        panel(axes)
+    if legend:
+        handles = [Line2D([], [], **look(shown.number).arguments) for shown in legend]
+        figure.legend(
+            handles,
+            [shown.title for shown in legend],
+            loc="outside lower center",
+            ncols=columns,
+            fontsize=8,
+        )
+    return figure
+
+
+def save(figure: Figure, stem: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # a script that the font lacks is drawn as boxes; the page has the names as text
+        figure.savefig(f"{stem}.png", dpi=150)
+        figure.savefig(f"{stem}.svg", metadata={"Date": None})
+
+
+def inline(figure: Figure, name: str) -> str:
+    """SVG to stand in an HTML page: no namespaces, ids of its own, the page's font, colours as CSS variables."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg ") :]
+    text = re.sub(
+        r"<metadata>.*?</metadata>|<style .*?</style>|<!--.*?-->", "", text, flags=re.DOTALL
+    )
+    box = re.search(r'viewBox="([^"]+)"', text)
+    assert box is not None
+    text = f'<svg viewBox="{box[1]}"' + text[text.index(">") :]
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", text).replace("xlink:href", "href")
+    text = re.sub(r"font: [^;\"]*?([\d.]+px)[^;\"]*", r"font-size: \1", text)
+    for variable, (light, _) in COLOURS.items():
+        text = text.replace(light, f"var(--{variable})")
+    return re.sub(r"\n\s*", "\n", text).strip()
+
+
+def metric_panel(runs: list[Shown], name: str, title: str) -> Panel:
+    """A column of metrics.csv against the request, the runs over one another."""
+
+    def panel(axes: Axes) -> None:
+        for shown in runs:
+            table = shown.run.table.dropna(subset=[name])
+            axes.plot(table["request"], table[name], **look(shown.number).arguments)
+        most = max(len(shown.run.records) for shown in runs) - 1
+        axes.set(title=title, xlabel="request", xlim=(-0.04 * most - 0.1, 1.04 * most + 0.1))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if name in PERCENTAGES:
+            axes.set_ylim(-3, 103)
+        else:
+            axes.set_ylim(bottom=0)
+
+    return panel
+
+
+def tradeoff_panel(runs: list[Shown], name: str) -> Panel:
+    """UA against a retention after the last finished request; right of the line, retention can be compared."""
+
+    def panel(axes: Axes) -> None:
+        measured = [shown for shown in runs if pd.notna(shown.last["UA"])]
+        for shown in measured:
+            axes.plot(
+                shown.last["UA"],
+                shown.last[name],
+                **look(shown.number).arguments | {"markersize": 7, "linestyle": ""},
+            )
+        axes.axvline(ENOUGH_UA, color=COLOURS["quiet"][0], linewidth=0.8, linestyle=(0, (4, 3)))
+        lowest = min([shown.last["UA"] for shown in measured], default=0.0)
+        axes.set(
+            title=f"{PERCENTAGES[name]} against UA, %",
+            xlabel="UA",
+            ylim=(-3, 103),
+            xlim=(min(lowest, 88) - 2, 101),
+        )
+
+    return panel
+
+
+def layer_panel(
+    runs: list[Shown], drifts: list[dict[str, float]], layers: list[str], title: str
+) -> Panel:
+    """L2 drift of these layers, in network order, the runs over one another."""
+
+    def panel(axes: Axes) -> None:
+        for shown, drift in zip(runs, drifts, strict=True):
+            axes.plot(
+                range(len(layers)),
+                [drift.get(layer, float("nan")) for layer in layers],
+                **look(shown.number).arguments,
+            )
+        ticks = range(0, len(layers), -(-len(layers) // MOST_TICKS))
+        axes.set_xticks(
+            ticks, [short_layer(layers[tick]) for tick in ticks], rotation=90, fontsize=7.5
+        )
+        axes.set(title=title)
+        axes.set_ylim(bottom=0)
+
+    return panel
+
+
+def write_costs(runs: list[Shown], cost: pd.DataFrame, folder: Path) -> None:
+    """cost.png and cost.svg: a bar per run for seconds, steps and memory."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(12, 1.2 + 0.24 * len(runs)), layout="constrained")
+        seconds, steps, memory = figure.subplots(1, 3, sharey=True)
+        places, first, second = range(len(runs)), COLOURS["known"][0], COLOURS["quiet"][0]
+        seconds.barh(places, cost["train_seconds"], color=first, label="training")
+        seconds.barh(
+            places,
+            cost["eval_seconds"],
+            left=cost["train_seconds"],
+            color=second,
+            label="evaluation",
+        )
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+        steps.barh(places, cost["train_steps"], color=first)
+        memory.barh(places, cost["peak_memory_mb"], color=first)
+        for axes, title in zip(
+            (seconds, steps, memory), ("seconds", "training steps", "peak memory, MB"), strict=True
+        ):
+            axes.set(title=title)
+            axes.grid(axis="y", visible=False)
+        seconds.set_yticks(places, [shown.title for shown in runs])
+        seconds.invert_yaxis()
+        save(figure, folder / "cost")
+
+
+def write_heat_map(shown: Shown, folder: Path) -> None:
+    """accuracy-<number>-<run>.png and .svg: rows concepts, columns requests; unlearned concepts in another colour."""
+    accuracy, unlearned = shown.accuracy, shown.unlearned
+    rows, columns = accuracy.shape
+    roomy = rows * columns <= MOST_NUMBERS
+    width, height = (0.42, 0.23) if roomy else (0.15, 0.15)  # inches of a cell
+    title = f"{shown.title}: accuracy, %"
+    with mpl.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(
+            figsize=(max(2.2 + width * columns, 0.09 * len(title)), 0.9 + height * rows),
+            layout="constrained",
+        )
+        axes = figure.subplots()
+        full = np.where(
+            unlearned.to_numpy()[..., None], to_rgb(COLOURS["gone"][0]), to_rgb(COLOURS["known"][0])
+        )
+        share = accuracy.fillna(0).to_numpy()[..., None] / 100
+        edges = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
+        lines = (
+            {"edgecolor": COLOURS["paper"][0], "linewidth": 0.8} if roomy else {"rasterized": True}
+        )
+        axes.pcolormesh(*edges, 1 - share * (1 - full), **lines)
+        axes.invert_yaxis()
+        if roomy:
+            for (y, x), value in (
+                (cell, accuracy.iat[cell])
+                for cell in zip(*accuracy.notna().to_numpy().nonzero(), strict=True)
+            ):
+                axes.text(
+                    x,
+                    y,
+                    format_percent(value),
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color=COLOURS["number"][0],
+                )
+        below, left = unlearned.to_numpy().nonzero()
+        axes.hlines(below + 0.46, left - 0.5, left + 0.5, color=COLOURS["gone"][0], linewidth=1.5)
+        step = 1 if roomy else 5
+        axes.set_xticks(range(0, columns, step), accuracy.columns[::step])
+        axes.set_yticks(range(rows), accuracy.index, fontsize=9 if roomy else 7)
+        axes.set_xlabel("request")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+        save(figure, folder / f"accuracy-{shown.number + 1}-{shown.run.directory.name}")
+
+
+def format_percent(value: float) -> str:
+    """ "87.5", "100"."""
+    return f"{value:.1f}".removesuffix(".0")

@@ -1,0 +1,139 @@
+"""A file of scripts/tables, read and checked: rows and columns as overrides, and the published numbers with their source."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from cu_runner.config.permissions import refuse_permissions
+from cu_runner.reporting.table_formats import NAMES
+from cu_runner.runtime.paths import shipped_dir
+from cu_runner.schema.errors import ConfigError
+from cu_runner.schema.settings import STRICT
+from cu_runner.schema.validate import validate
+
+Overrides = list[str]
+
+
+@checked_dataclass(frozen=True, config=STRICT)
+class Experiment:
+    """Which model a table is made on. methods and columns: label -> overrides."""
+
+    model: str
+    methods: dict[str, Overrides]
+    columns: dict[str, Overrides]
+
+
+@checked_dataclass(frozen=True, config=STRICT)
+class Targets:
+    """Published numbers. sources: short name -> where a number was read; values: method -> column -> row -> metric -> percent."""
+
+    model: str
+    tolerance: Annotated[float, Field(ge=0)]
+    sources: dict[str, str]
+    values: dict[str, dict[str, dict[str, dict[str, float | str]]]]
+
+    def complaint(self, table: Table) -> str | None:
+        """What names no cell, metric or source, so that a published number would be lost."""
+        methods = {name for experiment in table.experiments.values() for name in experiment.methods}
+        for method, columns in self.values.items():
+            places = [(method, methods), *((column, table.columns()) for column in columns)]
+            places += [(row, set(table.rows)) for rows in columns.values() for row in rows]
+            for name, allowed in places:
+                if name not in allowed:
+                    return f"targets.values: {name!r} is no part of this table; allowed: {', '.join(sorted(allowed))}"
+            for row, published in (
+                (row, published) for rows in columns.values() for row, published in rows.items()
+            ):
+                for key, value in published.items():
+                    if complaint := self._complaint_of(key, value, table):
+                        return f"targets.values: {row}: {complaint}"
+        return None
+
+    def _complaint_of(self, key: str, value: float | str, table: Table) -> str | None:
+        if key == "source":
+            known = [*self.sources, "none"]
+            return (
+                None
+                if value in known
+                else f"source {value!r} is not described; allowed: {', '.join(known)}"
+            )
+        if key not in table.metrics:
+            return (
+                f"{key!r} is no metric of this table; allowed: source, {', '.join(table.metrics)}"
+            )
+        if isinstance(value, str) or not 0 <= value <= 100:
+            return f"{key} is {value!r}; give a number of 0 to 100 (percent)"
+        return None
+
+
+@checked_dataclass(frozen=True, config=STRICT)
+class Table:
+    """A file of scripts/tables."""
+
+    title: str
+    metrics: list[str]
+    rows: dict[str, Overrides | dict[str, Overrides]]
+    experiments: dict[str, Experiment]
+    targets: Targets | None = None
+    notes: list[str] = Field(default_factory=list)
+
+    def columns(self) -> set[str]:
+        """The labels of the columns of all experiments."""
+        return {column for experiment in self.experiments.values() for column in experiment.columns}
+
+    def complaint(self) -> str | None:
+        """What is wrong with it though every type is right, or None."""
+        if unknown := [metric for metric in self.metrics if metric not in NAMES]:
+            return f"metrics: {unknown[0]!r} is not a share of images; allowed: {', '.join(NAMES)}"
+        for kind, entries in (
+            ("metrics", self.metrics),
+            ("rows", self.rows),
+            ("experiments", self.experiments),
+        ):
+            if not entries:
+                return f"{kind}: empty; a table needs one at least"
+        for name, experiment in self.experiments.items():
+            if not experiment.methods or not experiment.columns:
+                return f"experiments: {name}: methods or columns are empty; a table needs one of each at least"
+            if not re.fullmatch(r"[\w.-]+", name):
+                return f"experiments: {name!r} becomes part of a file's name; give letters, digits, '_', '-' and '.' only"
+        for label, overrides in self.rows.items():
+            if isinstance(overrides, dict) and set(overrides) != (columns := self.columns()):
+                return f"row {label!r} gives overrides for {', '.join(overrides)}; give them for {', '.join(sorted(columns))}"
+        return self.targets.complaint(self) if self.targets else None
+
+    def overrides(self) -> Iterator[Overrides]:
+        """Every list of overrides that the file holds."""
+        for row in self.rows.values():
+            yield from row.values() if isinstance(row, dict) else [row]
+        for experiment in self.experiments.values():
+            yield from (*experiment.methods.values(), *experiment.columns.values())
+
+
+def read_table(name: str) -> tuple[str, Table]:
+    """A shipped table by name, or a YAML file by path; with its short name. Raises ConfigError."""
+    path = (
+        Path(name) if name.endswith((".yaml", ".yml")) else shipped_dir("tables") / f"{name}.yaml"
+    )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(entry.stem for entry in shipped_dir("tables").glob("*.yaml")))
+        raise ConfigError(
+            f"{name}: no such table; allowed: {known}, or the path of a YAML file"
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    table = validate(Table, content, path.name)
+    for overrides in table.overrides():
+        refuse_permissions(overrides, path.name)
+    if complaint := table.complaint():
+        raise ConfigError(f"{path.name}: {complaint}")
+    return path.stem, table

@@ -1,0 +1,152 @@
+"""What methods train on: images that the untouched model makes of prompts, noised, with the text of those prompts or of others.
+
+Shapes: B batch, C latent channels, H W latent size, L tokens, D text width, G concepts, N images and M prompts per concept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import ConfigDict, PositiveInt
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from cu_runner.models.diffusion import DiffusionModel, Text
+from cu_runner.request.name_sources import NameSource, kept_names, read_listed
+from cu_runner.request.scope import Scope
+from cu_runner.runtime.lazy import F, torch
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """Images under noise. texts: of B prompts, one for each list of captions."""
+
+    noisy: Tensor  # [B, C, H, W]
+    noise: Tensor  # [B, C, H, W]
+    timesteps: Tensor  # [B]
+    texts: tuple[Text, ...]
+
+
+class CaptionedImages:
+    """Images of some prompts, made by the untouched model, each with one or more captions."""
+
+    def __init__(
+        self, scope: Scope, *captions: list[list[str]], number: int, flip: bool = False
+    ) -> None:
+        """
+        Args:
+            captions: each [G][M] prompts. The images are made from the first; the others are further texts for the same images.
+            number: images per concept; image i is made from prompt i modulo M.
+            flip: mirror half of the images left to right when they are drawn.
+        """
+        self._model, self.flip = scope.model, flip
+        device = scope.model.device
+        self.latents = torch.stack([scope.anchors(prompts, number) for prompts in captions[0]]).to(
+            device
+        )  # [G, N, C, H, W]
+        if flip:
+            self.mirrored = torch.stack(
+                [scope.anchors(prompts, number, mirrored=True) for prompts in captions[0]]
+            ).to(device)
+        self.texts = [
+            [scope.model.encode_prompts(prompts) for prompts in groups] for groups in captions
+        ]
+
+    def draw(self, generator: Generator, batch_size: int) -> NoisyBatch:
+        """A batch that depends on the generator alone: concept, image, timestep, noise, mirroring."""
+        model, device = self._model, self._model.device
+        concepts = torch.randint(len(self.latents), (batch_size,), generator=generator).tolist()
+        images = torch.randint(self.latents.shape[1], (batch_size,), generator=generator).tolist()
+        timesteps = torch.randint(model.num_train_timesteps, (batch_size,), generator=generator).to(
+            device
+        )
+        noise = torch.randn((batch_size, *model.latent_shape), generator=generator).to(device)
+        clean = self.latents[concepts, images]
+        if self.flip:
+            chosen = (torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5).to(device)
+            clean = torch.where(chosen, self.mirrored[concepts, images], clean)
+        rows = [
+            (concept, image % len(self.texts[0][concept]))
+            for concept, image in zip(concepts, images, strict=True)
+        ]
+        texts = tuple(
+            Text.cat([groups[concept][row : row + 1] for concept, row in rows])
+            for groups in self.texts
+        )
+        return NoisyBatch(model.add_noise(clean, noise, timesteps), noise, timesteps, texts)
+
+
+def diffusion_loss(model: DiffusionModel, batch: NoisyBatch) -> Tensor:
+    """E ||e(x_t, c) - eps||^2 with the prompts that the images were made from   (Ho et al. 2020, eq. 14)."""
+    return F.mse_loss(
+        model.predict_noise(batch.noisy, batch.timesteps, batch.texts[0]), batch.noise
+    )
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class RetainSet:
+    """Prompts of what is to be kept, and how many images of them are made.
+
+    source: "anchors", the targets' anchor prompts; "names", other concepts of the domain in the sequence's target prompt; "both";
+    a "list" of prompts that ships with the package; or a "file" of the user's with one prompt a line.
+    name: which list, or the path of the file. prompts: how many at most, spread evenly over all there are. images: how many.
+    """
+
+    source: Literal["anchors", "names", "both", "list", "file"] = "both"
+    name: str | None = None
+    names: NameSource = NameSource()
+    prompts: PositiveInt = 100
+    images: PositiveInt = 200
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a list or a file that cannot be read, before a model is loaded."""
+        if self.source in ("list", "file"):
+            read_listed(self.source, self.name)
+
+    def read(self, scope: Scope) -> list[str]:
+        """The prompts, in a fixed order; those of the sequence name no target. Raises ValueError when there are none."""
+        sequence = scope.sequence
+        if self.source in ("list", "file"):
+            found = spread(read_listed(self.source, self.name), self.prompts)
+        else:
+            anchors = [
+                anchor
+                for concept in scope.request.targets
+                for _, anchor in sequence.training_pairs(concept)
+            ]
+            names, captions = kept_names(scope, self.names), sequence.captions
+            # name i meets caption i first, so that a few prompts already hold every name and every caption
+            named = [
+                sequence.target_prompt.format(
+                    concept=name, caption=captions[(i + shift) % len(captions)]
+                )
+                for shift in range(len(captions))
+                for i, name in enumerate(names)
+            ]
+            share = {"anchors": self.prompts, "both": (self.prompts + 1) // 2, "names": 0}[
+                self.source
+            ]
+            found = spread(list(dict.fromkeys(anchors)), share)
+            if self.source != "anchors":
+                share = self.prompts - len(found)
+                found += spread(
+                    named[: max(len(names), share)], share
+                )  # every name before any comes a second time
+        if not found:
+            raise ValueError(
+                "retain: no prompt is left beside the targets and the retained concepts; choose another source"
+            )
+        return found
+
+    def images_of(self, scope: Scope) -> CaptionedImages:
+        """The images of these prompts; of as many of them as there are images."""
+        return CaptionedImages(scope, [spread(self.read(scope), self.images)], number=self.images)
+
+
+def spread(entries: list[str], number: int) -> list[str]:
+    """At most `number` of the entries, in order and evenly spaced."""
+    count = min(number, len(entries))
+    return [entries[i * len(entries) // count] for i in range(count)]

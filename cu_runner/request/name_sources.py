@@ -1,0 +1,87 @@
+"""Names of other concepts: what regularizers and methods may take for "everything else" when one concept is unlearned."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from cu_runner.concepts.entries import read_file, read_shipped
+from cu_runner.request.language_model import ask, find_model
+from cu_runner.request.scope import Scope
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class NameSource:
+    """Where names come from.
+
+    source: "vocabulary" of the sequence, a "list" that ships with the package, a "file" of the user's with one name a line, or an
+    "llm" that is asked for names related to the targets.
+    name: which list, the path of the file, or the folder of the language model. number: how many names at most.
+    retained: whether the retained concepts themselves may be among them (they are what RA-I measures).
+    """
+
+    source: Literal["vocabulary", "list", "file", "llm"] = "vocabulary"
+    name: str | None = None
+    number: PositiveInt = 200
+    retained: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a source that cannot be read, before the diffusion model is loaded."""
+        if self.source == "llm":
+            find_model(self.name)
+        elif self.source != "vocabulary":
+            read_listed(self.source, self.name)
+
+
+def read_listed(source: Literal["list", "file"], name: str | None) -> list[str]:
+    """The entries of a shipped list or of a user's file. Raises ValueError."""
+    return {"list": read_shipped, "file": read_file}[source](name)
+
+
+def normalized(name: str) -> str:
+    """A name for comparison: lower case, single spaces, none of the underscores of label lists."""
+    return " ".join(name.lower().replace("_", " ").split())
+
+
+def check_template(template: str, key: str) -> None:
+    """Raises ValueError unless a prompt holds {concept}, and no placeholder but {caption} besides."""
+    try:
+        complete = "{concept}" in template and bool(template.format(concept="x", caption="y"))
+    except (KeyError, IndexError, ValueError):
+        complete = False
+    if not complete:
+        raise ValueError(
+            f"{key}: {template!r} must hold {{concept}}, and besides {{caption}} at most"
+        )
+
+
+def earlier_targets(scope: Scope) -> list[str]:
+    """What earlier requests unlearned, in order."""
+    targets = {concept.name for concept in scope.request.targets}
+    return [concept.name for concept in scope.request.erased if concept.name not in targets]
+
+
+def kept_names(scope: Scope, names: NameSource) -> list[str]:
+    """All candidate names, in order, but for the targets, the earlier ones and, unless they may be there, the retained ones.
+
+    Raises ValueError when the source cannot be read.
+    """
+    if names.source == "vocabulary":
+        candidates = list(scope.sequence.vocabulary)
+    elif names.source == "llm":
+        candidates = ask_for_names(scope, names.name, names.number)
+    else:
+        candidates = read_listed(names.source, names.name)
+    banned = [concept.name for concept in (*scope.request.targets, *scope.request.erased)]
+    if not names.retained:
+        banned += [concept.name for concept in scope.sequence.retain]
+    shut = {normalized(name) for name in banned}
+    return [name for name in candidates if normalized(name) not in shut]
+
+
+def ask_for_names(scope: Scope, path: str | None, number: int) -> list[str]:
+    """What a language model answers when it is asked for names of the domain that are related to the targets."""
+    targets = [concept.name for concept in scope.request.targets]
+    return ask(find_model(path), scope.sequence.domain, targets, number, str(scope.model.device))

@@ -1,0 +1,1 @@
+"""One run: checked beforehand, trained request by request, measured, mirrored, measured again."""

@@ -1,0 +1,34 @@
+"""Ends a request when enough is forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from cu_runner.schema.settings import PlanSettings
+
+
+class EarlyStop:
+    """Ends a request when UA has reached setting.stop_at, measured every setting.interval steps.
+
+    UA comes from the images and the classifier that judge the run afterwards: such a run is tuned on them.
+    """
+
+    def __init__(
+        self,
+        setting: PlanSettings,
+        measure: Callable[[], float],
+        seen: Sequence[dict[str, float]] = (),
+    ) -> None:
+        """measure: UA of the weights as they are, in percent. seen: what was measured before an interruption."""
+        self._setting, self._measure, self.seen = setting, measure, list(seen)
+
+    def __call__(self, step: int) -> bool:
+        """True if the request should end after this step."""
+        setting = self._setting
+        if setting.stop_at is None or step % setting.interval:
+            return False
+        self.seen.append({"step": step, "UA": self._measure()})
+        last = self.seen[-setting.patience :]
+        return len(last) == setting.patience and all(
+            entry["UA"] >= setting.stop_at for entry in last
+        )

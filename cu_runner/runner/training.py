@@ -1,0 +1,218 @@
+"""The inner loop of one request: loss and penalties, gradients, optimiser, in an order that is the same for every method."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from cu_runner.concepts.requests import Request
+from cu_runner.methods.base import Method
+from cu_runner.models.parameters import assign, snapshot
+from cu_runner.regularizers.base import Regularizer
+from cu_runner.request.scope import Scope
+from cu_runner.runtime import distributed
+from cu_runner.runtime.lazy import nn, torch
+from cu_runner.schema.errors import TrainingError
+from cu_runner.schema.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """logs: what was logged of each step. method: its own record. regularizers: theirs, by name."""
+
+    logs: list[dict[str, float]]
+    method: dict[str, object]
+    regularizers: dict[str, dict[str, object]]
+
+
+def check_composition(method: Method, regularizers: dict[str, Regularizer]) -> None:
+    """A method without a loss leaves nothing to regularizers of the loss or the gradient. Raises ValueError."""
+    for name, regularizer in regularizers.items():
+        idle = [stage for stage in regularizer.acts_on if stage in ("loss", "gradient")]
+        if method.closed_form and idle:
+            raise ValueError(
+                f"reg={name} acts on the {idle[0]}, and the method sets the weights in closed form without one; "
+                "choose a regularizer of the step (apply=update where it has that option) or another method"
+            )
+
+
+class Training:
+    """One request being unlearned, in place in scope.params, step by step.
+
+    A step: loss -> backward, penalties -> backward, on_gradients (method, then regularizers), clip, update (method), on_step
+    (regularizers).
+    """
+
+    def __init__(
+        self,
+        scope: Scope,
+        method: Method,
+        regularizers: dict[str, Regularizer],
+        settings: TrainSettings,
+    ) -> None:
+        """
+        Args:
+            scope: the weights to train, as they are at the start of the request, and the request.
+            regularizers: by name, in hook order.
+        """
+        self._scope, self._method, self._regularizers, self._settings = (
+            scope,
+            method,
+            regularizers,
+            settings,
+        )
+        self._params = list(scope.params.values())
+        self._rows: list[dict[str, float]] = []
+        self.steps = 1 if method.closed_form else settings.steps  # how many there will be at most
+        self.ended = False  # whether it is to end before them
+        for parameter in self._params:
+            parameter.requires_grad_(True)
+        method.begin_request(scope)
+        self._records = {
+            name: regularizer.begin_request(scope, method)
+            for name, regularizer in regularizers.items()
+        }
+        self._edits_step = any(
+            "step" in regularizer.acts_on for regularizer in regularizers.values()
+        )
+        self._optimizer = make_optimizer(self._params, settings)
+
+    @property
+    def done(self) -> int:
+        """How many steps are made."""
+        return len(self._rows)
+
+    def step(self) -> None:
+        """One step. Raises TrainingError when the loss is not finite; the weights are then of no use."""
+        scope, method, regularizers = self._scope, self._method, self._regularizers.values()
+        logs = method.backward(scope, method.batch(scope, self.done))
+        for name, regularizer in self._regularizers.items():
+            penalty = regularizer.penalty(scope.params)
+            if penalty is not None:
+                penalty.backward()
+                logs[f"{name}_penalty"] = penalty.item()
+                logs["loss"] += logs[f"{name}_penalty"]
+        if not math.isfinite(logs["loss"]):
+            raise TrainingError(
+                diverged(f"a loss of {logs['loss']}", scope.request, self.done + 1, self.steps)
+            )
+        method.on_gradients(scope.params)
+        for regularizer in regularizers:
+            regularizer.on_gradients(scope.params)
+        if self._settings.grad_clip:
+            nn.utils.clip_grad_norm_(self._params, self._settings.grad_clip)
+        before = snapshot(scope.params) if self._edits_step else {}
+        method.update(scope, self._optimizer)
+        for regularizer in regularizers:
+            regularizer.on_step(scope.params, before)
+        self._optimizer.zero_grad()
+        self._rows.append({"step": self.done + 1, **logs})
+
+    def finish(self) -> TrainingReport:
+        """What was logged. Raises TrainingError when a weight is not finite."""
+        for parameter in self._params:
+            parameter.requires_grad_(False)
+        if not all(parameter.isfinite().all() for parameter in self._params):
+            raise TrainingError(
+                diverged("weights that are not finite", self._scope.request, self.steps, self.steps)
+            )
+        return TrainingReport(self._rows, self._method.end_request(self._scope), self._records)
+
+    def state(self) -> dict[str, object]:
+        """All that restore() needs to go on from here: weights, moments, multipliers, masks, what was logged."""
+        return {
+            "rows": self._rows,
+            "ended": self.ended,
+            "params": {name: parameter.detach() for name, parameter in self._scope.params.items()},
+            "optimizer": self._optimizer.state_dict(),
+            "method": self._method.state(),
+            "regularizers": {
+                name: regularizer.state() for name, regularizer in self._regularizers.items()
+            },
+        }
+
+    def restore(self, state: dict[str, object]) -> None:
+        """Go on from what state() gave, which an equal request returned after some of its steps."""
+        self._rows, self.ended = state["rows"], state["ended"]
+        assign(self._scope.params, state["params"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self._optimizer.state.items():
+            for name, moment in moments.items():
+                if (
+                    moment.shape == parameter.shape
+                ):  # fused optimisers take no memory layout but the weight's
+                    moments[name] = torch.empty_like(parameter).copy_(moment)
+        self._method.restore(state["method"])
+        for name, regularizer in self._regularizers.items():
+            regularizer.restore(state["regularizers"][name])
+
+
+def erase(
+    scope: Scope,
+    method: Method,
+    regularizers: dict[str, Regularizer],
+    settings: TrainSettings,
+    on_step: Callable[[Training], None] = lambda training: None,
+    state: dict[str, object] | None = None,
+    undisturbed: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+) -> TrainingReport:
+    """Unlearn one request, in place in scope.params.
+
+    Args:
+        scope, method, regularizers, settings: as for Training.
+        on_step: called after every step; it may set training.ended.
+        state: of a Training that was interrupted; None begins with the first step.
+        undisturbed: entered for the steps, but not for what the method and the regularizers prepare before the first one.
+
+    Raises:
+        TrainingError: the loss or a weight is not finite; the weights in scope are then of no use.
+    """
+    with distributed.averaged_gradients(list(scope.params.values())):
+        training = Training(scope, method, regularizers, settings)
+        if state is not None:
+            training.restore(state)
+        with (
+            undisturbed(),
+            tqdm(
+                desc=f"  unlearn {scope.request.label}",
+                initial=training.done,
+                total=training.steps,
+                leave=False,
+                disable=None,
+                ncols=100,
+                unit="step",
+            ) as bar,
+        ):
+            while training.done < training.steps and not training.ended:
+                training.step()
+                on_step(training)
+                bar.update()
+        return training.finish()
+
+
+def make_optimizer(params: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+    """A fresh optimiser for one request."""
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(params, lr=settings.lr, weight_decay=settings.weight_decay)
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[settings.optimizer]
+    fused = params[0].is_cuda  # on a CPU the plain one, whose bits published figures have
+    return kind(
+        params,
+        lr=settings.lr,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=fused,
+    )
+
+
+def diverged(what: str, request: Request, step: int, steps: int) -> str:
+    """The line for a training that went astray."""
+    return (
+        f"training led to {what} at request {request.index} ({request.label}), step {step} of {steps}; "
+        "lower train.lr or a regularizer's weight. Finished requests are kept"
+    )

@@ -1,0 +1,1 @@
+"""The process and the machine: devices, other processes, signals, random numbers, provenance."""

@@ -1,0 +1,102 @@
+"""What a run does when it is asked to stop: by `kill`, or by a cluster that takes the machine away or whose time limit is near.
+
+A signal never cuts a training step or a commit in two: there it is noted, and the run stops at the next safe place, having saved
+what it trained. Elsewhere (sampling, loading) it stops at once.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+Handler = Callable[[int, FrameType | None], object] | int | None
+
+
+REQUEUE = (
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)  # a cluster's warning that the job must make room; submitit's handler requeues the job
+
+
+SIGNALS = (signal.SIGTERM, *REQUEUE)
+
+
+class Stopped(BaseException):
+    """The run was asked to stop, and nothing of it is half-written."""
+
+    def __init__(self, signum: int, previous: dict[int, Handler]) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum, self._previous = signum, previous
+
+    @property
+    def status(self) -> int:
+        """The exit status of a process that a signal ended."""
+        return 128 + self.signum
+
+    def requeue(self) -> None:
+        """Let the launcher whose job this is put it into the queue again, which ends the process; without one, return.
+
+        SIGTERM is not answered so: a job that is cancelled must stay so, and one that is pre-empted is requeued by the cluster.
+        """
+        if self.signum not in REQUEUE:
+            return
+        for signum in REQUEUE:
+            if (
+                callable(handler := self._previous[signum])
+                and handler is not signal.default_int_handler
+            ):
+                handler(signum, None)
+
+
+class StopSignals:
+    """Receives SIGTERM, SIGUSR1 and SIGUSR2 while it is entered, in the main thread. Raises Stopped."""
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._deferred = 0
+        self._previous: dict[int, Handler] = {}
+
+    def __enter__(self) -> StopSignals:
+        self._previous = {signum: signal.signal(signum, self._receive) for signum in SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if self._received is None:  # a second one changes nothing: stopping is under way
+            self._received = signum
+            if not self._deferred:
+                self.check()
+
+    @property
+    def received(self) -> bool:
+        return self._received is not None
+
+    def share(self) -> None:
+        """Of several processes, each takes notice when one of them was asked to stop."""
+        from cu_runner.runtime import (
+            distributed,  # torch takes seconds, and commands that only look at runs do not need it
+        )
+
+        if distributed.any_of(self.received) and self._received is None:
+            self._received = signal.SIGTERM
+
+    def check(self) -> None:
+        """Stop here if that was asked for."""
+        if self._received is not None:
+            raise Stopped(self._received, self._previous)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """What is done here is done whole; a signal takes effect at the end, or where check() is called."""
+        self._deferred += 1
+        try:
+            yield
+        finally:
+            self._deferred -= 1
+        if not self._deferred:
+            self.check()

@@ -1,0 +1,48 @@
+"""Every exception of ours that a user can mend: its message is one line that says what to do."""
+
+from __future__ import annotations
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class SamplingError(RuntimeError):
+    """The model makes no images; the message is one line."""
+
+
+class LaunchError(RuntimeError):
+    """A run could not be made for a reason that says nothing about its method; the message is one line."""
+
+
+class ModelError(ValueError):
+    """A checkpoint that cannot be used; the message is one line."""
+
+
+class ConfigError(ValueError):
+    """The user's configuration cannot be run; the message is one line."""
+
+
+class WeightFileError(ValueError):
+    """A weight file that cannot be used; the message is one line."""
+
+
+class StoreError(RuntimeError):
+    """The run directory cannot be used as it is; the message is one line with what to do."""
+
+
+class SweepError(ValueError):
+    """The folder cannot be read as a sweep; the message is one line."""
+
+
+class MirrorError(RuntimeError):
+    """What should be sent to W&B was not, or not all of it."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is one line."""

@@ -1,0 +1,108 @@
+"""A finished run as one file: configuration, metrics, predictions, grids, weights, and the sha256 of each of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+import zlib
+from pathlib import Path
+
+from cu_runner.schema.errors import StoreError
+from cu_runner.schema.validate import validate
+from cu_runner.store.files import sha256_of, to_json
+from cu_runner.store.layout import STEP
+from cu_runner.store.run_record import RunRecord
+
+MANIFEST = "manifest.json"
+
+
+TEXTS = ("config.yaml", "metrics.csv", "summary.json")
+
+
+def pack(run: RunRecord, target: Path) -> None:
+    """Write a zip archive that holds `<sequence>/<run>/...`, so that unpacked into outputs/runs it is the run again.
+
+    What is only of use where the run was made is left out: its log, its lock, what cu-eval measured.
+
+    Raises:
+        StoreError: the run is not finished, or a file is not the one that its step names.
+    """
+    if not run.complete:
+        done = len(run.records) - 1
+        raise StoreError(
+            f"{run.directory}: {done} of {run.num_requests} requests are done; finish the run before it is packed"
+        )
+    files = {name: run.directory / name for name in TEXTS}
+    hashes: dict[str, str] = {}
+    for index, record in enumerate(run.records):
+        place = run.step_dir(index)
+        files[f"steps/{place.name}/{STEP}"] = place / STEP
+        for name, expected in record["files"].items():
+            files[f"steps/{place.name}/{name}"] = place / name
+            hashes[f"steps/{place.name}/{name}"] = expected
+    root = f"{run.sequence}/{run.directory.name}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.tmp")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, path in files.items():
+                found = sha256_of(path) if path.is_file() else None
+                if found is None or hashes.get(name, found) != found:
+                    raise StoreError(
+                        f"{path}: is missing or damaged; `cu-doctor {run.directory}` says what else is"
+                    )
+                hashes[name] = found
+                archive.write(path, f"{root}/{name}")
+            archive.writestr(f"{root}/{MANIFEST}", to_json(hashes))
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def unpack(source: Path, folder: Path) -> Path:
+    """The run directory that a packed run becomes below a folder. Raises StoreError for another file or a damaged one.
+
+    Every file is checked before it is written, and nothing is written outside the folder, whatever the archive says.
+    """
+    try:
+        with zipfile.ZipFile(source) as archive:
+            manifests = [name for name in archive.namelist() if name.endswith(f"/{MANIFEST}")]
+            if len(manifests) != 1:
+                raise StoreError(f"{source}: is no packed run")
+            root = manifests[0].removesuffix(f"/{MANIFEST}")
+            hashes = validate(dict[str, str], json.loads(archive.read(manifests[0])), MANIFEST)
+            for name in (root, *hashes):
+                if (
+                    not set(name.split("/")).isdisjoint(("", ".", ".."))
+                    or "\\" in name
+                    or "\0" in name
+                ):
+                    raise StoreError(f"{source}: {name!r} in it is no name of a packed file")
+            for name, expected in hashes.items():
+                content = (
+                    archive.read(f"{root}/{name}")
+                    if f"{root}/{name}" in archive.namelist()
+                    else b""
+                )
+                if hashlib.sha256(content).hexdigest() != expected:
+                    raise StoreError(
+                        f"{source}: {name} in it is missing or is not the one that was packed"
+                    )
+                path = folder / root / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+    except StoreError:
+        raise
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        ValueError,
+        EOFError,
+        OSError,
+        RuntimeError,
+    ) as error:  # all that zipfile raises
+        raise StoreError(
+            f"{source}: cannot be read as a packed run ({' '.join(str(error).split())})"
+        ) from None
+    return folder / root

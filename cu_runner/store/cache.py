@@ -1,0 +1,54 @@
+"""Things that many runs need, made once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from filelock import FileLock
+
+from cu_runner.runtime import distributed
+from cu_runner.store.files import hash_json, to_json, write_atomic
+
+
+class Cache:
+    """outputs/cache/<kind>/<sig8>/: things that many runs need, made once. A broken entry is made again."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def fetch(self, kind: str, key: Mapping[str, object]) -> dict[str, bytes] | None:
+        """The files of an entry by name, or None if there is none or it is damaged."""
+        return distributed.from_main(lambda: self._read(kind, key))
+
+    def _read(self, kind: str, key: Mapping[str, object]) -> dict[str, bytes] | None:
+        directory = self._directory(kind, key)
+        try:
+            index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
+            files = {name: (directory / name).read_bytes() for name in index["files"]}
+            same = index["key"] == json.loads(json.dumps(key))
+            whole = all(
+                hashlib.sha256(content).hexdigest() == index["files"][name]
+                for name, content in files.items()
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return files if same and whole else None
+
+    def put(self, kind: str, key: Mapping[str, object], files: Mapping[str, bytes]) -> None:
+        """Write an entry; its index is written last. Two runs may write the same entry, with the same contents."""
+        distributed.from_main(lambda: self._write(kind, key, files))
+
+    def _write(self, kind: str, key: Mapping[str, object], files: Mapping[str, bytes]) -> None:
+        directory = self._directory(kind, key)
+        directory.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory / ".lock"):
+            for name, content in files.items():
+                write_atomic(directory / name, content)
+            hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+            write_atomic(directory / "index.json", to_json({"key": key, "files": hashes}))
+
+    def _directory(self, kind: str, key: Mapping[str, object]) -> Path:
+        return self.root / kind / hash_json(key)[:8]

@@ -1,0 +1,63 @@
+"""What makes two runs the same experiment: the hash of the scientific part of their configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from cu_runner.schema.values import ConfigValue, numbers_by_value, walk_leaves, without_paths
+
+NOT_SCIENTIFIC = (
+    "dry_run",
+    "num_threads",
+    "device",
+    "train.save_every",
+    "train.gradient_checkpointing",
+    "eval.batch_size",
+    "eval.overlap",
+    "speed",
+    "wandb",
+    "paths",
+    "cluster",
+    "model.vae_slicing",
+    "model.allow_pickle",
+    "evaluator.allow_pickle",
+)
+
+
+WITH_FILES = ("sequence", "method", "reg", "retention")  # groups whose settings may name text files
+
+
+def signature(resolved: dict[str, ConfigValue]) -> str:
+    """sha256 of the scientific part of a configuration, so that the same experiment is the same directory.
+
+    Devices, threads, memory, paths of outputs, W&B and the evaluation batch are left out. Numbers are compared by value: 5 is 5.0.
+    The order of regularizers counts (it is the order of their hooks); the order of other keys does not. Text files that the
+    sequence, the method, a regularizer or the retention reads count by their content.
+    """
+    science = without_paths(resolved, NOT_SCIENTIFIC)
+    science["reg"] = [[name, node] for name, node in resolved["reg"].items()]
+    if files := file_hashes(resolved):
+        science["files"] = files
+    text = json.dumps(numbers_by_value(science), sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_hashes(resolved: dict[str, ConfigValue]) -> dict[str, str]:
+    """sha256 of every file that a setting of the sequence, the method, a regularizer or the retention names."""
+    leaves = [
+        value
+        for group in WITH_FILES
+        for _, value in walk_leaves(resolved.get(group, {}))
+        if isinstance(value, str)
+    ]
+    paths = {
+        value: os.path.expanduser(value) for value in leaves if "/" in value or "." in value
+    }  # any text: pathlib may raise
+    return {
+        value: hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        for value, path in paths.items()
+        if os.path.isfile(path)
+    }

@@ -1,0 +1,1 @@
+"""Many runs: submitted together, made side by side, and what became of each."""

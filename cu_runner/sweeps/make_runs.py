@@ -1,0 +1,99 @@
+"""Make runs by the command `cu-run`, several side by side or on a cluster, and read back what they measured."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from cu_runner.schema.errors import LaunchError
+from cu_runner.store.files import to_json, write_atomic
+from cu_runner.store.run_record import RunRecord, read_run
+
+CU_RUN = str(Path(sys.executable).with_name("cu-run"))
+
+
+DIVERGED = (
+    "training led to",
+    "the images after request",
+)  # how cu-run's line begins; not a locked run or a full disk
+
+
+def cu_run(overrides: list[str], threads: int | None = None) -> RunRecord | str:
+    """Make, resume or find one run.
+
+    Args:
+        overrides: as on the command line of cu-run.
+        threads: CPU threads of the run; None leaves torch's choice.
+
+    Returns:
+        The run, or the line in which cu-run says that its weights diverged: a result too.
+
+    Raises:
+        LaunchError: cu-run failed for another reason.
+    """
+    command = [CU_RUN, *overrides]
+    limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    command += [] if threads is None else [f"num_threads={threads}"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | limit
+    )
+    if diverged(done.stderr):
+        return done.stderr.strip()
+    if done.returncode != 0:
+        raise LaunchError(
+            f"cu-run {' '.join(overrides)} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}"
+        )
+    return read_run(Path(done.stdout.strip().splitlines()[-1].removeprefix("run: ")))
+
+
+def diverged(line: str) -> bool:
+    """Whether a run's error says that its weights diverged."""
+    return line.removeprefix("cu-run: ").startswith(DIVERGED)
+
+
+def cu_runs(jobs: list[list[str]], side_by_side: int | None = None) -> Iterator[RunRecord | str]:
+    """cu_run of each, in order.
+
+    Args:
+        side_by_side: runs at a time, each with one thread if more than one; None is one per CPU core, or a single one on a GPU.
+    """
+    if side_by_side is None:
+        import torch
+
+        side_by_side = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    threads = 1 if side_by_side > 1 else None
+    with ThreadPoolExecutor(max_workers=side_by_side) as pool:
+        yield from pool.map(lambda overrides: cu_run(overrides, threads), jobs)
+
+
+def submit(jobs: list[list[str]], common: list[str], launcher: str, folder: Path) -> str:
+    """Make runs through one of Hydra's launchers (conf/hydra/launcher), as one sweep; return when all of them have ended.
+
+    Args:
+        jobs: the overrides of each run. common: further ones of all runs, from the user's command line.
+        folder: of the sweep, where cu_runner.sweeps reads what became of each.
+
+    Returns:
+        What cu-run said of failures, in a line; empty if there was none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "jobs.json"
+    write_atomic(file, to_json(jobs))
+    options = [
+        f"hydra/launcher={launcher}",
+        "hydra/sweeper=listed",
+        f"hydra.sweeper.file={file}",
+        f"hydra.sweep.dir={folder}",
+    ]
+    done = subprocess.run(
+        [CU_RUN, "--multirun", *options, *common], capture_output=True, text=True, check=False
+    )
+    return (
+        ""
+        if done.returncode == 0
+        else (done.stderr.strip() or "no message").splitlines()[-1].removeprefix("cu-run: ")
+    )

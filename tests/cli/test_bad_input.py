@@ -1,0 +1,270 @@
+"""Bad input of every kind: one line on stderr that names the value and what is allowed, a non-zero exit, nothing lost."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import diffusers
+import pytest
+import torch
+from conftest import SMOKE, command, environment
+
+CONFIGURATION = [
+    (["method=nope"], ["method=nope", "conabl"]),
+    (["reg=nope"], ["reg=nope", "gradproj", "l1", "l2", "none"]),
+    (["reg=[l2,nope]"], ["reg=nope", "gradproj", "l1", "l2"]),
+    (["sequence=nope"], ["sequence=nope", "shapecanvas_style", "smoke"]),
+    (["model=nope"], ["model=nope", "shapecanvas"]),
+    (["experiment=nope"], ["experiment=nope"]),
+    (["hydra/launcher=nope"], ["hydra/launcher=nope", "local_processes, slurm"]),
+    (["train.lrr=1"], ["train.lrr", "lr", "steps", "batch_size"]),
+    (["+train.lrr=1"], ["train.lrr"]),
+    (["nokey=1"], ["nokey"]),
+    (["+nokey=1"], ["nokey", "seed", "train", "eval"]),
+    (["method.nokey=1"], ["method.nokey", "num_anchors", "teacher"]),
+    (["+method.nokey=1"], ["method.nokey", "num_anchors", "teacher"]),
+    (["reg=gradproj", "+reg.gradproj.auxiliary.nokey=1"], ["reg.gradproj.auxiliary.nokey"]),
+    (["train.steps=many"], ["train.steps='many'", "integer"]),
+    (["train.steps=1.5"], ["train.steps=1.5", "integer"]),
+    (["train.betas=[0.9]"], ["train.betas"]),
+    (["train.betas=[0.9,1]"], ["train.betas", "1", "less than 1"]),
+    (["seed=-1"], ["seed=-1", "greater than or equal to 0"]),
+    (["train.lr=-1"], ["train.lr=-1", "greater than 0"]),
+    (["train.lr=0"], ["train.lr=0", "greater than 0"]),
+    (["train.lr=nan"], ["train.lr=nan", "finite"]),
+    (["train.weight_decay=inf"], ["train.weight_decay=inf", "finite"]),
+    (["eval.guidance=0.5"], ["eval.guidance=0.5", "greater than or equal to 1"]),
+    (["eval.batch_size=0"], ["eval.batch_size=0", "greater than 0"]),
+    (["method.loss=both"], ["method.loss='both'", "'model' or 'noise'"]),
+    (["method.num_anchors=-4"], ["method.num_anchors=-4", "greater than 0"]),
+    (
+        ["method.params=everything"],
+        ["method.params='everything'", "'kv_xattn', 'xattn', 'non_xattn' or 'full'"],
+    ),
+    (["reg=l2", "reg.l2.weight=-1"], ["reg.l2.weight=-1", "greater than or equal to 0"]),
+    (["reg=l2", "reg.l2.weight=nan"], ["reg.l2.weight=nan", "finite"]),
+    (["reg=l2", "reg.l2.anchor=next"], ["reg.l2.anchor='next'", "'previous' or 'base'"]),
+    (
+        ["reg=gradproj", "reg.gradproj.auxiliary.source=web"],
+        ["reg.gradproj.auxiliary.source='web'", "'file' or 'llm'"],
+    ),
+    (
+        ["reg=gradproj", "reg.gradproj.threshold=2"],
+        ["reg.gradproj.threshold=2", "less than or equal to 1"],
+    ),
+    (["+reg.l2.weight=3"], ["reg.l2", "not selected", "reg=[l2]"]),
+    (["reg=l1", "+reg.l2.weight=3"], ["reg.l2", "selected: l1", "reg=[l1,l2]"]),
+    (["sequence.retain=[ember stripe,fog ray]"], ["ember stripe", "targets", "retain"]),
+    (
+        ["sequence.targets=[ember stripe,ember stripe]"],
+        ["sequence.targets", "ember stripe", "more than once"],
+    ),
+    (["sequence.targets=[]"], ["sequence.targets", "empty"]),
+    (["sequence.captions=[]"], ["sequence.captions", "empty"]),
+    (["sequence.name=../up"], ["sequence.name", "../up"]),
+    (["train.steps=true"], ["train.steps=True", "integer"]),
+    (["sequence.targets=ember"], ["sequence.targets='ember'", "list"]),
+    (["sequence.targets=[no style]"], ["no style", "ember stripe"]),
+    (["sequence.vocabulary=nope"], ["nope", "shapecanvas_styles"]),
+    (["sequence.prompt=a picture"], ["sequence.prompt", "'a picture'", "{object}"]),
+    (["setting.plan=parallel"], ["setting.plan='parallel'", "sequential"]),
+    (["wandb.mode=maybe"], ["wandb.mode='maybe'", "'offline', 'online' or 'disabled'"]),
+    (["device=tpu"], ["device='tpu'", "auto|cpu|cuda"]),
+    (["model.path=/nowhere/model"], ["/nowhere/model", "no such file or directory", "diffusers"]),
+    (["model.precision=fp8"], ["model.precision='fp8'", "'fp32', 'bf16' or 'fp16'"]),
+    (["model.resolution=63"], ["model.resolution=63", "multiple of 4"]),
+    (["evaluator.paths.style=/nowhere/judge"], ["/nowhere/judge", "no such file or directory"]),
+    (
+        ["method._target_=cu_runner.nope.Nope"],
+        ["method._target_=cu_runner.nope.Nope", "cannot be imported"],
+    ),
+    (["=="], ["=="]),
+]
+
+
+def assert_one_line(result: tuple[int, str, str], status: int, fragments: list[str]) -> str:
+    """Exit status, exactly one line, and every fragment in it."""
+    found, out, err = result
+    assert err.count("\n") == 1, err
+    assert err.startswith("cu-run: ")
+    assert "Traceback" not in out + err
+    assert found == status, err
+    for fragment in fragments:
+        assert fragment in err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragments"), CONFIGURATION, ids=lambda value: " ".join(value)[:60]
+)
+def test_configuration(in_process, overrides, fragments):
+    assert_one_line(in_process(*SMOKE, *overrides), 2, fragments)
+
+
+def test_the_same_in_a_terminal(cu_run):
+    done = cu_run(*SMOKE, "reg=l2", "reg.l2.weight=-1")
+    assert_one_line(
+        (done.returncode, done.stdout, done.stderr),
+        2,
+        ["reg.l2.weight=-1", "greater than or equal to 0"],
+    )
+    assert done.stdout == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_that_is_not_there(in_process):
+    assert_one_line(
+        in_process(*SMOKE, "device=cuda"), 2, ["device=cuda", "device=cpu", "device=auto"]
+    )
+
+
+def test_a_combination_file_tuned_for_a_regularizer_that_is_not_selected(in_process, tmp_path):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "strong.yaml").write_text(
+        "# @package _global_\nreg:\n  l2:\n    weight: 7\n"
+    )
+    tree = ("--config-dir", str(tmp_path / "mine"))
+    assert_one_line(
+        in_process(*tree, *SMOKE, "experiment=strong"), 2, ["reg.l2", "not selected", "reg=[l2]"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("reg: null", "reg=None: is no mapping"),
+        ("tuned: 5", "tuned=5: is no mapping"),
+        ("tuned: {conabl: 5}", "tuned.conabl=5"),
+        ("tuned: {conabl: {default: 5}}", "tuned.conabl.default=5"),
+        ("tuned: {conabl: {none: [1]}}", "tuned.conabl.none=[1]"),
+        ("train: null", "train"),
+        ("train: []", "experiment/odd"),
+        ("retention: 5", "retention"),
+        ("method: null", "method"),
+        ("sequence: 5", "sequence"),
+        ("setting: null", "setting"),
+        ("paths: 5", "paths"),
+    ],
+)
+def test_a_file_that_sets_a_whole_group_to_something_else(in_process, tmp_path, text, fragment):
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    (tmp_path / "mine/experiment/odd.yaml").write_text(f"# @package _global_\n{text}\n")
+    assert_one_line(
+        in_process("--config-dir", str(tmp_path / "mine"), *SMOKE, "experiment=odd"), 2, [fragment]
+    )
+
+
+# --------------------------------------------------------------------------------------------------- model directories
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_missing_component(in_process, pipeline_copy, component):
+    shutil.rmtree(pipeline_copy / component)
+    fragments = [
+        f"{pipeline_copy}: the component {component} is missing",
+        "unet, vae, text_encoder, tokenizer, scheduler",
+    ]
+    assert_one_line(in_process(*SMOKE, f"model.path={pipeline_copy}"), 2, fragments)
+
+
+def test_a_directory_that_is_no_pipeline(in_process, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert_one_line(
+        in_process(*SMOKE, f"model.path={tmp_path}/empty"),
+        2,
+        [f"{tmp_path}/empty", "model_index.json"],
+    )
+
+
+def test_a_unet_of_another_text_width(in_process, pipeline_copy):
+    config = json.loads((pipeline_copy / "unet" / "config.json").read_text())
+    unet = diffusers.UNet2DConditionModel.from_config(config | {"cross_attention_dim": 64})
+    unet.save_pretrained(pipeline_copy / "unet")
+    fragments = ["unet reads text of width 64, text_encoder writes 128"]
+    assert_one_line(in_process(*SMOKE, f"model.path={pipeline_copy}"), 2, fragments)
+
+
+@pytest.mark.parametrize("change", [{"block_out_channels": [32, 64, 96]}, {"layers_per_block": 2}])
+def test_weights_that_do_not_fit_their_configuration(in_process, pipeline_copy, change):
+    path = pipeline_copy / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert_one_line(
+        in_process(*SMOKE, f"model.path={pipeline_copy}"), 2, [f"{pipeline_copy}/unet: "]
+    )
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_truncated_weights(in_process, pipeline_copy, component):
+    (path,) = (pipeline_copy / component).glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:100_000])
+    assert_one_line(
+        in_process(*SMOKE, f"model.path={pipeline_copy}"),
+        2,
+        [f"{pipeline_copy}/{component}: cannot be loaded"],
+    )
+
+
+def test_broken_json_and_a_foreign_scheduler(in_process, pipeline_copy):
+    index = pipeline_copy / "model_index.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps(content | {"scheduler": ["diffusers", "NoSuchScheduler"]}))
+    assert_one_line(
+        in_process(*SMOKE, f"model.path={pipeline_copy}"),
+        2,
+        ["scheduler cannot be read", "NoSuchScheduler"],
+    )
+    index.write_text("{")
+    assert_one_line(
+        in_process(*SMOKE, f"model.path={pipeline_copy}"), 2, ["no readable model_index.json"]
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- places
+def test_outputs_that_are_a_file(in_process, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    assert_one_line(in_process(*SMOKE, "paths.outputs=taken"), 1, ["taken", "paths.outputs"])
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_output_that_nobody_reads(run_copy):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [*command(), *SMOKE],
+        cwd=run_copy.parents[3],
+        env=environment(),
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert done.returncode == 1
+    assert (
+        done.stderr
+        == "cu-run: whatever read the output has ended (a pipe); what was done is kept\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "fragments"),
+    [
+        ("list", "nope", ["reg.gradproj.auxiliary: nope", "common_objects"]),
+        ("list", "null", ["reg.gradproj.auxiliary: none", "common_objects"]),
+        ("file", "gone.txt", ["reg.gradproj.auxiliary: gone.txt", "no such file"]),
+        ("file", "null", ["reg.gradproj.auxiliary: none", "no such file"]),
+        ("llm", "gone", ["reg.gradproj.auxiliary: gone", "no such directory"]),
+    ],
+)
+def test_sources_of_auxiliary_names(in_process, source, name, fragments):
+    chosen = (f"reg.gradproj.auxiliary.source={source}", f"reg.gradproj.auxiliary.name={name}")
+    result = in_process(*SMOKE, "reg=gradproj", *chosen)
+    assert_one_line(result, 2, fragments)
+    assert result[1] == ""  # before anything is sampled
+
+
+@pytest.mark.parametrize("context", ["plain", "{concept} in {place}"])
+def test_a_context_with_wrong_placeholders(in_process, context):
+    overrides = ("reg=gradproj", f"reg.gradproj.contexts=['{context}']")
+    assert_one_line(
+        in_process(*SMOKE, *overrides), 2, [f"reg.gradproj.contexts: '{context}'", "{concept}"]
+    )

@@ -1,0 +1,548 @@
+"""Judges from files: transformers, timm and open_clip, their labels, faces; and metrics where some images show no face."""
+
+import dataclasses
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import safetensors.torch
+import timm
+import torch
+import transformers
+from conftest import read_conf
+
+from cu_runner.concepts.sequence import make_sequence
+from cu_runner.evaluators.classifier import Classifier
+from cu_runner.evaluators.evaluate import evaluate
+from cu_runner.evaluators.faces import FaceSettings
+from cu_runner.evaluators.labels import read_labels
+from cu_runner.evaluators.metrics import metrics, read_predictions, step_metrics
+from cu_runner.evaluators.open_clip import OpenClip
+from cu_runner.models.checkpoints import locate
+from cu_runner.models.image_text import ImageTextSource, load_image_text
+from cu_runner.schema.errors import ModelError, WeightFileError
+from cu_runner.schema.settings import EvalSettings
+from cu_runner.shapecanvas.render import OBJECTS, STYLES, render
+
+HALF = [0.5, 0.5, 0.5]
+PREPROCESSING = {"size": 32, "mean": HALF, "std": HALF}
+CLIP = "package:shapecanvas/weights/open_clip"
+LABELS = ["a", "b", "c"]
+
+
+@pytest.fixture(scope="module")
+def images():
+    """60 rendered images [60, 3, 64, 64] with the indices of their objects and styles."""
+    generator = torch.Generator().manual_seed(31)
+    objects, styles = (
+        torch.randint(20, (60,), generator=generator),
+        torch.randint(120, (60,), generator=generator),
+    )
+    return (
+        render([OBJECTS[i] for i in objects], [STYLES[i] for i in styles], generator),
+        objects,
+        styles,
+    )
+
+
+def judge(
+    path: str, labels: object = LABELS, architecture: str = "timm:test_resnet", **more
+) -> Classifier:
+    settings = {"architectures": {"style": architecture}, "labels": {"style": labels}}
+    return Classifier({"style": path}, **PREPROCESSING, **settings | more)
+
+
+# ------------------------------------------------------------------------------------------------------------ timm
+@pytest.fixture(scope="module")
+def resnet():
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=3).eval()
+
+
+@pytest.fixture
+def resnet_file(resnet, tmp_path):
+    safetensors.torch.save_file(resnet.state_dict(), tmp_path / "net.safetensors")
+    return str(tmp_path / "net.safetensors")
+
+
+def test_timm_from_a_file_predicts_what_the_network_says(resnet, resnet_file):
+    images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    expected = resnet((images - 0.5) / 0.5).softmax(1).max(1)
+    found = judge(resnet_file).predict(images)["style"]
+    assert found.labels == [LABELS[index] for index in expected.indices]
+    assert found.scores == pytest.approx(expected.values.tolist())
+    assert found.faces is None
+
+
+def test_a_pickle_needs_permission_and_a_nested_state_dict_is_found(resnet, resnet_file, tmp_path):
+    torch.save({"model_state_dict": resnet.state_dict(), "epoch": 9}, tmp_path / "net.pth")
+    with pytest.raises(WeightFileError, match=r"allow_pickle=\["):
+        judge(str(tmp_path / "net.pth"))
+    allowed = judge(str(tmp_path / "net.pth"), allow_pickle=[str(tmp_path / "net.pth")])
+    assert allowed.fingerprint() == judge(resnet_file).fingerprint()
+
+
+def test_label_lists_come_from_files_and_their_order_counts(resnet_file, tmp_path):
+    (tmp_path / "labels.txt").write_text("# outputs\nc\nb\na\n", encoding="utf-8")
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    plain, turned = judge(resnet_file), judge(resnet_file, str(tmp_path / "labels.txt"))
+    assert turned.labels() == {"style": ["c", "b", "a"]}
+    swap = {"a": "c", "b": "b", "c": "a"}
+    assert [swap[label] for label in plain.predict(images)["style"].labels] == turned.predict(
+        images
+    )["style"].labels
+    assert turned.fingerprint() != plain.fingerprint()
+    assert judge(resnet_file, interpolation="bicubic").fingerprint() != plain.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"labels": ["a", "b"]},
+            ModelError,
+            "has 3 outputs and the label list 2 labels; they must be as many$",
+        ),
+        (
+            {"labels": "unlearncanvas_styles"},
+            ModelError,
+            "has 3 outputs and the label list 51 labels",
+        ),
+        (
+            {"labels": ["a", "b", "a"]},
+            ValueError,
+            "^evaluator.labels.style: a stands for two outputs",
+        ),
+        (
+            {"labels": "nowhere.txt"},
+            ValueError,
+            "^evaluator.labels.style=nowhere.txt: no such file",
+        ),
+        (
+            {"labels": "nothing"},
+            ValueError,
+            "^evaluator.labels.style=nothing: no such list; allowed: .*unlearncanvas_styles",
+        ),
+        ({"architecture": "timm:nothing"}, ModelError, "^timm:nothing: Unknown model"),
+        (
+            {"architecture": "timm"},
+            ValueError,
+            "^evaluator.architectures.style=timm: allowed: timm:NAME, open_clip",
+        ),
+        (
+            {"architecture": "keras:x"},
+            ValueError,
+            "^evaluator.architectures.style=keras:x: allowed",
+        ),
+        (
+            {"architecture": "timm:test_vit"},
+            ModelError,
+            "lacks .* of test_vit; the file belongs to another architecture",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_line(resnet_file, changes, error, message):
+    arguments = {"labels": LABELS} | changes
+    with pytest.raises(error, match=message) as caught:
+        judge(resnet_file, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_of_a_domain_without_a_path_are_refused(resnet_file):
+    with pytest.raises(
+        ValueError, match=r"^evaluator.labels: object is no domain of evaluator.paths \(style\)$"
+    ):
+        Classifier({"style": resnet_file}, **PREPROCESSING, labels={"object": LABELS})
+    with pytest.raises(
+        ValueError,
+        match=r"^evaluator.labels.style is not set; timm weights do not name their outputs$",
+    ):
+        Classifier(
+            {"style": resnet_file}, **PREPROCESSING, architectures={"style": "timm:test_resnet"}
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- transformers
+@pytest.fixture
+def directory_with(tmp_path):
+    """Returns write(names) -> a transformers directory whose config.json names its outputs so."""
+
+    def write(names: list[str]) -> str:
+        config = transformers.ViTConfig(
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=8,
+            image_size=32,
+            patch_size=16,
+            id2label=dict(enumerate(names)),
+            label2id={name: index for index, name in enumerate(names)},
+        )
+        transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+        return str(tmp_path / "vit")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("spell", "order", "refused"),
+    [
+        (lambda name: name, 1, None),
+        (lambda name: name.replace("_", " ").lower(), 1, None),
+        (lambda name: name.replace("_", "-").upper() + " ", 1, None),
+        (lambda name: f"style of {name}", -1, None),  # names of its own say nothing of the order
+        (
+            lambda name: name,
+            -1,
+            "output 0 is 'Winter' in its config.json and 'Abstractionism' in the label list",
+        ),
+        (
+            lambda name: name.replace("_", " "),
+            -1,
+            "which is its output 50; put the list in its order$",
+        ),
+        (
+            lambda name: {"Bricks": "Stones"}.get(name, name.replace("_", " ")),
+            1,
+            None,
+        ),  # one is renamed
+        (
+            lambda name: {"Bricks": "Cartoon", "Cartoon": "x"}.get(name, name),
+            1,
+            "'Cartoon' in the label list, which is its output 3",
+        ),
+    ],
+)
+def test_the_names_of_a_directory_may_be_spelled_otherwise_but_not_stand_elsewhere(
+    directory_with, spell, order, refused
+):
+    names = read_labels("x", "unlearncanvas_styles")
+    path = directory_with([spell(name) for name in names][::order])
+    settings = PREPROCESSING | {"labels": {"style": "unlearncanvas_styles"}}
+    if refused is None:
+        assert Classifier({"style": path}, **settings).labels() == {"style": names}
+    else:
+        with pytest.raises(ModelError, match=refused) as caught:
+            Classifier({"style": path}, **settings)
+        assert "\n" not in str(caught.value)
+
+
+def test_outputs_without_names_are_believed_to_be_in_the_order_of_the_list(directory_with):
+    path = directory_with([f"LABEL_{index}" for index in range(3)])
+    assert Classifier({"style": path}, **PREPROCESSING, labels={"style": LABELS}).labels() == {
+        "style": LABELS
+    }
+
+
+def test_the_imagenet_list_has_a_thousand_names():
+    names = read_labels("x", "imagenet")
+    assert (len(names), len(set(names)), names[0], names[497]) == (1000, 1000, "tench", "church")
+    sequence = read_conf("sequence/duge.yaml")
+    assert set(sequence["targets"] + sequence["retain"]) <= set(names)
+    assert (
+        len(sequence["targets"]),
+        len(read_labels("x", "duge_scenes")) * len(sequence["seeds"]),
+    ) == (21, 8)
+
+
+# ---------------------------------------------------------------------------------------------------- transformers
+def test_a_given_list_is_held_against_a_transformers_directory():
+    path = "package:shapecanvas/weights/object_classifier"
+    kept = Classifier({"object": path}, **PREPROCESSING, labels={"object": list(OBJECTS)})
+    assert kept.labels() == {"object": list(OBJECTS)}
+    assert kept.fingerprint() == Classifier({"object": path}, **PREPROCESSING).fingerprint()
+    with pytest.raises(
+        ModelError, match=r"output 0 is 'ball' in its config.json and 'mushroom' in the label list"
+    ):
+        Classifier({"object": path}, **PREPROCESSING, labels={"object": list(OBJECTS[::-1])})
+    with pytest.raises(ModelError, match="has 20 outputs and the label list 120 labels"):
+        Classifier({"object": path}, **PREPROCESSING, labels={"object": "shapecanvas_styles"})
+
+
+def test_the_fingerprint_of_the_shipped_judges_is_the_one_that_runs_have_recorded(evaluator):
+    assert (
+        evaluator.fingerprint()
+        == "e3bacb20b155774cd41bbc5db6bd91d8185fe4c06186cbd12c94b2b85258fe45"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- open_clip
+@pytest.fixture(scope="module")
+def zero_shot():
+    return OpenClip(**read_conf("evaluator/shapecanvas_clip.yaml"))
+
+
+def test_zero_shot_names_rendered_images(zero_shot, images):
+    pictures, objects, styles = images
+    found = zero_shot.predict(pictures)
+    right = {
+        "object": sum(
+            label == OBJECTS[i] for label, i in zip(found["object"].labels, objects, strict=True)
+        ),
+        "style": sum(
+            label == STYLES[i] for label, i in zip(found["style"].labels, styles, strict=True)
+        ),
+    }
+    assert right["style"] >= 48  # of 60; chance is half an image
+    assert (
+        right["object"] >= 9
+    )  # chance is 3: it hardly knows objects (see conf/evaluator/shapecanvas_clip.yaml)
+    assert all(0 < score <= 1 for score in found["style"].scores)
+
+
+def test_templates_are_averaged_and_count(zero_shot, images):
+    pictures = images[0][:8]
+    labels = {"object": list(OBJECTS)}
+    one, other = (
+        OpenClip(CLIP, labels, templates=[text]) for text in ("a {label} image", "an image {label}")
+    )
+    both = OpenClip(CLIP, labels, templates={"object": ["a {label} image", "an image {label}"]})
+    assert both.fingerprint() not in (one.fingerprint(), other.fingerprint())
+    assert one.predict(pictures)["object"].scores != both.predict(pictures)["object"].scores
+    assert one.predict(pictures)["object"].labels == zero_shot.predict(pictures)["object"].labels
+
+
+def test_one_domain_by_open_clip_and_one_by_a_classifier(zero_shot, evaluator, images):
+    pictures = images[0][:8]
+    paths = {"style": "package:shapecanvas/weights/style_classifier", "object": CLIP}
+    mixed = Classifier(
+        paths,
+        64,
+        HALF,
+        HALF,
+        architectures={"object": "open_clip"},
+        labels={"object": "shapecanvas_objects"},
+        templates={"object": ["a {label} image"]},
+    )
+    found = mixed.predict(pictures)
+    assert found["style"] == evaluator.predict(pictures)["style"]
+    assert found["object"].labels == zero_shot.predict(pictures)["object"].labels
+    assert mixed.labels() == {"style": list(STYLES), "object": list(OBJECTS)}
+
+
+def test_a_configuration_and_a_weight_file_of_ones_own(tmp_path):
+    """A .json with a weight file gives the same vectors as the directory; the tokenizer is named by the configuration."""
+    folder = locate(CLIP)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = str(folder)
+    (tmp_path / "mine.json").write_text(json.dumps(config["model_cfg"]))
+    weights = str(folder / "open_clip_model.safetensors")
+    mine = load_image_text(ImageTextSource(str(tmp_path / "mine.json"), weights), "cpu")
+    shipped = load_image_text(ImageTextSource(CLIP), "cpu")
+    texts = ["a star image", "an image in gold stripe style"]
+    assert torch.equal(mine.embed_texts(texts), shipped.embed_texts(texts))
+    assert shipped.embed_texts(texts).norm(dim=1).tolist() == pytest.approx([1, 1])
+    torch.save(safetensors.torch.load_file(weights), tmp_path / "weights.pt")
+    with pytest.raises(WeightFileError, match="allow_pickle"):
+        load_image_text(
+            ImageTextSource(str(tmp_path / "mine.json"), str(tmp_path / "weights.pt")), "cpu"
+        )
+    named = ImageTextSource(
+        str(tmp_path / "mine.json"), str(tmp_path / "weights.pt"), (str(tmp_path / "weights.pt"),)
+    )
+    assert torch.equal(load_image_text(named, "cpu").embed_texts(texts), shipped.embed_texts(texts))
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "message"),
+    [
+        ("ViT-Q-99", None, "^ViT-Q-99: open_clip knows no such architecture"),
+        ("RN50", None, "^RN50: is an architecture without weights"),
+        ("package:shapecanvas/weights/pipeline", None, "describes no open_clip model"),
+        ("package:shapecanvas/weights/none", None, "no such file or directory"),
+    ],
+)
+def test_image_text_models_that_cannot_be_had(model, path, message):
+    with pytest.raises(ModelError, match=message) as caught:
+        load_image_text(ImageTextSource(model, path), "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_open_clip_weights_must_be_complete(tmp_path):
+    folder = shutil.copytree(locate(CLIP), tmp_path / "clip")
+    tensors = safetensors.torch.load_file(folder / "open_clip_model.safetensors")
+    tensors.pop("logit_scale")
+    safetensors.torch.save_file(tensors, folder / "open_clip_model.safetensors")
+    with pytest.raises(ModelError, match=r"cannot be loaded by open_clip \(.*logit_scale"):
+        load_image_text(ImageTextSource(str(folder)), "cpu")
+
+
+@pytest.mark.parametrize("templates", [[], ["no place"], ["{label} {other}"], {"object": []}])
+def test_bad_templates(templates):
+    with pytest.raises(ValueError, match=r"^evaluator.templates: "):
+        OpenClip(CLIP, {"object": list(OBJECTS)}, templates=templates)
+
+
+# ------------------------------------------------------------------------------------------------------------ faces
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """A tiny real YOLOS that finds an object of class "face" in every image: only the bias of its class head is not random."""
+    torch.manual_seed(0)
+    config = transformers.YolosConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=[32, 32],
+        patch_size=8,
+        num_detection_tokens=2,
+        id2label={0: "face", 1: "cat"},
+        label2id={"face": 0, "cat": 1},
+        use_mid_position_embeddings=False,
+    )
+    network = transformers.YolosForObjectDetection(config)
+    folder = tmp_path_factory.mktemp("faces")
+    last = network.class_labels_classifier.layers[-1]
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.copy_(torch.tensor([6.0, 0.0, 0.0]))
+    network.save_pretrained(folder)
+    transformers.YolosImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+def with_faces(detector: str, **settings) -> Classifier:
+    faces = FaceSettings(path=detector, domain="style", **settings)
+    return Classifier(**read_conf("evaluator/shapecanvas.yaml"), faces=faces)
+
+
+def test_an_image_without_a_face_has_no_label(detector, evaluator, images):
+    pictures = images[0][:3]
+    seen = with_faces(detector).predict(pictures)
+    assert seen["style"].faces == [True] * 3
+    assert seen["style"].labels == evaluator.predict(pictures)["style"].labels
+    unseen = with_faces(detector, classes=("cat",)).predict(pictures)
+    assert unseen["style"].faces == [False] * 3
+    assert unseen["style"].labels == [""] * 3
+    assert unseen["object"] == evaluator.predict(pictures)["object"]
+    assert with_faces(detector, threshold=0.999).predict(pictures)["style"].faces == [False] * 3
+    with pytest.raises(ModelError, match=r"detects no class 'dog' \(it knows face, cat\)"):
+        with_faces(detector, classes=("dog",))
+
+
+@pytest.mark.parametrize(("classes", "face"), [(("face",), 1), (("cat",), 0)])
+def test_faceless_images_are_no_success(detector, model, sequence, classes, face):
+    """Through the real path: a model that draws no face at all has forgotten nothing that can be seen."""
+    judge, settings = (
+        with_faces(detector, classes=classes),
+        EvalSettings(2, 2.5, None, batch_size=8),
+    )
+    rows = evaluate(
+        model, judge, sequence, [*sequence.targets, *sequence.retain], 1, settings
+    ).predictions
+    assert rows["face"].tolist() == [face] * 8
+    found = step_metrics(rows, ["ember stripe", "glacier dot"], sequence)
+    assert (found["faceless_unlearned"], found["faceless_retained"]) == ((0, 0) if face else (4, 4))
+    if face:
+        right = (rows["style"] == rows["predicted_style"])[
+            rows["style"].isin(["ember stripe", "glacier dot"])
+        ]
+        assert found["UA"] == pytest.approx(100 - 100 * right.mean())
+    else:
+        assert (found["UA"], found["UA_current"], found["UA_previous"], found["RA_I"]) == (
+            None,
+            None,
+            None,
+            0.0,
+        )
+    assert found["RA_C"] is not None
+
+
+def test_unlearning_accuracy_is_over_images_with_a_face(tmp_path):
+    rows = pd.DataFrame(
+        [
+            ("a", "a", 1),
+            ("a", "", 0),
+            ("a", "x", 1),
+            ("b", "", 0),
+            ("b", "", 0),
+            ("r", "r", 1),
+            ("r", "", 0),
+        ],
+        columns=["who", "predicted_who", "face"],
+    )
+    rows["scene"] = rows["predicted_scene"] = "hall"
+    rows.to_csv(tmp_path / "predictions.csv", index=False)
+    rows = read_predictions(tmp_path / "predictions.csv")
+    found = metrics(rows, ["a", "b"], ["r"], ["hall"])
+    assert found == {
+        "UA": 50.0,
+        "RA_I": 50.0,
+        "RA_C": 100.0,
+        "RA_C_retained": 100.0,
+    }  # b shows no face: not in the mean
+    assert metrics(rows, ["b"], ["r"], ["hall"])["UA"] is None
+    with pytest.raises(ValueError, match="predictions hold no image of q"):
+        metrics(rows, ["b", "q"], ["r"], ["hall"])
+
+
+# -------------------------------------------------------------------------------------------- images of one's own
+def test_without_a_cross_domain_only_the_concepts_are_judged(model, sequence, evaluator, tmp_path):
+    names = [concept.name for concept in (*sequence.targets, *sequence.retain)]
+    lines = [f'"a {name} thing, {i}",{name},{i}' for name in names for i in (3, 4)]
+    (tmp_path / "mine.csv").write_text(
+        "prompt,concept,seed\n" + "\n".join(lines) + "\n", encoding="utf-8"
+    )
+    own = make_sequence(**read_conf("sequence/smoke.yaml"), prompts=str(tmp_path / "mine.csv"))
+    assert own.judged == ("style",)
+    assert [dataclasses.astuple(image) for image in own.evaluation_images(own.targets[1:])] == [
+        ("a glacier dot thing, 3", 3, "glacier dot", ""),
+        ("a glacier dot thing, 4", 4, "glacier dot", ""),
+    ]
+    rows = evaluate(
+        model,
+        evaluator,
+        own,
+        [*own.targets, *own.retain],
+        1,
+        EvalSettings(1, 1.0, None, batch_size=8),
+    ).predictions
+    assert rows["seed"].tolist() == [3, 4] * 4
+    assert "predicted_object" not in rows
+    found = step_metrics(rows, ["ember stripe"], own)
+    assert (found["RA_C"], found["RA_C_retained"]) == (None, None)
+    assert 0 <= found["RA_I"] <= 100
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompt,concept\nx,ember stripe\n", "has no column seed; needed: prompt, concept, seed$"),
+        ("prompt,concept,seed\n", "holds no row below its header$"),
+        (
+            "prompt,concept,seed\nx,ember stripe,-1\n",
+            "line 2: seed '-1' is no whole number from 0 on$",
+        ),
+        (
+            "prompt,concept,seed\nx,y,z,ember stripe,1\n",
+            "line 2 has another number of fields than the header",
+        ),
+        ("prompt,concept,seed\n ,ember stripe,1\n", "line 2 has no prompt$"),
+        (
+            "prompt,concept,seed\nx,nobody,1\n",
+            "'nobody' is neither in sequence.targets nor in sequence.retain$",
+        ),
+        (
+            "prompt,concept,seed\nx,ember stripe,1\n",
+            "holds no image of glacier dot, blaze slash, fog ray",
+        ),
+        (
+            "prompt,concept,seed,object\nx,ember stripe,1,tree\nx,glacier dot,1,cow\nx,blaze slash,1,tree\nx,fog ray,1,tree\n",
+            "object 'cow' is not in sequence.cross_retain",
+        ),
+        (
+            "prompt,concept,seed\n"
+            + "x,ember stripe,1\n" * 2
+            + "x,glacier dot,1\nx,blaze slash,1\nx,fog ray,1\n",
+            "is there twice",
+        ),
+    ],
+)
+def test_bad_files_of_images_are_one_line(tmp_path, text, message):
+    (tmp_path / "mine.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=rf"^sequence.prompts={tmp_path}/mine.csv: .*{message}"
+    ) as caught:
+        make_sequence(**read_conf("sequence/smoke.yaml"), prompts=str(tmp_path / "mine.csv"))
+    assert "\n" not in str(caught.value)

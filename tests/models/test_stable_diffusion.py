@@ -1,0 +1,293 @@
+"""Stable Diffusion 1, 2 and SDXL in miniature, with random weights: the same images as diffusers' own pipelines make."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import diffusers
+import open_clip
+import pandas as pd
+import pytest
+import torch
+import transformers
+from conftest import read_conf
+from test_matrix import overrides, run
+
+from cu_runner.evaluators.classifier import Classifier
+from cu_runner.models.diffusion import DiffusionModel, Text, load_model
+from cu_runner.models.parameters import select_parameters
+from cu_runner.models.sampling import generate
+from cu_runner.runtime.seeding import image_noise
+from cu_runner.schema.settings import Sampler
+
+KINDS = ("sd15", "sd21_base", "sdxl")
+PROMPTS, SEEDS = ["a painting of a dog in Van Gogh style", "two cats"], [3, 4]
+
+
+def load(path: Path | str, **more) -> DiffusionModel:
+    return load_model(str(path), 64, Sampler(3, 5.0), **more)
+
+
+def our_images(
+    model: DiffusionModel, guidance: float = 5.0, scheduler: str | None = None
+) -> torch.Tensor:
+    return next(
+        generate(model, PROMPTS, SEEDS, Sampler(3, guidance, scheduler), batch_size=2, label="")
+    )
+
+
+def their_images(
+    directory: Path, scheduler: str | None = None, guidance: float = 5.0, **changes: str
+) -> torch.Tensor:
+    """Those of diffusers' own pipeline; changes: of the scheduler's configuration."""
+    index = json.loads((directory / "model_index.json").read_text())
+    kind = getattr(diffusers, scheduler or index["scheduler"][1])
+    config = kind.load_config(directory, subfolder="scheduler")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        directory, scheduler=kind.from_config(config, **changes)
+    )
+    pipe.set_progress_bar_config(disable=True)
+    noise = image_noise(PROMPTS, SEEDS, (4, 8, 8))
+    return pipe(
+        PROMPTS,
+        latents=noise,
+        num_inference_steps=3,
+        guidance_scale=guidance,
+        height=64,
+        width=64,
+        output_type="pt",
+    ).images
+
+
+def batch_of(model: DiffusionModel) -> tuple[torch.Tensor, torch.Tensor, Text]:
+    noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    return noise, torch.tensor([10, 900]), model.encode_prompts(PROMPTS)
+
+
+# ------------------------------------------------------------------------------------------- against diffusers' own
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_images_as_the_pipeline(pipelines, kind, prediction_type):
+    model = load(pipelines[kind], prediction_type=prediction_type)
+    for guidance, scheduler in ((5.0, None), (1.0, None), (5.0, "DDIMScheduler")):
+        theirs = their_images(pipelines[kind], scheduler, guidance, prediction_type=prediction_type)
+        ours = our_images(model, guidance, scheduler)
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert ours.std() > 0.01
+    other = load(
+        pipelines[kind],
+        prediction_type={"epsilon": "v_prediction", "v_prediction": "epsilon"}[prediction_type],
+    )
+    assert (our_images(other) - our_images(model)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("scheduler", [None, "DDIMScheduler", "DDPMScheduler"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_scheduler_leaves_to_defaults(pipeline_of, kind, scheduler):
+    """Old checkpoints do not name clip_sample and steps_offset: the images are those of checkpoints that do."""
+    directory = pipeline_of(kind)
+    whole = our_images(load(directory), scheduler=scheduler)
+    path = directory / "scheduler/scheduler_config.json"
+    config = json.loads(path.read_text())
+    del config["clip_sample"]
+    if kind != "sdxl":  # whose pipeline believes the configuration
+        del config["steps_offset"]
+    path.write_text(json.dumps(config))
+    found = our_images(load(directory), scheduler=scheduler)
+    assert torch.equal(found, whole)
+    if kind != "sdxl" and scheduler != "DDPMScheduler":  # which draws noise of its own
+        torch.testing.assert_close(found, their_images(directory, scheduler), atol=1e-4, rtol=0)
+
+
+def test_sdxl_without_zeros_for_the_empty_prompt(pipeline_of):
+    """Other SDXL checkpoints encode it; both cases differ, and each is the pipeline's."""
+    directory = pipeline_of("sdxl")
+    zeroed = load(directory)
+    index = directory / "model_index.json"
+    index.write_text(
+        json.dumps(json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": False})
+    )
+    model = load(directory)
+    text = model.encode_prompts([""])
+    assert text.hidden.abs().max() > 0
+    assert not zeroed.encode_prompts([""]).hidden.any()
+    assert not zeroed.encode_prompts([""]).pooled.any()
+    torch.testing.assert_close(our_images(model), their_images(directory), atol=1e-4, rtol=0)
+    assert model.fingerprint() != zeroed.fingerprint()
+
+
+def test_text_of_sdxl(pipelines):
+    """Last but one layer of both encoders side by side; the projection of the second."""
+    model = load(pipelines["sdxl"])
+    text = model.encode_prompts(PROMPTS)
+    assert (text.hidden.shape, text.pooled.shape) == ((2, 77, 80), (2, 48))
+    one, two = model.text_encoders
+    ids = [
+        model.components.tokenizers[i](
+            PROMPTS[0], padding="max_length", return_tensors="pt"
+        ).input_ids
+        for i in (0, 1)
+    ]
+    assert ids[0][0, -1] == 49407
+    assert ids[1][0, -1] == 0  # the second pads with "!"
+    with torch.no_grad():
+        first, second = (
+            encoder(tokens, output_hidden_states=True)
+            for encoder, tokens in zip((one, two), ids, strict=True)
+        )
+    torch.testing.assert_close(
+        text.hidden[0, :, :32], first.hidden_states[2][0], atol=1e-5, rtol=0
+    )  # of three layers
+    torch.testing.assert_close(
+        text.hidden[0, :, 32:], second.hidden_states[2][0], atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(text.pooled[0], second.text_embeds[0], atol=1e-5, rtol=0)
+    both = Text.cat([text[1:], text[:1]])
+    assert torch.equal(both.hidden, text.hidden.flip(0))
+    assert torch.equal(both.pooled, text.pooled.flip(0))
+
+
+def test_encoded_prompts_are_kept_off_the_gpu(pipelines, monkeypatch):
+    """A benchmark's thousands of them would fill it; the device "meta" stands for a GPU."""
+    model = load(pipelines["sdxl"])
+    model.encode_prompts(PROMPTS)
+    monkeypatch.setattr(model, "device", torch.device("meta"))
+    text = model.encode_prompts(PROMPTS)
+    assert (text.hidden.device.type, text.pooled.device.type) == ("meta", "meta")
+    assert {kept.hidden.device.type for kept in model._embeddings.values()} == {"cpu"}
+    monkeypatch.setattr(model, "_encode", lambda prompts: pytest.fail("encoded again"))
+    monkeypatch.setattr(Text, "to", lambda text, device: moved.append(str(device)) or text)
+    moved: list[str] = []
+    model.encode_prompts(PROMPTS)
+    assert moved == ["meta"]
+    monkeypatch.setattr(model, "_encode", lambda prompts: text)
+    model.encode_prompts(["one", "two"])
+    assert moved[1:] == ["cpu", "meta"]  # what is new goes there
+
+
+def test_the_second_pooled_text_and_the_size_reach_the_unet(pipelines):
+    model = load(pipelines["sdxl"])
+    noisy, timesteps, text = batch_of(model)
+    with torch.no_grad():
+        plain = model.predict_noise(noisy, timesteps, text)
+        other = model.predict_noise(
+            noisy, timesteps, dataclasses.replace(text, pooled=text.pooled.flip(0))
+        )
+        larger = load_model(str(pipelines["sdxl"]), 128, Sampler(3, 5.0)).predict_noise(
+            noisy, timesteps, text
+        )
+    assert (plain - other).abs().max() > 1e-4
+    assert (plain - larger).abs().max() > 1e-4
+
+
+def test_text_of_stable_diffusion_2_is_the_normed_last_layer(pipelines):
+    model = load(pipelines["sd21_base"])
+    tokens = model.tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        output = model.text_encoders[0](tokens)
+    torch.testing.assert_close(
+        model.encode_prompts(PROMPTS).hidden, output.last_hidden_state, atol=1e-5, rtol=0
+    )
+    assert model.encode_prompts(PROMPTS).pooled is None
+
+
+# ------------------------------------------------------------------------------------------------- the written files
+def test_the_tokenizer_is_open_clips(pipelines):
+    ours = transformers.AutoTokenizer.from_pretrained(pipelines["sd15"] / "tokenizer")
+    theirs = open_clip.get_tokenizer("ViT-L-14")
+    prompts = [
+        *PROMPTS,
+        "",
+        "a PHOTO of Neil deGrasse Tyson, 4k!",
+        "don't - it's 1920s   (Cubism)",
+        "caf\u00e9 \u00fcber \u4f60\u597d",
+    ]
+    assert len(ours) == 49408
+    for prompt in prompts:
+        expected = theirs([prompt])[0]
+        length = int(expected.argmax()) + 1
+        assert ours(prompt).input_ids == expected[:length].tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "millions", "heads", "width"),
+    [
+        ("sd15", 859.5, [8] * 4, 768),
+        ("sd21_base", 865.9, [5, 10, 20, 20], 1024),
+        ("sdxl", 2567.5, [5, 10, 20], 2048),
+    ],
+)
+def test_the_full_size_is_that_of_the_published_unet(random_pipeline, kind, millions, heads, width):
+    """Counted without memory; the published parameter counts, in millions."""
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(**random_pipeline.unet_config(kind, tiny=False))
+    assert sum(parameter.numel() for parameter in unet.parameters()) / 1e6 == pytest.approx(
+        millions, abs=0.1
+    )
+    found = [
+        block.attentions[0].transformer_blocks[0].attn2
+        for block in unet.down_blocks
+        if hasattr(block, "attentions")
+    ]
+    assert {layer.to_k.in_features for layer in found} == {width}
+    assert (
+        [layer.heads for layer in found] == heads[-len(found) :]
+        if kind == "sdxl"
+        else heads[: len(found)]
+    )
+
+
+def test_classifiers_fit_the_evaluator(random_pipeline, tmp_path):
+    random_pipeline.make_classifiers(tmp_path, tiny=True)
+    settings = read_conf("evaluator/unlearncanvas.yaml") | {
+        "paths": {name: str(tmp_path / name) for name in ("style", "object")}
+    }
+    judge = Classifier(**settings)
+    assert {domain: len(names) for domain, names in judge.labels().items()} == {
+        "style": 51,
+        "object": 20,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+@pytest.mark.parametrize(
+    ("kind", "method", "reg"),
+    [
+        ("sd15", "conabl", "gradproj"),
+        ("sd21_base", "conabl", "nullspace"),
+        ("sdxl", "esd", "gradproj"),
+        ("sdxl", "forward_kl", "none"),
+    ],
+)
+def test_requests_through_cu_run(in_process, tmp_path, pipelines, kind, method, reg):
+    """In the precision and with the settings that save memory."""
+    chosen = (
+        f"model={kind}",
+        f"model.path={pipelines[kind]}",
+        "model.resolution=64",
+        "model.precision=bf16",
+    )
+    _, delta = run(
+        in_process,
+        tmp_path,
+        [*overrides(method, reg), *chosen, "train.gradient_checkpointing=true"],
+    )
+    params = select_parameters(load(pipelines[kind]).unet, "kv_xattn")
+    assert {name: tensor.shape for name, tensor in delta.items() if name in params} == {
+        name: p.shape for name, p in params.items()
+    }
+    assert {tensor.dtype for tensor in delta.values()} == {torch.float32}
+    assert max(tensor.abs().max() for tensor in delta.values()) > 0
+
+
+def test_uce_moves_the_keys_of_sdxl_to_the_anchors(in_process, tmp_path, pipelines):
+    """Its closed form is in the concatenated text."""
+    chosen = (
+        "model=sdxl",
+        f"model.path={pipelines['sdxl']}",
+        "model.resolution=64",
+        "model.precision=fp32",
+    )
+    directory, _ = run(in_process, tmp_path, [*overrides("uce", "none"), *chosen])
+    log = pd.read_csv(directory / "steps/01/training.csv").iloc[0]
+    assert log["loss"] < 0.5 * log["before"]

@@ -1,0 +1,351 @@
+"""Closed forms of L1, L2 and gradient projection; which names the projection protects."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from test_training import Pull
+from torch import nn
+
+from cu_runner.concepts.entries import read_shipped
+from cu_runner.methods.conabl import ConAbl
+from cu_runner.models.parameters import assign, subtract
+from cu_runner.regularizers.gradproj import GradProj, drop_similar, orthogonal_projector
+from cu_runner.regularizers.l1 import L1
+from cu_runner.regularizers.l2 import L2
+from cu_runner.request.name_sources import NameSource
+from cu_runner.request.text_subspace import concept_vectors, principal_columns, prompt_vectors
+from cu_runner.runner.training import erase
+
+METHOD = ConAbl(num_anchors=4)
+
+
+# ----------------------------------------------------------------------------------------------------------- L1 and L2
+def penalised(regularizer, make_scope):
+    """The penalty and its gradients at theta = (1, 2, -3), start (1, 1, 1), base (0, 0, 0), in two tensors."""
+    params = {
+        "a": nn.Parameter(torch.tensor([1.0, 2.0])),
+        "b": nn.Parameter(torch.tensor([[-3.0]])),
+    }
+    start = {"a": torch.ones(2), "b": torch.ones(1, 1)}
+    base = {"a": torch.zeros(2), "b": torch.zeros(1, 1)}
+    regularizer.begin_request(
+        dataclasses.replace(make_scope(), params=params, start=start, base=base), METHOD
+    )
+    penalty = regularizer.penalty(params)
+    penalty.backward()
+    return penalty.item(), [*params["a"].grad.tolist(), *params["b"].grad.flatten().tolist()]
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "value", "gradient"),
+    [
+        (L2(3.0), 3 * (0 + 1 + 16) / 3, [0.0, 2.0, -8.0]),  # 2 w d / n
+        (L2(3.0, "base"), 3 * (1 + 4 + 9) / 3, [2.0, 4.0, -6.0]),
+        (L1(3.0), 3 * (0 + 1 + 4) / 3, [0.0, 1.0, -1.0]),  # w sign(d) / n
+        (L1(3.0, "base"), 3 * (1 + 2 + 3) / 3, [1.0, 1.0, -1.0]),
+        (L2(0.0), 0.0, [0.0, 0.0, 0.0]),
+    ],
+)
+def test_penalty_closed_form(make_scope, regularizer, value, gradient):
+    found, gradients = penalised(regularizer, make_scope)
+    assert found == pytest.approx(value, rel=1e-6)
+    assert gradients == pytest.approx(gradient, rel=1e-6)
+
+
+def test_penalty_is_zero_at_the_start_of_a_request(make_scope):
+    scope = make_scope()
+    for regularizer in (L1(5.0), L2(5.0), L2(5.0, "base")):
+        assert regularizer.begin_request(scope, METHOD) == {}
+        assert regularizer.penalty(scope.params).item() == 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------- projector
+def random_columns(width: int, count: int, seed: int = 0):
+    return torch.randn(width, count, generator=torch.Generator().manual_seed(seed))
+
+
+def test_projector_removes_the_columns_and_nothing_else():
+    C = random_columns(64, 20)
+    P = orthogonal_projector(C)
+    assert P.shape == (64, 64)
+    assert P.dtype == torch.float32
+    assert ((P @ C).norm(dim=0) / C.norm(dim=0)).max() < 1e-4
+    assert (P @ P - P).abs().max() < 1e-4
+    assert (P - P.T).abs().max() < 1e-6
+    assert P.trace().item() == pytest.approx(44, abs=1e-3)
+    Q, _ = torch.linalg.qr(C)
+    outside = random_columns(64, 5, seed=1)
+    outside -= Q @ (Q.T @ outside)
+    torch.testing.assert_close(P @ outside, outside, atol=1e-5, rtol=0)
+
+
+def test_projector_of_one_column_closed_form():
+    """P C = C r / (C^T C + r) with r = max(1e-4, 1e-6 tr / K)."""
+    for scale, ridge in ((1.0, 1e-4), (100.0, 1e-2), (0.01, 1e-4)):
+        C = torch.zeros(4, 1, dtype=torch.float64)
+        C[1] = scale
+        P = orthogonal_projector(C)
+        expected = torch.eye(4, dtype=torch.float64)
+        expected[1, 1] = ridge / (scale**2 + ridge)
+        torch.testing.assert_close(P, expected, atol=1e-12, rtol=1e-9)
+
+
+def test_projector_without_columns_is_the_identity():
+    assert torch.equal(orthogonal_projector(torch.empty(5, 0)), torch.eye(5))
+
+
+def test_projector_of_columns_that_depend_on_each_other():
+    C = random_columns(32, 6)
+    whole = torch.cat([C, C[:, :3] + 1e-7 * C[:, 3:], C @ torch.ones(6, 1)], dim=1)
+    P = orthogonal_projector(whole)
+    assert torch.isfinite(P).all()
+    assert ((P @ whole).norm(dim=0) / whole.norm(dim=0)).max() < 1e-3
+    torch.testing.assert_close(P, orthogonal_projector(C), atol=1e-3, rtol=0)
+
+
+def test_projector_of_columns_of_very_different_size():
+    C = random_columns(32, 6) * torch.tensor([1e4, 1e2, 1.0, 1.0, 1e2, 1e4])
+    P = orthogonal_projector(C)
+    assert torch.isfinite(P).all()
+    assert torch.linalg.eigvalsh(P.double()).min() > -1e-6
+    assert torch.linalg.eigvalsh(P.double()).max() < 1 + 1e-6
+
+
+def test_drop_similar_is_exact():
+    """Cosines to the first column: 1, 0.95 +- 0.001, 0; kept in order, compared with kept columns only."""
+    angles = torch.tensor([0.0, 0.949, 0.951], dtype=torch.float64)
+    columns = [torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)]
+    columns += [
+        torch.tensor([c, (1 - c * c) ** 0.5, 0.0], dtype=torch.float64) for c in angles[1:].tolist()
+    ]
+    columns += [torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64), 5 * columns[0]]
+    C = torch.stack(columns, dim=1)
+    assert torch.equal(
+        drop_similar(C), C[:, [0, 1, 3]]
+    )  # 0.951 is dropped, and so is the scaled copy
+    assert torch.equal(drop_similar(C, 0.9), C[:, [0, 3]])
+    chain = torch.stack(
+        [torch.tensor([torch.cos(t), torch.sin(t)]) for t in torch.tensor([0.0, 0.25, 0.5])], dim=1
+    )
+    assert torch.equal(
+        drop_similar(chain), chain[:, [0, 2]]
+    )  # the third is near the second, which was dropped
+    assert drop_similar(torch.empty(3, 0)).shape == (3, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------- GradProj
+def names_of(regularizer, scope) -> list[str]:
+    return regularizer.begin_request(scope, METHOD)["auxiliary"]
+
+
+def test_the_target_is_never_among_the_names_and_earlier_targets_are(make_scope):
+    first, second = (names_of(GradProj(threshold=1.0), make_scope(request)) for request in (1, 2))
+    retained = {"blaze slash", "fog ray"}
+    assert "ember stripe" not in first
+    assert "glacier dot" in first
+    assert second[0] == "ember stripe"
+    assert "glacier dot" not in second
+    assert not retained & {*first, *second}
+    assert len(first) == 120 - 1 - 2
+    assert len(second) == 120 - 1 - 2
+
+
+def test_retained_names_are_in_when_asked_for(make_scope):
+    names = names_of(GradProj(auxiliary=NameSource(retained=True), threshold=1.0), make_scope())
+    assert {"blaze slash", "fog ray"} <= set(names)
+    assert len(names) == 119
+
+
+def test_the_nearest_names_are_chosen_first(make_scope, model):
+    names = names_of(GradProj(auxiliary=NameSource(number=5), threshold=1.0), make_scope())
+    assert len(names) == 5
+    everything = [
+        name
+        for name in read_shipped("shapecanvas_styles")
+        if name not in ("ember stripe", "blaze slash", "fog ray")
+    ]
+    vectors = concept_vectors(model, ["ember stripe", *everything], "{concept}")
+    cosine = torch.nn.functional.cosine_similarity(vectors[:, :1], vectors[:, 1:], dim=0)
+    assert set(names) == {everything[i] for i in cosine.topk(5).indices.tolist()}
+    assert cosine.topk(5).values.tolist() == sorted(cosine.tolist(), reverse=True)[:5]
+
+
+def test_concept_vectors_are_the_mean_over_the_names_own_tokens(model):
+    context = "a tree image in {concept} style"
+    hidden = model.encode_prompts([context.format(concept="ember stripe")]).hidden[0]
+    tokens = model.tokenizer(context.format(concept="ember stripe")).input_ids
+    own = model.tokenizer("ember stripe").input_ids[1:-1]
+    start = next(i for i in range(len(tokens)) if tokens[i : i + len(own)] == own)
+    (vector,) = concept_vectors(model, ["ember stripe"], context).T
+    torch.testing.assert_close(vector, hidden[start : start + len(own)].mean(0))
+
+
+def test_similar_names_are_dropped_and_the_record_says_which_were_used(make_scope):
+    scope = make_scope()
+    everything, few = GradProj(threshold=1.0), GradProj(threshold=0.5)
+    record = few.begin_request(scope, METHOD)
+    assert 0 < len(record["auxiliary"]) < len(names_of(everything, scope))
+    vectors = concept_vectors(scope.model, record["auxiliary"], "{concept}")
+    cosine = nn.functional.normalize(vectors, dim=0).T @ nn.functional.normalize(vectors, dim=0)
+    assert (cosine - torch.eye(len(cosine))).max() <= 0.5 + 1e-5
+    assert 0 < record["target_outside_subspace"] <= 1
+
+
+def test_prompt_vectors_hold_every_position_and_one_column_for_end_and_padding(model):
+    hidden = model.encode_prompts(["an image in ember stripe style"]).hidden[0]
+    columns = prompt_vectors(model, ["ember stripe"], "an image in {concept} style")
+    assert columns.shape == (128, 8)  # begin, an, image, in, ember, stripe, style, end with padding
+    torch.testing.assert_close(columns[:, :7], hidden[:7].T)
+    torch.testing.assert_close(columns[:, 7], hidden[7:].mean(0))
+
+
+def test_principal_columns_hold_the_energy_with_the_fewest_directions():
+    C = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0]))  # squared norms 9, 4, 1 of 14
+    assert [principal_columns(C, energy).shape[1] for energy in (0.6, 0.65, 0.92, 0.93, 0.99)] == [
+        1,
+        2,
+        2,
+        3,
+        3,
+    ]
+    torch.testing.assert_close(principal_columns(C, 0.9).abs(), torch.eye(4)[:, :2])
+
+
+def test_all_tokens_protect_the_prompts_that_share_words_with_the_target(make_scope, settings):
+    """With every position in the subspace a step leaves the begin token and the words of other prompts alone."""
+    scope = make_scope()
+    shared = scope.model.encode_prompts(["a tree image"]).hidden[0, :4].T  # begin, a, tree, image
+    moved = {}
+    for tokens, contexts in (("own", ("{concept}",)), ("all", None)):
+        assign(scope.params, scope.base)
+        regularizer = GradProj(
+            "update",
+            NameSource(number=30),
+            tokens=tokens,
+            contexts=contexts,
+            energy=0.999 if tokens == "all" else 1.0,
+        )
+        erase(scope, Pull(), {"gradproj": regularizer}, settings(steps=3, lr=1e-2))
+        changes = subtract(scope.params, scope.base).values()
+        moved[tokens] = max(
+            ((change @ shared).norm() / (change.norm() * shared.norm())).item()
+            for change in changes
+        )
+    assert moved["all"] < 0.01
+    assert moved["own"] > 5 * moved["all"]
+
+
+def test_names_from_a_shipped_list_and_from_a_file(make_scope, tmp_path):
+    listed = names_of(
+        GradProj(auxiliary=NameSource("list", "shapecanvas_objects"), threshold=1.0), make_scope()
+    )
+    assert sorted(listed) == sorted(read_shipped("shapecanvas_objects"))
+    path = tmp_path / "names.txt"
+    path.write_text("# mine\nstar\n\n  tree \nstar\nember stripe\nfog ray\n")
+    filed = names_of(GradProj(auxiliary=NameSource("file", str(path)), threshold=1.0), make_scope())
+    assert sorted(filed) == ["star", "tree"]
+
+
+def test_sources_that_hold_no_names_are_refused(make_scope, tmp_path):
+    def refused(source: str, name: str, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            GradProj(auxiliary=NameSource(source, name)).begin_request(make_scope(), METHOD)
+
+    empty, only = tmp_path / "empty.txt", tmp_path / "only.txt"
+    empty.write_text("# nothing\n")
+    only.write_text("ember stripe\nfog ray\n")
+    refused("file", str(empty), r"empty.txt: holds no names")
+    refused("file", str(tmp_path / "gone"), r"gone: no such file")
+    refused("list", "nope", r"nope: no such list; allowed: .*painting_styles")
+    refused("file", str(only), r"^reg.gradproj.auxiliary: no name is left")
+
+
+def test_when_the_vocabulary_is_used_up_the_earlier_targets_are_the_names(make_scope, tmp_path):
+    path = tmp_path / "used.txt"
+    path.write_text("ember stripe\nglacier dot\n")
+    assert names_of(GradProj(auxiliary=NameSource("file", str(path))), make_scope(request=2)) == [
+        "ember stripe"
+    ]
+
+
+def test_spellings_of_the_target_and_of_retained_names_are_banned_too(make_scope, tmp_path):
+    path = tmp_path / "spelled.txt"
+    path.write_text("Ember_Stripe\nFOG_ray\ntide dot\n")
+    assert names_of(GradProj(auxiliary=NameSource("file", str(path))), make_scope()) == ["tide dot"]
+
+
+def test_a_subspace_that_holds_the_target_is_warned_of(make_scope, caplog):
+    with caplog.at_level(logging.WARNING):
+        GradProj(tokens="all").begin_request(make_scope(), METHOD)
+    assert "leaves nothing of ember stripe to unlearn" in caplog.text
+
+
+def test_weights_that_are_not_projected_are_warned_of_once(make_scope, caplog):
+    with caplog.at_level(logging.WARNING):
+        for request in (1, 2):
+            GradProj().begin_request(make_scope(request, group="xattn"), METHOD)
+    assert caplog.text.count("other trained weights move freely") == 1
+
+
+def test_a_group_without_keys_and_values_is_refused(make_scope):
+    scope = make_scope()
+    outside = {"conv_in.weight": scope.model.unet.conv_in.weight}
+    with pytest.raises(
+        ValueError,
+        match=r"^reg.gradproj projects cross-attention keys and values, and method.params trains none",
+    ):
+        GradProj().begin_request(dataclasses.replace(scope, params=outside), METHOD)
+
+
+@pytest.mark.parametrize("group", ["kv_xattn", "xattn"])
+def test_gradients_of_keys_and_values_are_projected(make_scope, group):
+    scope = make_scope(group=group)
+    regularizer = GradProj("gradient", NameSource(number=20))
+    names = names_of(regularizer, scope)
+    C = concept_vectors(scope.model, names, "{concept}")
+    gradients = {}
+    for name, parameter in scope.params.items():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        gradients[name] = parameter.grad.clone()
+    regularizer.on_gradients(scope.params)
+    P = orthogonal_projector(C)
+    for name, parameter in scope.params.items():
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+            torch.testing.assert_close(parameter.grad, gradients[name] @ P)
+            assert ((parameter.grad @ C).norm() / (gradients[name] @ C).norm()) < 1e-3
+        else:
+            assert torch.equal(parameter.grad, gradients[name])
+    before = {name: parameter.detach().clone() for name, parameter in scope.params.items()}
+    regularizer.on_step(scope.params, {})
+    assert all(torch.equal(before[name], parameter) for name, parameter in scope.params.items())
+    assert regularizer.acts_on == ("gradient",)
+
+
+def text_change(scope, names: list[str]) -> float:
+    """Largest change of W t over all keys and values and the text vectors t of some names, against the change of W times |t|."""
+    C = concept_vectors(scope.model, names, "{concept}")
+    steps = {
+        name: parameter.detach() - scope.start[name] for name, parameter in scope.params.items()
+    }
+    return max(
+        ((d @ C).norm(dim=0) / (d.norm() * C.norm(dim=0))).max().item() for d in steps.values()
+    )
+
+
+def test_a_projected_update_leaves_the_auxiliary_concepts_alone_and_a_projected_gradient_does_not(
+    make_scope, settings
+):
+    scope, changes = make_scope(), {}
+    for apply in ("update", "gradient"):
+        assign(scope.params, scope.base)
+        regularizer = GradProj(apply, NameSource(number=20))
+        erase(
+            scope, Pull(), {"gradproj": regularizer}, settings(steps=3, lr=1e-2, weight_decay=0.1)
+        )
+        changes[apply] = text_change(scope, names_of(regularizer, scope))
+        assert regularizer.acts_on == (("step",) if apply == "update" else ("gradient",))
+        assert min(change.norm() for change in subtract(scope.params, scope.base).values()) > 0.01
+    assert changes["update"] < 1e-6
+    assert changes["gradient"] > 1e-3

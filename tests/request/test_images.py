@@ -1,0 +1,93 @@
+"""What methods train on: anchor images and their mirror images, retained prompts."""
+
+import pytest
+import torch
+
+from cu_runner.models.parameters import select_parameters, snapshot
+from cu_runner.request.anchors import AnchorImages
+from cu_runner.request.images import CaptionedImages, RetainSet, spread
+from cu_runner.request.name_sources import NameSource
+from cu_runner.schema.settings import Sampler
+from cu_runner.store.cache import Cache
+
+
+def test_mirrored_anchors_are_encoded_mirror_images(model, tmp_path):
+    """Not mirrored latents: the autoencoder does not commute with a reflection."""
+    params = select_parameters(model.unet, "kv_xattn")
+    anchors = AnchorImages(
+        model,
+        "fingerprint",
+        params,
+        snapshot(params),
+        Sampler(2, 2.5),
+        Cache(tmp_path),
+        batch_size=3,
+    )
+    plain, mirrored = (
+        anchors.latents(["a tree image"], 4),
+        anchors.latents(["a tree image"], 4, mirrored=True),
+    )
+    assert plain.shape == mirrored.shape == (4, *model.latent_shape)
+    images, turned = model.decode_latents(plain), model.decode_latents(mirrored)
+    assert (turned - images.flip(-1)).abs().mean() < 0.05
+    assert (turned - images).abs().mean() > (turned - images.flip(-1)).abs().mean()
+    assert not torch.allclose(mirrored, plain.flip(-1), atol=1e-3)
+    again = anchors.latents(["a tree image"], 4, mirrored=True)  # from the cache
+    assert torch.equal(again, mirrored)
+
+
+def test_retained_prompts_hold_every_name_before_any_comes_twice(make_scope):
+    scope = make_scope()
+    names = (
+        120 - 1 - len(scope.sequence.retain)
+    )  # the vocabulary but for the target and the retained
+    for number in (50, 80, names):
+        prompts = RetainSet("names", prompts=number).read(scope)
+        assert len(prompts) == number
+        assert len({prompt.rpartition(" image in ")[2] for prompt in prompts}) == number
+    more = RetainSet("names", prompts=2 * names).read(scope)
+    assert len(set(more)) == 2 * names
+
+
+def test_both_sources_share_the_prompts(make_scope):
+    prompts = RetainSet("both", prompts=8).read(make_scope())
+    assert sum("style" not in prompt for prompt in prompts) == 4
+    assert RetainSet("anchors").read(make_scope()) == [
+        f"a {caption} image" for caption in ("tree", "star", "fish", "cup")
+    ]
+
+
+def test_fewer_images_than_prompts_take_prompts_from_the_whole_list(make_scope):
+    retain, scope = RetainSet("both", prompts=40, images=6), make_scope()
+    images = retain.images_of(scope)
+    assert images.latents.shape[:2] == (1, 6)
+    assert len(images.texts[0][0]) == 6
+    text = scope.model.encode_prompts(spread(retain.read(scope), 6)).hidden
+    assert torch.equal(images.texts[0][0].hidden, text)
+
+
+def test_a_list_or_file_that_cannot_be_read_is_refused_at_once(tmp_path):
+    for broken in (
+        {"source": "list", "name": "nope"},
+        {"source": "file", "name": str(tmp_path / "gone")},
+    ):
+        with pytest.raises(ValueError, match="no such"):
+            RetainSet(**broken)
+        with pytest.raises(ValueError, match="no such"):
+            NameSource(**broken)
+
+
+def test_every_caption_list_follows_the_images(make_scope):
+    scope = make_scope()
+    images = CaptionedImages(
+        scope, [["a tree image", "a star image"]], [["a fish image", "a cup image"]], number=4
+    )
+    batch = images.draw(torch.Generator().manual_seed(0), 16)
+    made, other = (
+        scope.model.encode_prompts(prompts).hidden
+        for prompts in (["a tree image", "a star image"], ["a fish image", "a cup image"])
+    )
+    for row in range(16):
+        pair = 0 if torch.equal(batch.texts[0].hidden[row], made[0]) else 1
+        assert torch.equal(batch.texts[0].hidden[row], made[pair])
+        assert torch.equal(batch.texts[1].hidden[row], other[pair])

@@ -1,0 +1,279 @@
+"""CLIP score, FID and KID: their formulas, their prompts and pictures, their judges, and a real run."""
+
+import json
+
+import numpy as np
+import open_clip
+import pandas as pd
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import SMOKE, read_conf, run_directory
+from PIL import Image
+from scipy.linalg import sqrtm
+
+from cu_runner.concepts.entries import read_shipped
+from cu_runner.models.image_text import ImageTextSource, load_image_text
+from cu_runner.models.sampling import generate
+from cu_runner.retention.distances import frechet_distance, kernel_distance
+from cu_runner.retention.features import FeatureExtractor, FeatureSource
+from cu_runner.retention.general import GeneralRetention, read_images, read_pictures
+from cu_runner.schema.errors import ModelError, WeightFileError
+from cu_runner.schema.settings import EvalSettings
+from cu_runner.store.cache import Cache
+
+CLIP = "package:shapecanvas/weights/open_clip"
+SETTINGS = EvalSettings(2, 2.5, None, batch_size=4)
+
+
+def features(count: int, seed: int, shift: float = 0.0) -> torch.Tensor:
+    return (
+        torch.randn(count, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        + shift
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- formulas
+def test_frechet_distance():
+    one, other = features(40, 0), features(30, 1, shift=0.5)
+    a, b = one.numpy(), other.numpy()
+    spread = (
+        np.cov(a, rowvar=False)
+        + np.cov(b, rowvar=False)
+        - 2 * sqrtm(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False)).real
+    )
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(spread)
+    assert frechet_distance(one, other) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-6)
+
+
+def test_kernel_distance():
+    one, other = features(12, 0), features(12, 1, shift=1.0)
+
+    def kernel(x, y):
+        return (x @ y.T / 5 + 1) ** 3
+
+    def unlike(k):
+        return (k.sum() - k.trace()) / (12 * 11)
+
+    expected = (
+        unlike(kernel(one, one)) + unlike(kernel(other, other)) - 2 * kernel(one, other).mean()
+    )
+    assert kernel_distance(one, other, 100) == pytest.approx(expected.item(), rel=1e-6)
+    state = torch.random.get_rng_state()
+    assert kernel_distance(one, other, 6) == kernel_distance(
+        one, other, 6
+    )  # the same random subsets
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# ------------------------------------------------------------------------------------------------------------ judges
+def test_a_timm_tower_without_its_head(tmp_path):
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet", num_classes=3).eval()
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "net.safetensors")
+    extract = FeatureExtractor(
+        FeatureSource("timm:test_resnet", str(tmp_path / "net.safetensors"), size=32), "cpu"
+    )
+    images = torch.rand(3, 3, 32, 32)
+    expected = network.forward_head(network.forward_features((images - 0.5) / 0.5), pre_logits=True)
+    torch.testing.assert_close(extract(images), expected.detach().double())
+    with pytest.raises(
+        ModelError,
+        match="is missing or has another shape; the file belongs to another architecture",
+    ):
+        FeatureExtractor(FeatureSource("timm:test_vit", str(tmp_path / "net.safetensors")), "cpu")
+
+
+def test_a_module_file_must_be_named_and_make_rows(tmp_path):
+    path = str(tmp_path / "mean.pt")
+    torch.jit.script(torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())).save(
+        path
+    )
+    with pytest.raises(WeightFileError, match="allow_pickle"):
+        FeatureExtractor(FeatureSource("module", path), "cpu")
+    extract = FeatureExtractor(FeatureSource("module", path, size=8, allow_pickle=(path,)), "cpu")
+    images = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(extract(images), ((images - 0.5) / 0.5).mean((2, 3)).double())
+    torch.jit.script(torch.nn.Flatten(0)).save(path)
+    with pytest.raises(ModelError, match="must map 2 images to as many rows of features"):
+        FeatureExtractor(FeatureSource("module", path, size=8, allow_pickle=(path,)), "cpu")(images)
+
+
+def test_what_cannot_be_had_is_one_line(tmp_path):
+    (tmp_path / "x.pt").write_bytes(b"x")
+    with pytest.raises(ModelError, match="is no TorchScript file"):
+        FeatureExtractor(
+            FeatureSource("module", str(tmp_path / "x.pt"), allow_pickle=(str(tmp_path / "x.pt"),)),
+            "cpu",
+        )
+
+
+def test_inception_is_neither_downloaded_nor_read_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "torch.hub.load_state_dict_from_url", lambda *_, **__: pytest.fail("downloads a pickle")
+    )
+    (tmp_path / "inception.pth").write_bytes(b"x")
+    with pytest.raises(WeightFileError, match="allow_pickle"):
+        FeatureExtractor(FeatureSource("inception", str(tmp_path / "inception.pth")), "cpu")
+
+
+def test_presets_of_published_scores_have_the_activation_of_their_weights():
+    for name in ("coco", "clip_score"):
+        architecture = read_conf(f"retention/{name}.yaml")["clip_score"]["model"]
+        config = open_clip.get_model_config(architecture)
+        assert (
+            config["quick_gelu"]
+            is open_clip.get_pretrained_cfg("ViT-L-14", "openai")["quick_gelu"]
+            is True
+        )
+        assert config | open_clip.get_model_config("ViT-L-14") == config  # nothing else differs
+
+
+# ----------------------------------------------------------------------------------------------- prompts and pictures
+def test_prompts_from_every_source(tmp_path):
+    assert read_images(["a", "b"], [1, 2], 9) == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    assert read_images("general_captions", [0], 2) == [
+        (read_shipped("general_captions")[i], 0) for i in (0, 50)
+    ]
+    (tmp_path / "plain.csv").write_text("prompt\none\n", encoding="utf-8")
+    (tmp_path / "seeded.csv").write_text("seed,prompt,id\n7,one,x\n8,two,y\n", encoding="utf-8")
+    assert read_images(str(tmp_path / "plain.csv"), [3, 4], 9) == [("one", 3), ("one", 4)]
+    assert read_images(str(tmp_path / "seeded.csv"), [3], 9) == [("one", 7), ("two", 8)]
+    with pytest.raises(
+        ValueError, match=r"^retention.prompts=gone: no such list; allowed: .*general_captions"
+    ):
+        read_images("gone", [0], 9)
+    with pytest.raises(ValueError, match=r"^retention.seeds is empty"):
+        read_images(["a"], [], 9)
+
+
+@pytest.mark.parametrize(
+    "name", ["shapecanvas_style", "shapecanvas_tune", "smoke", "shapecanvas_object"]
+)
+def test_general_prompts_name_no_concept_of_a_sequence(name):
+    sequence = read_conf(f"sequence/{name}.yaml")
+    text = "\n".join(read_shipped("shapecanvas_captions"))
+    for key in ("targets", "retain", "cross_retain"):
+        assert not [
+            name for name in sequence.get(key, []) if " " in name and name in text
+        ]  # a style has two words
+    assert len(read_shipped("shapecanvas_captions")) == 120
+    assert len(read_shipped("general_captions")) >= 100
+
+
+def test_pictures_are_cropped_to_their_middle(tmp_path):
+    wide = np.zeros((4, 8, 3), np.uint8)
+    wide[:, 2:6] = 255
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    (batch,) = read_pictures([tmp_path / "a.png"], 4, 8)
+    assert batch.shape == (1, 3, 4, 4)
+    assert batch.min() == 1
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"b.png: cannot be read as an image"):
+        list(read_pictures([tmp_path / "b.png"], 4, 8))
+
+
+def test_nothing_to_measure_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nothing is measured; use retention=none"):
+        GeneralRetention(["a"], [0])
+    tower = FeatureSource("open_clip", CLIP)
+    with pytest.raises(ValueError, match="at least two images on each side"):
+        GeneralRetention(["a"], [0], features=tower)
+    with pytest.raises(ValueError, match=r"^retention.reference=\S+: no such folder, or no .png"):
+        GeneralRetention(["a", "b"], [0], features=tower, reference=str(tmp_path))
+
+
+# --------------------------------------------------------------------------------------------------- on the real model
+def test_the_numbers_are_those_of_the_images(model, tmp_path):
+    prompts = read_shipped("shapecanvas_captions")[:6]
+    retention = GeneralRetention(
+        prompts,
+        [5],
+        clip_score=ImageTextSource(CLIP),
+        features=FeatureSource("open_clip", CLIP),
+        kid_subset=4,
+    )
+    retention.begin(model, "base", SETTINGS, Cache(tmp_path / "cache"))
+    clip = load_image_text(ImageTextSource(CLIP), "cpu")
+    texts = clip.embed_texts(prompts)
+
+    def vectors():
+        return torch.cat(
+            [
+                clip.embed_images(x)
+                for x in generate(model, prompts, [5] * 6, SETTINGS, batch_size=4, label="")
+            ]
+        )
+
+    before = vectors()
+    assert retention.measure(0) == {
+        "clip_score": pytest.approx(100 * (before * texts).sum(1).mean().item(), abs=1e-3),
+        "fid": None,
+        "kid": None,
+    }
+    with torch.no_grad():
+        for parameter in model.unet.parameters():
+            parameter.mul_(0.9)
+    after, found = vectors(), retention.measure(1)
+    assert found["clip_score"] == pytest.approx(
+        100 * (after * texts).sum(1).mean().item(), abs=1e-3
+    )
+    assert found["fid"] == pytest.approx(
+        frechet_distance(before.double(), after.double()), abs=1e-4
+    )
+    assert found["kid"] == pytest.approx(
+        kernel_distance(before.double(), after.double(), 4), abs=1e-6
+    )
+    again = GeneralRetention(
+        prompts,
+        [5],
+        clip_score=ImageTextSource(CLIP),
+        features=FeatureSource("open_clip", CLIP),
+        kid_subset=4,
+    )
+    again.begin(
+        model, "base", SETTINGS, Cache(tmp_path / "cache")
+    )  # the weights are not the base: it must come from the cache
+    assert again.measure(2) == found
+
+
+def test_a_folder_of_pictures_is_the_reference(model, tmp_path):
+    prompts = read_shipped("shapecanvas_captions")[:4]
+    (tmp_path / "real").mkdir()
+    for number in range(3):
+        Image.fromarray(np.full((70, 64, 3), 80 * number, np.uint8)).save(
+            tmp_path / "real" / f"{number}.png"
+        )
+    tower = FeatureSource("open_clip", CLIP)
+    retention = GeneralRetention(prompts, [5], features=tower, reference=str(tmp_path / "real"))
+    retention.begin(model, "base", SETTINGS, Cache(tmp_path / "cache"))
+    found = retention.measure(0)
+    assert list(found) == ["fid", "kid"]
+    assert found["fid"] > 0.1
+
+
+def test_a_run_measures_retention_and_resumes(in_process, tmp_path):
+    wanted = (*SMOKE, "retention=shapecanvas", "retention.num_prompts=4")
+    status, out, err = in_process(*wanted)
+    assert (status, err) == (0, "")
+    directory = run_directory(out, tmp_path)
+    table = pd.read_csv(directory / "metrics.csv")
+    assert list(table.columns)[8:11] == ["clip_score", "fid", "kid"]
+    assert table["clip_score"].notna().all()
+    assert table["fid"].isna().tolist() == [True, False, False]
+    for index in (0, 1, 2):
+        measured = json.loads((directory / f"steps/0{index}/metrics.json").read_text())
+        row = json.loads((directory / f"steps/0{index}/step.json").read_text())
+        assert measured["clip_score"] == row["row"]["clip_score"] == table["clip_score"][index]
+        assert len(row["retention_sha256"]) == 64
+    assert "clip_score" in out
+    before = (directory / "steps/02/metrics.json").read_bytes()
+    for path in ("steps/02/step.json", "summary.json"):
+        (directory / path).unlink()
+    status, _, err = in_process(*wanted)
+    assert (status, err) == (0, "")
+    assert (directory / "steps/02/metrics.json").read_bytes() == before
+    status, out, err = in_process(*wanted, "dry_run=true", "seed=1")
+    assert "retention: 12 further images, of general prompts\n" in out

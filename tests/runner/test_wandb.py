@@ -1,0 +1,321 @@
+"""An offline W&B run, read back from the file that W&B wrote: configuration, metrics, the grid, the id of a resumed run."""
+
+import itertools
+import json
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import SMOKE, command, environment, run_directory
+from PIL import Image
+from wandb_server import WandbServer
+
+from cu_runner import __version__
+from cu_runner.config.compose import compose
+from cu_runner.runner.tracking import send
+from cu_runner.schema.settings import WandbSettings
+from cu_runner.store.run_record import read_run
+
+BLOCK, HEADER = 32768, 7  # of the LevelDB log format in which W&B writes
+FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+def read_records(path: Path) -> list:
+    """Every record of a .wandb file, through W&B's own message type."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, position, records, part = path.read_bytes(), HEADER, [], b""
+    assert content[:4] in (b":W&B", b"")
+    while position + HEADER <= len(content):
+        if BLOCK - position % BLOCK < HEADER:  # the rest of a block that holds no header is padding
+            position += BLOCK - position % BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", content[position : position + HEADER])
+        assert kind in (FULL, FIRST, MIDDLE, LAST)
+        part += content[position + HEADER : position + HEADER + length]
+        position += HEADER + length
+        if kind in (FULL, LAST):
+            record = Record()
+            record.ParseFromString(part)
+            records.append(record)
+            part = b""
+    return records
+
+
+def read_run_of_wandb(directory: Path) -> dict:
+    """What an offline run directory holds: id, names, configuration, history rows by step, media files."""
+    (path,) = directory.glob("*.wandb")
+    deadline = (
+        time.monotonic() + 20
+    )  # W&B's service, which lives as long as this process, closes the file a moment later
+    while not [
+        record for record in read_records(path) if record.WhichOneof("record_type") == "exit"
+    ]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    records, history, config = read_records(path), {}, {}
+    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    for update in [
+        run.config,
+        *[record.config for record in records if record.WhichOneof("record_type") == "config"],
+    ]:
+        for item in update.update:
+            config[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            row = {
+                item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
+            history[
+                record.history.step.num if record.history.HasField("step") else row["_step"]
+            ] = row
+    return {
+        "id": run.run_id,
+        "name": run.display_name,
+        "group": run.run_group,
+        "job_type": run.job_type,
+        "project": run.project,
+        "config": config,
+        "history": history,
+    }
+
+
+OFFLINE = [override for override in SMOKE if not override.startswith("wandb.")]
+
+
+@pytest.fixture
+def offline(in_process, tmp_path):
+    """A run without wandb.mode, so offline; its directory and the W&B directories that it wrote."""
+    status, out, err = in_process(*OFFLINE)
+    assert (status, err) == (0, "")
+    assert out.strip().splitlines()[-1].startswith("run: ")
+    return run_directory(out, tmp_path), list((tmp_path / "outputs/wandb").glob("offline-run-*"))
+
+
+def test_an_offline_run_holds_configuration_metrics_and_grids_and_a_resume_has_its_id(
+    offline, in_process, tmp_path
+):
+    directory, (written,) = offline
+    found = read_run_of_wandb(written)
+    assert (found["id"], found["name"], found["project"]) == (
+        directory.name,
+        directory.name,
+        "cu_runner",
+    )
+    assert (found["group"], found["job_type"]) == ("smoke-conabl", "none")
+    assert found["config"]["code"]["version"] == __version__
+    assert found["config"]["train"]["steps"] == 3
+    assert found["config"]["sequence"]["targets"] == ["ember stripe", "glacier dot"]
+    assert found["config"]["seed"] == 0
+
+    table = pd.read_csv(directory / "metrics.csv")
+    assert sorted(found["history"]) == [0, 1, 2]
+    for index, row in found["history"].items():
+        for name in table.columns.drop("concept"):
+            value = table[name][index]
+            assert (
+                name not in row if pd.isna(value) else row[name] == pytest.approx(value, rel=1e-9)
+            ), name
+        assert row["concept"] == ("" if index == 0 else table["concept"][index])
+        assert row["grid._type"] == "image-file"
+        saved = Image.open(written / "files" / row["grid.path"])
+        original = Image.open(directory / f"steps/0{index}/grid.png")
+        assert saved.size == original.size == (row["grid.width"], row["grid.height"])
+        assert saved.convert("RGB").tobytes() == original.convert("RGB").tobytes()
+
+    table = json.loads((written / "files" / found["history"][2]["accuracy.path"]).read_text())
+    matrix = read_run(directory).accuracy_matrix()
+    assert table["columns"] == ["concept", "0", "1", "2"]
+    assert [row[0] for row in table["data"]] == list(matrix.index)
+    assert [row[3] for row in table["data"]] == list(matrix[2])
+    assert table["data"][1][2] is None  # the second target was not measured at request 1
+
+    shutil.rmtree(directory / "steps/02")
+    (directory / "summary.json").unlink()
+    status, _, err = in_process(*OFFLINE)
+    assert (status, err) == (0, "")
+    (resumed,) = set((tmp_path / "outputs/wandb").glob("offline-run-*")) - {written}
+    again = read_run_of_wandb(resumed)
+    assert again["id"] == found["id"]
+    assert set(again["history"]) - {1} == {
+        2
+    }  # step 1 may be mirrored again: a kill may have come between commit and mirror
+    for index, row in again["history"].items():
+        for name in ("request", "concept", "UA", "RA_C", "drift_l2", "grid.sha256"):
+            assert row[name] == found["history"][index][name], name
+    assert {path.name for path in tmp_path.iterdir()} == {"outputs"}
+
+
+def test_the_environment_switches_it_off(in_process, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    status, _, err = in_process(*OFFLINE)
+    assert (status, err) == (0, "")
+    assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"runs", "cache"}
+
+
+def test_a_finished_run_can_be_sent_later(run_copy, tmp_path):
+    run = read_run(run_copy)
+    send(run, WandbSettings("offline", "elsewhere", None), tmp_path)
+    (written,) = (tmp_path / "wandb").glob("offline-run-*")
+    found = read_run_of_wandb(written)
+    assert (found["name"], found["group"], found["project"]) == (
+        run_copy.name,
+        "smoke-conabl",
+        "elsewhere",
+    )
+    assert sorted(found["history"]) == [0, 1, 2]
+    for index, row in found["history"].items():
+        assert row["RA_C"] == pytest.approx(run.table["RA_C"][index])
+        assert row["grid._type"] == "image-file"
+    assert "accuracy.path" in found["history"][2]
+    assert "training.path" in found["history"][1]
+
+
+def test_the_shipped_sweep_composes_for_every_combination_as_an_agent_would_call_it():
+    """Through W&B's own reader of a sweep's file and its own filling of the command."""
+    from wandb.sdk.launch.sweeps.utils import (
+        create_sweep_command,
+        create_sweep_command_args,
+        load_sweep_config,
+    )
+
+    sweep = load_sweep_config(str(Path(__file__).parents[2] / "scripts/wandb_sweep.yaml"))
+    names, choices = zip(
+        *((name, entry["values"]) for name, entry in sweep["parameters"].items()), strict=True
+    )
+    signatures = set()
+    for values in itertools.product(*choices):
+        arguments = create_sweep_command_args(
+            {"args": {name: {"value": value} for name, value in zip(names, values, strict=True)}}
+        )
+        command = []
+        for part in create_sweep_command(list(sweep["command"])):
+            found = re.fullmatch(r"\$\{(\w+)\}", part)
+            command += (
+                [part]
+                if found is None
+                else ["/usr/bin/env"]
+                if found[1] == "env"
+                else arguments[found[1]]
+            )
+        assert command[:3] == ["/usr/bin/env", "cu-run", "wandb.mode=online"]
+        plan = compose(command[2:])
+        assert plan.spine.wandb.mode == "online"
+        assert (
+            plan.method_name,
+            "+".join(plan.regularizers) or "none",
+            plan.spine.train.lr,
+        ) == values
+        signatures.add(plan.signature)
+    assert len(signatures) == 8
+    assert sweep["metric"]["name"] in ("UA", "RA_I", "RA_C")
+
+
+# --------------------------------------------------------------------------------------------- online, and no longer so
+# cu-run that waits for uploads for 5 s. WANDB_FINISH_TIMEOUT would not do: W&B reads it itself, whatever cu-run asks for.
+HASTY = [
+    sys.executable,
+    "-c",
+    "from cu_runner import cli, tracking; tracking.FINISH_SECONDS = 5.0; cli.main()",
+]
+
+
+def online(cwd, server, program=None, **variables: str) -> tuple[subprocess.CompletedProcess, Path]:
+    """A run that logs to the server, as a process; and its directory."""
+    done = subprocess.run(
+        [*(program or command()), *OFFLINE],
+        cwd=cwd,
+        env=environment(**server.environment, **variables),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done, run_directory(done.stdout, cwd)
+
+
+def test_an_online_run_sends_its_configuration_and_every_request(tmp_path):
+    server = WandbServer()
+    _, directory = online(tmp_path, server)
+    server.shut()
+    begun = server.opened()
+    assert (begun["project"], begun["name"], begun["groupName"]) == (
+        "cu_runner",
+        directory.name,
+        "smoke-conabl",
+    )
+    assert json.loads(begun["config"])["seed"]["value"] == 0
+    table, rows = (
+        pd.read_csv(directory / "metrics.csv"),
+        {row["_step"]: row for row in server.history()},
+    )
+    assert sorted(rows) == [0, 1, 2]
+    for step, row in rows.items():
+        assert row["RA_I"] == table["RA_I"][step]
+        assert row["grid"]["_type"] == "image-file"
+
+
+def test_a_server_that_is_lost_in_the_middle_does_not_hold_the_run_up(tmp_path):
+    def lose(server: WandbServer, path: str) -> None:
+        if path.endswith("/file_stream"):  # the first thing that is logged
+            threading.Thread(target=server.shut).start()
+
+    server = WandbServer(after=lose)
+    done, directory = online(tmp_path, server, HASTY)  # within a time limit
+    (line,) = [
+        line for line in done.stdout.splitlines() if "W&B is not written from here on" in line
+    ]
+    assert "cu-report RUN --wandb online" in line
+    assert len(read_run(directory).records) == 3
+
+
+def test_without_a_server_the_run_goes_on_and_says_so(tmp_path):
+    server = WandbServer()
+    server.shut()
+    done, directory = online(tmp_path, server, WANDB_INIT_TIMEOUT="3")
+    assert [
+        line
+        for line in done.stdout.splitlines()
+        if line.startswith("W&B is not written from here on")
+    ]
+    assert len(read_run(directory).records) == 3
+    assert server.requests == []
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_arrive_is_not_called_sent(run_copy, tmp_path):
+    """W&B's client takes every log; only its end says that the server is gone."""
+    server = WandbServer(
+        after=lambda server, path: (
+            threading.Thread(target=server.shut).start() if "file_stream" in path else None
+        )
+    )
+    program = [
+        sys.executable,
+        "-c",
+        "from cu_runner import report, tracking; tracking.FINISH_SECONDS = 5.0; report.main()",
+    ]
+    done = subprocess.run(
+        [*program, run_copy, "--wandb", "online"],
+        cwd=tmp_path,
+        env=environment(**server.environment),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout == f"report: outputs/reports/{run_copy.name}/index.html\n"
+    assert done.stderr.splitlines()[-1].startswith(
+        f"cu-report: {run_copy.name}: not sent to W&B (online): "
+    )

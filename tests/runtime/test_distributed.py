@@ -1,0 +1,195 @@
+"""Two CPU processes as one: the metrics of a single process, and its deltas up to the order of sums."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import accelerate
+import pandas as pd
+import pytest
+import safetensors.torch
+import torch
+from conftest import SMOKE, environment, run_directory
+
+from cu_runner.runtime import distributed
+
+# --multi_gpu is what makes accelerate start more than one process, on CPUs too; with --cpu it starts a single one
+ACCELERATE = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+    "--main_process_port",
+    "0",
+]
+LAUNCH = [*ACCELERATE, "-m", "cu_runner.cli.run"]
+LEAVING = """
+import atexit
+import os
+import torch.distributed as dist
+from cu_runner import parallel
+def say(text):  # in one piece: both write to the same pipe
+    os.write(1, f"{text}\\n".encode())
+atexit.register(lambda: say(f"at the end: {dist.is_initialized()}"))
+distributed.start("cpu")
+say(f"of two: {distributed.from_main(parallel.size)}")
+"""
+CELLS = {
+    "conabl, sgd": [  # Adam and clipping would hide gradients of another size
+        "method.num_anchors=4",
+        "reg=none",
+        "train.optimizer=sgd",
+        "train.lr=0.1",
+        "train.grad_clip=0",
+    ],
+    "conabl": [
+        "method.num_anchors=4",
+        "reg=[l2,gradproj]",
+        "reg.gradproj.apply=update",
+        "reg.gradproj.auxiliary.number=20",
+    ],
+    "rgd": [
+        "method=rgd",
+        "method.num_images=4",
+        "method.retain.images=4",
+        "reg=none",
+    ],  # products of two gradients
+    "likelihood": [
+        "method=likelihood",
+        "method.draws=2",
+        "method.sampling_steps=2",
+        "method.retain.images=4",
+        "method.dual.rounds=1",
+        "method.dual.every=1",
+        "reg=none",
+        "train.batch_size=4",
+    ],
+}
+COMMON = ["device=cpu", *(override for override in SMOKE if not override.startswith("method."))]
+
+
+def launch(cwd, *overrides: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*LAUNCH, *COMMON, *overrides],
+        cwd=cwd,
+        env=environment(ACCELERATE_USE_CPU="true"),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        (
+            "cuda:0",
+            "device=cuda:0: each of 4 processes has a GPU of its own; use device=cuda, auto or cpu",
+        ),
+        (
+            "auto",
+            "device=auto: 3 processes and 2 CUDA devices; start at most one process for each, or use device=cpu",
+        ),
+        (
+            "cuda",
+            "device=cuda: 3 processes and 2 CUDA devices; start at most one process for each, or use device=cpu",
+        ),
+    ],
+)
+def test_processes_without_a_gpu_of_their_own(monkeypatch, device, message):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # of them on this machine
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        distributed.start(device)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "cpu"),
+    [("cpu", 4, True), ("auto", 4, False), ("cuda", 4, False), ("auto", 0, True), ("cpu", 0, True)],
+)
+def test_what_carries_the_group(monkeypatch, device, gpus, cpu):
+    asked = []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(
+        accelerate,
+        "PartialState",
+        lambda cpu: asked.append(cpu) or SimpleNamespace(destroy_process_group=list),
+    )
+    distributed.start(device)
+    assert asked == [cpu]
+
+
+def test_alone_a_process_is_the_only_one():
+    assert (distributed.rank(), distributed.size(), distributed.is_main()) == (0, 1, True)
+    assert distributed.share(8) is None
+    assert distributed.from_main(lambda: 3) == 3
+    assert distributed.in_turn("a") == ["a"]
+    assert distributed.any_of(True)
+    assert not distributed.any_of(False)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_two_processes_make_what_one_makes(in_process, tmp_path, cell):
+    status, out, err = in_process(*COMMON, *CELLS[cell], "paths.outputs=one")
+    assert (status, err) == (0, "")
+    one = run_directory(out, tmp_path)
+    done = launch(tmp_path, *CELLS[cell], "paths.outputs=two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run: ") == 1
+    assert "2 processes" in done.stdout
+    two = run_directory(done.stdout, tmp_path)
+    assert two.name == one.name
+    tables = [pd.read_csv(path / "metrics.csv") for path in (one, two)]
+    names = ["request", "concept", "UA", "RA_I", "RA_C", "train_steps"]
+    pd.testing.assert_frame_equal(tables[0][names], tables[1][names])
+    for step in ("01", "02"):
+        first, second = (
+            safetensors.torch.load_file(path / "steps" / step / "delta.safetensors")
+            for path in (one, two)
+        )
+        moved = torch.cat([change.flatten() for change in first.values()])
+        apart = torch.cat([(second[name] - change).flatten() for name, change in first.items()])
+        assert apart.norm() < (1e-4 if cell == "conabl, sgd" else 1e-2) * moved.norm()
+    zero = [(path / "steps/00/predictions.csv").read_bytes() for path in (one, two)]
+    assert zero[0] == zero[1]
+
+
+def test_the_processes_leave_their_group_before_they_end(tmp_path):
+    (tmp_path / "leaving.py").write_text(
+        LEAVING, encoding="utf-8"
+    )  # a group that is still there aborts one process of some
+    command, env = [*ACCELERATE, "leaving.py"], environment(ACCELERATE_USE_CPU="true")
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["at the end: False"] * 2 + ["of two: 2"] * 2
+
+
+def test_two_processes_resume_what_one_began_and_bad_input_is_one_line(in_process, tmp_path):
+    done = launch(tmp_path, "method.num_anchors=4", "reg=none", "train.lr=-1")
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("cu-run: ")]
+    assert set(lines) == {"cu-run: train.lr=-1: input should be greater than 0"}
+    status, out, _ = in_process(*SMOKE)
+    assert status == 0
+    directory = run_directory(out, tmp_path)
+    (directory / "steps/02/step.json").unlink()
+    (directory / "summary.json").unlink()
+    done = launch(tmp_path, "method.num_anchors=4")
+    assert done.returncode == 0, done.stderr
+    assert (directory / "steps/02/step.json").exists()
+    assert "0/2" not in done.stdout  # the steps that one process had finished were not made again

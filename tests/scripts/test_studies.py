@@ -1,0 +1,495 @@
+"""The studies: their statistics by hand, the runs that they ask for, their analyses on small tables, their complaints."""
+
+import importlib
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import SMOKE, environment
+
+from cu_runner.concepts.entries import read_shipped
+from cu_runner.concepts.sequence import Sequence
+from cu_runner.models.parameters import select_parameters
+from cu_runner.studies import near_and_far, output_change, pearson, spearman, text_similarity
+
+SCRIPTS = Path(__file__).parents[2] / "scripts/studies"
+STUDIES = ("diagnostic", "ablation", "sensitivity", "scaling", "auxiliary", "order")
+STABLE_DIFFUSION = [
+    "experiment=unlearncanvas_style",
+    "model.path=m",
+    "evaluator.paths.style=s",
+    "evaluator.paths.object=o",
+]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Returns script(name) -> the module of scripts/studies."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module
+
+
+def make_study(script, tmp_path: Path, *overrides: str):
+    return script("study").Study("a_study", "What it asks.", list(overrides), tmp_path / "written")
+
+
+def cells_of(module: ModuleType, study, tmp_path: Path) -> dict[str, list[str]]:
+    """The runs of a study, whatever it needs to name them."""
+    if module.__name__ == "auxiliary":
+        (tmp_path / "names.txt").write_text("ash stripe\nwalnut ray\n")
+        return module.cells(study, tmp_path / "names.txt")
+    if module.__name__ == "sensitivity":
+        sequence: Sequence = study.plan([]).sequence.build()
+        return module.cells(study, sequence, list(sequence.vocabulary))
+    return module.cells(study) if module.__name__ == "scaling" else module.cells()
+
+
+def metrics_table(**columns: list[float]) -> pd.DataFrame:
+    number = len(next(iter(columns.values())))
+    return pd.DataFrame({"request": range(number), **columns})
+
+
+# ------------------------------------------------------------------------------------------------------ statistics
+def test_pearson_and_its_interval_by_hand():
+    # deviations -2 -1 0 1 2 and -1 -2 1 0 2: r = 8 / 10; z = atanh 0.8 = 1.09861 -+ 1.95996 / sqrt 2 = 1.38590
+    found = pearson(pd.Series([1, 2, 3, 4, 5]), pd.Series([2, 1, 4, 3, 5]))
+    assert found.number == 5
+    assert (found.value, found.low, found.high) == pytest.approx((0.8, -0.27964, 0.98620), abs=1e-5)
+
+
+def test_spearman_has_the_wider_interval_and_mean_ranks_for_ties():
+    # the same ranks, but 1.95996 sqrt(1.06 / 2) = 1.42688
+    found = spearman(pd.Series([1, 2, 3, 4, 50]), pd.Series([2, 1, 4, 3, 5]))
+    assert (found.value, found.low, found.high) == pytest.approx((0.8, -0.31695, 0.98728), abs=1e-5)
+    # ranks 1, 2.5, 2.5, 4 against 1 to 4: 4.5 / sqrt(4.5 * 5)
+    assert spearman(pd.Series([1, 7, 7, 9]), pd.Series([1, 2, 3, 4])).value == pytest.approx(
+        0.9486833
+    )
+
+
+def test_correlations_of_too_little():
+    constant, rising = pd.Series([5.0, 5.0, 5.0, 5.0]), pd.Series([1.0, 2.0, 3.0, 4.0])
+    assert np.isnan(pearson(rising, constant).value)
+    assert pearson(rising, constant).number == 4
+    three = pearson(rising[:3], pd.Series([1.0, 2.0, 4.0]))
+    assert three.value == pytest.approx(0.981981)
+    assert np.isnan(three.low)
+    assert np.isnan(three.high)
+    perfect = pearson(rising, -rising)
+    assert (perfect.value, perfect.low, perfect.high) == pytest.approx((-1, -1, -1))
+
+
+def test_the_papers_points_have_the_papers_correlation():
+    paper = pd.read_csv(SCRIPTS / "paper_similarity.csv", comment="#")
+    found = pearson(paper["cosine_similarity"], paper["accuracy_percent"])
+    assert found.number == 12
+    assert found.value == pytest.approx(-0.627, abs=0.002)  # the points are read off a plot
+
+
+def test_near_and_far_halves():
+    similarity = pd.Series({"a": 0.1, "b": 0.9, "c": 0.5, "d": 0.9, "e": 0.3})
+    assert near_and_far(similarity) == (["b", "d"], ["c", "e", "a"])
+
+
+def test_text_similarity_is_the_cosine_of_all_positions(model):
+    found = text_similarity(model, ["ember stripe", "glacier dot"], ["ember stripe"], "style")
+    assert found.columns.tolist() == ["ember stripe"]
+    one, two = (
+        model.encode_prompts(["ember stripe Style", "glacier dot Style"])
+        .hidden.numpy()
+        .reshape(2, -1)
+    )
+    assert found.loc["ember stripe"].item() == pytest.approx(1)
+    assert found.loc["glacier dot"].item() == pytest.approx(
+        one @ two / np.linalg.norm(one) / np.linalg.norm(two), abs=1e-6
+    )
+
+
+def test_output_change_by_hand():
+    text = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])  # one prompt of two tokens
+    base = {"k": torch.tensor([[3.0, 0.0]]), "v": torch.tensor([[0.0, 2.0]])}
+    # W X: k gives 3 and 0, v gives 0 and 4, norm 5. (W' - W) X: k gives 1 and 2, v does not change
+    assert output_change(base, {"k": torch.tensor([[1.0, 1.0]])}, text) == pytest.approx(5**0.5 / 5)
+    assert output_change(base, {}, text) == 0
+
+
+def test_output_change_of_the_model(model):
+    base = select_parameters(model.unet, "kv_xattn")
+    doubled = {name: weight.detach() for name, weight in base.items()}
+    assert output_change(
+        base, doubled, model.encode_prompts(["a tree image"]).hidden
+    ) == pytest.approx(1)
+
+
+# ------------------------------------------------------------------------------------------------------------ runs
+@pytest.mark.parametrize(
+    "overrides", [[], STABLE_DIFFUSION], ids=["shapecanvas", "stable_diffusion"]
+)
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_runs_of_every_study_compose(script, tmp_path, name, overrides):
+    study = make_study(script, tmp_path, *overrides)
+    cells = cells_of(script(name), study, tmp_path)
+    plans = [study.plan(cell) for cell in cells.values()]
+    if not overrides:  # a value that a study tries may be the published one
+        assert len({plan.directory for plan in plans}) == len(cells)
+    assert (
+        all(plan.tuned for plan in plans) or overrides
+    )  # ewc and replay have no published settings
+    for plan in plans:
+        assert plan.sequence.build().targets
+        assert plan.model.target == "cu_runner.models.load_model"
+        assert ("unlearncanvas" in plan.resolved["sequence"]["name"]) == bool(overrides)
+
+
+def test_semantic_has_the_runs_of_the_ablation(script):
+    assert script("semantic").cells is script("ablation").cells
+    assert [*script("ablation").cells()] == script("study").regularizers()
+
+
+def test_order_has_four_orders_and_three_seeds(script, tmp_path):
+    study = make_study(script, tmp_path)
+    plans = [study.plan(cell) for cell in script("order").cells().values()]
+    assert len(plans) == 12
+    assert {plan.resolved["sequence"]["order"] for plan in plans} == {
+        "paper",
+        "reversed",
+        "shuffle-1",
+        "shuffle-2",
+    }
+    assert sorted({plan.spine.seed for plan in plans}) == [0, 1, 2]
+
+
+def test_scaling_takes_100_styles_or_what_the_user_names(script, tmp_path):
+    module = script("scaling")
+    study = make_study(script, tmp_path)
+    sequence = study.plan(module.cells(study)["merge"]).sequence.build()
+    assert (len(sequence.targets), len(sequence.cross_retain)) == (100, 2)
+    other = make_study(script, tmp_path, "sequence=shapecanvas_tune")
+    assert other.plan(module.cells(other)["merge"]).sequence.build().name == "shapecanvas_tune"
+    wider = make_study(script, tmp_path, "sequence.cross_retain=[cup]")
+    assert [
+        concept.name
+        for concept in wider.plan(module.cells(wider)["l2"]).sequence.build().cross_retain
+    ] == ["cup"]
+
+
+def test_scaling_on_stable_diffusion_has_every_style_that_is_not_retained(script, tmp_path):
+    module = script("scaling")
+    words = shlex.split(module.on_stable_diffusion())
+    study = make_study(
+        script, tmp_path, *words[: words.index("--output")], *words[words.index("--output") + 2 :]
+    )
+    plan = study.plan(module.cells(study)["gradproj"])
+    sequence = plan.sequence.build()
+    targets, retained = (
+        [concept.name for concept in concepts] for concepts in (sequence.targets, sequence.retain)
+    )
+    assert (len(set(targets)), targets[:2], targets[-1]) == (
+        38,
+        ["Abstractionism", "Byzantine"],
+        "Watercolor",
+    )
+    assert {*targets, *retained, "Seed_Images"} == set(read_shipped("unlearncanvas_styles"))
+    assert plan.tuned
+
+
+def test_sensitivity_measures_every_other_name_and_never_names_it(script, tmp_path):
+    study = make_study(script, tmp_path)
+    vocabulary = read_shipped("shapecanvas_styles")
+    cells = cells_of(script("sensitivity"), study, tmp_path)
+    sequences = {label: study.plan(cell).sequence.build() for label, cell in cells.items()}
+    retained = {
+        label: [concept.name for concept in sequence.retain]
+        for label, sequence in sequences.items()
+    }
+    assert [*sequences] == ["none, all", *(f"gradproj, {i} of 4" for i in (1, 2, 3, 4))]
+    assert retained["none, all"] == [name for name in vocabulary if name != "ember stripe"]
+    folds = [name for label, names in retained.items() if label != "none, all" for name in names]
+    assert sorted(folds) == sorted(retained["none, all"])
+    for sequence in sequences.values():
+        assert [concept.name for concept in sequence.targets] == ["ember stripe"]
+        assert [concept.name for concept in sequence.cross_retain] == [
+            "tree",
+            "star",
+            "fish",
+            "cup",
+        ]
+
+
+def test_sensitivity_of_objects_unlearns_one_with_its_anchor(script, tmp_path):
+    study = make_study(script, tmp_path, "sequence=shapecanvas_object")
+    cells = cells_of(script("sensitivity"), study, tmp_path)
+    sequence = study.plan(cells["none, all"]).sequence.build()
+    assert [(concept.name, concept.anchor) for concept in sequence.targets] == [("ball", "moon")]
+    assert len(sequence.retain) == 19
+
+
+def test_sensitivity_leaves_out_what_the_evaluator_does_not_know(script, tmp_path):
+    study = make_study(script, tmp_path)
+    cells = script("sensitivity").cells(
+        study, study.plan([]).sequence.build(), ["wine ray", "ember stripe", "ash stripe"]
+    )
+    assert [concept.name for concept in study.plan(cells["none, all"]).sequence.build().retain] == [
+        "ash stripe",
+        "wine ray",
+    ]
+
+
+def test_thresholds_are_tried_on_own_tokens(script, tmp_path):
+    for overrides, lr in (([], 3e-4), (STABLE_DIFFUSION, 8e-6)):
+        study = make_study(script, tmp_path, *overrides)
+        plan = study.plan(
+            cells_of(script("auxiliary"), study, tmp_path)["own tokens, threshold 0.7"]
+        )
+        node = plan.resolved["reg"]["gradproj"]
+        assert (node["tokens"], node["threshold"]) == ("own", 0.7)
+        assert plan.spine.train.lr == pytest.approx(lr)
+
+
+# -------------------------------------------------------------------------------------------------------- analyses
+def test_a_finding_stands_in_the_page_and_survives_the_next_one(script, tmp_path, capsys):
+    study = make_study(script, tmp_path)
+    page, finding = (study.output / f"a_study.{kind}" for kind in ("md", "finding.md"))
+    table = pd.DataFrame({"run": ["none"], "UA": [1.0]})
+    study.write(table, script("study").panels(1, 1)[0], "Table.")
+    assert page.read_text().startswith(
+        "# a_study\n\nWhat it asks.\n\n    python scripts/studies/a_study.py"
+    )
+    finding.write_text("\nNothing is kept.\n\n")
+    capsys.readouterr()
+    for _ in range(2):
+        study.write(table, script("study").panels(1, 1)[0], "Table.", "model.path=DIR")
+        assert page.read_text().startswith(
+            "# a_study\n\nWhat it asks.\n\nNothing is kept.\n\n    python scripts/studies/a_study.py"
+        )
+        assert (
+            "    python scripts/studies/a_study.py model.path=DIR  # on Stable Diffusion\n"
+            in page.read_text()
+        )
+        assert f"{finding} is in it: read whether it still holds" in capsys.readouterr().out
+    assert finding.read_text() == "\nNothing is kept.\n\n"
+
+
+def test_every_shipped_finding_stands_in_its_page_and_in_the_readme():
+    root = SCRIPTS.parent.parent
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    for finding in (root / "docs/studies").glob("*.finding.md"):
+        page, text = (
+            finding.with_name(finding.name.replace(".finding", "")),
+            finding.read_text(encoding="utf-8").strip(),
+        )
+        assert text in page.read_text(encoding="utf-8"), finding.name
+        assert text in readme, finding.name
+
+
+def test_random_names_leave_out_what_is_shut(script):
+    names = script("auxiliary").draw_names(["A_B", "c", "d", "e"], ["a b", "d"], 5)
+    assert sorted(names) == ["c", "e"]
+
+
+def test_halved(script):
+    table = metrics_table(RA_I=[90.0, 60.0, 45.0, 44.0], RA_C=[90.0, 80.0, 70.0, 60.0])
+    assert script("diagnostic").halved(table, "RA_I") == 3  # 45 is half, not below it
+    assert script("diagnostic").halved(table, "RA_C") == "never"
+    assert script("diagnostic").halved(table.assign(RA_C=np.nan), "RA_C") == "-"
+
+
+def test_drift_against_retention(script):
+    table = metrics_table(
+        drift_l2=[1.0, 2.0, 3.0, 4.0, 5.0], RA_I=[4.0, 5.0, 2.0, 3.0, 1.0], RA_C=[9.0] * 5
+    )
+    found = script("diagnostic").correlations({"seed 0": table})
+    assert found["Pearson r"].tolist() == pytest.approx([-0.8, np.nan], nan_ok=True)
+    assert found["r from"][0] == pytest.approx(-0.98620, abs=1e-5)
+    assert found["halved at request"].tolist() == [4, "never"]
+
+
+def test_gains_over_the_plain_run(script):
+    table = pd.DataFrame({"run": ["none", "l2"], "RA_I": [5.0, 25.0], "RA_C": [20.0, 90.0]})
+    found = script("ablation").with_gains(table)
+    assert found["RA_I_gain"].tolist() == [0, 20]
+    assert found["RA_C_gain"].tolist() == [0, 70]
+    assert script("ablation").with_gains(table[1:])["RA_I_gain"].isna().all()
+
+
+def test_quarters_leave_the_untouched_model_out(script):
+    module = script("scaling")
+    table = metrics_table(
+        RA_I=[99.0, 80.0, 60.0, 40.0, 20.0, 9.0, 7.0, 8.0, 6.0],
+        UA=[np.nan, *[100.0] * 8],
+        RA_C=[50.0] * 9,
+    )
+    assert module.quarters(table, "RA_I") == [70, 30, 8, 7]
+    assert module.by_quarter({"none": table})["fate"].tolist() == ["-", "level", "level"]
+    assert (module.fate(30, 4.9), module.fate(30, 28), module.fate(30, 27.9)) == (
+        "gone",
+        "level",
+        "falling",
+    )
+
+
+def test_spread_over_orders_and_over_seeds(script):
+    labels = ["none, paper, seed 0", "none, reversed, seed 0", "none, paper, seed 1"]
+    table = pd.DataFrame(
+        {"run": labels, "UA": [90.0, 94.0, 96.0], "RA_I": [1.0, 2.0, 3.0], "RA_C": [5.0, 5.0, 5.0]}
+    )
+    found = script("order").spread(table).set_index(["varied", "metric"])
+    assert found.loc[("order", "UA"), ["n", "mean", "from", "to"]].tolist() == [2, 92, 90, 94]
+    assert found.loc[("order", "UA"), "sd"] == pytest.approx(8**0.5)
+    assert found.loc[("seed", "UA"), ["n", "mean", "from", "to"]].tolist() == [2, 93, 90, 96]
+
+
+def test_what_the_near_half_lost_more(script):
+    halves = pd.DataFrame(
+        {"run": "l2", "request": [0, 1, 2], "near": [100.0, 60.0, 40.0], "far": [90.0, 80.0, 70.0]}
+    )
+    found = script("semantic").losses(halves, {"near": 48, "far": 48}).iloc[0]
+    assert found[["near before", "near after", "near mean"]].tolist() == [100, 40, 50]
+    assert found[["near lost more, after", "near lost more, mean"]].tolist() == [60 - 20, 50 - 15]
+    assert found["after from"] < 40 < found["after to"]
+    assert found["mean from"] < 35 < found["mean to"]
+
+
+def test_halves_of_a_finished_run(script, run_copy):
+    from cu_runner.store.run_record import read_run
+
+    found = script("semantic").accuracy_of_halves(
+        {"none": read_run(run_copy)}, ["blaze slash"], ["fog ray"]
+    )
+    matrix = read_run(run_copy).accuracy_matrix()
+    assert found["request"].tolist() == [0, 1, 2]
+    assert found["near"].tolist() == matrix.loc["blaze slash"].tolist()
+    assert found["far"].tolist() == matrix.loc["fog ray"].tolist()
+
+
+def test_sensitivity_per_concept_of_a_finished_run(script, run_copy, model):
+    from cu_runner.store.run_record import read_run
+
+    module, run = script("sensitivity"), read_run(run_copy)
+    table = module.per_concept(model, {"none, all": run})
+    assert table["concept"].tolist() == ["blaze slash", "fog ray"]
+    accuracy = run.accuracy_matrix().loc[["blaze slash", "fog ray"]]
+    assert table["before"].tolist() == accuracy[0].tolist()
+    assert table["drop"].tolist() == (accuracy[0] - accuracy[1]).tolist()
+    assert (table["kv_change"] > 0).all()
+    paper = pd.read_csv(module.PAPER, comment="#")
+    found = module.correlations(table, paper).set_index(["run", "similarity against"])["Pearson r"]
+    assert found["paper, none", "relative change of K/V outputs"] == 0.835
+
+
+# --------------------------------------------------------------------------------------------------------- command
+def test_markdown(script):
+    table = pd.DataFrame({"run": ["a|b", "c"], "UA": [99.96, np.nan], "n": [12, 3]})
+    assert script("study").as_markdown(table).splitlines() == [
+        "| run | UA | n |",
+        "| --- | --- | --- |",
+        "| a/b | 100.0 | 12 |",
+        "| c | - | 3 |",
+    ]
+
+
+def test_regularizers_come_with_none_first_and_combinations_last(script):
+    names = script("study").regularizers()
+    assert names[0] == "none"
+    assert names.index("nullspace") < names.index("gradproj_l1")
+
+
+def test_labels_of_one_run_share_it_and_a_diverged_run_is_shown(
+    script, run_copy, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    study = make_study(script, tmp_path, *SMOKE)
+    runs = study.run(
+        {
+            "plain": ["seed=0"],
+            "again": ["reg=none", "seed=0"],
+            "wild": ["reg=none", "train.lr=1e30"],
+        }
+    )
+    assert runs["plain"] is runs["again"]
+    assert runs["plain"].directory == run_copy.relative_to(tmp_path)
+    assert runs["wild"].startswith("cu-run: training led to")
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in printed] == ["plain, again", "wild"]
+    tables = {label: run.table for label, run in script("study").finished(runs).items()}
+    shown = script("study").with_stopped(script("study").last_rows(tables), runs)
+    assert shown["run"].tolist() == ["plain", "again", "wild"]
+    assert shown["stopped"].tolist()[2] == runs["wild"]
+    assert shown["RA_I"].isna().tolist() == [False, False, True]
+
+
+@pytest.fixture
+def call(script, tmp_path, monkeypatch, capsys):
+    """Returns call(name, *arguments) -> (exit status, stdout, stderr) of a study in this process, in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *arguments: str) -> tuple[int, str, str]:
+        module, status = script(name), 0
+        monkeypatch.setattr(sys, "argv", [f"scripts/studies/{name}.py", *arguments])
+        try:
+            script("study").command(module.main, module.__doc__)
+        except SystemExit as end:
+            status = end.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_a_study_from_end_to_end(script, call, run_copy, tmp_path, monkeypatch):
+    monkeypatch.setattr(script("diagnostic"), "SEEDS", (0,))
+    status, out, err = call("diagnostic", *SMOKE, "--output", "found")
+    assert (status, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == ["seed", "wrote", "wrote", "wrote"]
+    table = pd.read_csv(tmp_path / "found/diagnostic.csv")
+    pd.testing.assert_series_equal(
+        table["drift_l2"], pd.read_csv(run_copy / "metrics.csv")["drift_l2"], rtol=1e-5
+    )
+    text = (tmp_path / "found/diagnostic.md").read_text()
+    assert f"python scripts/studies/diagnostic.py {' '.join(SMOKE)} --output found" in text
+    assert text.count("| seed 0 |") == 3  # the metrics, and drift against RA-I and against RA-C
+    assert (tmp_path / "found/diagnostic.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("order", ["seed=3"], ["order.py: seed:", "sets it itself"]),
+        ("semantic", ["train.stepz=3"], ["train.stepz", "allowed", "steps"]),
+        ("scaling", ["--outptu", "x"], ["--outptu", "--help"]),
+        ("ablation", ["sequence=nowhere"], ["sequence=nowhere", "allowed", "shapecanvas_style"]),
+        (
+            "sensitivity",
+            ["model.path=nowhere", "evaluator.paths.style=nowhere"],
+            ["nowhere", "no such file or directory"],
+        ),
+    ],
+)
+def test_bad_input_is_one_line(call, tmp_path, name, arguments, words):
+    status, out, err = call(name, *arguments)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert all(word in err for word in words), err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_is_a_script(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / "order.py"), "sequence.order=reversed"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr
+        == "order.py: sequence.order: this study sets it itself; leave it out, or run cu-run with it\n"
+    )

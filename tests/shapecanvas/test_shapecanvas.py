@@ -1,0 +1,200 @@
+"""The embedded world: renderer, shipped pipeline, judges, and the names that sequences use."""
+
+import json
+
+import diffusers
+import pytest
+import torch
+from conftest import SMOKE, read_conf
+
+from cu_runner.concepts.entries import read_shipped
+from cu_runner.concepts.sequence import make_sequence
+from cu_runner.models.checkpoints import locate
+from cu_runner.runtime.paths import config_dir
+from cu_runner.shapecanvas.render import OBJECTS, PALETTES, STYLE_PARTS, STYLES, TEXTURES, render
+
+WEIGHTS = locate("package:shapecanvas/weights")
+SEQUENCES = sorted(
+    path.stem for path in (config_dir() / "sequence").glob("s*.yaml")
+)  # shapecanvas_* and smoke
+
+
+def draw(objects, styles, seed: int = 0):
+    return render(list(objects), list(styles), torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------------------ renderer
+def test_names():
+    assert len(STYLES) == len(set(STYLES)) == 120
+    assert len(OBJECTS) == len(set(OBJECTS)) == 20
+    assert all(len(style.split()) == 2 for style in STYLES)
+    assert len({style.split()[0] for style in STYLES}) == 120
+    assert {style.split()[1] for style in STYLES} == set(TEXTURES)
+    assert len(PALETTES) * len(TEXTURES) == 120
+    assert not {word for style in STYLES for word in style.split()} & set(OBJECTS)
+
+
+def test_images_are_deterministic_in_the_generator():
+    objects, styles = OBJECTS[:6], STYLES[:60:10]
+    first = draw(objects, styles)
+    assert first.shape == (6, 3, 64, 64)
+    assert first.dtype == torch.float32
+    assert first.min() >= 0
+    assert first.max() <= 1
+    assert torch.equal(first, draw(objects, styles))
+    assert (first - draw(objects, styles, seed=1)).abs().flatten(1).max(1).values.min() > 0.05
+
+
+def test_position_scale_and_rotation_vary():
+    images = draw(["box"] * 8, ["ember stripe"] * 8)
+    distances = torch.cdist(images.flatten(1), images.flatten(1)) + 1e9 * torch.eye(8)
+    assert distances.min() > 5
+
+
+def test_every_style_and_every_object_has_its_own_look():
+    styles = draw(["ball"] * 120, STYLES)
+    assert (torch.cdist(styles.flatten(1), styles.flatten(1)) + 1e9 * torch.eye(120)).min() > 1
+    objects = torch.cat([draw([name], ["ash stripe"]) for name in OBJECTS])
+    assert (torch.cdist(objects.flatten(1), objects.flatten(1)) + 1e9 * torch.eye(20)).min() > 1
+
+
+def test_edges_are_anti_aliased():
+    """A misty background and object change slowly; most steps between neighbours at the edge are not full jumps."""
+    image = draw(["box"], ["lead mist"])[0].mean(0)
+    low, high = image.quantile(0.1), image.quantile(0.9)
+    between = (
+        ((image > low + 0.25 * (high - low)) & (image < low + 0.75 * (high - low))).sum().item()
+    )
+    assert between > 30
+    assert image.unique().numel() > 500
+
+
+def test_styles_of_one_palette_are_nearer_in_colour_than_styles_of_others():
+    colours = torch.stack([draw(OBJECTS, [style] * 20).mean((0, 2, 3)) for style in STYLES])
+    distances = torch.cdist(colours, colours)
+    palettes = [STYLE_PARTS[style][0] for style in STYLES]
+    same = torch.tensor([[a == b for b in palettes] for a in palettes])
+    within = distances[same & ~torch.eye(120, dtype=torch.bool)].mean()
+    across = distances[~same].mean()
+    assert within < across / 3
+
+
+# ------------------------------------------------------------------------------------------------------ shipped weights
+def test_the_shipped_directory_is_a_stable_diffusion_pipeline():
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        WEIGHTS / "pipeline", local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline(
+        "a tree image in ember stripe style",
+        num_inference_steps=2,
+        generator=generator,
+        output_type="np",
+    ).images
+    assert images.shape == (1, 64, 64, 3)
+    assert 0 <= images.min() < images.max() <= 1
+
+
+def test_the_shipped_weights_are_small():
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) <= 16e6
+
+
+def test_the_judges_know_every_style_and_object(evaluator):
+    assert evaluator.labels() == {"style": list(STYLES), "object": list(OBJECTS)}
+
+
+def test_the_judges_are_right_on_fresh_images(evaluator):
+    styles = [style for style in STYLES for _ in range(10)]
+    objects = [OBJECTS[i % 20] for i in range(len(styles))]
+    right = {"style": 0, "object": 0}
+    generator = torch.Generator().manual_seed(20_000)
+    for start in range(0, len(styles), 200):
+        rows = slice(start, start + 200)
+        found = evaluator.predict(render(objects[rows], styles[rows], generator))
+        right["style"] += sum(
+            a == b for a, b in zip(found["style"].labels, styles[rows], strict=True)
+        )
+        right["object"] += sum(
+            a == b for a, b in zip(found["object"].labels, objects[rows], strict=True)
+        )
+    assert right["style"] / len(styles) >= 0.97
+    assert right["object"] / len(styles) >= 0.97
+
+
+def test_the_text_encoder_leaves_room_beside_the_auxiliary_names(loaded_model):
+    assert loaded_model.unet.config.cross_attention_dim == 128
+
+
+def test_the_saved_base_accuracy():
+    path = WEIGHTS / "base_accuracy.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["benchmark"]["images"] >= 960
+    assert found["benchmark"]["style_percent"] >= 97
+    assert found["benchmark"]["object_percent"] >= 97
+    assert found["all_styles"]["images"] >= 960
+    assert found["all_styles"]["style_percent"] >= 95
+
+
+# ----------------------------------------------------------------------------------------------------------- sequences
+def resolved(name: str) -> dict:
+    """A sequence file over the one that its defaults list names."""
+    content = read_conf(f"sequence/{name}.yaml")
+    for base in content.pop("defaults", []):
+        if base != "_self_":
+            content = resolved(base) | content
+    return content
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_every_name_of_a_sequence_is_one_of_the_renderer(name):
+    sequence = make_sequence(**resolved(name))
+    known = {"style": STYLES, "object": OBJECTS}
+    for concept in (*sequence.targets, *sequence.retain, *sequence.cross_retain):
+        assert concept.name in known[concept.domain]
+    assert all(concept.anchor is None or concept.anchor in OBJECTS for concept in sequence.targets)
+    assert set(sequence.vocabulary) <= set(known[sequence.domain])
+    assert set(sequence.captions) <= {*STYLES, *OBJECTS}
+    assert {concept.name for concept in sequence.targets} <= set(sequence.vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("shapecanvas_style", (12, 12, 8)),
+        ("shapecanvas_object", (12, 8, 12)),
+        ("shapecanvas_style100", (100, 12, 8)),
+        ("smoke", (2, 2, 2)),
+    ],
+)
+def test_sizes_of_the_sequences(name, sizes):
+    sequence = make_sequence(**resolved(name))
+    assert (len(sequence.targets), len(sequence.retain), len(sequence.cross_retain)) == sizes
+
+
+def test_retained_styles_include_near_neighbours_of_unlearned_ones():
+    sequence = make_sequence(**resolved("shapecanvas_style"))
+    palettes = {STYLE_PARTS[concept.name][0] for concept in sequence.targets}
+    assert sum(STYLE_PARTS[concept.name][0] in palettes for concept in sequence.retain) >= 6
+
+
+def test_the_shipped_lists_are_those_of_the_renderer():
+    assert set(read_shipped("shapecanvas_styles")) == set(STYLES)
+    assert set(read_shipped("shapecanvas_objects")) == set(OBJECTS)
+    assert len(read_shipped("painting_styles")) >= 100
+    assert len(read_shipped("common_objects")) >= 100
+
+
+# ---------------------------------------------------------------------------------------------------------------- slow
+@pytest.mark.slow
+def test_generated_images_show_what_their_prompts_say(in_process, tmp_path):
+    """960 images of the benchmark's concepts with the default sampler."""
+    overrides = [
+        override for override in SMOKE if not override.startswith(("sequence", "model.sampler"))
+    ]
+    seeds = "sequence.seeds=[1,2,3,4,5]"
+    assert in_process(*overrides, seeds, "sequence.targets=[ember stripe]", "train.steps=1")[0] == 0
+    (path,) = tmp_path.glob("outputs/runs/*/*/steps/00/metrics.json")
+    metrics = json.loads(path.read_text())
+    assert metrics["RA_I"] >= 97
+    assert metrics["RA_C"] >= 97

@@ -1,0 +1,329 @@
+"""The run directory: atomic writes, the chain of steps, every kind of damage, the lock, the cache."""
+
+import hashlib
+import json
+import re
+
+import pytest
+import safetensors.torch
+import torch
+
+from cu_runner.schema.errors import StoreError
+from cu_runner.store.cache import Cache
+from cu_runner.store.files import read_delta, write_atomic
+from cu_runner.store.records import chain
+from cu_runner.store.run_directory import RunStore
+
+FILES = {
+    "delta.safetensors": b"weights" * 9,
+    "predictions.csv": b"step,prompt\n",
+    "metrics.json": b"{}\n",
+    "grid.png": b"\x89PNG",
+}
+
+
+def signature_of(config: dict) -> str:
+    return hashlib.sha256(str(config["science"]).encode()).hexdigest()
+
+
+def make_store(directory, science: int = 1) -> RunStore:
+    return RunStore(directory, {"science": science, "device": "cpu"}, signature_of)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A run directory with steps 0, 1 and 2."""
+    with make_store(tmp_path / "run") as store:
+        parent = None
+        for index in range(3):
+            files = {name: content + bytes([index]) for name, content in FILES.items()}
+            parent = store.save_step(
+                index, files, {"targets": ["a"]}, {"request": index, "UA": 50.5}, parent
+            )
+    return tmp_path / "run"
+
+
+def finished(directory):
+    with make_store(directory) as store:
+        return store.finished()
+
+
+def refused(directory, pattern: str) -> None:
+    with pytest.raises(StoreError, match=pattern) as caught:
+        finished(directory)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+def test_write_atomic_replaces_the_whole_file(tmp_path):
+    path = tmp_path / "file"
+    write_atomic(path, b"long content")
+    write_atomic(path, b"short")
+    assert path.read_bytes() == b"short"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_step_without_its_commit_is_not_there_and_is_made_again(directory):
+    (directory / "steps/02/step.json").unlink()
+    (directory / "steps/02/half.tmp").write_bytes(b"x")
+    with make_store(directory) as store:
+        steps = store.finished()
+        assert [step.index for step in steps] == [0, 1]
+        store.save_step(2, FILES, {}, {"request": 2}, steps[-1])
+    assert sorted(entry.name for entry in (directory / "steps/02").iterdir()) == sorted(
+        [*FILES, "step.json"]
+    )
+    assert [step.index for step in finished(directory)] == [0, 1, 2]
+
+
+# -------------------------------------------------------------------------------------------------------------- chain
+def test_steps_come_back_with_their_rows(directory):
+    steps = finished(directory)
+    assert [step.index for step in steps] == [0, 1, 2]
+    assert [step.row for step in steps] == [{"request": index, "UA": 50.5} for index in range(3)]
+    assert steps[1].directory == directory / "steps" / "01"
+
+
+def test_every_step_names_its_parent(directory):
+    records = [
+        json.loads((directory / f"steps/0{index}/step.json").read_text()) for index in range(3)
+    ]
+    assert [record["parent_sha256"] for record in records] == [
+        None,
+        records[0]["sha256"],
+        records[1]["sha256"],
+    ]
+    assert [record["index"] for record in records] == [0, 1, 2]
+    hashes = {
+        name: hashlib.sha256(content + b"\x00").hexdigest() for name, content in FILES.items()
+    }
+    assert records[0]["files"] == hashes
+    assert (
+        records[0]["sha256"] == chain(None, hashes) == chain(None, dict(reversed(hashes.items())))
+    )
+    assert len({record["sha256"] for record in records}) == 3
+
+
+# ------------------------------------------------------------------------------------------------------------- damage
+@pytest.mark.parametrize("name", FILES)
+def test_a_deleted_file_is_refused(directory, name):
+    (directory / "steps/01" / name).unlink()
+    refused(
+        directory,
+        rf"steps/01/{re.escape(name)}: is missing; restore it, or delete .*/steps/01 and all later steps",
+    )
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_truncated_file_is_refused(directory, name):
+    path = directory / "steps/01" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(
+        directory,
+        rf"steps/01/{re.escape(name)}: is damaged \(its sha256 is not the one in step.json\)",
+    )
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_bit_is_refused(directory, name):
+    path = directory / "steps/01" / name
+    content = path.read_bytes()
+    for position in range(len(content)):
+        path.write_bytes(
+            content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :]
+        )
+        refused(directory, rf"steps/01/{re.escape(name)}: is damaged")
+
+
+def test_one_flipped_bit_of_the_commit_is_refused(directory):
+    path = directory / "steps/01/step.json"
+    content = path.read_bytes()
+    unnoticed = []
+    for position in range(len(content) - 1):  # the last byte is the newline after the closing brace
+        path.write_bytes(
+            content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+        )
+        try:
+            finished(directory)
+        except StoreError as error:
+            assert "steps/01" in str(error) or "steps/02" in str(error)  # noqa: PT017
+        else:
+            unnoticed.append(position)
+    assert unnoticed == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "5", "null", "{}", '{"index": 1}'])
+def test_a_broken_commit_is_refused(directory, content):
+    (directory / "steps/01/step.json").write_text(content)
+    refused(directory, r"steps/01/step.json: cannot be read; restore it, or delete")
+
+
+def test_another_parent_is_refused(directory):
+    path = directory / "steps/01/step.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"parent_sha256": "0" * 64}))
+    refused(directory, r"steps/01/step.json: names another parent than step 0")
+
+
+def test_a_step_made_again_breaks_its_children(directory):
+    with make_store(directory) as store:
+        parent = store.finished()[0]
+        store.save_step(1, FILES | {"delta.safetensors": b"other"}, {}, {}, parent)
+    refused(directory, r"steps/02/step.json: names another parent than step 1")
+
+
+def test_a_gap_is_refused(directory):
+    (directory / "steps/01/step.json").unlink()
+    refused(
+        directory,
+        r"steps/01: step 1 is missing but step 2 is there; restore it, or delete .*/steps/01 and all later steps",
+    )
+
+
+def test_a_step_of_another_place_or_run_is_refused(directory):
+    path = directory / "steps/01/step.json"
+    content = path.read_text()
+    for change in ({"index": 2}, {"signature": "0" * 64}):
+        path.write_text(json.dumps(json.loads(content) | change))
+        refused(directory, r"steps/01/step.json: belongs to another run or step")
+
+
+def test_a_foreign_directory_among_the_steps_does_not_confuse(directory):
+    (directory / "steps/backup").mkdir()
+    (directory / "steps/backup/step.json").write_text("{}")
+    assert [step.index for step in finished(directory)] == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------------------------------ configuration
+def test_a_changed_configuration_is_refused(directory):
+    pattern = r"config.yaml: was changed after the run began .*; restore it, or move the directory away to start anew"
+    with pytest.raises(StoreError, match=pattern), make_store(directory, science=2):
+        pass
+    (directory / "config.yaml").write_text("science: 5\n")
+    refused(directory, pattern)
+    for content in (": :\n  - {", "", "[]", "device: cpu\n"):
+        (directory / "config.yaml").write_text(content)
+        refused(directory, r"config.yaml: was changed after the run began \(signature unreadab")
+
+
+@pytest.mark.parametrize(
+    "damaged", [lambda content: content.replace(b"cpu", b"gpu"), lambda content: content[:-1]]
+)
+def test_damage_outside_the_science_is_refused_too(directory, damaged):
+    path = directory / "config.yaml"
+    path.write_bytes(damaged(path.read_bytes()))
+    refused(
+        directory,
+        r"config.yaml: was changed after the run began \(its sha256 does not fit\); restore it",
+    )
+
+
+def test_what_is_not_science_may_change(directory):
+    (directory / "config.yaml").write_text("science: 1\ndevice: cuda\n")
+    assert len(finished(directory)) == 3
+
+
+# --------------------------------------------------------------------------------------------------------------- lock
+def test_a_second_holder_is_refused_until_the_first_lets_go(directory):
+    with (
+        make_store(directory),
+        pytest.raises(StoreError, match=r"run: another process is writing this run"),
+        make_store(directory),
+    ):
+        pass
+    assert len(finished(directory)) == 3
+
+
+def test_the_lock_is_let_go_when_the_configuration_is_refused(directory):
+    with pytest.raises(StoreError, match=r"config.yaml"), make_store(directory, science=2):
+        pass
+    assert len(finished(directory)) == 3
+
+
+# -------------------------------------------------------------------------------------------------------------- delta
+def test_read_delta_checks_names_and_shapes(tmp_path):
+    path = tmp_path / "delta.safetensors"
+    safetensors.torch.save_file({"a": torch.tensor([[1.0, 2.0]])}, path)
+    assert read_delta(path, {"a": torch.zeros(1, 2)})["a"].tolist() == [[1.0, 2.0]]
+    for params in (
+        {"a": torch.zeros(2, 1)},
+        {"b": torch.zeros(1, 2)},
+        {},
+        {"a": torch.zeros(1, 2), "b": torch.zeros(1)},
+    ):
+        with pytest.raises(
+            StoreError, match=r"holds other weights than this run trains \(e.g. [ab]\)"
+        ):
+            read_delta(path, params)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(StoreError, match=r"delta.safetensors: cannot be read \("):
+        read_delta(path, {"a": torch.zeros(1, 2)})
+
+
+# -------------------------------------------------------------------------------------------------------------- cache
+KEY = {"model": "m", "prompts": ["a", "b"], "guidance": 2.5}
+
+
+def test_cache_gives_back_what_was_put(tmp_path):
+    cache = Cache(tmp_path)
+    assert cache.fetch("anchors", KEY) is None
+    cache.put("anchors", KEY, {"latents": b"123", "names": b"ab"})
+    assert cache.fetch("anchors", KEY) == {"latents": b"123", "names": b"ab"}
+    assert cache.fetch("base_eval", KEY) is None
+    assert cache.fetch("anchors", KEY | {"guidance": 2.6}) is None
+
+
+def damage_index(content: str):
+    return lambda directory: (directory / "index.json").write_text(content)
+
+
+def truncate(directory) -> None:
+    (directory / "latents").write_bytes(b"12")
+
+
+def flip(directory) -> None:
+    (directory / "latents").write_bytes(b"122")
+
+
+def delete(directory) -> None:
+    (directory / "latents").unlink()
+
+
+DAMAGE = {"truncated": truncate, "flipped": flip, "deleted": delete} | {
+    f"index {content}": damage_index(content)
+    for content in (
+        "",
+        "{",
+        "[]",
+        "{}",
+        "5",
+        "null",
+        '{"files": {}}',
+        '{"files": {"latents": "0"}}',
+        '{"key": {}, "files": {}}',
+    )
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_cache_entry_is_ignored_and_filled_again(tmp_path, kind):
+    cache = Cache(tmp_path)
+    cache.put("anchors", KEY, {"latents": b"123"})
+    (entry,) = (tmp_path / "anchors").iterdir()
+    DAMAGE[kind](entry)
+    assert cache.fetch("anchors", KEY) is None
+    cache.put("anchors", KEY, {"latents": b"123"})
+    assert cache.fetch("anchors", KEY) == {"latents": b"123"}

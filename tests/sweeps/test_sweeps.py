@@ -1,0 +1,288 @@
+"""cu-sweep status: what became of every job of a sweep, and the notes that a sweep leaves before its jobs begin."""
+
+import json
+import os
+import shlex
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SMOKE, command, environment
+from filelock import FileLock
+from submitit.core.utils import UncompletedJobError
+
+from cu_runner.cli.failures import explain_error
+from cu_runner.cli.sweep import main
+from cu_runner.store.layout import JOB, SWEEP
+from cu_runner.store.run_record import find_runs
+from cu_runner.sweeps.status import read_sweep
+
+SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+
+
+@pytest.fixture
+def status(call_command):
+    """Returns status(*arguments) -> (exit status, stdout, stderr) of `cu-sweep status`."""
+    return lambda *arguments: call_command(main, "cu-sweep", "status", *arguments)
+
+
+@pytest.fixture
+def make_sweep(tmp_path):
+    """Returns make(number, launcher) -> folder of a sweep whose jobs were submitted and have not begun."""
+
+    def make(number: int, launcher: str = "basic.BasicLauncher") -> Path:
+        folder = tmp_path / "sweep"
+        for index in range(number):
+            (folder / str(index)).mkdir(parents=True)
+            note = {
+                "command": ["cu-run", f"seed={index}"],
+                "git_commit": None,
+                "run": str(tmp_path / f"runs/{index}"),
+            }
+            (folder / str(index) / JOB).write_text(json.dumps(note | {"signature": "0" * 64}))
+        (folder / SWEEP).write_text(
+            json.dumps(
+                {"command": ["cu-run", "-m", "seed=0,1"], "launcher": launcher, "git_commit": None}
+            )
+        )
+        return folder
+
+    return make
+
+
+def finish(run: Path, sha256: str = "a") -> None:
+    (run / "steps/02").mkdir(parents=True, exist_ok=True)
+    (run / "steps/02/step.json").write_text(json.dumps({"sha256": sha256}))
+    (run / "summary.json").write_text(json.dumps({"sha256": "a"}))
+
+
+def test_a_real_sweep_with_a_job_that_cannot_run(in_process, run_copy, status, tmp_path):
+    assert in_process("-m", *SMOKE, "seed=0,-1")[0] == 2
+    (folder,) = (tmp_path / "outputs/sweeps").iterdir()
+    code, out, err = status(folder)
+    assert (code, err) == (1, "")
+    lines = out.splitlines()
+    assert lines[0] == f"   0  done     {shlex.join(SMOKE)} seed=0"
+    assert (
+        lines[1]
+        == f"   1  failed   {shlex.join(SMOKE)} seed=-1  (seed=-1: input should be greater than or equal to 0)"
+    )
+    assert lines[2] == "2 jobs: 1 done, 1 failed"
+    assert lines[5] == f"  cu-run {shlex.join(SMOKE)} seed=-1"
+    assert lines[7] == f"  cu-run -m {shlex.join(SMOKE)} seed=0,-1"
+    assert find_runs([folder]) == [run_copy]  # the job without a run is left out of a report
+
+    (run_copy / "summary.json").unlink()
+    assert status(folder)[1].startswith("   0  failed   ")
+    command = shlex.split(lines[5])[1:]
+    assert (
+        in_process(*command)[2] == "cu-run: seed=-1: input should be greater than or equal to 0\n"
+    )
+
+
+def test_jobs_in_processes_of_their_own_that_fail_are_no_success(run_copy, tmp_path):
+    """Through submitit: the statuses of its jobs are not those of the process that submits."""
+    arguments = [*command(), "-m", "hydra/launcher=local_processes", *SMOKE, "seed=0,-1"]
+    done = subprocess.run(
+        arguments,
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    (folder,) = (tmp_path / "outputs/sweeps").iterdir()
+    said = "1 of 2 jobs did not end well, the first: seed=-1: input should be greater than or equal to 0"
+    assert done.stderr == f"cu-run: {said}; see `cu-sweep status {folder.relative_to(tmp_path)}`\n"
+    assert done.returncode == 1
+
+
+def test_listed_jobs(in_process, run_copy, tmp_path):
+    (tmp_path / "jobs.json").write_text(json.dumps([["seed=0"], ["seed=-1"]]))
+    listed = ["hydra/sweeper=listed", "hydra.sweeper.file=jobs.json"]
+    status, out, err = in_process("-m", *listed, *SMOKE)
+    assert (status, err) == (2, "cu-run: seed=-1: input should be greater than or equal to 0\n")
+    assert run_copy.name in out  # the finished run of the first job
+    (folder,) = (tmp_path / "outputs/sweeps").iterdir()
+    jobs = read_sweep(folder)
+    assert [(job.state, job.command[-1]) for job in jobs] == [
+        ("done", SMOKE[-1]),
+        ("failed", SMOKE[-1]),
+    ]
+    assert [job.command[1] for job in jobs] == ["seed=0", "seed=-1"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "hydra.sweeper.file=jobs.json: cannot be read as JSON"),
+        ("[[", "hydra.sweeper.file=jobs.json: cannot be read as JSON"),
+        ('{"a": 1}', "jobs.json"),
+        ("[]", "jobs.json: lists no job"),
+        ('[["seed=0,1"]]', "jobs.json: seed=0,1 is several jobs; list each of them"),
+        (
+            '[["allow_modules=[evil]"]]',
+            "jobs.json: allow_modules=[evil] can run code; only the command line may set it",
+        ),
+    ],
+)
+def test_a_wrong_list_of_jobs_is_one_line(in_process, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "jobs.json").write_text(content)
+    status, _, err = in_process(
+        "-m", "hydra/sweeper=listed", "hydra.sweeper.file=jobs.json", *SMOKE
+    )
+    assert status == 2
+    assert err.startswith(f"cu-run: {message}")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_machine_without_slurm(tmp_path):
+    place = {name: value for name, value in environment().items() if name != "PATH"} | {
+        "PATH": "/nowhere"
+    }
+    arguments = [*command(), "-m", "hydra/launcher=slurm", *SMOKE, "seed=0"]
+    done = subprocess.run(
+        arguments, cwd=tmp_path, env=place, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("cu-run: the launcher says: Could not detect")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_job_that_was_killed_is_one_line_for_the_submitter():
+    error = launcher_error(
+        UncompletedJobError("Job (task=0) failed during processing with trace:\n-----\nTraceback")
+    )
+    status, line = explain_error(error, [])
+    assert status == 1
+    assert line.startswith("the launcher says: Job (task=0) failed during processing")
+    assert "\n" not in line
+
+
+def launcher_error(error: Exception) -> Exception:
+    """An error as if submitit had raised it."""
+    try:
+        exec(
+            compile("raise error", "submitit", "exec"),
+            {"__name__": "submitit.core.core", "error": error},
+        )
+    except Exception as raised:
+        return raised
+
+
+def test_a_queue_that_does_not_answer(make_sweep, status, tmp_path, monkeypatch):
+    folder = make_sweep(1, SLURM)
+    monkeypatch.setattr("cu_runner.sweeps.status.shutil.which", lambda _: "squeue")
+
+    def hang(*arguments, timeout, **_):
+        raise subprocess.TimeoutExpired(arguments, timeout)
+
+    monkeypatch.setattr("cu_runner.sweeps.status.subprocess.run", hang)
+    assert status(folder)[::2] == (
+        2,
+        "cu-sweep: squeue: gave no answer within a minute; try again when SLURM's controller is well\n",
+    )
+
+
+def test_a_failure_of_a_run_is_noted_in_one_line(in_process, run_copy, status, tmp_path):
+    (run_copy / "steps/01/step.json").write_text("{")
+    assert in_process("-m", *SMOKE, "seed=0")[0] == 1
+    (folder,) = (tmp_path / "outputs/sweeps").iterdir()
+    (job,) = read_sweep(folder)
+    assert job.state == "failed"
+    assert "steps/01/step.json: cannot be read" in job.why
+    assert status(folder)[0] == 1
+
+
+def test_notes_hold_what_a_job_needs_and_a_dry_run_leaves_none(in_process, run_copy, tmp_path):
+    (tmp_path / "tree/experiment").mkdir(parents=True)
+    (tmp_path / "tree/experiment/mine.yaml").write_text("# @package _global_\ndevice: cpu\n")
+    tree = f"--config-dir={tmp_path}/tree"
+    assert in_process("-m", tree, *SMOKE, "experiment=mine")[0] == 0
+    (path,) = (tmp_path / "outputs/sweeps").glob(f"*/0/{JOB}")
+    note = json.loads(path.read_text())
+    assert note["command"] == ["cu-run", tree, *SMOKE, "experiment=mine"]
+    assert note["run"] == str(run_copy)
+    assert note["signature"][:8] == run_copy.name[-8:]
+    assert json.loads((path.parents[1] / SWEEP).read_text())["command"] == [
+        "cu-run",
+        "-m",
+        tree,
+        *SMOKE,
+        "experiment=mine",
+    ]
+    assert in_process("-m", *SMOKE, "dry_run=true", "seed=0,1")[0] == 0
+    assert len(list((tmp_path / "outputs/sweeps").glob(f"*/*/{JOB}"))) == 1
+
+
+def test_running_is_a_held_lock(make_sweep, status, tmp_path):
+    folder = make_sweep(3)
+    finish(tmp_path / "runs/0")
+    finish(tmp_path / "runs/1", sha256="b")  # a step after the summary
+    (tmp_path / "runs/2").mkdir()
+    with FileLock(tmp_path / "runs/1/.lock"):
+        assert [job.state for job in read_sweep(folder)] == ["done", "running", "pending"]
+        assert status(folder)[0] == 0
+    (tmp_path / "runs/1/run.log").write_text("2026 INFO begun\n2026 INFO  1/2  ember stripe\n\n")
+    jobs = read_sweep(folder)
+    assert [job.state for job in jobs] == ["done", "failed", "pending"]
+    assert (
+        jobs[1].why == "ended without a message; last line of run.log: 2026 INFO  1/2  ember stripe"
+    )
+    os.utime(tmp_path / "runs/1/run.log", (0, 0))  # of an earlier attempt, outside this sweep
+    assert read_sweep(folder)[1].state == "pending"
+
+
+def test_jobs_in_slurms_queue(make_sweep, tmp_path, monkeypatch):
+    folder = make_sweep(4, SLURM)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/squeue").write_text("#!/bin/sh\necho 77_0 PENDING\necho 77_1 RUNNING\n")
+    (tmp_path / "bin/squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    for index in range(4):
+        (folder / f".submitit/77_{index}").mkdir(parents=True)
+    log = folder / ".submitit/77_2/77_2_0_log.err"
+    log.write_text(
+        "slurmstepd: error: *** JOB 79 ON node CANCELLED AT 2026 DUE TO TIME LIMIT ***\n"
+    )
+    jobs = read_sweep(folder)
+    assert [job.state for job in jobs] == ["queued", "running", "failed", "pending"]
+    assert jobs[2].why.endswith(
+        "last line of 77_2_0_log.err: slurmstepd: error: *** JOB 79 ON node CANCELLED AT 2026 DUE TO TIME LIMIT ***"
+    )
+    (tmp_path / "bin/squeue").write_text(
+        "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact controller' >&2\nexit 1\n"
+    )
+    with pytest.raises(ValueError, match="squeue: slurm_load_jobs error"):
+        read_sweep(folder)
+
+
+def test_hundreds_of_jobs_take_less_than_a_second(make_sweep, status, tmp_path):
+    folder = make_sweep(400)
+    for index in range(200):
+        finish(tmp_path / f"runs/{index}")
+    started = time.process_time()
+    code, out, _ = status(folder, "--json")
+    assert time.process_time() - started < 1
+    jobs = json.loads(out)
+    assert code == 0
+    assert [job["number"] for job in jobs] == list(range(400))
+    assert [job["state"] for job in jobs] == ["done"] * 200 + ["pending"] * 200
+    assert jobs[399]["command"] == ["cu-run", "seed=399"]
+
+
+def test_a_folder_that_is_no_sweep(status, make_sweep, tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        code, out, err = status(folder)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert f"{folder}/sweep.json: cannot be read" in err
+    folder = make_sweep(1)
+    (folder / "0" / JOB).write_text("[")
+    assert (
+        status(folder)[2]
+        == f"cu-sweep: {folder}/0/job.json: cannot be read; give the folder of a sweep, outputs/sweeps/DATE\n"
+    )
