@@ -71,7 +71,7 @@ class EraseDiff(Method[EraseDiffBatch]):
         inner_lr: StepSize = 1e-5,
         unrelated: str | None = None,
         num_images: PositiveInt = 200,
-        retain: RetainSet = RetainSet(),  # noqa: B008, frozen
+        retain: RetainSet = RetainSet(),
         params: ParameterGroup = "kv_xattn",
     ) -> None:
         """

@@ -61,8 +61,8 @@ class ForwardKL(PrimalDual[DataBatch]):
         ascent_ratio: PositiveFloat = 1.0,
         num_images: PositiveInt = 200,
         num_fresh: PositiveInt = 40,
-        retain: RetainSet = RetainSet(),  # noqa: B008, frozen
-        dual: DualAscent = DualAscent(),  # noqa: B008, frozen
+        retain: RetainSet = RetainSet(),
+        dual: DualAscent = DualAscent(),
         params: ParameterGroup = "kv_xattn",
     ) -> None:
         """

@@ -27,7 +27,7 @@ class GradientAscent(Method[ForgetBatch]):
         self,
         retain_weight: NonNegativeFloat = 0.0,
         num_images: PositiveInt = 200,
-        retain: RetainSet = RetainSet(),  # noqa: B008, frozen
+        retain: RetainSet = RetainSet(),
         params: ParameterGroup = "kv_xattn",
     ) -> None:
         """

@@ -96,8 +96,8 @@ class Likelihood(PrimalDual[SampledBatch]):
         guidance: Annotated[float, Field(ge=1)] = 1.0,
         retain_weight: NonNegativeFloat = 10.0,
         retain_loss: Literal["teacher", "diffusion"] = "teacher",
-        retain: RetainSet = RetainSet(),  # noqa: B008, frozen
-        dual: DualAscent = DualAscent(),  # noqa: B008, frozen
+        retain: RetainSet = RetainSet(),
+        dual: DualAscent = DualAscent(),
         params: ParameterGroup = "kv_xattn",
     ) -> None:
         """

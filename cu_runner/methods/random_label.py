@@ -36,7 +36,7 @@ class RandomLabel(Method[ForgetBatch]):
         label: Literal["name", "prompt"] = "name",
         retain_weight: NonNegativeFloat = 0.1,
         num_images: PositiveInt = 200,
-        retain: RetainSet = RetainSet(),  # noqa: B008, frozen
+        retain: RetainSet = RetainSet(),
         params: ParameterGroup = "kv_xattn",
     ) -> None:
         """

@@ -72,7 +72,7 @@ class RGD(Method[ForgetBatch]):
         templates: Annotated[str, Field(min_length=1)] = "scenes_with_concept",
         num_prompts: PositiveInt = 100,
         num_images: PositiveInt = 200,
-        retain: RetainSet = RetainSet(),  # noqa: B008, frozen
+        retain: RetainSet = RetainSet(),
         params: ParameterGroup = "kv_xattn",
     ) -> None:
         """

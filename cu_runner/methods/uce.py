@@ -45,7 +45,7 @@ class UCE(Method[TextPairs]):
         self,
         preserve: NonNegativeFloat = 1.0,
         ridge: NonNegativeFloat = 0.5,
-        retain: RetainSet = RetainSet(),  # noqa: B008, frozen
+        retain: RetainSet = RetainSet(),
         params: Literal["kv_xattn"] = "kv_xattn",
     ) -> None:
         """

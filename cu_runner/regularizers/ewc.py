@@ -65,7 +65,7 @@ class EWC(Regularizer):
         num_batches: PositiveInt = 200,
         batch_size: PositiveInt = 1,
         anchor: Literal["previous", "base"] = "previous",
-        retain: RetainSet = RetainSet(),  # noqa: B008, frozen
+        retain: RetainSet = RetainSet(),
     ) -> None:
         """
         Args:

@@ -76,7 +76,7 @@ class GradProj(Regularizer):
     def __init__(
         self,
         apply: Literal["gradient", "update"] = "gradient",
-        auxiliary: NameSource = NameSource(),  # noqa: B008, frozen
+        auxiliary: NameSource = NameSource(),
         threshold: Annotated[float, Field(gt=0, le=1)] = 0.95,
         tokens: Literal["own", "all"] = "own",
         contexts: tuple[str, ...] | None = ("{concept}",),

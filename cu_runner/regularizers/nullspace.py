@@ -95,7 +95,7 @@ class NullSpace(Regularizer):
         scaled: bool = True,
         sources: tuple[Literal["names", "anchors", "empty"], ...] = ("names", "anchors", "empty"),
         file: str | None = None,
-        names: NameSource = NameSource(),  # noqa: B008, frozen
+        names: NameSource = NameSource(),
         contexts: tuple[str, ...] | None = None,
         prompts: PositiveInt = 2000,
         earlier: NonNegativeInt = 1,

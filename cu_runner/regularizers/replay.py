@@ -32,7 +32,7 @@ class Replay(Regularizer):
         weight: NonNegativeFloat,
         loss: Literal["model", "noise"] = "model",
         batch_size: PositiveInt | None = None,
-        retain: RetainSet = RetainSet(),  # noqa: B008, frozen
+        retain: RetainSet = RetainSet(),
     ) -> None:
         """
         Args:
