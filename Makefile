@@ -43,8 +43,10 @@ test-slurm: setup  ## sweeps on a SLURM of one node: pre-empted, out of time, ca
 test-faults: setup  ## two hundred kills, damage of every file, a full disk at every write; prints the counts
 	@$(BIN)/python -m pytest -m faults tests
 
-lint: setup  ## ruff
+lint: setup  ## ruff, import-linter and mypy; mypy reads torch's types once, for minutes, and then takes seconds
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/mypy
 
 bench: setup  ## images/s, training steps/s, seconds per request, start-up times, accuracy of the fast path, peak memory
 	@$(BIN)/python scripts/bench.py
