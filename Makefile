@@ -45,7 +45,7 @@ test-faults: setup  ## two hundred kills, damage of every file, a full disk at e
 
 lint: setup  ## ruff, import-linter and mypy; mypy reads torch's types once, for minutes, and then takes seconds
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/lint-imports
 	@$(BIN)/mypy
 
 bench: setup  ## images/s, training steps/s, seconds per request, start-up times, accuracy of the fast path, peak memory

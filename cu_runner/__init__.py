@@ -1,3 +1,73 @@
-"""cu_runner: continual unlearning for text-to-image diffusion models, measured after every request."""
+"""cu_runner: continual unlearning for text-to-image models, measured after every request.
 
-__version__ = "0.1.0"
+What stands in __all__ is the public interface for Python; each name is imported when it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cu_runner.concepts.requests import Request, plan_requests
+    from cu_runner.concepts.sequence import Concept, Sequence, make_sequence
+    from cu_runner.evaluators.base import Evaluator, Prediction
+    from cu_runner.evaluators.evaluate import evaluate
+    from cu_runner.evaluators.metrics import metrics
+    from cu_runner.methods.base import Method
+    from cu_runner.models.diffusion import DiffusionModel, load_model
+    from cu_runner.regularizers.base import Regularizer
+    from cu_runner.request.scope import Scope
+    from cu_runner.retention.base import Retention
+    from cu_runner.runner.training import erase
+    from cu_runner.schema.settings import EvalSettings, Sampler, TrainSettings
+    from cu_runner.store.run_record import RunRecord, find_runs, read_run
+
+__version__ = "0.2.0"
+__all__ = [
+    "Concept",
+    "DiffusionModel",
+    "EvalSettings",
+    "Evaluator",
+    "Method",
+    "Prediction",
+    "Regularizer",
+    "Request",
+    "Retention",
+    "RunRecord",
+    "Sampler",
+    "Scope",
+    "Sequence",
+    "TrainSettings",
+    "__version__",
+    "erase",
+    "evaluate",
+    "find_runs",
+    "load_model",
+    "make_sequence",
+    "metrics",
+    "plan_requests",
+    "read_run",
+]
+_MODULES = {
+    "concepts.requests": ("Request", "plan_requests"),
+    "concepts.sequence": ("Concept", "Sequence", "make_sequence"),
+    "evaluators.base": ("Evaluator", "Prediction"),
+    "evaluators.evaluate": ("evaluate",),
+    "evaluators.metrics": ("metrics",),
+    "methods.base": ("Method",),
+    "models.diffusion": ("DiffusionModel", "load_model"),
+    "regularizers.base": ("Regularizer",),
+    "request.scope": ("Scope",),
+    "retention.base": ("Retention",),
+    "runner.training": ("erase",),
+    "schema.settings": ("EvalSettings", "Sampler", "TrainSettings"),
+    "store.run_record": ("RunRecord", "find_runs", "read_run"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cu_runner' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"cu_runner.{_HOMES[name]}"), name)
