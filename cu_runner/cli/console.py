@@ -1,4 +1,4 @@
-"""What the commands share as processes: a device, quiet libraries, the log, and one line for a failure that a user can mend."""
+"""What the commands share: options, quiet libraries, the log."""
 
 from __future__ import annotations
 
@@ -6,55 +6,54 @@ import argparse
 import contextlib
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from cu_runner import __version__
+from cu_runner.runtime.lazy import diffusers, transformers
 from cu_runner.schema.secrets import redact
+
+NOISY = ("transformers", "diffusers", "torch", "accelerate", "huggingface_hub", "filelock", "wandb")
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; options and overrides may stand in any order."""
+    """An argument parser that says what is wrong in one line, and knows --version."""
+
+    def __init__(self, prog: str, description: str | None = None, **options: object) -> None:
+        """Take the command's name, and the first line of its module's docstring."""
+        first = (description or "").partition("\n")[0]
+        super().__init__(prog=prog, description=first or None, **options)  # type: ignore[arg-type]
+        self.add_argument("--version", action="version", version=f"{prog} {__version__}")
 
     def error(self, message: str) -> NoReturn:
+        """Print one line and exit with status 2."""
         self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` lists every option\n")
 
 
 def whole_number(text: str) -> int:
-    """A number from 1 on, as the value of an option."""
+    """Read a number from 1 on, as the value of an option."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
 
 
 def quiet_libraries() -> None:
-    """A normal run prints our lines only."""
-    import warnings
-
+    """Silence the libraries that load models: a normal run prints our lines only."""
     warnings.filterwarnings("ignore")
-    for name in (
-        "transformers",
-        "diffusers",
-        "torch",
-        "accelerate",
-        "huggingface_hub",
-        "filelock",
-        "wandb",
-    ):
+    for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
-    import diffusers
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
-class Line(logging.Formatter):
-    """A line of the log without secrets of the environment, which an error of a library may quote."""
+class RedactingFormatter(logging.Formatter):
+    """Lines of the log without secrets of the environment, which a library's error may quote."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
         return redact(super().format(record))
 
 
@@ -63,8 +62,8 @@ def logging_to(path: Path) -> Iterator[None]:
     """Send the package's log to the terminal, plain, and to run.log with the time."""
     package = logging.getLogger("cu_runner")
     terminal, file = logging.StreamHandler(sys.stdout), logging.FileHandler(path, encoding="utf-8")
-    terminal.setFormatter(Line("%(message)s"))
-    file.setFormatter(Line("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    terminal.setFormatter(RedactingFormatter("%(message)s"))
+    file.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     package.setLevel(logging.INFO)
     package.propagate = False
     package.addHandler(terminal)
@@ -72,11 +71,8 @@ def logging_to(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        file.handle(
-            package.makeRecord(
-                __name__, logging.ERROR, "", 0, "stopped by %r", (error,), sys.exc_info()
-            )
-        )
+        said = ("stopped by %r", (error,), sys.exc_info())
+        file.handle(package.makeRecord(__name__, logging.ERROR, "", 0, *said))
         raise
     finally:
         package.removeHandler(terminal)

@@ -1,4 +1,4 @@
-"""Every failure that a user can mend as one line: what was wrong, what is allowed, how to fix it."""
+"""A failure that a user can mend, as one line: what was wrong, what is allowed, how to fix it."""
 
 from __future__ import annotations
 
@@ -7,24 +7,39 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from cu_runner.runtime.paths import GROUPS, config_dir
 from cu_runner.runtime.signals import Stopped
-from cu_runner.schema.errors import first_line, one_line
+from cu_runner.schema.errors import (
+    LaunchError,
+    SamplingError,
+    StoreError,
+    TrainingError,
+    first_line,
+    one_line,
+)
 from cu_runner.schema.secrets import redact
+from cu_runner.schema.values import ConfigTree
 
 LAUNCHERS = ("submitit", "hydra_plugins")  # what submits the jobs of a sweep, and waits for them
-
-
 READERS = ("hydra", "omegaconf", "antlr4", "yaml")  # what reads a user's configuration
+OURS = (StoreError, TrainingError, SamplingError, LaunchError)
+NOISE = re.compile(
+    r" Config search path:| See https://| full_key:"
+    r"| Set the environment variable HYDRA_FULL_ERROR"
+)
 
 
 def explain_error(error: Exception, overrides: list[str]) -> tuple[int, str]:
-    """Exit status (2 configuration, 1 run) and message; raises the error again if it is not one that a user can mend.
+    """Return the exit status (2 configuration, 1 run) and the message of what a user can mend.
 
-    overrides: the command line, to name what a mistyped choice or key may be.
+    What a user cannot mend is raised again.
+
+    Args:
+        overrides: the command line, to name what a mistyped choice or key may be.
     """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -37,117 +52,87 @@ def explain_error(error: Exception, overrides: list[str]) -> tuple[int, str]:
         return 1, "whatever read the output has ended (a pipe); what was done is kept"
     if isinstance(error, OSError) and error.errno is not None:
         place = f"{error.filename}: " if error.filename else ""
-        setting = (
-            "--output"
-            if any(entry.partition("=")[0] == "--output" for entry in overrides)
-            else "paths.outputs"
-        )
-        return (
-            1,
-            f"{place}{error.strerror}; mend that or choose another {setting}, then run the same command to resume",
-        )
+        output = any(entry.partition("=")[0] == "--output" for entry in overrides)
+        mend = f"mend that or choose another {'--output' if output else 'paths.outputs'}"
+        return 1, f"{place}{error.strerror}; {mend}, then run the same command to resume"
     if isinstance(error, ValueError):
         return 2, one_line(error)
     if raised_by(error) in LAUNCHERS:
-        said = f"the launcher says: {first_line(error)}"
-        return (
-            1,
-            f"{said}; jobs that it began go on; `cu-sweep status outputs/sweeps/DATE` tells what became of each",
+        return 1, (
+            f"the launcher says: {first_line(error)}; jobs that it began go on; "
+            "`cu-sweep status outputs/sweeps/DATE` tells what became of each"
         )
-    if isinstance(error, RuntimeError):
-        if type(error).__name__ == "OutOfMemoryError":
-            less = "train.gradient_checkpointing=true and a lower eval.batch_size need less of it and resume this run"
-            return 1, f"out of GPU memory; {less}; a lower train.batch_size begins another"
-        from cu_runner.schema.errors import LaunchError, SamplingError, StoreError, TrainingError
-
-        if isinstance(error, StoreError | TrainingError | SamplingError | LaunchError):
-            return 1, one_line(error)
-    if (
-        raised_by(error) in READERS
-    ):  # an assertion, a KeyError, ... on input that they did not expect
-        return (
-            2,
-            f"the configuration cannot be composed ({type(error).__name__}: {one_line(error)}); `cu-run --help` shows the form",
+    if isinstance(error, RuntimeError) and type(error).__name__ == "OutOfMemoryError":
+        return 1, (
+            "out of GPU memory; train.gradient_checkpointing=true and a lower eval.batch_size need "
+            "less of it and resume this run; a lower train.batch_size begins another"
         )
+    if isinstance(error, OURS):
+        return 1, one_line(error)
+    if raised_by(error) in READERS:  # an assertion, a KeyError, ... on unexpected input
+        said = f"{type(error).__name__}: {one_line(error)}"
+        return 2, f"the configuration cannot be composed ({said}); `cu-run --help` shows the form"
     raise error
 
 
 def raised_by(error: BaseException) -> str:
-    """The package in whose code an exception was raised."""
+    """Return the package in whose code an exception was raised."""
     trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
+    if trace is None:
+        return ""
+    while trace.tb_next is not None:
         trace = trace.tb_next
-    return (
-        str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
-        if trace is not None
-        else ""
-    )
+    return str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def explain_hydra(text: str, overrides: list[str]) -> str:
-    """Hydra's message in our words where it has a frequent cause, else its own without the noise."""
+    """Return Hydra's message in our words where its cause is frequent, else without its noise."""
     if found := re.search(r"Could not (?:find|load) '((?:hydra/)?\w+)/([^']+)'", text):
         group, name = found.groups()
-        names = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
-        return f"{group}={name}: no such file in conf/{group}; allowed: {', '.join(names) or 'none ships yet'}"
+        known = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+        allowed = ", ".join(known) or "none ships yet"
+        return f"{group}={name}: no such file in conf/{group}; allowed: {allowed}"
     if found := re.search(r"Could not override '([\w.]+)'", text):
         key = found[1]
         if key in GROUPS:  # a group without a single file
-            return f"{next(entry for entry in overrides if entry.startswith(key))}: conf/{key} holds no file yet"
-        allowed = sibling_keys(key, overrides)
-        return (
-            f"unknown key {key}; allowed: {', '.join(allowed)}"
-            if allowed
-            else f"unknown key {key}; `cu-run --cfg job` prints every key"
-        )
+            given = next(entry for entry in overrides if entry.startswith(key))
+            return f"{given}: conf/{key} holds no file yet"
+        if beside := sibling_keys(key, overrides):
+            return f"unknown key {key}; allowed: {', '.join(beside)}"
+        return f"unknown key {key}; `cu-run --cfg job` prints every key"
     if found := re.search(r"Key '(\w+)' is not in struct", text):
         return f"{found[1]}: choose one file, as in {found[1]}=NAME; only reg takes a list"
-    if cause := text.partition(" raised while resolving interpolation: ")[
-        2
-    ]:  # of one of our own resolvers
-        text = cause
-    for noise in (
-        " Config search path:",
-        " See https://",
-        " full_key:",
-        " Set the environment variable HYDRA_FULL_ERROR",
-    ):
-        text = text.partition(noise)[0]
+    # one of our own resolvers may have raised it
+    text = text.partition(" raised while resolving interpolation: ")[2] or text
+    text = NOISE.split(text)[0]
     return f"{text}; overrides are KEY=VALUE, `cu-run --help` lists every group and option"
 
 
 def sibling_keys(key: str, overrides: list[str]) -> list[str]:
-    """The keys that stand beside a mistyped one, in config.yaml or in the chosen file of its group; empty if unknown."""
+    """Return the keys beside a mistyped one, of config.yaml or its group's file; [] if unknown."""
     parents = key.split(".")[:-1]
     if not parents:
         return []
-    node = read(config_dir() / "config.yaml")
-    chosen = {
-        group: name
-        for default in node["defaults"]
-        if isinstance(default, dict)
-        for group, name in default.items()
-    }
+    node: Any = read(config_dir() / "config.yaml")
+    defaults = [entry for entry in node["defaults"] if isinstance(entry, dict)]
+    chosen = {group: name for entry in defaults for group, name in entry.items()}
     chosen |= dict(override.split("=", 1) for override in overrides if "=" in override)
     if parents[0] == "reg":
         if len(parents) == 1:
             return []
+        if parents[1] not in str(chosen["reg"]):
+            reg, name = chosen["reg"], parents[1]
+            return [f"none of reg.{name}.*, since reg={reg}; choose reg={name} first"]
         node = {"reg": read(config_dir() / "reg" / f"{parents[1]}.yaml")}
     elif parents[0] in chosen:
         node = {parents[0]: read(config_dir() / parents[0] / f"{chosen[parents[0]]}.yaml")}
     for parent in parents:
         node = node.get(parent) if isinstance(node, dict) else None
-    if parents[0] == "reg" and parents[1] not in str(chosen["reg"]):
-        return [
-            f"none of reg.{parents[1]}.*, since reg={chosen['reg']}; choose reg={parents[1]} first"
-        ]
-    return (
-        sorted(str(name) for name in node if name != "_target_") if isinstance(node, dict) else []
-    )
+    return sorted(map(str, set(node) - {"_target_"})) if isinstance(node, dict) else []
 
 
-def read(path: Path) -> dict[str, object]:
-    """A configuration file as plain values; empty if it is not one of ours."""
+def read(path: Path) -> ConfigTree:
+    """Return a configuration file as plain values; empty if it is not one of ours."""
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
@@ -155,35 +140,38 @@ def read(path: Path) -> dict[str, object]:
 def one_line_failures(
     program: str, statuses: list[int] | None = None, note: Callable[[str], None] | None = None
 ) -> Iterator[None]:
-    """Turn a failure that a user can mend into one line on stderr and an exit status: 2 bad input, 1 failed, 130 interrupted,
-    128 + its number for a signal that asked a run to stop.
+    """Turn a failure that a user can mend into one line on stderr and an exit status.
 
-    Anything else is ours and is raised. statuses: takes the status instead, so that the process goes on (a sweep). note: is told
-    the line, too.
+    2 is bad input, 1 a failed run, 130 interrupted, 128 + its number a signal that asked a run to
+    stop. Anything else is ours and is raised.
+
+    Args:
+        program: the command's name, at the start of the line.
+        statuses: takes the status instead, so that the process goes on (a sweep).
+        note: is told the line, too.
     """
+    again = "Run the same command again to"
     try:
         yield
     except Stopped as stopped:
-        print(
-            f"{program}: {stopped}; what was done is kept. Run the same command again to go on",
-            file=sys.stderr,
-            flush=True,
-        )
+        tell(f"{program}: {stopped}; what was done is kept. {again} go on")
         stopped.requeue()
         sys.exit(stopped.status)
     except KeyboardInterrupt:
-        print(
-            f"{program}: interrupted; finished requests are kept. Run the same command again to resume",
-            file=sys.stderr,
-        )
+        tell(f"{program}: interrupted; finished requests are kept. {again} resume")
         sys.exit(130)
     except Exception as error:
         status, message = explain_error(error, sys.argv[1:])
         if getattr(error, "told", False):  # by the first of several processes
             sys.exit(status)
-        print(redact(f"{program}: {message}"), file=sys.stderr, flush=True)
+        tell(f"{program}: {message}")
         if note is not None:
             note(redact(message))
         if statuses is None:
             sys.exit(status)
         statuses.append(status)
+
+
+def tell(line: str) -> None:
+    """Print a line on stderr, without secrets of the environment."""
+    print(redact(line), file=sys.stderr, flush=True)

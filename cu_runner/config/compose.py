@@ -8,56 +8,67 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from cu_runner.config.permissions import allowed_modules, refuse_unasked_pickles, searched_folders
-from cu_runner.config.resolvers import _choice, regularizer_cell, tuned_cell
+from cu_runner.config.resolvers import choice, regularizer_cell, tuned_cell
 from cu_runner.config.run_config import MISSING, RunConfig, check_run
 from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import ConfigError
 
 
 def compose(overrides: list[str]) -> RunConfig:
-    """The checked configuration that `cu-run` makes of a command line. Raises ConfigError, or an error of Hydra's own."""
+    """Return the checked configuration that `cu-run` makes of a command line.
+
+    Raises:
+        ConfigError: it cannot be run. An error of Hydra's own: it cannot be composed.
+    """
     searched_folders(overrides)
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = hydra.compose("config", overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(config)
-    return parse(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+    return parse(without_hydra(config))
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """Return a composed configuration without Hydra's own node."""
+    return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
 
 
 def parse(config: DictConfig) -> RunConfig:
     """Check a composed configuration. Raises ConfigError."""
+    overrides = list(HydraConfig.get().overrides.task)
     for group in {"reg", "tuned"} & set(config):
         if not isinstance(config[group], DictConfig):
             raise ConfigError(
                 f"{group}={config[group]}: is no mapping; a configuration file sets it as a whole"
             )
+    chosen = [override.partition("=")[0].lstrip("+") for override in overrides]
     for key in tuned_cell(config):
         if OmegaConf.select(config, key, default=MISSING) == MISSING:
             raise ConfigError(
-                f"conf/tuned: {key} is not a setting of this run; correct the name in the tuned file"
+                f"conf/tuned: {key} is not a setting of this run; "
+                "correct the name in the tuned file"
             )
-        chosen = [
-            override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task
-        ]
         if key not in chosen and not reads_tuned(config, key):
             raise ConfigError(
-                f"conf/tuned: {key} does not read its tuned value; write it as ${{tuned:{key},DEFAULT}} in its file"
+                f"conf/tuned: {key} does not read its tuned value; "
+                f"write it as ${{tuned:{key},DEFAULT}} in its file"
             )
     resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict)
     resolved.pop("tuned", None)
-    allowed = allowed_modules(list(HydraConfig.get().overrides.task))
+    allowed = allowed_modules(overrides)
     if list(allowed) != resolved.pop("allow_modules"):  # a file must not vouch for itself
         raise ConfigError(
             "allow_modules: set by a configuration file; only the command line may allow modules"
         )
-    refuse_unasked_pickles(resolved, list(HydraConfig.get().overrides.task))
+    refuse_unasked_pickles(resolved, overrides)
     tuned = not config.reg or "tuned" not in config or regularizer_cell(config) is not None
-    return check_run(resolved, _choice("method"), tuned, allowed)
+    return check_run(resolved, choice("method"), tuned, allowed)
 
 
 def reads_tuned(config: DictConfig, key: str) -> bool:
-    """True if the setting is written as `${tuned:KEY,default}` in its file."""
+    """Tell whether the setting is written as `${tuned:KEY,default}` in its file."""
     parent, _, last = key.rpartition(".")
     raw = OmegaConf.to_container(OmegaConf.select(config, parent), resolve=False)
+    assert isinstance(raw, dict)
     return str(raw[last]).startswith(f"${{tuned:{key},")

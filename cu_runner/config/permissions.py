@@ -1,10 +1,12 @@
-"""What a command line and the files that it brings in may do: no foreign code runs, and no secret is written, unasked.
+"""What a command line and the files that it brings in may do: run no foreign code, write no secret.
 
-A configuration file may come from somebody else. Whoever types the command is trusted, and so is conf/; other trees are not.
+A configuration file may come from somebody else. Whoever types the command is trusted, and so is
+conf/; other trees are not.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -21,16 +23,17 @@ from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.secrets import refuse_secrets
 from cu_runner.schema.validate import validate
-from cu_runner.schema.values import ConfigValue, walk_leaves
+from cu_runner.schema.values import ConfigTree, walk_leaves
 
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
 
 
 def check_command(arguments: list[str]) -> None:
-    """Refuse a command line of cu-run that would write a secret, or run code that a file brings along. Raises ConfigError.
+    """Refuse with ConfigError a command line that would write a secret or run a file's code.
 
-    Hydra itself instantiates what its own node names (callbacks, launchers, logging, a shell's set-up lines) before a job begins.
-    That node is for conf/ and for the command line; the trees of --config-dir and hydra.searchpath may not touch it.
+    Hydra itself instantiates what its own node names (callbacks, launchers, logging, a shell's
+    set-up lines) before a job begins. That node is for conf/ and the command line; the trees of
+    --config-dir and hydra.searchpath may not touch it.
     """
     refuse_secrets(
         (f"argument {number}", argument) for number, argument in enumerate(arguments, start=1)
@@ -44,7 +47,8 @@ def check_command(arguments: list[str]) -> None:
         )
     if options.config_path or options.config_name:
         raise ConfigError(
-            "--config-path and --config-name replace conf/config.yaml, which every run needs; add a tree by --config-dir"
+            "--config-path and --config-name replace conf/config.yaml, which every run needs; "
+            "add a tree by --config-dir"
         )
     if options.config_dir and not Path(options.config_dir).is_dir():
         raise ConfigError(f"--config-dir {options.config_dir}: no such directory")
@@ -59,19 +63,22 @@ def check_command(arguments: list[str]) -> None:
 
 
 def complain(message: str) -> NoReturn:
+    """Raise Hydra's complaint about the options as a ConfigError."""
     raise ConfigError(
         f"{message}; options stand together, before the overrides or after them (`cu-run --help`)"
     )
 
 
 def check_trees(loader: ConfigLoader, overrides: list[str], mode: RunMode) -> None:
-    """Raises ConfigError if a file outside conf/ that these overrides bring in sets anything of Hydra's own node."""
-    ours = next(source for source in loader.get_sources() if source.provider == "main")
-    others = [
-        source
-        for source in loader.get_sources()
-        if source.scheme() == "file" and source is not ours
-    ]
+    """Refuse with ConfigError a file outside conf/ that sets anything of Hydra's own node.
+
+    Args:
+        loader: knows conf/ and the tree of --config-dir.
+        overrides: bring files in, and with hydra.searchpath further trees.
+    """
+    sources = [source for source in loader.get_sources() if source.scheme() == "file"]
+    ours = next(source for source in sources if source.provider == "main")
+    others = [source for source in sources if source is not ours]
     others += [
         FileConfigSource("hydra.searchpath", folder) for folder in searched_folders(overrides)
     ]
@@ -85,62 +92,66 @@ def check_trees(loader: ConfigLoader, overrides: list[str], mode: RunMode) -> No
                 OmegaConf.update(placed, entry.package or "_", source.load_config(file).config)
                 if "hydra" in placed or "hydra" in placed["_"]:
                     raise ConfigError(
-                        f"{source.path}/{file}.yaml: sets hydra.*, which can run code; set it on the command line"
+                        f"{source.path}/{file}.yaml: sets hydra.*, which can run code; "
+                        "set it on the command line"
                     )
 
 
 def searched_folders(overrides: list[str]) -> list[str]:
-    """What hydra.searchpath names. Raises ConfigError for anything but folders: pkg:// would import a module."""
+    """Return what hydra.searchpath names; ConfigError for all but folders (pkg:// imports)."""
     folders: list[str] = []
-    for override in OverridesParser.create().parse_overrides(
-        [text for text in overrides if "searchpath" in text]
-    ):
+    asking = [text for text in overrides if "searchpath" in text]
+    for override in OverridesParser.create().parse_overrides(asking):
         if override.key_or_group == "hydra.searchpath":
             folders = validate(list[str], override.value(), "hydra.searchpath")
     for folder in folders:
         if "://" in folder and not folder.startswith("file://"):
             raise ConfigError(
-                f"hydra.searchpath: {folder} imports code; name a folder, as in hydra.searchpath=[file://DIR]"
+                f"hydra.searchpath: {folder} imports code; name a folder, "
+                "as in hydra.searchpath=[file://DIR]"
             )
     return folders
 
 
 def refuse_permissions(overrides: list[str], file: str) -> None:
-    """Raises ConfigError if overrides that a file brings allow modules or pickles, or set anything of Hydra's own node."""
+    """Refuse with ConfigError a file's overrides that allow modules or pickles, or set hydra.*."""
     for override in overrides:
         parsed = OverridesParser.create().parse_override(override)
-        places = [parsed.key_or_group, parsed.package or ""]
-        if "allow_" in override or any(
-            place.partition(".")[0].partition("/")[0] == "hydra" for place in places
-        ):
+        nodes = [
+            re.split(r"[./]", place)[0] for place in (parsed.key_or_group, parsed.package or "")
+        ]
+        if "allow_" in override or "hydra" in nodes:
             raise ConfigError(f"{file}: {override} can run code; only the command line may set it")
 
 
-def refuse_unasked_pickles(resolved: dict[str, ConfigValue], overrides: list[str]) -> None:
-    """Raises ConfigError if an allow_pickle names a file that the command line does not: a file must not vouch for itself."""
-    parsed = OverridesParser.create().parse_overrides(
-        [text for text in overrides if "allow_pickle" in text]
-    )
+def refuse_unasked_pickles(resolved: ConfigTree, overrides: list[str]) -> None:
+    """Refuse with ConfigError an allow_pickle that names a file which the command line does not.
+
+    A file must not vouch for itself.
+    """
+    asking = [text for text in overrides if "allow_pickle" in text]
     asked = [
         (override.key_or_group, {leaf for _, leaf in walk_leaves(override.value())})
-        for override in parsed
+        for override in OverridesParser.create().parse_overrides(asking)
     ]
     for path, file in walk_leaves(resolved):
         setting, found, _ = path.rpartition(".allow_pickle.")
         key = f"{setting}.allow_pickle"
-        if found and not any(
-            (key == asker or key.startswith(f"{asker}.")) and file in named
-            for asker, named in asked
-        ):
+        by_command = any(
+            f"{key}.".startswith(f"{asker}.") and file in named for asker, named in asked
+        )
+        if found and not by_command:
             raise ConfigError(
-                f"{key}: {file} is allowed by a file only; a pickle can run code: if you trust it, give {key}=[{file}]"
+                f"{key}: {file} is allowed by a file only; a pickle can run code: "
+                f"if you trust it, give {key}=[{file}]"
             )
 
 
 def allowed_modules(overrides: list[str]) -> tuple[str, ...]:
-    """The modules beside cu_runner whose classes a `_target_` may name, from a command line. Raises ConfigError.
+    """Return the modules beside cu_runner whose classes a `_target_` may name. Raises ConfigError.
 
-    It is a permission of whoever types the command, no setting: neither in config.yaml nor in the signature.
+    It is a permission of whoever types the command, no setting: neither in config.yaml nor in the
+    signature.
     """
     allowed: list[str] = []
     for override in OverridesParser.create().parse_overrides(overrides):
