@@ -23,8 +23,9 @@ from cu_runner.cli.failures import one_line_failures
 from cu_runner.config.compose import compose
 from cu_runner.config.revise import filled_in
 from cu_runner.config.run_config import RunConfig, check_run
+from cu_runner.retention.base import Retention
 from cu_runner.runner.preflight import check_plan
-from cu_runner.schema.errors import ModelError
+from cu_runner.schema.errors import ModelError, WeightFileError
 from cu_runner.store.archive import unpack
 from cu_runner.store.files import has_intact_header
 from cu_runner.store.layout import STEP
@@ -79,17 +80,23 @@ def examine_run(path: Path, quiet: bool) -> int:
 
 
 def verify_origin(directory: Path, plan: RunConfig) -> Iterable[Finding]:
-    """Whether the model and the evaluator of this configuration are those that the run began with."""
+    """Whether the model, the evaluator and what judges the retention are, by this configuration, those that the run began with."""
     record = parse_record(directory / "steps/00" / STEP)
     if record is None:  # said already
         return
-    for name, node in (("model", plan.model), ("evaluator", plan.evaluator)):
+    parts = {"model": plan.model, "evaluator": plan.evaluator}
+    if plan.retention is not None:
+        parts["retention"] = plan.retention
+    for name, node in parts.items():
         try:
-            found = node.build(device="cpu").fingerprint()
-        except (ModelError, OSError) as error:
+            part = node.build(device="cpu")
+            if isinstance(part, Retention):
+                part.load()
+            found = part.fingerprint()
+        except (ModelError, WeightFileError, OSError) as error:
             yield Finding(f"weights of the {name}", None, str(error).splitlines()[0])
             continue
-        same = found == record[f"{name}_sha256"]
+        same = found == record.get(f"{name}_sha256")
         yield Finding(
             f"weights of the {name}", same, "" if same else "are not those that the run began with"
         )

@@ -16,6 +16,7 @@ from cu_runner.config.permissions import allowed_modules, refuse_unasked_pickles
 from cu_runner.config.revise import revise
 from cu_runner.config.run_config import check_run
 from cu_runner.runner.remeasure import load, measure_again
+from cu_runner.store.directories import choose_directory, first_name
 from cu_runner.store.layout import EVALUATIONS
 from cu_runner.store.run_directory import RunStore
 from cu_runner.store.run_record import read_run
@@ -47,12 +48,17 @@ def main() -> None:
         revised = revise(run.config, arguments.overrides)
         refuse_unasked_pickles(revised, arguments.overrides)
         plan = check_run(revised, run.method, allowed=allowed)
-        directory = run.directory / EVALUATIONS / f"{run.directory.name[:-8]}{plan.signature[:8]}"
+        named = f"{first_name(run.directory.name)[:-8]}{plan.signature[:8]}"
+        directory = choose_directory(
+            run.directory / EVALUATIONS / named, plan.code, plan.spine.fresh
+        )
         complete = len(list((directory / "steps").glob("*/step.json"))) == len(run.records)
         instruments = (
             None if complete else load(run, plan)
         )  # what cannot be loaded leaves no directory behind
-        with RunStore(directory, plan.resolved, signature) as store:
+        with RunStore(
+            directory, plan.resolved, signature, plan.code, plan.spine.allow_other_code
+        ) as store:
             for step in measure_again(run, plan, store, instruments):
                 print(compare(run.records[step.index]["row"], step.row), flush=True)
             store.write_metrics([step.row for step in store.finished()])

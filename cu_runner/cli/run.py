@@ -78,10 +78,12 @@ def run_job(config: DictConfig) -> None:
     if plan.spine.dry_run:
         print(forecast(plan))
         return
-    note_job()
+    note_job(run=str(plan.directory.absolute()))
     with (
         StopSignals() as stop,
-        RunStore(plan.directory, plan.resolved, signature) as store,
+        RunStore(
+            plan.directory, plan.resolved, signature, plan.code, plan.spine.allow_other_code
+        ) as store,
         logging_to(plan.directory / "run.log")
         if distributed.is_main()
         else contextlib.nullcontext(),
@@ -162,7 +164,7 @@ def execute(plan: RunConfig, store: RunStore, outputs: Path, stop: StopSignals) 
         requests,
         plan.setting,
         store,
-        Cache(outputs / "cache"),
+        Cache(outputs / "cache", plan.code),
         tracker,
         spine.train,
         spine.anchors,

@@ -8,6 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cu_runner.config.run_config import CODE
 from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.values import ConfigValue
@@ -49,7 +50,7 @@ def revise(resolved: dict[str, ConfigValue], overrides: list[str]) -> dict[str, 
     Raises:
         ConfigError: a key that shaped the training, or one that is not there.
     """
-    config = OmegaConf.create(filled_in(resolved))
+    config = OmegaConf.create(filled_in(resolved) | dict.fromkeys(CODE, False))
     OmegaConf.set_struct(config, True)
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
@@ -61,10 +62,12 @@ def revise(resolved: dict[str, ConfigValue], overrides: list[str]) -> dict[str, 
             )
         value = override.value()
         if not any(
-            key == allowed or key.startswith(f"{allowed}.") for allowed in MEASUREMENT + MACHINE
+            key == allowed or key.startswith(f"{allowed}.")
+            for allowed in MEASUREMENT + MACHINE + CODE
         ):
+            known = ", ".join(MEASUREMENT + MACHINE + CODE)
             raise ConfigError(
-                f"{key}: shaped the training and cannot change here; allowed: {', '.join(MEASUREMENT + MACHINE)}"
+                f"{key}: shaped the training and cannot change here; allowed: {known}"
             )
         if key in CHOICES:
             path = (

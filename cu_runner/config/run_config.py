@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import inspect
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from cu_runner.config.targets import Node, check_file_name, check_keys, make_node, make_regularizer
+from cu_runner.runtime.code_identity import CodeIdentity, identify
 from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.secrets import refuse_secrets
 from cu_runner.schema.settings import PlanSettings, Spine
 from cu_runner.schema.validate import validate
 from cu_runner.schema.values import ConfigValue, numbers_by_value, walk_leaves, without_paths
+from cu_runner.store.directories import choose_directory
 from cu_runner.store.signature import NOT_SCIENTIFIC, file_hashes, signature
 
 MISSING = "???"
 
 
-LONGEST = 128  # characters of a run directory's name, which is also the id of its W&B run
+LONGEST = 124  # characters of a run directory's name, which is also the id of its W&B run: 128, and a number may follow
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class RunConfig:
     method_name: str
     tuned: bool  # whether conf/tuned has settings for this method with these regularizers, where it has any at all
     resolved: dict[str, ConfigValue]
+    allowed: tuple[str, ...]  # modules of the user's that a _target_ may name
 
     @property
     def signature(self) -> str:
@@ -64,17 +66,52 @@ class RunConfig:
         }
         settings["reg"] = [[name, self.resolved["reg"][name]] for name in training]
         settings["files"] = file_hashes(self.resolved)
-        settings["code"] = {
-            node.target: source_hash(node) for node in (self.method, *training.values())
-        }
+        settings["code"] = self.code.sha256
         return numbers_by_value(settings)
 
     @property
-    def directory(self) -> Path:
-        """outputs/runs/<sequence>/<method>-<reg+reg|none>-<setting>-s<seed>-<sig8>: a contract, other tools read it."""
+    def name(self) -> str:
+        """<method>-<reg+reg|none>-<setting>-s<seed>-<sig8>: a contract, other tools read it."""
         regularizers = "+".join(self.regularizers) or "none"
-        name = f"{self.method_name}-{regularizers}-{self.setting.plan}-s{self.spine.seed}-{self.signature[:8]}"
-        return Path(self.spine.paths.outputs) / "runs" / str(self.sequence.arguments["name"]) / name
+        return f"{self.method_name}-{regularizers}-{self.setting.plan}-s{self.spine.seed}-{self.signature[:8]}"
+
+    @cached_property
+    def directory(self) -> Path:
+        """outputs/runs/<sequence>/<name>, or <name>-2, <name>-3, ... beside it where other code made the first; chosen once."""
+        folder = Path(self.spine.paths.outputs) / "runs" / str(self.sequence.arguments["name"])
+        return choose_directory(folder / self.name, self.code, self.spine.fresh)
+
+    @cached_property
+    def code(self) -> CodeIdentity:
+        """The code that decides its numbers: this package's, and that of the user's modules which it names."""
+        shown = [
+            self.model,
+            self.evaluator,
+            self.sequence,
+            *([self.retention] if self.retention else []),
+        ]
+        return identify(
+            self._modules([*shown, self.method, *self.regularizers.values()]), self._modules(shown)
+        )
+
+    def _modules(self, nodes: list[Node]) -> tuple[str, ...]:
+        """Those of the allowed modules that hold one of these classes."""
+        names = [
+            name for node in nodes for name in (f"{node.target}.", f"{node.function.__module__}.")
+        ]
+        return tuple(
+            sorted(
+                {
+                    module
+                    for module in self.allowed
+                    for name in names
+                    if name.startswith(f"{module}.")
+                }
+            )
+        )
+
+
+CODE = ("fresh", "allow_other_code")  # not as the run itself had them
 
 
 def check_run(
@@ -107,6 +144,10 @@ def check_run(
     if unknown:
         raise ConfigError(f"unknown key {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
     spine = validate(Spine, {key: resolved[key] for key in resolved if key not in groups}, "")
+    if spine.fresh and spine.allow_other_code:
+        raise ConfigError(
+            "fresh and allow_other_code: one makes a new run, the other goes on with an old one; give one of them"
+        )
     regularizers = {
         name: make_regularizer(name, node, resolved["reg"], allowed)
         for name, node in resolved["reg"].items()
@@ -140,14 +181,10 @@ def check_run(
         method_name=method_name,
         tuned=tuned,
         resolved=resolved,
+        allowed=allowed,
     )
-    if len(plan.directory.name) > LONGEST:
+    if len(plan.name) > LONGEST:
         raise ConfigError(
-            f"reg: the run's directory would have a name of {len(plan.directory.name)} characters; at most {LONGEST}"
+            f"reg: the run's directory would have a name of {len(plan.name)} characters; at most {LONGEST}"
         )
     return plan
-
-
-def source_hash(node: Node) -> str:
-    """sha256 of the file that defines a node's class: what other code has trained is not taken from the cache."""
-    return hashlib.sha256(Path(inspect.getfile(node.function)).read_bytes()).hexdigest()

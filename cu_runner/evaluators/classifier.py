@@ -21,7 +21,8 @@ from cu_runner.evaluators.faces import FaceDetector, FaceSettings
 from cu_runner.evaluators.labels import read_labels
 from cu_runner.evaluators.open_clip import OpenClip
 from cu_runner.models.checkpoints import load_weights, locate
-from cu_runner.models.weight_files import hash_weights, load_tensors
+from cu_runner.models.hashing import describe, describe_timm, hash_weights, to_bytes
+from cu_runner.models.weight_files import load_tensors
 from cu_runner.runtime.lazy import F, nn, torch, transformers, without_gradients
 from cu_runner.schema.errors import ModelError
 
@@ -77,6 +78,7 @@ class Classifier(Evaluator):
             for domain, source in labels.items()
         }
         self._networks: dict[str, tuple[nn.Module, list[str]]] = {}
+        self._descriptions: dict[str, object] = {}  # what of a network is no weight
         self._zero_shot: dict[str, OpenClip] = {}
         for domain, path in paths.items():
             kind, _, name = architectures.get(domain, "transformers").partition(":")
@@ -96,11 +98,14 @@ class Classifier(Evaluator):
                     domain, name, path, named[domain], templates, allow_pickle, device
                 )
             else:
-                network = (
-                    load_timm(name, path, len(named[domain]), allow_pickle or [])
-                    if kind == "timm"
-                    else load_weights(transformers.AutoModelForImageClassification, locate(path))
-                )
+                if kind == "timm":
+                    network = load_timm(name, path, len(named[domain]), allow_pickle or [])
+                    self._descriptions[domain] = describe_timm(name)
+                else:
+                    network = load_weights(
+                        transformers.AutoModelForImageClassification, locate(path)
+                    )
+                    self._descriptions[domain] = describe(network, network.config.to_dict())
                 self._networks[domain] = (
                     network.to(device).eval(),
                     check_outputs(path, network, named.get(domain)),
@@ -145,20 +150,16 @@ class Classifier(Evaluator):
         }
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        digest.update(repr((self._size, self._mean.tolist(), self._std.tolist())).encode())
+        digest = hashlib.sha256(
+            to_bytes([self._size, self._mean.tolist(), self._std.tolist(), self._interpolation])
+        )
         for domain, (network, names) in sorted(self._networks.items()):
-            digest.update(repr((domain, list(enumerate(names)))).encode())
+            digest.update(to_bytes([domain, names, self._descriptions[domain]]))
             hash_weights(digest, network)
         for domain, judge in sorted(self._zero_shot.items()):
             digest.update(f"{domain}{judge.fingerprint()}".encode())
-        if self._interpolation != "bilinear":
-            digest.update(self._interpolation.encode())
         if self._detector:
-            digest.update(
-                repr((self._faces.domain, self._faces.threshold, self._faces.classes)).encode()
-            )
-            hash_weights(digest, self._detector.network)
+            digest.update(f"{self._faces.domain}{self._detector.fingerprint()}".encode())
         return digest.hexdigest()
 
 

@@ -5,12 +5,14 @@ Shapes: B batch, S image side.
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from cu_runner.models.checkpoints import load_weights, locate
+from cu_runner.models.hashing import describe, hash_weights, to_bytes
 from cu_runner.runtime.lazy import transformers, without_gradients
 from cu_runner.schema.errors import ModelError
 
@@ -59,6 +61,19 @@ class FaceDetector:
             )
         self._faces = [index for index, name in names.items() if name in wanted]
         self._threshold, self._device = settings.threshold, device
+
+    def fingerprint(self) -> str:
+        """sha256 over weights and configurations, of the network and of the image processor, and which faces count."""
+        processor = describe(self._processor, self._processor.to_dict())
+        parts = [
+            describe(self.network, self.network.config.to_dict()),
+            processor,
+            self._faces,
+            self._threshold,
+        ]
+        digest = hashlib.sha256(to_bytes(parts))
+        hash_weights(digest, self.network)
+        return digest.hexdigest()
 
     @without_gradients
     def find(self, images: Tensor) -> list[bool]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 from pydantic import PositiveInt
 
 from cu_runner.models.checkpoints import Components, PredictionType, locate, read_components
+from cu_runner.models.hashing import describe, describe_tokenizer, hash_weights, to_bytes
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import nn, torch, without_gradients
 from cu_runner.schema.errors import ModelError
@@ -314,30 +314,25 @@ class DiffusionModel:
         self.unet.enable_gradient_checkpointing(run)
 
     def fingerprint(self) -> str:
-        """sha256 over weights, scheduler, vocabulary and latent size: two models with one fingerprint make the same images."""
-        digest = hashlib.sha256()
-        settings = {
-            "scheduler": type(self.scheduler).__name__,
-            **self.scheduler.config,
-            "latent": self.latent_shape,
-        }
-        settings |= {
-            "scaling_factor": self.vae.config.scaling_factor,
-            "words": self.tokenizer.get_vocab(),
-        }
-        if len(self.text_encoders) == 2:
-            settings |= {
-                "words_2": self.components.tokenizers[1].get_vocab(),
-                "zero_empty": self.components.zero_empty_prompt,
-            }
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        """sha256 over configurations, tokenizers and weights: two models with one fingerprint make the same images."""
+        digest = hashlib.sha256(to_bytes({"latent": self.latent_shape, **self.configuration()}))
         for part in (self.unet, self.vae, *self.text_encoders):
-            for name, tensor in part.state_dict().items():
-                digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-                digest.update(
-                    tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-                )
+            hash_weights(digest, part)
         return digest.hexdigest()
+
+    def configuration(self) -> dict[str, object]:
+        """What of the components is no weight and changes images."""
+        parts = self.components
+        return {
+            "unet": describe(parts.unet, parts.unet.config),
+            "vae": describe(parts.vae, parts.vae.config),
+            "text_encoders": [
+                describe(encoder, encoder.config.to_dict()) for encoder in parts.text_encoders
+            ],
+            "tokenizers": [describe_tokenizer(tokenizer) for tokenizer in parts.tokenizers],
+            "scheduler": describe(parts.scheduler, parts.scheduler.config),
+            "zero_empty_prompt": parts.zero_empty_prompt,
+        }
 
 
 def load_model(

@@ -13,16 +13,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
+from transformers import PreTrainedModel
 
 from cu_runner.models.checkpoints import locate
-from cu_runner.models.weight_files import check_pickle, hash_weights
+from cu_runner.models.hashing import describe, describe_tokenizer, effective, hash_weights, to_bytes
+from cu_runner.models.weight_files import check_pickle
 from cu_runner.runtime.lazy import F, nn, open_clip, torch, without_gradients
 from cu_runner.schema.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Tokenizer = SimpleTokenizer | HFTokenizer
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -43,7 +48,11 @@ class ImageTextSource:
 class ImageTextModel:
     """A loaded model, in fp32, with the size and the normalisation that it was trained with."""
 
-    def __init__(self, network: nn.Module, tokenizer: object, device: str) -> None:
+    def __init__(
+        self, network: nn.Module, tokenizer: Tokenizer, description: dict[str, object], device: str
+    ) -> None:
+        """description: what of the network is no weight."""
+        self._description = description
         self._network, self._tokenizer, self._device = (
             network.to(device).eval().requires_grad_(False),
             tokenizer,
@@ -86,13 +95,10 @@ class ImageTextModel:
         return F.normalize(torch.cat(rows), dim=-1)
 
     def fingerprint(self) -> str:
-        """sha256 over weights, preprocessing, and how the tokenizer reads a sentence."""
-        digest = hashlib.sha256()
-        words = self._tokenizer(["The quick brown fox, 3 jumps over the lazy dog."]).tolist()
-        digest.update(
-            repr(
-                (self._size, self._interpolation, self._mean.tolist(), self._std.tolist(), words)
-            ).encode()
+        """sha256 over weights, configuration, preprocessing and tokenizer."""
+        preprocessing = [self._size, self._interpolation, self._mean.tolist(), self._std.tolist()]
+        digest = hashlib.sha256(
+            to_bytes([self._description, preprocessing, describe_reader(self._tokenizer)])
         )
         hash_weights(digest, self._network)
         return digest.hexdigest()
@@ -118,7 +124,25 @@ def load_image_text(source: ImageTextSource, device: str) -> ImageTextModel:
         raise ModelError(
             f"{source.model}: cannot be loaded by open_clip ({reason or type(error).__name__})"
         ) from error
-    return ImageTextModel(network, tokenizer, device)
+    towers = [module for module in network.modules() if isinstance(module, PreTrainedModel)]
+    description = {
+        "config": effective(open_clip.get_model_config(name)),
+        "towers": [describe(tower, tower.config.to_dict()) for tower in towers],
+    }
+    return ImageTextModel(network, tokenizer, description, device)
+
+
+def describe_reader(tokenizer: Tokenizer) -> list[object]:
+    """What decides which token ids an open_clip tokenizer makes of a text."""
+    common = [type(tokenizer).__name__, tokenizer.context_length, tokenizer.clean_fn.__name__]
+    if isinstance(tokenizer, HFTokenizer):
+        return [
+            *common,
+            tokenizer.strip_sep_token,
+            tokenizer.tokenizer_mode,
+            describe_tokenizer(tokenizer.tokenizer),
+        ]
+    return [*common, tokenizer.encoder, list(tokenizer.bpe_ranks)]
 
 
 def find_parts(source: ImageTextSource) -> tuple[str, Path]:

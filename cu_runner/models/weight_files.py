@@ -1,4 +1,4 @@
-"""What a network is, as a hash."""
+"""Tensors from weight files. safetensors hold nothing else; a pickle is read only where the user names it, and never runs code."""
 
 from __future__ import annotations
 
@@ -6,22 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cu_runner.runtime.lazy import nn, torch
+from cu_runner.runtime.lazy import torch
 from cu_runner.schema.errors import WeightFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
-import hashlib
-
-
-def hash_weights(digest: hashlib._Hash, network: nn.Module) -> None:
-    """Feed every weight and buffer of a network to a hash, each with its name."""
-    for name, tensor in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
-
 
 NESTS = ("model_state_dict", "state_dict")  # where checkpoints of training scripts keep the weights
 

@@ -18,8 +18,9 @@ from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from cu_runner.models.checkpoints import locate
+from cu_runner.models.hashing import describe_timm, hash_weights, to_bytes
 from cu_runner.models.image_text import ImageTextModel, ImageTextSource, load_image_text
-from cu_runner.models.weight_files import check_pickle, hash_weights, load_tensors
+from cu_runner.models.weight_files import check_pickle, load_tensors
 from cu_runner.runtime.lazy import F, nn, timm, torch, without_gradients
 from cu_runner.schema.errors import ModelError
 
@@ -84,17 +85,19 @@ class FeatureExtractor:
         return features.double().cpu()
 
     def fingerprint(self) -> str:
-        """sha256 over weights and preprocessing."""
-        digest = hashlib.sha256()
-        digest.update(
-            repr(
-                (self._source.architecture, self._source.size, self._source.mean, self._source.std)
-            ).encode()
+        """sha256 over weights, what else decides the features, and preprocessing."""
+        kind, _, name = self._source.architecture.partition(":")
+        digest = hashlib.sha256(
+            to_bytes([kind, self._source.size, self._source.mean, self._source.std])
         )
         if self._tower:
             digest.update(self._tower.fingerprint().encode())
-        else:
-            hash_weights(digest, self._network)
+            return digest.hexdigest()
+        if kind == "timm":
+            digest.update(to_bytes(describe_timm(name)))
+        elif kind == "module":  # its code is in the file
+            digest.update(hashlib.sha256(locate(self._source.path).read_bytes()).digest())
+        hash_weights(digest, self._network)
         return digest.hexdigest()
 
 

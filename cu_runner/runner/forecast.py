@@ -23,6 +23,7 @@ from cu_runner.runtime.devices import choose_device, device_name
 from cu_runner.runtime.lazy import torch
 from cu_runner.schema.errors import ModelError, StoreError
 from cu_runner.schema.values import ConfigValue, numbers_by_value, without_paths
+from cu_runner.store.run_directory import refuse_other_code
 from cu_runner.store.run_record import RunRecord, find_runs, read_run
 from cu_runner.store.signature import NOT_SCIENTIFIC
 
@@ -213,14 +214,13 @@ def delta_bytes(path: str, revision: str | None, group: str) -> int | None:
 
 
 def forecast(plan: RunConfig) -> str:
-    """The text that `cu-run dry_run=true` prints. Raises ValueError for what the run itself would refuse at its start."""
+    """The text that `cu-run dry_run=true` prints. Raises ValueError or StoreError for what the run itself would refuse."""
     device = device_name(torch.device(choose_device(plan.spine)))
     sequence, work = plan.sequence.build(), work_of(plan)
-    done = (
-        len(read_run(plan.directory).records)
-        if (plan.directory / "steps/00/step.json").exists()
-        else 0
-    )
+    begun = read_run(plan.directory) if (plan.directory / "steps/00/step.json").exists() else None
+    if begun is not None and not plan.spine.allow_other_code:
+        refuse_other_code(begun.directory, plan.code, begun.code_records)
+    done = len(begun.records) if begun is not None else 0
     rates = measure_rates(plan, device)
     lines = [
         f"plan: {sequence.name}, method {plan.method_name}, reg {'+'.join(plan.regularizers) or 'none'}, {plan.setting.plan}"

@@ -277,7 +277,7 @@ def check_training(
                     params,
                     base,
                     anchors,
-                    Cache(Path(folder)),
+                    Cache(Path(folder), plan.code),
                     plan.spine.eval.batch_size,
                 )
                 made.append(images.latents(prompts, min(number, together)))

@@ -66,7 +66,7 @@ class Instruments:
 
 
 def load(run: RunRecord, plan: RunConfig) -> Instruments:
-    """Raises StoreError for other weights of the model than the run's, and what loading raises."""
+    """Raises StoreError for another model than the run's, and what loading raises."""
     device, sequence = choose_device(plan.spine), plan.sequence.build()
     model, evaluator = plan.model.build(device=device), plan.evaluator.build(device=device)
     model.speed_up(plan.spine.speed)
@@ -74,7 +74,7 @@ def load(run: RunRecord, plan: RunConfig) -> Instruments:
     fingerprint = model.fingerprint()
     if fingerprint != run.records[0]["model_sha256"]:
         raise StoreError(
-            f"{run.directory}: was made with other weights of the model; restore them or give model.path=..."
+            f"{run.directory}: was made with another model; restore it or give model.path=..."
         )
     params = select_parameters(model.unet, plan.method.build().params)
     model.lower_frozen(params)
@@ -82,7 +82,10 @@ def load(run: RunRecord, plan: RunConfig) -> Instruments:
     retention = plan.retention.build(device=device) if plan.retention else None
     if retention:
         retention.begin(
-            model, fingerprint, plan.spine.eval, Cache(Path(plan.spine.paths.outputs) / "cache")
+            model,
+            fingerprint,
+            plan.spine.eval,
+            Cache(Path(plan.spine.paths.outputs) / "cache", plan.code),
         )
     return Instruments(model, params, base, fingerprint, evaluator, sequence, retention)
 
@@ -96,7 +99,7 @@ def measure_again(
         instruments: of load(); needed, and loaded here without one, when a step is not there yet.
 
     Raises:
-        StoreError: weights that are damaged or do not fit the model, or other weights of the model than the run's.
+        StoreError: weights that are damaged or do not fit the model, or another model than the run's.
     """
     steps = store.finished()
     yield from steps
@@ -130,6 +133,7 @@ def measure_again(
         provenance = {
             "targets": record["targets"],
             "run_sha256": record["sha256"],
+            "run_code": record["code"],
             "weights": os.path.relpath(run.weights(index), store.directory) if index else None,
             "model_sha256": instruments.fingerprint,
             "evaluator_sha256": instruments.evaluator.fingerprint(),

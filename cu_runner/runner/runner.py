@@ -159,7 +159,7 @@ class Runner:
         for name, now in judges.items():
             if record[f"{name}_sha256"] != now:
                 raise StoreError(
-                    f"{self.store.directory}: was begun with other weights of the {name}; restore them or move the run away"
+                    f"{self.store.directory}: was begun with another {name}; restore it or move the run away"
                 )
 
     def _evaluate_base(self) -> Step:

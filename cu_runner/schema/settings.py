@@ -134,6 +134,8 @@ class Spine:
     """Everything in conf/config.yaml that is not a choice of a group."""
 
     dry_run: bool
+    fresh: bool
+    allow_other_code: bool
     seed: NonNegativeInt
     num_threads: PositiveInt | None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]

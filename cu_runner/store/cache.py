@@ -10,18 +10,26 @@ from pathlib import Path
 from filelock import FileLock
 
 from cu_runner.runtime import distributed
+from cu_runner.runtime.code_identity import CodeIdentity
 from cu_runner.store.files import hash_json, to_json, write_atomic
+
+IMAGES = (
+    "anchors",
+    "base_eval",
+    "retention",
+)  # kinds that hold images of the untouched model, or what was seen in them
 
 
 class Cache:
-    """outputs/cache/<kind>/<sig8>/: things that many runs need, made once. A broken entry is made again."""
+    """outputs/cache/<kind>/<sig8>/: things that many runs need, made once. A broken entry is made again, and one of other code."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, code: CodeIdentity) -> None:
+        """code: that makes the entries; those of IMAGES depend on a part of it."""
+        self.root, self._code = root, code
 
     def fetch(self, kind: str, key: Mapping[str, object]) -> dict[str, bytes] | None:
         """The files of an entry by name, or None if there is none or it is damaged."""
-        return distributed.from_main(lambda: self._read(kind, key))
+        return distributed.from_main(lambda: self._read(kind, self._whole(kind, key)))
 
     def _read(self, kind: str, key: Mapping[str, object]) -> dict[str, bytes] | None:
         directory = self._directory(kind, key)
@@ -39,7 +47,11 @@ class Cache:
 
     def put(self, kind: str, key: Mapping[str, object], files: Mapping[str, bytes]) -> None:
         """Write an entry; its index is written last. Two runs may write the same entry, with the same contents."""
-        distributed.from_main(lambda: self._write(kind, key, files))
+        distributed.from_main(lambda: self._write(kind, self._whole(kind, key), files))
+
+    def _whole(self, kind: str, key: Mapping[str, object]) -> dict[str, object]:
+        """The key with the code that the entry depends on."""
+        return {**key, "code": self._code.images_sha256 if kind in IMAGES else self._code.sha256}
 
     def _write(self, kind: str, key: Mapping[str, object], files: Mapping[str, bytes]) -> None:
         directory = self._directory(kind, key)

@@ -14,12 +14,13 @@ from cu_runner.store.layout import STEP
 
 @dataclass(frozen=True)
 class Step:
-    """A finished step: its number, directory, the sha256 that the next step must name, and its metrics row."""
+    """A finished step: its number, directory, the sha256 that the next step must name, its metrics row, the code that made it."""
 
     index: int
     directory: Path
     sha256: str
     row: dict[str, object]
+    code: dict[str, object]
 
 
 def read_record(directory: Path) -> dict[str, object]:

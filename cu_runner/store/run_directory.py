@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import yaml
 from filelock import FileLock, Timeout
 
 from cu_runner.runtime import distributed
+from cu_runner.runtime.code_identity import CodeIdentity, identify, spell_changes
 from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
 from cu_runner.store.files import (
@@ -38,16 +39,25 @@ class RunStore:
         directory: Path,
         config: dict[str, object],
         signature_of: Callable[[dict[str, object]], str],
+        code: CodeIdentity | None = None,
+        allow_other_code: bool = False,
     ) -> None:
         """
         Args:
             directory: the run directory; created if missing.
             config: resolved configuration, kept in config.yaml.
             signature_of: hash of its scientific part; a directory whose config.yaml has another one is refused.
+            code: that makes the steps; None is that of the package alone.
+            allow_other_code: go on with steps that other code made.
         """
         self.directory, self._config, self._signature_of = directory, config, signature_of
-        self.signature = signature_of(config)
+        self.signature, self._code, self._allow_other_code = (
+            signature_of(config),
+            code or identify(),
+            allow_other_code,
+        )
         self._lock = FileLock(directory / ".lock")
+        self._goes_on = False  # whether finished steps are of other code
 
     def __enter__(self) -> RunStore:
         distributed.from_main(self._open)
@@ -119,6 +129,9 @@ class RunStore:
                     f"{self.step_dir(position)}: step {position} is missing but step {index} is there; {self._advice(position)}"
                 )
             steps.append(self._check_step(index, steps[-1].sha256 if steps else None))
+        if not self._allow_other_code:
+            refuse_other_code(self.directory, self._code, [step.code for step in steps])
+        self._goes_on = any(self._code.changes(step.code) for step in steps)
         return steps
 
     def _check_step(self, index: int, parent: str | None) -> Step:
@@ -143,7 +156,13 @@ class RunStore:
                 )
         if not is_intact(record):
             raise StoreError(f"{path}: does not match its own sha256; {advice}")
-        return Step(index, directory, record["sha256"], record["row"])
+        return Step(
+            index,
+            directory,
+            record["sha256"],
+            record["row"],
+            code_of(directory.parent.parent, record),
+        )
 
     def _advice(self, index: int) -> str:
         return f"restore it, or delete {self.directory}/steps/{index:02d} and all later steps and run the same command again"
@@ -184,9 +203,12 @@ class RunStore:
                 "sha256": own,
                 "files": hashes,
             }
-            entries = {**links, **record, "row": dict(row)}
+            code = {"code": self._code.record()} | (
+                {"allowed_other_code": True} if self._goes_on else {}
+            )
+            entries = {**links, **record, **code, "row": dict(row)}
             write_atomic(directory / STEP, to_json(entries | {"record_sha256": hash_json(entries)}))
-            return Step(index, directory, own, dict(row))
+            return Step(index, directory, own, dict(row), self._code.record())
 
         return distributed.from_main(write)
 
@@ -216,4 +238,25 @@ class RunStore:
         }
         distributed.from_main(
             lambda: write_atomic(self.directory / "summary.json", to_json(summary))
+        )
+
+
+def code_of(directory: Path, record: Mapping[str, object]) -> dict[str, object]:
+    """The code that made a step of a run. Raises StoreError for a run of a version that did not record it."""
+    if "code" not in record:
+        version = record.get("versions", {}).get("cu_runner", "of unknown version")
+        raise StoreError(
+            f"{directory}: was made by cu_runner {version}, whose runs this one does not read; fresh=true makes it anew"
+        )
+    return record["code"]
+
+
+def refuse_other_code(
+    directory: Path, code: CodeIdentity, recorded: Iterable[Mapping[str, object]]
+) -> None:
+    """Raises StoreError with the names of the files that changed if other code made a step of a run."""
+    if changed := sorted({name for record in recorded for name in code.changes(record)}):
+        raise StoreError(
+            f"{directory}: was made by other code (changed: {spell_changes(changed)}); fresh=true makes a new run beside it, "
+            "allow_other_code=true goes on with this one"
         )

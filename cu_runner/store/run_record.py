@@ -6,6 +6,7 @@ user may have opened in a spreadsheet. Large files (deltas) are read only by tho
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,11 +16,14 @@ from pathlib import Path
 import yaml
 
 from cu_runner.evaluators.metrics import accuracy_per_concept, read_predictions
+from cu_runner.runtime.code_identity import agree
 from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
+from cu_runner.store.directories import first_name
 from cu_runner.store.files import sha256_of
 from cu_runner.store.layout import DELTA, EVALUATIONS, JOB, MERGED, PREDICTIONS, STEP
 from cu_runner.store.records import continues, read_record
+from cu_runner.store.run_directory import code_of
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,8 @@ class RunRecord:
     @property
     def method(self) -> str:
         """The public name: what the directory's name begins with."""
-        return self.directory.name.removesuffix(
-            f"-{self.regularizers}-{self.plan}-s{self.seed}-{self.directory.name[-8:]}"
-        )
+        name = first_name(self.directory.name)
+        return name.removesuffix(f"-{self.regularizers}-{self.plan}-s{self.seed}-{name[-8:]}")
 
     @property
     def regularizers(self) -> str:
@@ -78,6 +81,25 @@ class RunRecord:
         """Short name for a legend: "conabl + gradproj", with the setting when it is not the sequential one."""
         parts = [self.method] + ([] if self.regularizers == "none" else [self.regularizers])
         return " + ".join(parts) + (f", {self.plan}" if self.plan == "simultaneous" else "")
+
+    @cached_property
+    def code(self) -> tuple[str, ...]:
+        """The sha256 of the code that made it: of one alone, unless other code was allowed to go on; of all that did otherwise."""
+        return tuple(dict.fromkeys(str(record["sha256"]) for record in self.code_records))
+
+    @property
+    def code_records(self) -> list[dict[str, object]]:
+        """What each step records of the code that made it; of an evaluation, also of the code that trained the weights."""
+        return [
+            record[key] for record in self.records for key in ("code", "run_code") if key in record
+        ]
+
+    def same_code_as(self, other: RunRecord) -> bool:
+        """Whether no file and no library that both name differs in any step; never, of a run that other code went on with."""
+        different = {
+            str(record["sha256"]): record for run in (self, other) for record in run.code_records
+        }
+        return all(agree(one, two) for one, two in itertools.combinations(different.values(), 2))
 
     def step_dir(self, index: int) -> Path:
         return self.directory / "steps" / f"{index:02d}"
@@ -159,6 +181,7 @@ def read_run(directory: Path) -> RunRecord:
             raise StoreError(
                 f"{directory}/steps/{len(records):02d}/{STEP}: does not continue the step before it"
             )
+        code_of(directory, record)
         records.append(record)
     later = sorted(
         int(path.parent.name)

@@ -11,6 +11,8 @@ from cu_runner.schema.values import ConfigValue, numbers_by_value, walk_leaves, 
 
 NOT_SCIENTIFIC = (
     "dry_run",
+    "fresh",
+    "allow_other_code",
     "num_threads",
     "device",
     "train.save_every",

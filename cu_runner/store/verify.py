@@ -19,6 +19,7 @@ from cu_runner.evaluators.metrics import read_predictions, step_metrics
 from cu_runner.models.parameters import drift
 from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
+from cu_runner.store.directories import first_name
 from cu_runner.store.files import has_intact_header, read_tensor, sha256_of, to_csv
 from cu_runner.store.layout import METRICS, PREDICTIONS, STEP
 from cu_runner.store.records import continues, is_intact, parse_record
@@ -63,7 +64,7 @@ def verify_run(directory: Path, sequence: Sequence, config: dict[str, object]) -
         begun = records[0] if records else record
         names = [
             name
-            for name in ("model_sha256", "evaluator_sha256")
+            for name in ("model_sha256", "evaluator_sha256", "retention_sha256")
             if record.get(name) != begun.get(name)
         ]
         wrong += [f"{name} is not that of step 0" for name in names]
@@ -87,7 +88,7 @@ def verify_configuration(directory: Path, config: dict[str, object]) -> Iterator
     yield Finding(
         "config.yaml", intact, "" if intact else "does not match the sha256 in its first line"
     )
-    named = directory.name.rpartition("-")[2]
+    named = first_name(directory.name).rpartition("-")[2]
     found = signature(config)[:8]
     detail = (
         "" if named == found else f"the name ends in {named}, the configuration hashes to {found}"

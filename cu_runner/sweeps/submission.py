@@ -32,7 +32,7 @@ from cu_runner.store.layout import JOB, SWEEP
 
 
 def note_job(**entries: str) -> None:
-    """In a sweep, note in job.json which of the launcher's jobs has begun, and the error with which it ended."""
+    """In a sweep, note in job.json which of the launcher's jobs has begun, its run, and the error with which it ended."""
     from hydra.core.hydra_config import HydraConfig
 
     from cu_runner.store.files import to_json, write_atomic

@@ -263,7 +263,7 @@ def test_a_given_list_is_held_against_a_transformers_directory():
 def test_the_fingerprint_of_the_shipped_judges_is_the_one_that_runs_have_recorded(evaluator):
     assert (
         evaluator.fingerprint()
-        == "e3bacb20b155774cd41bbc5db6bd91d8185fe4c06186cbd12c94b2b85258fe45"
+        == "d1217c1b313a1e5de89a53a06de159318a2a7d28a0634390733f7f74e4dc327b"
     )
 
 

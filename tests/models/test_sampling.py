@@ -19,6 +19,7 @@ from cu_runner.models.diffusion import DiffusionModel, load_model
 from cu_runner.models.parameters import select_parameters, snapshot
 from cu_runner.models.sampling import generate, sample_latents, sample_partly
 from cu_runner.request.anchors import AnchorImages, sampler_key
+from cu_runner.runtime.code_identity import identify
 from cu_runner.runtime.seeding import RandomSource, derive_seed, image_noise
 from cu_runner.schema.errors import SamplingError
 from cu_runner.schema.settings import EvalSettings, Sampler, Speed
@@ -370,9 +371,9 @@ def test_what_is_made_of_images_may_run_out_of_memory_too(any_batch):
 def test_anchor_images_go_on_with_half_the_batch(any_batch, monkeypatch, tmp_path):
     params = select_parameters(any_batch.unet, "kv_xattn")
     arguments = (any_batch, "", params, snapshot(params), Sampler(2, 2.5))
-    whole = AnchorImages(*arguments, Cache(tmp_path / "one"), 2).latents(PROMPTS[:4], 6)
+    whole = AnchorImages(*arguments, Cache(tmp_path / "one", identify()), 2).latents(PROMPTS[:4], 6)
     sizes, _ = scarce_memory(monkeypatch, any_batch, 2)
-    found = AnchorImages(*arguments, Cache(tmp_path / "two"), 4).latents(PROMPTS[:4], 6)
+    found = AnchorImages(*arguments, Cache(tmp_path / "two", identify()), 4).latents(PROMPTS[:4], 6)
     assert sizes == [4, 2, 2, 2]
     assert torch.equal(found, whole)
 

@@ -7,6 +7,7 @@ from cu_runner.models.parameters import select_parameters, snapshot
 from cu_runner.request.anchors import AnchorImages
 from cu_runner.request.images import CaptionedImages, RetainSet, spread
 from cu_runner.request.name_sources import NameSource
+from cu_runner.runtime.code_identity import identify
 from cu_runner.schema.settings import Sampler
 from cu_runner.store.cache import Cache
 
@@ -20,7 +21,7 @@ def test_mirrored_anchors_are_encoded_mirror_images(model, tmp_path):
         params,
         snapshot(params),
         Sampler(2, 2.5),
-        Cache(tmp_path),
+        Cache(tmp_path, identify()),
         batch_size=3,
     )
     plain, mirrored = (

@@ -19,6 +19,7 @@ from cu_runner.models.sampling import generate
 from cu_runner.retention.distances import frechet_distance, kernel_distance
 from cu_runner.retention.features import FeatureExtractor, FeatureSource
 from cu_runner.retention.general import GeneralRetention, read_images, read_pictures
+from cu_runner.runtime.code_identity import identify
 from cu_runner.schema.errors import ModelError, WeightFileError
 from cu_runner.schema.settings import EvalSettings
 from cu_runner.store.cache import Cache
@@ -195,7 +196,7 @@ def test_the_numbers_are_those_of_the_images(model, tmp_path):
         features=FeatureSource("open_clip", CLIP),
         kid_subset=4,
     )
-    retention.begin(model, "base", SETTINGS, Cache(tmp_path / "cache"))
+    retention.begin(model, "base", SETTINGS, Cache(tmp_path / "cache", identify()))
     clip = load_image_text(ImageTextSource(CLIP), "cpu")
     texts = clip.embed_texts(prompts)
 
@@ -233,9 +234,8 @@ def test_the_numbers_are_those_of_the_images(model, tmp_path):
         features=FeatureSource("open_clip", CLIP),
         kid_subset=4,
     )
-    again.begin(
-        model, "base", SETTINGS, Cache(tmp_path / "cache")
-    )  # the weights are not the base: it must come from the cache
+    # the weights are not the base: it must come from the cache
+    again.begin(model, "base", SETTINGS, Cache(tmp_path / "cache", identify()))
     assert again.measure(2) == found
 
 
@@ -248,7 +248,7 @@ def test_a_folder_of_pictures_is_the_reference(model, tmp_path):
         )
     tower = FeatureSource("open_clip", CLIP)
     retention = GeneralRetention(prompts, [5], features=tower, reference=str(tmp_path / "real"))
-    retention.begin(model, "base", SETTINGS, Cache(tmp_path / "cache"))
+    retention.begin(model, "base", SETTINGS, Cache(tmp_path / "cache", identify()))
     found = retention.measure(0)
     assert list(found) == ["fid", "kid"]
     assert found["fid"] > 0.1

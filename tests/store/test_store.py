@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from cu_runner.runtime.code_identity import identify
 from cu_runner.schema.errors import StoreError
 from cu_runner.store.cache import Cache
 from cu_runner.store.files import read_delta, write_atomic
@@ -278,7 +279,7 @@ KEY = {"model": "m", "prompts": ["a", "b"], "guidance": 2.5}
 
 
 def test_cache_gives_back_what_was_put(tmp_path):
-    cache = Cache(tmp_path)
+    cache = Cache(tmp_path, identify())
     assert cache.fetch("anchors", KEY) is None
     cache.put("anchors", KEY, {"latents": b"123", "names": b"ab"})
     assert cache.fetch("anchors", KEY) == {"latents": b"123", "names": b"ab"}
@@ -320,7 +321,7 @@ DAMAGE = {"truncated": truncate, "flipped": flip, "deleted": delete} | {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_cache_entry_is_ignored_and_filled_again(tmp_path, kind):
-    cache = Cache(tmp_path)
+    cache = Cache(tmp_path, identify())
     cache.put("anchors", KEY, {"latents": b"123"})
     (entry,) = (tmp_path / "anchors").iterdir()
     DAMAGE[kind](entry)

@@ -1,0 +1,255 @@
+"""Which code a number was made by: the files of this package and of the user that can touch it, and the libraries under them.
+
+A file of the package counts unless it is left out here, so that a new one counts from its first day.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import cu_runner
+
+PACKAGE = Path(cu_runner.__file__).parent
+
+
+PRESENTING = (  # modules and packages that only present numbers, or check and start runs
+    "checkup",
+    "cli",
+    "complaints",
+    "credentials",
+    "doctor",
+    "forecast",
+    "help",
+    "intervals",
+    "launch",
+    "pack",
+    "report*",
+    "studies",
+    "submission",
+    "sweeps",
+    "table*",
+    "tracking",
+    "trust",
+    "verify",
+)
+
+
+TRAINING = (
+    "checkpoint",
+    "methods",
+    "regularizers",
+    "training",
+)  # no image of the untouched model depends on them
+
+
+LIBRARIES = ("torch", "diffusers", "transformers")
+
+
+INSTALLED = {"site-packages", "dist-packages"}  # folders of what is not the user's own
+
+
+NAMED = 3  # changed files that a line names
+
+
+@dataclass(frozen=True)
+class CodeIdentity:
+    """The code that decides the numbers of a run.
+
+    sha256: over files and libraries. images_sha256: over those that images of the untouched model and their judgement depend on.
+    files: sha256 by path in the package ("methods/conabl.py"), or by module of the user's ("my_methods.helper"). libraries: their
+    versions. dirty: whether the checkout has uncommitted changes of the package; None for an installed one.
+    """
+
+    sha256: str
+    images_sha256: str
+    files: dict[str, str]
+    libraries: dict[str, str]
+    dirty: bool | None
+
+    def changes(self, recorded: Mapping[str, object]) -> list[str]:
+        """Name the files and libraries that differ from those of an earlier record(), were added, or are gone."""
+        now, then = parts_of(self.record()), parts_of(recorded)
+        return sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+
+    def record(self) -> dict[str, object]:
+        """Return the entry `code` of step.json."""
+        return asdict(self)
+
+
+def parts_of(record: Mapping[str, object]) -> dict[str, str]:
+    """Return the files and the libraries of a record by name."""
+    return {**record["files"], **record["libraries"]}
+
+
+def agree(first: Mapping[str, object], second: Mapping[str, object]) -> bool:
+    """Tell whether two records hold the same of every file and library that both name: one's own method is in one of them only."""
+    one, other = parts_of(first), parts_of(second)
+    return all(one[name] == other[name] for name in one.keys() & other.keys())
+
+
+def spell_changes(names: list[str]) -> str:
+    """Write changed files in a line: at most three by name."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+@functools.cache
+def identify(modules: tuple[str, ...] = (), shown: tuple[str, ...] = ()) -> CodeIdentity:
+    """Read the code that this process runs, once.
+
+    Args:
+        modules: of the user's, that a run is made of.
+        shown: those of them that images of the untouched model and their judgement depend on.
+    """
+    ours = code_files(PRESENTING)
+    files = ours | user_files(modules)
+    images = {name: ours[name] for name in code_files(PRESENTING + TRAINING)} | user_files(shown)
+    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return CodeIdentity(
+        digest([files, libraries]), digest([images, libraries]), files, libraries, is_dirty()
+    )
+
+
+def digest(value: object) -> str:
+    """Return the sha256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def code_files(left_out: tuple[str, ...]) -> dict[str, str]:
+    """Return the sha256 of the package's Python files and lists of names, by path in it.
+
+    Args:
+        left_out: modules and sub-packages that do not count; * stands for any characters.
+    """
+    found = {}
+    for path in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.glob("lists/*.txt")]):
+        place = path.relative_to(PACKAGE)
+        if not any(
+            fnmatchcase(place.parts[0].removesuffix(".py"), pattern) for pattern in left_out
+        ):
+            found[place.as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def is_dirty() -> bool | None:
+    """Tell whether the checkout has uncommitted changes of the package; None for an installed package, or without git."""
+    root = PACKAGE.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "status", "--porcelain", "--", PACKAGE.name]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return None
+    return bool(found.stdout.strip()) if found.returncode == 0 else None
+
+
+@dataclass(frozen=True)
+class Module:
+    """Where a module of the user's lies. file: None of a package without __init__.py. folders: of a package, those of its modules."""
+
+    file: Path | None
+    folders: list[Path]
+
+
+def user_files(modules: Iterable[str]) -> dict[str, str]:
+    """Return the sha256 of the user's modules and of every file of the user's that they import, by module.
+
+    A package counts whole. Imports are followed at any depth of a file and through any number of files, but not into the standard
+    library, what is installed, or this package; what is imported by a computed name is not seen.
+    """
+    own = {module.partition(".")[0] for module in modules}
+    waiting = [name for module in modules for name in [module, *names_below(module, own)]]
+    files: dict[str, str] = {}
+    seen: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        module = find_module(name, own)
+        if module is None:
+            continue
+        waiting += [name.rpartition(".")[0]] * ("." in name)  # with a.b, a is imported too
+        if module.file is not None:
+            content = module.file.read_bytes()
+            files[name] = hashlib.sha256(content).hexdigest()
+            waiting += imported_names(name, bool(module.folders), content)
+    return files
+
+
+def names_below(name: str, own: set[str]) -> Iterator[str]:
+    """Yield the modules in a package and in the packages below it."""
+    module = find_module(name, own)
+    for folder in module.folders if module else ():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            yield ".".join([name, *(parts[:-1] if parts[-1] == "__init__" else parts)])
+
+
+def find_module(name: str, own: set[str]) -> Module | None:
+    """Find a module of the user's without importing it; None for any other, or where there is none.
+
+    Args:
+        own: top-level packages that are the user's wherever they lie.
+    """
+    top, *rest = name.split(".")
+    if top in sys.stdlib_module_names or top in ("cu_runner", *LIBRARIES):
+        return None
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):  # ValueError: a module such as __main__, which has no spec
+        return None
+    if spec is None:
+        return None
+    file = Path(spec.origin) if spec.origin is not None and spec.origin.endswith(".py") else None
+    found: Module | None = Module(
+        file, [Path(folder) for folder in spec.submodule_search_locations or ()]
+    )
+    places = [file] if file is not None else found.folders
+    if top not in own and any(INSTALLED.intersection(place.parts) for place in places):
+        return None
+    for part in rest:
+        found = None if found is None else module_in(found.folders, part)
+    return found
+
+
+def module_in(folders: list[Path], name: str) -> Module | None:
+    """Find a module in the folders of its package."""
+    for folder in folders:
+        if (folder / name / "__init__.py").is_file():
+            return Module(folder / name / "__init__.py", [folder / name])
+        if (folder / f"{name}.py").is_file():
+            return Module(folder / f"{name}.py", [])
+    without_file = [folder / name for folder in folders if (folder / name).is_dir()]
+    return Module(None, without_file) if without_file else None
+
+
+def imported_names(name: str, is_package: bool, content: bytes) -> set[str]:
+    """Return every dotted name that a module's source imports, anywhere in it; of `from a import b` both a and a.b."""
+    try:
+        tree = ast.parse(content)
+    except SyntaxError:  # importing it says so
+        return set()
+    package = name if is_package else name.rpartition(".")[0]
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            try:
+                base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            except ImportError:  # beyond the top: it cannot be imported
+                continue
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found
