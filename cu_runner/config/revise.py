@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cu_runner.config.run_config import CODE
 from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import ConfigError
-from cu_runner.schema.values import ConfigValue
+from cu_runner.schema.values import ConfigTree
 from cu_runner.store.signature import NOT_SCIENTIFIC
 
 # What decides how a run is measured and on what machine, not what it trained.
@@ -41,7 +41,7 @@ MACHINE = (
 )
 
 
-def revise(resolved: dict[str, ConfigValue], overrides: list[str]) -> dict[str, ConfigValue]:
+def revise(resolved: ConfigTree, overrides: list[str]) -> ConfigTree:
     """A run's resolved configuration with another way of measuring it.
 
     Args:
@@ -89,7 +89,7 @@ def revise(resolved: dict[str, ConfigValue], overrides: list[str]) -> dict[str, 
     return OmegaConf.to_container(config, resolve=True)
 
 
-def filled_in(resolved: dict[str, ConfigValue]) -> dict[str, ConfigValue]:
+def filled_in(resolved: ConfigTree) -> ConfigTree:
     """A run's configuration with the settings that it lacks because they are newer, and that are no part of an experiment."""
     defaults, filled = (
         OmegaConf.to_container(OmegaConf.load(config_dir() / "config.yaml"), resolve=False),

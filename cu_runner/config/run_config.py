@@ -14,7 +14,7 @@ from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.secrets import refuse_secrets
 from cu_runner.schema.settings import PlanSettings, Spine
 from cu_runner.schema.validate import validate
-from cu_runner.schema.values import ConfigValue, numbers_by_value, walk_leaves, without_paths
+from cu_runner.schema.values import ConfigTree, numbers_by_value, walk_leaves, without_paths
 from cu_runner.store.directories import choose_directory
 from cu_runner.store.signature import NOT_SCIENTIFIC, file_hashes, signature
 
@@ -38,7 +38,7 @@ class RunConfig:
     setting: PlanSettings
     method_name: str
     tuned: bool  # whether conf/tuned has settings for this method with these regularizers, where it has any at all
-    resolved: dict[str, ConfigValue]
+    resolved: ConfigTree
     allowed: tuple[str, ...]  # modules of the user's that a _target_ may name
 
     @property
@@ -46,7 +46,7 @@ class RunConfig:
         return signature(self.resolved)
 
     @property
-    def training_key(self) -> dict[str, ConfigValue]:
+    def training_key(self) -> ConfigTree:
         """What the training of a request from the base model depends on, besides the request and the model's weights."""
         # the weights behind the path are in the key by their fingerprint
         places = ("model.path", "model.revision", "model.config")
@@ -115,7 +115,7 @@ CODE = ("fresh", "allow_other_code")  # not as the run itself had them
 
 
 def check_run(
-    resolved: dict[str, ConfigValue],
+    resolved: ConfigTree,
     method_name: str,
     tuned: bool = True,
     allowed: tuple[str, ...] = (),

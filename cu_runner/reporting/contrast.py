@@ -12,7 +12,7 @@ import yaml
 
 from cu_runner.cli.failures import explain_error
 from cu_runner.runtime.paths import config_dir
-from cu_runner.schema.values import ConfigValue, numbers_by_value, without_paths
+from cu_runner.schema.values import ConfigTree, numbers_by_value, without_paths
 from cu_runner.store.run_record import RunRecord, read_run
 from cu_runner.store.signature import NOT_SCIENTIFIC
 
@@ -38,7 +38,7 @@ BARE = re.compile(
 class Composed(Protocol):
     """What a command line becomes: a RunConfig."""
 
-    resolved: dict[str, ConfigValue]
+    resolved: ConfigTree
     signature: str
 
 
@@ -135,7 +135,7 @@ def measured_again(run: RunRecord) -> Again:
     return Again(shlex.join(["cu-eval", str(source), *changes]), None)
 
 
-def conf_file(group: str, name: str) -> dict[str, ConfigValue]:
+def conf_file(group: str, name: str) -> ConfigTree:
     """A file of conf/ with those that it begins with, interpolations unresolved; {} if it is empty."""
     file = yaml.safe_load((config_dir() / group / f"{name}.yaml").read_text(encoding="utf-8")) or {}
     for entry in file.get("defaults", []):
@@ -152,7 +152,7 @@ def defaults() -> dict[str, str]:
     }
 
 
-def nearest_file(group: str, node: dict[str, ConfigValue]) -> str:
+def nearest_file(group: str, node: ConfigTree) -> str:
     """The file of conf/<group> of the node's name, else of its class, that has most settings in common with the resolved node."""
     wanted = leaves(node)
 
@@ -174,14 +174,14 @@ def experiments_of(sequence: str) -> list[str]:
     ]
 
 
-def science(config: dict[str, ConfigValue]) -> dict[str, ConfigValue]:
+def science(config: ConfigTree) -> ConfigTree:
     """The settings that make the experiment, by dotted key."""
     return leaves(without_paths(config, NOT_SCIENTIFIC))
 
 
-def leaves(value: dict[str, ConfigValue], path: str = "") -> dict[str, ConfigValue]:
+def leaves(value: ConfigTree, path: str = "") -> ConfigTree:
     """Settings by dotted key. A list is one, and so is a mapping whose keys are no words: concepts, for example."""
-    found: dict[str, ConfigValue] = {}
+    found: ConfigTree = {}
     for key, entry in value.items():
         place = f"{path}.{key}" if path else str(key)
         if isinstance(entry, dict) and entry and all(KEY.fullmatch(str(name)) for name in entry):
@@ -191,7 +191,7 @@ def leaves(value: dict[str, ConfigValue], path: str = "") -> dict[str, ConfigVal
     return found
 
 
-def differing(wanted: dict[str, ConfigValue], have: dict[str, ConfigValue]) -> dict[str, str]:
+def differing(wanted: ConfigTree, have: ConfigTree) -> dict[str, str]:
     """The overrides that make one configuration of another, by key.
 
     Raises:
@@ -206,7 +206,7 @@ def differing(wanted: dict[str, ConfigValue], have: dict[str, ConfigValue]) -> d
     return changes | {key: f"~{key}" for key in have if key not in wanted}
 
 
-def override_value(value: ConfigValue) -> str:
+def override_value(value: ConfigTree) -> str:
     """As Hydra reads it: numbers, true, null, [a,b], {a:1}, text in quotes where it needs them. Raises ValueError."""
     if isinstance(value, list):
         return f"[{','.join(map(override_value, value))}]"
@@ -224,7 +224,7 @@ def override_value(value: ConfigValue) -> str:
     return f'"{quoted}"'
 
 
-def contrast(runs: list[RunRecord]) -> dict[str, list[ConfigValue]]:
+def contrast(runs: list[RunRecord]) -> dict[str, list[ConfigTree]]:
     """The settings of an experiment in which runs are not all alike: by key, the value of each run; None where it has none."""
     settings = [science(run.config) for run in runs]
     keys = dict.fromkeys(key for each in settings for key in each)

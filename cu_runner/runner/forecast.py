@@ -22,7 +22,7 @@ from cu_runner.models.parameters import belongs
 from cu_runner.runtime.devices import choose_device, device_name
 from cu_runner.runtime.lazy import torch
 from cu_runner.schema.errors import ModelError, StoreError
-from cu_runner.schema.values import ConfigValue, numbers_by_value, without_paths
+from cu_runner.schema.values import ConfigTree, numbers_by_value, without_paths
 from cu_runner.store.run_directory import refuse_other_code
 from cu_runner.store.run_record import RunRecord, find_runs, read_run
 from cu_runner.store.signature import NOT_SCIENTIFIC
@@ -157,7 +157,7 @@ def measure_rates(plan: RunConfig, device: str) -> Rates:
     return Rates(*medians, len(steps | images))
 
 
-def comparable(resolved: dict[str, ConfigValue]) -> dict[str, ConfigValue]:
+def comparable(resolved: ConfigTree) -> ConfigTree:
     """What of a configuration each rate depends on, without settings that are no part of an experiment, but for the threads."""
     science = numbers_by_value(without_paths(resolved, NOT_SCIENTIFIC))
     return {

@@ -7,10 +7,10 @@ import json
 from pydantic import TypeAdapter, ValidationError
 
 from cu_runner.schema.errors import ConfigError
-from cu_runner.schema.values import ConfigValue
+from cu_runner.schema.values import ConfigTree
 
 
-def validate(kind: type, value: ConfigValue, path: str) -> object:
+def validate(kind: type, value: ConfigTree, path: str) -> object:
     """Validate one value against a type; ConfigError names the key, the value and what is allowed."""
     try:
         return TypeAdapter(kind).validate_json(

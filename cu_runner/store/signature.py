@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from cu_runner.schema.values import ConfigValue, numbers_by_value, walk_leaves, without_paths
+from cu_runner.schema.values import ConfigTree, numbers_by_value, walk_leaves, without_paths
 
 NOT_SCIENTIFIC = (
     "dry_run",
@@ -32,7 +32,7 @@ NOT_SCIENTIFIC = (
 WITH_FILES = ("sequence", "method", "reg", "retention")  # groups whose settings may name text files
 
 
-def signature(resolved: dict[str, ConfigValue]) -> str:
+def signature(resolved: ConfigTree) -> str:
     """sha256 of the scientific part of a configuration, so that the same experiment is the same directory.
 
     Devices, threads, memory, paths of outputs, W&B and the evaluation batch are left out. Numbers are compared by value: 5 is 5.0.
@@ -47,7 +47,7 @@ def signature(resolved: dict[str, ConfigValue]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def file_hashes(resolved: dict[str, ConfigValue]) -> dict[str, str]:
+def file_hashes(resolved: ConfigTree) -> dict[str, str]:
     """sha256 of every file that a setting of the sequence, the method, a regularizer or the retention names."""
     leaves = [
         value
