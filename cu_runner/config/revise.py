@@ -3,49 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cu_runner.config.run_config import CODE
 from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.values import ConfigTree
 from cu_runner.store.signature import NOT_SCIENTIFIC
 
-# What decides how a run is measured and on what machine, not what it trained.
 CHOICES = ("evaluator", "retention")  # groups of which cu-eval may take another file
-
-
-SHOWN = (
-    "seeds",
-    "retain",
-    "cross_retain",
-    "prompt",
-    "prompts",
-)  # what a sequence says of evaluation images
-
-
-MEASUREMENT = (*CHOICES, "eval", *(f"sequence.{key}" for key in SHOWN))
-
-
-MACHINE = (
-    "device",
-    "num_threads",
-    "model.path",
-    "model.revision",
-    "model.config",
-    "model.allow_pickle",
-    "model.precision",
+# What decides how a run is measured and on what machine, not what it trained.
+CHANGEABLE = (
+    *CHOICES,
+    "eval",
+    *(f"sequence.{key}" for key in ("seeds", "retain", "cross_retain", "prompt", "prompts")),
+    *("device", "num_threads", "model.path", "model.revision", "model.config"),
+    *("model.allow_pickle", "model.precision", "fresh", "allow_other_code"),
 )
+CODE = ("fresh", "allow_other_code")  # not as the run itself had them
 
 
 def revise(resolved: ConfigTree, overrides: list[str]) -> ConfigTree:
-    """A run's resolved configuration with another way of measuring it.
+    """Return a run's resolved configuration with another way of measuring it.
 
     Args:
-        overrides: evaluator=NAME, retention=NAME, or keys under MEASUREMENT and MACHINE: eval.steps=50, device=cpu.
+        overrides: evaluator=NAME, retention=NAME, or keys under CHANGEABLE: eval.steps=50.
 
     Raises:
         ConfigError: a key that shaped the training, or one that is not there.
@@ -60,51 +45,52 @@ def revise(resolved: ConfigTree, overrides: list[str]) -> ConfigTree:
             raise ConfigError(
                 f"{override.input_line}: give one value, KEY=VALUE; a list is written 'KEY=[1,2]'"
             )
-        value = override.value()
-        if not any(
-            key == allowed or key.startswith(f"{allowed}.")
-            for allowed in MEASUREMENT + MACHINE + CODE
-        ):
-            known = ", ".join(MEASUREMENT + MACHINE + CODE)
+        if not any(f"{key}.".startswith(f"{allowed}.") for allowed in CHANGEABLE):
+            known = ", ".join(CHANGEABLE)
             raise ConfigError(
                 f"{key}: shaped the training and cannot change here; allowed: {known}"
             )
+        value: Any = override.value()
         if key in CHOICES:
-            path = (
-                Path(value)
-                if str(value).endswith(".yaml")
-                else config_dir() / key / f"{value}.yaml"
-            )
-            if not path.is_file():
-                known = ", ".join(sorted(entry.stem for entry in path.parent.glob("*.yaml")))
-                raise ConfigError(
-                    f"{key}={value}: no such file; allowed: {known or 'the path of a YAML file'}"
-                )
-            OmegaConf.update(config, key, OmegaConf.load(path), merge=False, force_add=True)
+            chosen = OmegaConf.load(chosen_file(key, str(value)))
+            OmegaConf.update(config, key, chosen, merge=False, force_add=True)
             continue
         try:
             OmegaConf.update(config, key, value, merge=False)
         except OmegaConfBaseException:
             raise ConfigError(f"unknown key {key}; the run's config.yaml holds every key") from None
-    return OmegaConf.to_container(config, resolve=True)
+    revised = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(revised, dict)
+    return revised
+
+
+def chosen_file(group: str, name: str) -> Path:
+    """Return a file of a configuration group, by name or by path. Raises ConfigError."""
+    path = Path(name) if name.endswith(".yaml") else config_dir() / group / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(entry.stem for entry in path.parent.glob("*.yaml")))
+        allowed = known or "the path of a YAML file"
+        raise ConfigError(f"{group}={name}: no such file; allowed: {allowed}")
+    return path
 
 
 def filled_in(resolved: ConfigTree) -> ConfigTree:
-    """A run's configuration with the settings that it lacks because they are newer, and that are no part of an experiment."""
-    defaults, filled = (
-        OmegaConf.to_container(OmegaConf.load(config_dir() / "config.yaml"), resolve=False),
-        dict(resolved),
-    )
+    """Return a run's configuration with the settings that it lacks and that are no experiment's.
+
+    Settings of that kind may be newer than the run.
+    """
+    defaults = OmegaConf.to_container(OmegaConf.load(config_dir() / "config.yaml"), resolve=False)
+    assert isinstance(defaults, dict)
+    filled = dict(resolved)
     for path in NOT_SCIENTIFIC:
         group, _, key = path.partition(".")
         if group not in defaults:  # of a chosen file, whose arguments have defaults of their own
             continue
         default = {key: defaults[group][key]} if key else defaults[group]
-        if isinstance(default, dict) and not isinstance(filled.get(group, {}), dict):
+        if not isinstance(default, dict):
+            filled.setdefault(group, default)
+            continue
+        if not isinstance(filled.get(group, {}), dict):
             raise ConfigError(f"{group}={filled[group]}: is no mapping; config.yaml was changed")
-        filled[group] = (
-            default | filled.get(group, {})
-            if isinstance(default, dict)
-            else filled.get(group, default)
-        )
+        filled[group] = default | filled.get(group, {})
     return filled
