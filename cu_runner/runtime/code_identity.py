@@ -156,7 +156,7 @@ def is_dirty() -> bool | None:
 
 @dataclass(frozen=True)
 class Module:
-    """Where a module of the user's lies. file: None of a package without __init__.py. folders: of a package, those of its modules."""
+    """Where a module of the user's lies. file: None of a package without __init__.py. folders: of a package, with its modules."""
 
     file: Path | None
     folders: list[Path]
