@@ -1,13 +1,13 @@
-"""The loaded embedded model, scopes of real requests, and cu-run as a subprocess and in-process."""
+"""The loaded embedded model, scopes of real requests, finished runs, and the commands in forks and in this process."""
 
 import importlib
+import json
 import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +15,8 @@ import hydra
 import pytest
 import torch
 import yaml
+from commands import Forked, environment, run_forked, run_script
+from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
@@ -32,6 +34,7 @@ from cu_runner.runtime.seeding import RandomSource
 from cu_runner.schema.settings import Sampler, TrainSettings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)
 
 SMOKE = (
@@ -43,7 +46,6 @@ SMOKE = (
     "wandb.mode=disabled",
     "num_threads=1",
 )
-SCRIPT = Path(sysconfig.get_path("scripts")) / "cu-run"
 
 
 def read_conf(name: str) -> dict:
@@ -178,65 +180,30 @@ def compose(*overrides: str):
     return config
 
 
-def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0"} | more
-
-
-def command() -> list[str]:
-    return (
-        [str(SCRIPT)]
-        if SCRIPT.exists()
-        else [sys.executable, "-c", "from cu_runner.cli.run import main; main()"]
-    )
-
-
-def reset_interrupt() -> None:
-    """A shell that starts pytest in the background makes its children ignore ctrl-C."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @pytest.fixture
 def cu_run(tmp_path):
-    """Returns run(*overrides, cwd, env, **popen) -> CompletedProcess of the command as a user types it."""
+    """Returns run(*overrides, cwd, env) -> CompletedProcess of the command as a user types it, in a fork."""
 
     def run(
-        *overrides: str, cwd: Path = tmp_path, env: dict[str, str] | None = None, **popen
+        *overrides: str, cwd: Path = tmp_path, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [*command(), *overrides],
-            cwd=cwd,
-            env=environment(**env or {}),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            **popen,
-        )
+        return run_forked("cu-run", *overrides, cwd=cwd, env=environment(**env or {}))
 
     return run
 
 
 @pytest.fixture
 def start(tmp_path):
-    """Returns start(*overrides) -> Popen; what still runs at the end is killed."""
+    """Returns start(*overrides) -> Forked; what still runs at the end is killed."""
     started = []
 
-    def begin(*overrides: str, cwd: Path = tmp_path) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [*command(), *overrides],
-            cwd=cwd,
-            env=environment(),
-            text=True,
-            preexec_fn=reset_interrupt,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        started.append(process)
-        return process
+    def begin(*overrides: str, cwd: Path = tmp_path) -> Forked:
+        started.append(Forked("cu-run", *overrides, cwd=cwd))
+        return started[-1]
 
     yield begin
     for process in started:
-        if process.poll() is None:
-            process.kill()
+        process.kill()
         process.communicate()
 
 
@@ -295,19 +262,37 @@ def run_directory(stdout: str, cwd: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory):
-    """A finished smoke run, made by the command: its outputs' parent, its directory, and the finished process."""
-    cwd = tmp_path_factory.mktemp("finished")
-    process = subprocess.run(
-        [*command(), *SMOKE],
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
-    return cwd, run_directory(process.stdout, cwd), process
+def shared(tmp_path_factory, worker_id):
+    """Returns shared(name, make) -> what make(folder) returns, of JSON, and the folder; made once for all workers."""
+    root = tmp_path_factory.getbasetemp()
+
+    def get(name: str, make: Callable[[Path], object]) -> tuple[object, Path]:
+        folder = (root if worker_id == "master" else root.parent) / f"shared_{name}"
+        result = folder / "result.json"
+        with FileLock(f"{folder}.lock"):
+            if not result.is_file():
+                shutil.rmtree(folder, ignore_errors=True)  # of an attempt that failed
+                folder.mkdir()
+                made = make(folder)
+                result.write_text(json.dumps(made), encoding="utf-8")
+        return json.loads(result.read_text(encoding="utf-8")), folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def finished_run(shared):
+    """A finished smoke run, made by the installed script: its outputs' parent, its directory, and the finished process."""
+
+    def make(folder: Path) -> tuple[list[str], int, str, str]:
+        (folder / "place").mkdir()
+        done = run_script("cu-run", *SMOKE, cwd=folder / "place")
+        assert done.returncode == 0, done.stderr
+        return done.args, done.returncode, done.stdout, done.stderr
+
+    made, folder = shared("finished_run", make)
+    process = subprocess.CompletedProcess(*made)
+    return folder / "place", run_directory(process.stdout, folder / "place"), process
 
 
 @pytest.fixture

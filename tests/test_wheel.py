@@ -7,7 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import SMOKE, environment, run_directory
+from commands import environment
+from conftest import SMOKE, run_directory
 
 ROOT = Path(__file__).parent.parent
 

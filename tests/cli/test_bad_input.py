@@ -8,7 +8,8 @@ import subprocess
 import diffusers
 import pytest
 import torch
-from conftest import SMOKE, command, environment
+from commands import SCRIPTS, environment
+from conftest import SMOKE
 
 CONFIGURATION = [
     (["method=nope"], ["method=nope", "conabl"]),
@@ -229,7 +230,7 @@ def test_output_that_nobody_reads(run_copy):
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [*command(), *SMOKE],
+        [SCRIPTS / "cu-run", *SMOKE],
         cwd=run_copy.parents[3],
         env=environment(),
         stdout=writing,

@@ -1,6 +1,6 @@
-"""Starts cu-run again and again as a forked child and kills it; run by test_kill.py with one JSON argument.
+"""Starts cu-run again and again as a forked child and kills it; test_kill.py runs it in a fork, with one JSON argument.
 
-One process imports the libraries, every life of the run is a fork of it: a life costs a second, not eight.
+Every life of the run is a fork of a process that has imported the libraries: a life costs a second, not eight.
 Works in its working directory: outputs calm (undisturbed), killed0, killed1, ... Prints as JSON what was on disk at every kill, and
 what the run was doing: a number in memory that the child shares says so.
 """
@@ -70,9 +70,11 @@ def child(overrides: list[str], outputs: Path) -> int:
     descriptor = os.open(outputs.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    from cu_runner.cli.run import main as cu_run
+
     sys.argv = ["cu-run", *overrides]
     try:
-        main()
+        cu_run()
     except SystemExit as end:
         sys.stdout.flush()
         os._exit(end.code or 0)
@@ -140,27 +142,8 @@ def check(status: int, outputs: Path) -> None:
         raise SystemExit(f"cu-run ended with {status}: {outputs.with_suffix('.log').read_text()}")
 
 
-if __name__ == "__main__":
+def main() -> None:
     arguments = json.loads(sys.argv[1])
-    import diffusers
-    import torch
-    import transformers
-
-    from cu_runner.cli.run import main
-
-    # imported lazily by the libraries: named here so that every life finds them in memory
-    lazy = [
-        diffusers.UNet2DConditionModel,
-        diffusers.AutoencoderKL,
-        diffusers.DPMSolverMultistepScheduler,
-    ]
-    lazy += [
-        transformers.CLIPTextModel,
-        transformers.CLIPTokenizer,
-        transformers.ResNetForImageClassification,
-    ]
-
-    torch.set_num_threads(1)
     watch()
     draw, kills, number = random.Random(arguments["seed"]), [], 0
     merges, targets = "reg=merge" in arguments["overrides"], itertools.cycle(PHASES)

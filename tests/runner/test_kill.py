@@ -4,14 +4,14 @@ Two dozen in `make test`, two hundred in `make test-faults`; a request's state i
 """
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
+import kill_driver
 import pandas as pd
 import pytest
-from conftest import SMOKE, environment
+from commands import run_forked
+from conftest import SMOKE
 
 SHORT = [override for override in SMOKE if not override.startswith("train.steps")] + [
     "train.steps=6",
@@ -47,14 +47,7 @@ def report(request, tmp_path_factory):
     overrides, kills = request.param
     cwd = tmp_path_factory.mktemp("kill")
     arguments = json.dumps({"overrides": overrides, "kills": kills, "requests": 2, "seed": kills})
-    driver = Path(__file__).with_name("kill_driver.py")
-    done = subprocess.run(
-        [sys.executable, str(driver), arguments],
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    done = run_forked("kill_driver", arguments, cwd=cwd, main=kill_driver.main, timeout=3000)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), cwd, kills
 

@@ -1,17 +1,35 @@
-"""Every method and every regularizer through cu-run: two requests, the second again with an interruption in its middle, bitwise."""
+"""Every method and every regularizer through cu-run: two requests; the second again with an interruption, bitwise.
 
+Each cell is interrupted at the level of erase(), with what its run gave to it; three of them as whole runs too.
+"""
+
+import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import safetensors.torch
+import torch
 from conftest import SMOKE, read_conf, run_directory
 
-from cu_runner.runner.runner import Runner
+from cu_runner.concepts.requests import plan_requests
+from cu_runner.config.compose import compose
+from cu_runner.methods.base import Method
+from cu_runner.models.parameters import assign, select_parameters, snapshot, subtract
+from cu_runner.regularizers.base import Regularizer
+from cu_runner.request.anchors import AnchorImages
+from cu_runner.request.scope import Scope
+from cu_runner.runner.runner import Runner, prepare
+from cu_runner.runner.training import Training, erase
 from cu_runner.runtime.paths import config_dir
-from cu_runner.store.checkpoint import FILE
+from cu_runner.runtime.seeding import RandomSource
+from cu_runner.runtime.signals import Stopped, StopSignals
+from cu_runner.store.cache import Cache
+from cu_runner.store.checkpoint import FILE, Checkpoint
+from cu_runner.store.files import to_csv, to_json
 
 # Small sizes for the settings that methods and regularizers have.
 SMALL = {
@@ -62,20 +80,122 @@ def run(in_process, tmp_path, chosen):
     return directory, safetensors.torch.load_file(directory / "steps/02/delta.safetensors")
 
 
+def assert_trained(directory: Path) -> pd.DataFrame:
+    """Two requests moved the weights; metrics.csv."""
+    table = pd.read_csv(directory / "metrics.csv")
+    assert table["request"].tolist() == [0, 1, 2]
+    assert (table["drift_l2"][1:] > 0).all()
+    return table
+
+
 CELLS = [(method, "none") for method in names("method")] + [
     ("conabl", reg) for reg in names("reg") if reg != "none"
 ]
+WHOLE = [("conabl", "none"), ("uce", "none"), ("conabl", "gradproj_merge")]
+
+
+# --------------------------------------------------------------------------------------------------------- one request
+class SecondRequest:
+    """The second request of a finished run, to be trained again."""
+
+    def __init__(self, chosen: list[str], directory: Path) -> None:
+        self._plan, self._directory = compose(chosen), directory
+        spine = self._plan.spine
+        self._model = self._plan.model.build(device=torch.device("cpu"))
+        prepare(self._model, spine.speed, spine.train)
+        self._params = select_parameters(self._model.unet, self._plan.method.build().params)
+        self._base = snapshot(self._params)
+        cache = Cache(Path(spine.paths.outputs) / "cache")
+        fingerprint, batch = self._model.fingerprint(), spine.eval.batch_size
+        self._anchors = AnchorImages(
+            self._model, fingerprint, self._params, self._base, spine.anchors, cache, batch
+        )
+
+    def begin(self) -> tuple[Scope, Method, dict[str, Regularizer]]:
+        """What a new process has before the first step."""
+        plan, spine, sequence = self._plan, self._plan.spine, self._plan.sequence.build()
+        request = plan_requests(sequence, plan.setting.plan)[1]
+        assign(self._params, self._base)
+        if request.start == "previous":
+            delta = safetensors.torch.load_file(self._directory / "steps/01/delta.safetensors")
+            assign(self._params, self._base, {name: delta[name] for name in self._params})
+        scope = Scope(
+            model=self._model,
+            sequence=sequence,
+            request=request,
+            params=self._params,
+            start=snapshot(self._params),
+            base=self._base,
+            rng=RandomSource(spine.seed, request.index),
+            batch_size=spine.train.batch_size,
+            steps=spine.train.steps,
+            anchors=self._anchors.latents,
+        )
+        return (
+            scope,
+            plan.method.build(),
+            {name: node.build() for name, node in plan.regularizers.items()},
+        )
+
+    def interrupt(self, last: int) -> None:
+        """Train until a signal comes in this step, and save the state as a run does."""
+        checkpoint = self._checkpoint()
+        assert checkpoint.begin({"request": 2}) is None
+
+        def after_step(training: Training) -> None:
+            if training.done == last:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            if stop.received:
+                checkpoint.save({"training": training.state()})
+            stop.check()
+
+        with StopSignals() as stop, pytest.raises(Stopped, match="stopped by SIGUSR1"):
+            erase(*self.begin(), self._plan.spine.train, after_step, undisturbed=stop.deferred)
+
+    def resume(self, last: int) -> tuple[dict[str, torch.Tensor], bytes, dict[str, object]]:
+        """Train the rest: the delta, training.csv, and the records of the method and the regularizers."""
+        scope, method, regularizers = self.begin()
+        state = self._checkpoint().begin({"request": 2})["training"]
+        assert len(state["rows"]) == last
+        report = erase(scope, method, regularizers, self._plan.spine.train, state=state)
+        kept = {
+            name: entry
+            for name, entry in report.regularizers.items()
+            if regularizers[name].acts_on != ("weights",)
+        }
+        records = json.loads(to_json({"method": report.method, "regularizers": kept}))
+        return subtract(self._params, self._base), to_csv(pd.DataFrame(report.logs)), records
+
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(self._directory, None, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("method", "reg"), CELLS)
-def test_a_request_that_is_interrupted_ends_bitwise_the_same(
+def test_a_request_that_is_interrupted_ends_bitwise_the_same(in_process, tmp_path, method, reg):
+    chosen = overrides(method, reg)
+    directory, delta = run(in_process, tmp_path, chosen)
+    assert_trained(directory)
+    request, last = (
+        SecondRequest(chosen, directory),
+        1 if method == "uce" else 2,
+    )  # the closed form has only one step
+    request.interrupt(last)
+    again, logs, records = request.resume(last)
+    assert set(again) == set(delta)
+    assert all(again[name].equal(delta[name]) for name in delta)
+    assert logs == (directory / "steps/02/training.csv").read_bytes()
+    recorded = json.loads((directory / "steps/02/step.json").read_text())["training"]
+    assert records == {name: recorded[name] for name in records}
+
+
+# --------------------------------------------------------------------------------------------------------- whole runs
+@pytest.mark.parametrize(("method", "reg"), WHOLE)
+def test_a_run_that_is_interrupted_ends_bitwise_the_same(
     in_process, tmp_path, monkeypatch, method, reg
 ):
     chosen = overrides(method, reg)
     directory, first = run(in_process, tmp_path, chosen)
-    table = pd.read_csv(directory / "metrics.csv")
-    assert table["request"].tolist() == [0, 1, 2]
-    assert (table["drift_l2"][1:] > 0).all()
+    table = assert_trained(directory)
     for name in (
         "steps/02/step.json",
         "summary.json",

@@ -1,6 +1,7 @@
 """The command and its run directory: the contract, resume, damage, locks, a full disk, ctrl-C, NaN, the terminal."""
 
 import errno
+import functools
 import json
 import os
 import resource
@@ -13,7 +14,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import SMOKE, command, environment, run_directory
+from commands import run_forked
+from conftest import SMOKE, run_directory
 from PIL import Image
 
 from cu_runner.cli.failures import explain_error
@@ -275,7 +277,7 @@ def test_ctrl_c_and_resume_is_bitwise_an_undisturbed_run(start, in_process, tmp_
 # ---------------------------------------------------------------------------------------------------------- full disk
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 400 kB where root may mount one, else a limit of 20 kB a file: (directory, preexec_fn, release)."""
+    """A file system of 400 kB where root may mount one, else a limit of 20 kB a file: (directory, what sets it, release)."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -286,7 +288,7 @@ def small_disk(tmp_path):
     if mounted.returncode:
         yield (
             disk,
-            lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+            functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000)),
             lambda: None,
         )
         return
@@ -299,16 +301,11 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="mounts and limits are those of POSIX systems")
-def test_a_full_disk_gives_one_line_and_the_run_resumes(in_process, small_disk, finished_run):
+def test_a_full_disk_gives_one_line_and_the_run_resumes(
+    in_process, small_disk, finished_run, tmp_path
+):
     disk, limit, release = small_disk
-    done = subprocess.run(
-        [*command(), *SMOKE, f"paths.outputs={disk}"],
-        env=environment(),
-        preexec_fn=limit,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = run_forked("cu-run", *SMOKE, f"paths.outputs={disk}", cwd=tmp_path, before=limit)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("cu-run: ")

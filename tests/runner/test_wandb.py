@@ -1,19 +1,20 @@
 """An offline W&B run, read back from the file that W&B wrote: configuration, metrics, the grid, the id of a resumed run."""
 
+import functools
 import itertools
 import json
 import re
 import shutil
 import struct
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import SMOKE, command, environment, run_directory
+from commands import environment, patch, run_forked
+from conftest import SMOKE, run_directory
 from PIL import Image
 from wandb_server import WandbServer
 
@@ -220,24 +221,18 @@ def test_the_shipped_sweep_composes_for_every_combination_as_an_agent_would_call
 
 
 # --------------------------------------------------------------------------------------------- online, and no longer so
-# cu-run that waits for uploads for 5 s. WANDB_FINISH_TIMEOUT would not do: W&B reads it itself, whatever cu-run asks for.
-HASTY = [
-    sys.executable,
-    "-c",
-    "from cu_runner import cli, tracking; tracking.FINISH_SECONDS = 5.0; cli.main()",
-]
+# A command that waits for uploads for 5 s. WANDB_FINISH_TIMEOUT would not do: W&B reads it itself, whatever cu-run asks for.
+hasty = functools.partial(patch, "cu_runner.runner.tracking", "FINISH_SECONDS", 5.0)
 
 
-def online(cwd, server, program=None, **variables: str) -> tuple[subprocess.CompletedProcess, Path]:
+def online(cwd, server, before=None, **variables: str) -> tuple[subprocess.CompletedProcess, Path]:
     """A run that logs to the server, as a process; and its directory."""
-    done = subprocess.run(
-        [*(program or command()), *OFFLINE],
+    done = run_forked(
+        "cu-run",
+        *OFFLINE,
         cwd=cwd,
         env=environment(**server.environment, **variables),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
+        before=before,
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
@@ -271,7 +266,7 @@ def test_a_server_that_is_lost_in_the_middle_does_not_hold_the_run_up(tmp_path):
             threading.Thread(target=server.shut).start()
 
     server = WandbServer(after=lose)
-    done, directory = online(tmp_path, server, HASTY)  # within a time limit
+    done, directory = online(tmp_path, server, hasty)  # within a time limit
     (line,) = [
         line for line in done.stdout.splitlines() if "W&B is not written from here on" in line
     ]
@@ -300,19 +295,9 @@ def test_a_run_that_does_not_arrive_is_not_called_sent(run_copy, tmp_path):
             threading.Thread(target=server.shut).start() if "file_stream" in path else None
         )
     )
-    program = [
-        sys.executable,
-        "-c",
-        "from cu_runner import report, tracking; tracking.FINISH_SECONDS = 5.0; report.main()",
-    ]
-    done = subprocess.run(
-        [*program, run_copy, "--wandb", "online"],
-        cwd=tmp_path,
-        env=environment(**server.environment),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
+    env = environment(**server.environment)
+    done = run_forked(
+        "cu-report", run_copy, "--wandb", "online", cwd=tmp_path, env=env, before=hasty
     )
     assert done.returncode == 1
     assert done.stdout == f"report: outputs/reports/{run_copy.name}/index.html\n"

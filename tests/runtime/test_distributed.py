@@ -1,5 +1,6 @@
 """Two CPU processes as one: the metrics of a single process, and its deltas up to the order of sums."""
 
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,7 +10,8 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from conftest import SMOKE, environment, run_directory
+from commands import Forked, environment
+from conftest import SMOKE, run_directory
 
 from cu_runner.runtime import distributed
 
@@ -77,6 +79,7 @@ COMMON = ["device=cpu", *(override for override in SMOKE if not override.startsw
 
 
 def launch(cwd, *overrides: str) -> subprocess.CompletedProcess:
+    """Two processes of cu-run through accelerate."""
     return subprocess.run(
         [*LAUNCH, *COMMON, *overrides],
         cwd=cwd,
@@ -85,6 +88,30 @@ def launch(cwd, *overrides: str) -> subprocess.CompletedProcess:
         text=True,
         timeout=400,
         check=False,
+    )
+
+
+def fork_two(cwd, *overrides: str) -> subprocess.CompletedProcess:
+    """Two forks of cu-run with the variables that accelerate's launcher sets; the outputs of both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    group |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    processes = [
+        Forked(
+            "cu-run",
+            *COMMON,
+            *overrides,
+            cwd=cwd,
+            env=environment(**group, RANK=rank, LOCAL_RANK=rank),
+        )
+        for rank in "01"
+    ]
+    written = [process.communicate(timeout=400) for process in processes]
+    out, err = ("".join(parts) for parts in zip(*written, strict=True))
+    return subprocess.CompletedProcess(
+        overrides, max(process.returncode for process in processes), out, err
     )
 
 
@@ -146,7 +173,8 @@ def test_two_processes_make_what_one_makes(in_process, tmp_path, cell):
     status, out, err = in_process(*COMMON, *CELLS[cell], "paths.outputs=one")
     assert (status, err) == (0, "")
     one = run_directory(out, tmp_path)
-    done = launch(tmp_path, *CELLS[cell], "paths.outputs=two")
+    two_processes = launch if cell == "conabl, sgd" else fork_two
+    done = two_processes(tmp_path, *CELLS[cell], "paths.outputs=two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run: ") == 1
     assert "2 processes" in done.stdout
@@ -180,8 +208,8 @@ def test_the_processes_leave_their_group_before_they_end(tmp_path):
 
 
 def test_two_processes_resume_what_one_began_and_bad_input_is_one_line(in_process, tmp_path):
-    done = launch(tmp_path, "method.num_anchors=4", "reg=none", "train.lr=-1")
-    assert done.returncode != 0
+    done = fork_two(tmp_path, "method.num_anchors=4", "reg=none", "train.lr=-1")
+    assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.startswith("cu-run: ")]
     assert set(lines) == {"cu-run: train.lr=-1: input should be greater than 0"}
     status, out, _ = in_process(*SMOKE)
@@ -189,7 +217,7 @@ def test_two_processes_resume_what_one_began_and_bad_input_is_one_line(in_proces
     directory = run_directory(out, tmp_path)
     (directory / "steps/02/step.json").unlink()
     (directory / "summary.json").unlink()
-    done = launch(tmp_path, "method.num_anchors=4")
+    done = fork_two(tmp_path, "method.num_anchors=4")
     assert done.returncode == 0, done.stderr
     assert (directory / "steps/02/step.json").exists()
     assert "0/2" not in done.stdout  # the steps that one process had finished were not made again

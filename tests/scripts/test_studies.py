@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SMOKE, environment
+from commands import environment
+from conftest import SMOKE
 
 from cu_runner.concepts.entries import read_shipped
 from cu_runner.concepts.sequence import Sequence

@@ -5,17 +5,17 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
-from conftest import SMOKE, command, environment, run_directory
+from commands import SCRIPTS, environment, run_script
+from conftest import SMOKE, run_directory
 
 pytestmark = pytest.mark.slurm
 
-SCRIPT = Path(__file__).parents[2] / "scripts/slurm_local.sh"
+CLUSTER = Path(__file__).parents[2] / "scripts/slurm_local.sh"
 SMALL = ["cluster.gpus=null", "cluster.mem_gb=3", "cluster.cpus=1"]
 LONG = [override for override in SMOKE if not override.startswith("train.steps")] + [
     "train.steps=1200",
@@ -31,12 +31,12 @@ def slurm():
     folder.chmod(0o755)  # munged runs as a user of its own
     place = environment(SLURM_LOCAL=str(folder))
     started = subprocess.run(
-        [str(SCRIPT), "start"], env=place, capture_output=True, text=True, check=False
+        [str(CLUSTER), "start"], env=place, capture_output=True, text=True, check=False
     )
     if started.returncode:
         pytest.exit(started.stderr.strip() or "slurm_local: did not start", returncode=2)
     yield place | {"SLURM_CONF": started.stdout.strip().partition("=")[2]}
-    subprocess.run([str(SCRIPT), "stop"], env=place, check=True, capture_output=True)
+    subprocess.run([str(CLUSTER), "stop"], env=place, check=True, capture_output=True)
     shutil.rmtree(folder)
 
 
@@ -46,7 +46,7 @@ def submit(slurm, tmp_path):
     processes = []
 
     def begin(*overrides: str) -> subprocess.Popen:
-        arguments = [*command(), "-m", "hydra/launcher=slurm", *SMALL, *overrides]
+        arguments = [str(SCRIPTS / "cu-run"), "-m", "hydra/launcher=slurm", *SMALL, *overrides]
         log = (tmp_path / f"sweep{len(processes)}.log").open("w")
         processes.append(
             subprocess.Popen(arguments, cwd=tmp_path, env=slurm, text=True, stdout=log, stderr=log)
@@ -95,14 +95,8 @@ def job_of(directory: Path) -> str:
 def calm(tmp_path_factory):
     """The directory of an undisturbed run of LONG, without SLURM."""
     place = tmp_path_factory.mktemp("calm")
-    done = subprocess.run(
-        [*command(), *LONG],
-        cwd=place,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_script("cu-run", *LONG, cwd=place)
+    assert done.returncode == 0, done.stderr
     return run_directory(done.stdout, place)
 
 
@@ -151,16 +145,16 @@ def test_the_cells_of_a_table_are_one_array(slurm, tmp_path):
         },
     }
     (tmp_path / "mine.yaml").write_text(json.dumps(table))
-    cu_table = [
-        str(Path(sys.executable).with_name("cu-table")),
+    done = run_script(
+        "cu-table",
         "mine.yaml",
         "--run",
         "--launcher",
         "slurm",
         *SMALL,
-    ]
-    done = subprocess.run(
-        cu_table, cwd=tmp_path, env=slurm, capture_output=True, text=True, check=False, timeout=500
+        cwd=tmp_path,
+        env=slurm,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr + told(tmp_path)
     assert done.stdout.count("  done") == 3

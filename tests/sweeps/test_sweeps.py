@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMOKE, command, environment
+from commands import environment, run_forked
+from conftest import SMOKE
 from filelock import FileLock
 from submitit.core.utils import UncompletedJobError
 
@@ -83,15 +84,8 @@ def test_a_real_sweep_with_a_job_that_cannot_run(in_process, run_copy, status, t
 
 def test_jobs_in_processes_of_their_own_that_fail_are_no_success(run_copy, tmp_path):
     """Through submitit: the statuses of its jobs are not those of the process that submits."""
-    arguments = [*command(), "-m", "hydra/launcher=local_processes", *SMOKE, "seed=0,-1"]
-    done = subprocess.run(
-        arguments,
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
+    done = run_forked(
+        "cu-run", "-m", "hydra/launcher=local_processes", *SMOKE, "seed=0,-1", cwd=tmp_path
     )
     (folder,) = (tmp_path / "outputs/sweeps").iterdir()
     said = "1 of 2 jobs did not end well, the first: seed=-1: input should be greater than or equal to 0"
@@ -141,12 +135,9 @@ def test_a_wrong_list_of_jobs_is_one_line(in_process, tmp_path, content, message
 
 
 def test_a_machine_without_slurm(tmp_path):
-    place = {name: value for name, value in environment().items() if name != "PATH"} | {
-        "PATH": "/nowhere"
-    }
-    arguments = [*command(), "-m", "hydra/launcher=slurm", *SMOKE, "seed=0"]
-    done = subprocess.run(
-        arguments, cwd=tmp_path, env=place, capture_output=True, text=True, check=False, timeout=300
+    place = environment(PATH="/nowhere")
+    done = run_forked(
+        "cu-run", "-m", "hydra/launcher=slurm", *SMOKE, "seed=0", cwd=tmp_path, env=place
     )
     assert done.returncode == 1
     assert done.stderr.startswith("cu-run: the launcher says: Could not detect")
