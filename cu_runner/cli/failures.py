@@ -58,9 +58,17 @@ def explain_error(error: Exception, overrides: list[str]) -> tuple[int, str]:
         if type(error).__name__ == "OutOfMemoryError":
             less = "train.gradient_checkpointing=true and a lower eval.batch_size need less of it and resume this run"
             return 1, f"out of GPU memory; {less}; a lower train.batch_size begins another"
-        from cu_runner.schema.errors import LaunchError, SamplingError, StoreError, TrainingError
+        from cu_runner.schema.errors import (
+            LaunchError,
+            MirrorError,
+            SamplingError,
+            StoreError,
+            TrainingError,
+        )
 
-        if isinstance(error, StoreError | TrainingError | SamplingError | LaunchError):
+        if isinstance(
+            error, StoreError | TrainingError | SamplingError | LaunchError | MirrorError
+        ):
             return 1, one_line(error)
     if (
         raised_by(error) in READERS

@@ -30,6 +30,12 @@ from cu_runner.store.layout import STEP
 from cu_runner.store.records import Step, chain, continues, is_intact, parse_record
 
 
+def command_in(text: str) -> str | None:
+    """Return the command that a config.yaml records below its sha256; None if it has none."""
+    line = next(iter(text.split("\n")[1:2]), "")
+    return line.removeprefix("# ") if line.startswith("# cu-") else None
+
+
 class RunStore:
     """One run directory, locked by one run. Use as a context manager. Of several processes of a run, the first reads and writes."""
 
@@ -38,14 +44,17 @@ class RunStore:
         directory: Path,
         config: dict[str, object],
         signature_of: Callable[[dict[str, object]], str],
+        command: str | None = None,
     ) -> None:
         """
         Args:
             directory: the run directory; created if missing.
             config: resolved configuration, kept in config.yaml.
             signature_of: hash of its scientific part; a directory whose config.yaml has another one is refused.
+            command: what makes the run again, one line, for config.yaml; None if no command does.
         """
         self.directory, self._config, self._signature_of = directory, config, signature_of
+        self._command = command
         self.signature = signature_of(config)
         self._lock = FileLock(directory / ".lock")
 
@@ -75,12 +84,9 @@ class RunStore:
     def _check_config(self) -> None:
         path = self.directory / "config.yaml"
         if not path.exists():
-            write_atomic(
-                path,
-                with_header(
-                    yaml.safe_dump(self._config, sort_keys=False, allow_unicode=True).encode()
-                ),
-            )
+            comment = f"# {self._command}\n" if self._command else ""
+            settings = yaml.safe_dump(self._config, sort_keys=False, allow_unicode=True)
+            write_atomic(path, with_header((comment + settings).encode()))
             return
         content = path.read_bytes()
         try:
