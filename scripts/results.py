@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib as mpl
 import pandas as pd
 
+from cu_runner.reporting.table_formats import to_markdown
 from cu_runner.runtime.paths import config_dir
 from cu_runner.sweeps.make_runs import cu_runs
 
@@ -108,21 +109,18 @@ def keep_others(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def as_markdown(table: pd.DataFrame) -> str:
-    lines = [
-        "| method | regularizer | UA | RA-I | RA-C | drift | training s | UA / RA-C after request 1 |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """Return the table of all runs; of one that was stopped, the reason in place of its numbers."""
+    numbers = ["UA", "RA-I", "RA-C", "drift", "training s", "UA / RA-C after request 1"]
+    lines = [["method", "regularizer", *numbers]]
     for row in table.itertuples():
-        regularizer = f"{row.reg}, {row.remark}" if row.remark else row.reg
+        name = [row.method, f"{row.reg}, {row.remark}" if row.remark else row.reg]
         if isinstance(row.stopped, str):
-            lines.append(
-                f"| {row.method} | {regularizer} | {row.stopped.removeprefix('cu-run: ')} |"
-            )
+            lines.append([*name, row.stopped.removeprefix("cu-run: "), *[""] * (len(numbers) - 1)])
             continue
+        tenths = [f"{value:.1f}" for value in (row.UA, row.RA_I, row.RA_C, row.drift_l2)]
         first = f"{row.first_UA:.0f} / {row.first_RA_C:.1f}"
-        numbers = f"{row.UA:.1f} | {row.RA_I:.1f} | {row.RA_C:.1f} | {row.drift_l2:.1f} | {row.seconds:.0f} | {first}"
-        lines.append(f"| {row.method} | {regularizer} | {numbers} |")
-    return "\n".join(lines) + "\n"
+        lines.append([*name, *tenths, f"{row.seconds:.0f}", first])
+    return to_markdown(lines) + "\n"
 
 
 def draw(tables: dict[str, pd.DataFrame]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cu_runner.cli.console import Parser, quiet_libraries
 from cu_runner.cli.failures import one_line_failures
+from cu_runner.config.command import recorded_command
 from cu_runner.config.permissions import allowed_modules, refuse_unasked_pickles
 from cu_runner.config.revise import revise
 from cu_runner.config.run_config import check_run
@@ -56,8 +57,14 @@ def main() -> None:
         instruments = (
             None if complete else load(run, plan)
         )  # what cannot be loaded leaves no directory behind
+        command = recorded_command("cu-eval", [str(arguments.run), *arguments.overrides])
         with RunStore(
-            directory, plan.resolved, signature, plan.code, plan.spine.allow_other_code
+            directory,
+            plan.resolved,
+            signature,
+            command=command,
+            code=plan.code,
+            allow_other_code=plan.spine.allow_other_code,
         ) as store:
             for step in measure_again(run, plan, store, instruments):
                 print(compare(run.records[step.index]["row"], step.row), flush=True)

@@ -15,6 +15,7 @@ from cu_runner.runtime.paths import GROUPS, config_dir
 from cu_runner.runtime.signals import Stopped
 from cu_runner.schema.errors import (
     LaunchError,
+    MirrorError,
     SamplingError,
     StoreError,
     TrainingError,
@@ -26,7 +27,7 @@ from cu_runner.schema.values import ConfigTree
 
 LAUNCHERS = ("submitit", "hydra_plugins")  # what submits the jobs of a sweep, and waits for them
 READERS = ("hydra", "omegaconf", "antlr4", "yaml")  # what reads a user's configuration
-OURS = (StoreError, TrainingError, SamplingError, LaunchError)
+OURS = (StoreError, TrainingError, SamplingError, LaunchError, MirrorError)
 NOISE = re.compile(
     r" Config search path:| See https://| full_key:"
     r"| Set the environment variable HYDRA_FULL_ERROR"

@@ -5,17 +5,20 @@ Exit status: 0 done, 1 a run is damaged, the page cannot be written or W&B faile
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal
 
 from cu_runner.cli.console import Parser, whole_number
+from cu_runner.cli.failures import one_line_failures
 from cu_runner.store.run_record import RunRecord
 
 
 def main() -> None:
-    """Entry point of `cu-report`."""
+    """Call `cu-report` with its command line."""
     parser = Parser(prog="cu-report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "paths",
@@ -48,118 +51,108 @@ def main() -> None:
         metavar="FILE",
         help="instead of a page, write one finished run into a zip archive",
     )
-    arguments = parser.parse_args()
-    try:
+    arguments = parser.parse_intermixed_args()
+    with one_line_failures("cu-report"):
         if arguments.pack:
             pack_one(arguments.paths, arguments.pack)
-            return
-        produce(arguments.paths, arguments.output, arguments.details, arguments.wandb)
-    except KeyboardInterrupt:
-        fail(130, "interrupted; run the same command again")
+        else:
+            produce(arguments.paths, arguments.output, arguments.details, arguments.wandb)
 
 
-def fail(status: int, message: str) -> NoReturn:
-    sys.stderr.write(f"cu-report: {message}\n")
-    sys.exit(status)
-
-
-def produce(paths: list[Path], output: Path | None, details: int, wandb: str | None) -> None:
-    """Read the runs, write the page and its plots, and say where they are; send the runs to W&B if asked to."""
-    from cu_runner.config.compose import compose
+def produce(
+    paths: list[Path], output: Path | None, details: int, wandb: Literal["online", "offline"] | None
+) -> None:
+    """Write the page and its plots, and print where they are; send the runs to W&B if asked to."""
     from cu_runner.reporting.page import write_page
-    from cu_runner.reporting.page_data import (
-        read_all,  # imported here: torch takes seconds, --help must not
-    )
-    from cu_runner.schema.errors import StoreError
+    from cu_runner.reporting.page_data import read_all
     from cu_runner.store.files import write_atomic
-    from cu_runner.store.run_record import find_runs
 
-    try:
-        directories = list(dict.fromkeys(path.resolve() for path in find_runs(paths)))
-    except StoreError as error:
-        fail(2, str(error))
+    directories = directories_of(paths)
     folder = output or Path("outputs/reports") / report_name(paths, directories)
-    try:
-        runs, unstarted = read_all(directories)
-        remarks = []
-        if len(runs) > details:
-            remarks.append(
-                f"Accuracy matrix, samples and configuration are given for the first {details} of {len(runs)} runs (--details)."
-            )
-        if unstarted:
-            remarks.append(f"Left out, since no step is finished: {', '.join(unstarted)}.")
+    runs, unstarted = read_all(directories)
+    remarks = []
+    if len(runs) > details:
+        what = f"for the first {details} of {len(runs)} runs (--details)"
+        remarks.append(f"Accuracy matrix, samples and configuration are given {what}.")
+    if unstarted:
+        remarks.append(f"Left out, since no step is finished: {', '.join(unstarted)}.")
+    with writing_to(folder, "--output"):
         (folder / "plots").mkdir(parents=True, exist_ok=True)
-        write_atomic(
-            folder / "index.html",
-            write_page(runs, folder / "plots", details, remarks, compose).encode(),
-        )
-    except StoreError as error:
-        fail(1, str(error))
-    except OSError as error:
-        fail(
-            1,
-            f"{error.filename or folder}: {error.strerror or error}; mend that or choose another --output",
-        )
-    unsent = send_all([shown.run for shown in runs], wandb) if wandb else None
-    sys.stdout.write(
-        "".join(f"{remark}\n" for remark in remarks) + f"report: {folder / 'index.html'}\n"
-    )
-    if unsent:
-        fail(1, unsent)
+        page = write_page(runs, folder / "plots", details, remarks)
+        write_atomic(folder / "index.html", page.encode())
+    try:
+        if wandb:
+            send_all([shown.run for shown in runs], wandb)
+    finally:
+        lines = [*remarks, f"report: {folder / 'index.html'}"]
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
 def pack_one(paths: list[Path], target: Path) -> None:
-    """Write the only run among the paths into one file, and say how it is looked at elsewhere."""
-    from cu_runner.schema.errors import StoreError
+    """Write the only run among the paths into one file, and print how it is used elsewhere."""
     from cu_runner.store.archive import pack
-    from cu_runner.store.run_record import find_runs, read_run
+    from cu_runner.store.run_record import read_run
+
+    directories = directories_of(paths)
+    if len(directories) != 1:
+        raise ValueError(f"--pack takes one run, not {len(directories)}; give its directory")
+    with writing_to(target, "FILE"):
+        pack(read_run(directories[0]), target)
+    again = f"`unzip {target} -d outputs/runs` makes it a run again"
+    sys.stdout.write(f"packed: {target}; `cu-doctor {target}` verifies it, {again}\n")
+
+
+def directories_of(paths: list[Path]) -> list[Path]:
+    """Return the run directories among the paths, each once. Raises ValueError if a path has none."""
+    from cu_runner.schema.errors import StoreError
+    from cu_runner.store.run_record import find_runs
 
     try:
-        directories = find_runs(paths)
-        if len(directories) != 1:
-            fail(2, f"--pack takes one run, not {len(directories)}; give its directory")
-        pack(read_run(directories[0]), target)
+        return list(dict.fromkeys(path.resolve() for path in find_runs(paths)))
     except StoreError as error:
-        fail(1, str(error))
+        raise ValueError(str(error)) from None
+
+
+@contextlib.contextmanager
+def writing_to(place: Path, option: str) -> Iterator[None]:
+    """Turn an OSError into a StoreError that names the option by which to write elsewhere."""
+    from cu_runner.schema.errors import StoreError
+
+    try:
+        yield
     except OSError as error:
-        fail(
-            1,
-            f"{error.filename or target}: {error.strerror or error}; mend that or choose another FILE",
-        )
-    sys.stdout.write(
-        f"packed: {target}; `cu-doctor {target}` verifies it, `unzip {target} -d outputs/runs` makes it a run again\n"
-    )
+        what = f"{error.filename or place}: {error.strerror or error}"
+        raise StoreError(f"{what}; mend that or choose another {option}") from None
 
 
-def send_all(runs: list[RunRecord], mode: str) -> str | None:
+def send_all(runs: list[RunRecord], mode: Literal["online", "offline"]) -> None:
     """Mirror the runs to W&B, which writes its own files under the outputs folder of their configuration.
 
-    Returns:
-        Which run was not sent, nor those after it, and why; None if all were.
+    Raises:
+        MirrorError: a run was not sent, nor were those after it.
     """
     from cu_runner.runner.tracking import send
     from cu_runner.schema.errors import MirrorError
     from cu_runner.schema.settings import WandbSettings
 
     for run in runs:
-        named = run.config["wandb"]
+        named, outputs = run.config["wandb"], Path(run.config["paths"]["outputs"])
         try:
-            send(
-                run,
-                WandbSettings(mode, named["project"], named["entity"]),
-                Path(run.config["paths"]["outputs"]),
-            )
+            send(run, WandbSettings(mode, named["project"], named["entity"]), outputs)
         except MirrorError as error:
-            return f"{run.directory.name}: not sent to W&B ({mode}): {error}; run the same command again to send what is missing"
+            why = f"{run.directory.name}: not sent to W&B ({mode}): {error}"
+            raise MirrorError(
+                f"{why}; run the same command again to send what is missing"
+            ) from None
         sys.stdout.write(f"sent to W&B ({mode}): {run.directory.name}\n")
-    return None
 
 
 def report_name(paths: list[Path], directories: list[Path]) -> str:
-    """Of the run, of the folder, or "N-runs-<hash of their names>"."""
+    """Return the name of the run, of the folder, or "N-runs-<hash of their names>"."""
     if len(paths) == 1:
         return paths[0].resolve().name
     if len(directories) == 1:
         return directories[0].name
     names = "\n".join(sorted(directory.name for directory in directories))
-    return f"{len(directories)}-runs-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(names.encode()).hexdigest()
+    return f"{len(directories)}-runs-{digest[:8]}"

@@ -66,6 +66,9 @@ def main() -> None:
 
 def run_job(config: DictConfig) -> None:
     """One composed job: check it, build its parts, run it, print its table."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from cu_runner.config.command import recorded_command, words_of
     from cu_runner.config.compose import parse
     from cu_runner.runner.forecast import forecast
     from cu_runner.runtime import distributed
@@ -79,10 +82,16 @@ def run_job(config: DictConfig) -> None:
         print(forecast(plan))
         return
     note_job(run=str(plan.directory.absolute()))
+    command = recorded_command("cu-run", words_of(HydraConfig.get()))
     with (
         StopSignals() as stop,
         RunStore(
-            plan.directory, plan.resolved, signature, plan.code, plan.spine.allow_other_code
+            plan.directory,
+            plan.resolved,
+            signature,
+            command=command,
+            code=plan.code,
+            allow_other_code=plan.spine.allow_other_code,
         ) as store,
         logging_to(plan.directory / "run.log")
         if distributed.is_main()

@@ -18,9 +18,17 @@ from pathlib import Path
 
 from cu_runner.cli.console import Parser, whole_number
 from cu_runner.cli.failures import one_line_failures
+from cu_runner.config.command import changes_results, key_of
 from cu_runner.evaluators.metrics import ENOUGH_UA
 from cu_runner.reporting.table_cells import Cell, make_cells, measure, orderings
-from cu_runner.reporting.table_formats import as_csv, as_latex, as_markdown
+from cu_runner.reporting.table_formats import (
+    DAGGER,
+    DOUBLE_DAGGER,
+    FilledTable,
+    as_csv,
+    as_latex,
+    as_markdown,
+)
 from cu_runner.reporting.table_spec import Overrides, Table, read_table
 from cu_runner.runner.forecast import work_of
 from cu_runner.runtime.lazy import pd
@@ -29,13 +37,12 @@ from cu_runner.schema.errors import ConfigError, LaunchError
 from cu_runner.store.files import write_atomic
 from cu_runner.store.layout import SWEEP
 from cu_runner.store.run_record import RunRecord
-from cu_runner.store.signature import NOT_SCIENTIFIC
 from cu_runner.sweeps.make_runs import cu_runs, diverged, submit
 from cu_runner.sweeps.status import read_sweep
 
 
 def main() -> None:
-    """Entry point of `cu-table`."""
+    """Call `cu-table` with its command line."""
     launchers = sorted(path.stem for path in (config_dir() / "hydra/launcher").glob("*.yaml"))
     parser = Parser(prog="cu-table", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("table", help="name of a file of scripts/tables, or path of your own")
@@ -72,6 +79,7 @@ def main() -> None:
 
 
 def seed_list(text: str) -> list[int]:
+    """Return the seeds of an option: "0,1,2". Raises ArgumentTypeError."""
     try:
         seeds = [int(entry) for entry in text.split(",")]
     except ValueError:
@@ -103,101 +111,77 @@ def produce(arguments: argparse.Namespace) -> None:
         run_missing(cells, name, arguments)
         cells = list(read())
     measured = measure(cells, table)
-    ordered = orderings(measured, table.targets.tolerance) if table.targets else None
-    missing = [shlex.join(["cu-run", *command]) for cell in cells for command in cell.missing()]
-    paper_model = table.targets.model if table.targets else None
-    notes = [*settings_of_all(arguments.overrides), *footnotes(table, measured, arguments.seeds)]
-    text = as_markdown(
+    filled = FilledTable(
         name,
         table.title,
         experiment.model,
-        paper_model,
-        table.metrics,
-        measured,
-        notes,
-        ordered,
-        missing,
+        paper_model=table.targets.model if table.targets else None,
+        measured=measured,
+        footnotes=settings_of_all(arguments.overrides)
+        + footnotes(table, measured, arguments.seeds),
+        ordered=orderings(measured, table.targets.tolerance) if table.targets else None,
+        missing=[shlex.join(["cu-run", *command]) for cell in cells for command in cell.missing()],
     )
+    text, stem = as_markdown(filled), f"{name}-{chosen}"
+    files = {f"{stem}.md": text, f"{stem}.csv": as_csv(measured), f"{stem}.tex": as_latex(filled)}
+    if filled.ordered is not None:
+        files[f"{stem}-orderings.csv"] = as_csv(filled.ordered)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    stem = f"{name}-{chosen}"
-    write_atomic(arguments.output / f"{stem}.md", text.encode())
-    write_atomic(arguments.output / f"{stem}.csv", as_csv(measured).encode())
-    write_atomic(
-        arguments.output / f"{stem}.tex",
-        as_latex(experiment.model, paper_model, table.metrics, measured, notes).encode(),
-    )
-    if ordered is not None:
-        write_atomic(arguments.output / f"{stem}-orderings.csv", as_csv(ordered).encode())
+    for file, content in files.items():
+        write_atomic(arguments.output / file, content.encode())
     print(f"{text}\ntable: {arguments.output / stem}.md")
 
 
 def refuse_places(table: Table, overrides: Overrides) -> None:
-    """Raises ConfigError for an override that would make a cell another one than its row, its column and its model say."""
+    """Refuse an override that a row, a column or the model of the table sets. Raises ConfigError."""
     places = {"model", "sequence", "method", "reg", "setting", "experiment"}
     places |= {key_of(override) for own in table.overrides() for override in own}
     for override in overrides:
         if key_of(override) == "dry_run":
-            raise ConfigError(
-                "dry_run: a table has none; without --run it runs nothing and lists what is missing"
-            )
+            said = "a table has none; without --run it runs nothing and lists what is missing"
+            raise ConfigError(f"dry_run: {said}")
         if key_of(override) in places:
-            raise ConfigError(
-                f"{override}: rows, columns and model are the table's own; leave it out, or write a table of yours"
-            )
-
-
-def key_of(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
+            said = "rows, columns and model are the table's own; leave it out, or write a table of yours"
+            raise ConfigError(f"{override}: {said}")
 
 
 def settings_of_all(overrides: Overrides) -> list[str]:
-    """A note with the overrides that the user gave every run, but for those that change no result."""
-    shown = [
-        each
-        for each in overrides
-        if not f"{key_of(each)}.".startswith(tuple(f"{name}." for name in NOT_SCIENTIFIC))
-    ]
+    """Return a note with the user's overrides of every run, but for those that change no result."""
+    shown = list(filter(changes_results, overrides))
     return [f"Every run with {shlex.join(shown)}."] if shown else []
 
 
 def footnotes(table: Table, measured: pd.DataFrame, seeds: list[int]) -> list[str]:
-    """What a reader must know of the numbers."""
-    count = max(len(seeds), 1)
-    notes = [
-        f"{count} seeds: mean and 95% interval over them (Student's t)."
-        if count > 1
-        else "One seed: there is no interval over seeds."
-    ]
+    """Return what a reader must know of the numbers."""
+    notes = ["One seed: there is no interval over seeds."]
+    if len(seeds) > 1:
+        notes = [f"{len(seeds)} seeds: mean and 95% interval over them (Student's t)."]
     if not measured["comparable"].dropna().all():
-        notes.append(
-            f"\N{DAGGER} UA is under {ENOUGH_UA:.0f}: less was forgotten, so the retention is not comparable."
-        )
+        why = "less was forgotten, so the retention is not comparable"
+        notes.append(f"{DAGGER} UA is under {ENOUGH_UA:.0f}: {why}.")
     if not measured.loc[measured["ours"].notna(), "tuned"].all():
-        notes.append(
-            "\N{DOUBLE DAGGER} The settings of this method with these regularizers were not searched (conf/tuned)."
-        )
+        what = "The settings of this method with these regularizers were not searched"
+        notes.append(f"{DOUBLE_DAGGER} {what} (conf/tuned).")
     if table.targets:
         notes += [
             f"Published, {source}: {meaning}." for source, meaning in table.targets.sources.items()
         ]
         notes.append(
-            f"Ordering check: pairs of rows that differ by more than {table.targets.tolerance:g} points in the paper; undecided: "
-            "the 95% interval of our difference holds 0 (Newcombe's, from Wilson's over images, or over seeds where that is wider)."
+            "Ordering check: pairs of rows that differ by more than "
+            f"{table.targets.tolerance:g} points in the paper; undecided: the 95% interval of our "
+            "difference holds 0 (Newcombe's, from Wilson's over images, or over seeds where that "
+            "is wider)."
         )
     return notes + table.notes
 
 
 def run_missing(cells: list[Cell], name: str, arguments: argparse.Namespace) -> None:
     """Make the runs, with a line for each that ends. Raises LaunchError; a run whose weights diverge stays missing."""
-    plans = {
-        tuple(command): plan
-        for cell in cells
-        for command, plan in zip(cell.commands, cell.plans, strict=True)
-    }
+    pairs = [pair for cell in cells for pair in zip(cell.commands, cell.plans, strict=True)]
+    plans = {tuple(command): plan for command, plan in pairs}
+    steps = {key: sum(work.train_steps for work in work_of(plan)) for key, plan in plans.items()}
     commands = [command for cell in cells for command in cell.missing()]
-    commands.sort(
-        key=lambda command: -sum(work.train_steps for work in work_of(plans[tuple(command)]))
-    )  # the longest must not be last
+    commands.sort(key=lambda command: -steps[tuple(command)])  # the longest must not be last
     if not arguments.launcher:
         made = (
             (command, said(run))
@@ -212,26 +196,20 @@ def run_missing(cells: list[Cell], name: str, arguments: argparse.Namespace) -> 
     if not (folder / SWEEP).exists():
         raise LaunchError(failure)
     ended = read_sweep(folder)
-    print_ended(
-        (
-            (command, f"{job.state}  {job.why}")
-            for command, job in zip(commands, ended, strict=True)
-        ),
-        len(commands),
-    )
+    became = [f"{job.state}  {job.why}" for job in ended]
+    print_ended(zip(commands, became, strict=True), len(commands))
     if any(job.state != "done" and not diverged(job.why) for job in ended):
         raise LaunchError(failure or f"not every job has ended; see `cu-sweep status {folder}`")
 
 
 def said(run: RunRecord | str) -> str:
-    return (
-        run
-        if isinstance(run, str)
-        else "UA {UA:.1f}  RA-I {RA_I:.1f}  RA-C {RA_C:.1f}".format(**run.table.iloc[-1])
-    )
+    """Return what became of a run: its metrics, or the line with which it diverged."""
+    if isinstance(run, str):
+        return run
+    return "UA {UA:.1f}  RA-I {RA_I:.1f}  RA-C {RA_C:.1f}".format(**run.table.iloc[-1])
 
 
 def print_ended(runs: Iterable[tuple[Overrides, str]], number: int) -> None:
-    """A line for each run that has ended, and what became of it."""
+    """Print a line for each run that has ended, and what became of it."""
     for count, (command, text) in enumerate(runs, start=1):
         print(f"{count:>3}/{number}  {' '.join(command):<70}  {text}".rstrip(), flush=True)

@@ -32,13 +32,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def drop_similar(C: Tensor, threshold: float = 0.95) -> Tensor:
-    """Keep the columns of C [D, K] whose cosine to every kept column before them is at most the threshold; [D, K']."""
-    return C[:, kept_columns(C, threshold)]
-
-
 def kept_columns(C: Tensor, threshold: float) -> list[int]:
-    """Which columns drop_similar keeps."""
+    """Return the columns of C [D, K] whose cosine to every kept one before them is at most the threshold."""
     unit = F.normalize(C.double(), dim=0)
     cosine = unit.T @ unit
     kept: list[int] = []

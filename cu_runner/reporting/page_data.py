@@ -21,8 +21,10 @@ from safetensors import SafetensorError, safe_open
 from cu_runner.evaluators.grid import read_grid
 from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
+from cu_runner.schema.values import ConfigValue, numbers_by_value, without_paths
 from cu_runner.store.layout import GRID, PREDICTIONS, STEP
 from cu_runner.store.run_record import RunRecord, read_run
+from cu_runner.store.signature import NOT_SCIENTIFIC
 
 NEEDED = (
     "name",
@@ -52,6 +54,9 @@ BLOCKS = (
 )
 
 
+WORDS = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
+
+
 SAME_DRIFT = 1e-6  # relative; the norms of the layers and the recorded drift are sums in float64, in another order
 
 
@@ -65,65 +70,70 @@ class Shown:
 
     @property
     def title(self) -> str:
-        """The label, with the number of finished requests when some are missing."""
+        """Return the label, with the number of finished requests when some are missing."""
         return self.label if self.run.complete else f"{self.label} ({self.extent} requests)"
 
     @property
     def extent(self) -> str:
-        """ "12", or "7 of 12" for an unfinished run."""
-        return (
-            str(self.run.num_requests)
-            if self.run.complete
-            else f"{len(self.run.records) - 1} of {self.run.num_requests}"
-        )
+        """Return "12", or "7 of 12" for an unfinished run."""
+        whole = str(self.run.num_requests)
+        return whole if self.run.complete else f"{len(self.run.records) - 1} of {whole}"
 
     @property
     def last(self) -> pd.Series:
-        """The row of the last finished request."""
+        """Return the row of the last finished request."""
         return self.run.table.iloc[-1]
 
     @cached_property
     def accuracy(self) -> pd.DataFrame:
-        """Percent recognised: rows concepts, columns requests from 0 on, NaN where not measured. Raises StoreError."""
+        """Return percent recognised: rows concepts, columns requests from 0 on, NaN if not measured.
+
+        Raises:
+            StoreError: predictions of a step are damaged.
+        """
         for index in range(len(self.run.records)):
             self.run.require(index, PREDICTIONS)
         return self.run.accuracy_matrix()
 
     @cached_property
     def unlearned(self) -> pd.DataFrame:
-        """True where a cell of `accuracy` belongs to a concept that is unlearned by then."""
-        since = np.array(
-            [self.run.requested.get(concept, math.inf) for concept in self.accuracy.index]
-        )
-        return self.accuracy.notna() & (self.accuracy.columns.to_numpy()[None, :] >= since[:, None])
+        """Return True where a cell of `accuracy` is of a concept that is unlearned by then."""
+        first = [self.run.requested.get(concept, math.inf) for concept in self.accuracy.index]
+        gone = self.accuracy.columns.to_numpy()[None, :] >= np.array(first)[:, None]
+        return self.accuracy.notna() & gone
 
 
 def read_all(directories: list[Path]) -> tuple[list[Shown], list[str]]:
-    """The runs, labelled, and the names of those that have no finished step yet. Raises StoreError; also when none has one."""
+    """Return the runs, labelled, and the names of those that have no finished step yet.
+
+    Raises:
+        StoreError: a run is damaged, or no run has a finished step.
+    """
     started = [
         directory for directory in directories if (directory / "steps" / "00" / STEP).exists()
     ]
     runs = [read_run(directory) for directory in started or directories]
     for run in runs:
         if missing := [name for name in NEEDED if name not in run.config["sequence"]]:
-            raise StoreError(
-                f"{run.directory}/config.yaml: sequence has no {', '.join(missing)}; restore the file"
-            )
-    shown = [
-        Shown(number, label, run)
-        for number, (label, run) in enumerate(zip(label_runs(runs), runs, strict=True))
-    ]
+            what = f"sequence has no {', '.join(missing)}; restore the file"
+            raise StoreError(f"{run.directory}/config.yaml: {what}")
+    labels = label_runs(runs)
+    shown = [Shown(number, labels[number], run) for number, run in enumerate(runs)]
     return shown, [directory.name for directory in directories if directory not in started]
 
 
 def label_runs(runs: list[RunRecord]) -> list[str]:
-    """Short unique names: method and regularizers; sequence and seed where they differ; signature, then number, where needed."""
+    """Return short unique names: method and regularizers, and what else is needed.
+
+    That is the sequence and the seed where they differ, then the signature, then a number.
+    """
     labels = [run.label for run in runs]
     if len({run.sequence for run in runs}) > 1:
         labels = [f"{label}, {run.sequence}" for label, run in zip(labels, runs, strict=True)]
     if len({run.seed for run in runs}) > 1:
         labels = [f"{label}, seed {run.seed}" for label, run in zip(labels, runs, strict=True)]
-    for details in ([run.records[0]["signature"][:4] for run in runs], range(1, len(runs) + 1)):
+    signatures = [run.records[0]["signature"][:4] for run in runs]
+    for details in (signatures, range(1, len(runs) + 1)):
         count = Counter(labels)
         labels = [
             f"{label} [{detail}]" if count[label] > 1 else label
@@ -132,8 +142,36 @@ def label_runs(runs: list[RunRecord]) -> list[str]:
     return labels
 
 
+def contrast(runs: list[RunRecord]) -> dict[str, list[ConfigValue]]:
+    """Return the settings of an experiment in which runs are not all alike.
+
+    Returns:
+        By dotted key the value of each run; None where it has none.
+    """
+    settings = [leaves(without_paths(run.config, NOT_SCIENTIFIC)) for run in runs]
+    keys = dict.fromkeys(key for each in settings for key in each)
+    rows = {key: [each.get(key) for each in settings] for key in keys}
+    return {
+        key: values for key, values in rows.items() if any(value != values[0] for value in values)
+    }
+
+
+def leaves(value: dict[str, ConfigValue], path: str = "") -> dict[str, ConfigValue]:
+    """Return settings by dotted key. A list is one, and so is a mapping whose keys are no words."""
+    found: dict[str, ConfigValue] = {}
+    for key, entry in value.items():
+        place = f"{path}.{key}" if path else str(key)
+        if isinstance(entry, dict) and entry and all(WORDS.fullmatch(str(name)) for name in entry):
+            found |= leaves(entry, place)
+        elif entry != {}:
+            found[place] = numbers_by_value(entry) if isinstance(entry, list | dict) else entry
+    return found
+
+
 def drift_by_layer(run: RunRecord) -> dict[str, float]:
-    """L2 norm of theta_n - theta_base of each layer (weight and bias together) after the last finished request; {} before one.
+    """Return the L2 norm of theta_n - theta_base of each layer after the last finished request.
+
+    Weight and bias of a layer together; {} before a request.
 
     Raises:
         StoreError: the file cannot be read, or its norms do not add up to the recorded drift.
@@ -146,16 +184,13 @@ def drift_by_layer(run: RunRecord) -> dict[str, float]:
         with safe_open(run.weights(last), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118, safe_open is no mapping
                 layer = name.rpartition(".")[0] or name
-                squares[layer] = (
-                    squares.get(layer, 0.0) + file.get_tensor(name).double().square().sum().item()
-                )
+                square = file.get_tensor(name).double().square().sum().item()
+                squares[layer] = squares.get(layer, 0.0) + square
     except (OSError, SafetensorError) as error:
-        raise StoreError(
-            f"{run.weights(last)}: cannot be read ({' '.join(str(error).split())}); restore it"
-        ) from None
-    if not math.isclose(
-        math.sqrt(sum(squares.values())), run.records[last]["row"]["drift_l2"], rel_tol=SAME_DRIFT
-    ):
+        why = " ".join(str(error).split())
+        raise StoreError(f"{run.weights(last)}: cannot be read ({why}); restore it") from None
+    whole = math.sqrt(sum(squares.values()))
+    if not math.isclose(whole, run.records[last]["row"]["drift_l2"], rel_tol=SAME_DRIFT):
         raise StoreError(
             f"{run.weights(last)}: does not have the drift that {STEP} names; restore it"
         )
@@ -163,21 +198,23 @@ def drift_by_layer(run: RunRecord) -> dict[str, float]:
 
 
 def network_position(layer: str) -> tuple[int, list[tuple[bool, int, str]]]:
-    """Sort key: layers in the order in which a UNet applies them; within a block, each attention after its residual layers."""
+    """Return a sort key: layers in the order in which a UNet applies them.
+
+    Within a block, each attention stands after its residual layers.
+    """
     rank = next((rank for rank, block in enumerate(BLOCKS) if layer.startswith(block)), len(BLOCKS))
-    turned = re.sub(
-        r"\b(resnets|attentions)\.(\d+)",
-        lambda found: f"{found[2]}.{found[1] == 'attentions':d}",
-        layer,
-    )
-    return rank, [
-        (not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in turned.split(".")
-    ]
+    turned = re.sub(r"\bresnets\.(\d+)", r"\1.0", layer)
+    parts = re.sub(r"\battentions\.(\d+)", r"\1.1", turned).split(".")
+    return rank, [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
 def short_layer(layer: str) -> str:
-    """A layer's place for an axis: "up 1.0.0" of "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"."""
-    return f"{layer.partition('_')[0]} {'.'.join(re.findall(r'(?<=[.])[0-9]+', layer))}".strip()
+    """Return a layer's place for an axis.
+
+    "up 1.0.0" of "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k".
+    """
+    places = re.findall(r"(?<=[.])[0-9]+", layer)
+    return f"{layer.partition('_')[0]} {'.'.join(places)}".strip()
 
 
 @dataclass(frozen=True)
@@ -190,87 +227,97 @@ class Samples:
     seed: int
 
     def jpeg(self, rows: range, columns: range) -> bytes:
-        """A part of the montage."""
-        box = tuple(
-            self.cell * edge for edge in (columns.start, rows.start, columns.stop, rows.stop)
-        )
+        """Return a part of the montage."""
+        left, top = self.cell * columns.start, self.cell * rows.start
+        right, bottom = self.cell * columns.stop, self.cell * rows.stop
         buffer = io.BytesIO()
-        self.montage.crop(box).save(buffer, "JPEG", quality=88)
+        self.montage.crop((left, top, right, bottom)).save(buffer, "JPEG", quality=88)
         return buffer.getvalue()
 
 
 def sample_images(shown: Shown) -> Samples:
-    """The first seed's image of every concept with the first cross concept, after every request. Raises StoreError."""
+    """Return the first seed's image of every concept with the first cross concept, after every request.
+
+    Raises:
+        StoreError: a file of a step is damaged.
+    """
     run, rows = shown.run, list(shown.accuracy.index)
     sequence = run.config["sequence"]
     columns = range(len(run.records))
-    cross_concept = run.predictions(0)[sequence["cross_domain"]][0]
+    cross_concept = str(run.predictions(0)[sequence["cross_domain"]][0])
 
     def pictures(index: int) -> dict[str, Image.Image]:
         run.require(index, GRID)
         predictions = run.predictions(index)
         concepts, crosses = (
-            list(dict.fromkeys(predictions[sequence[name]])) for name in ("domain", "cross_domain")
+            list(dict.fromkeys(map(str, predictions[sequence[name]])))
+            for name in ("domain", "cross_domain")
         )
         grid = read_grid((run.step_dir(index) / GRID).read_bytes(), concepts, crosses)
         return {concept: grid[concept, cross_concept] for concept in concepts}
 
-    cell = min(
-        pictures(0)[rows[0]].width,
-        LARGEST_CELL,
-        max(1, math.isqrt(LARGEST_MONTAGE // (len(rows) * len(columns)))),
-    )
+    roomy = max(1, math.isqrt(LARGEST_MONTAGE // (len(rows) * len(columns))))
+    cell = min(pictures(0)[rows[0]].width, LARGEST_CELL, roomy)
     montage = Image.new("RGB", (cell * len(columns), cell * len(rows)), "white")
     for index in columns:
         for concept, picture in pictures(index).items():
-            montage.paste(
-                picture.resize((cell, cell), Image.Resampling.LANCZOS),
-                (cell * index, cell * rows.index(concept)),
-            )
+            small = picture.resize((cell, cell), Image.Resampling.LANCZOS)
+            montage.paste(small, (cell * index, cell * rows.index(concept)))
     return Samples(montage, cell, cross_concept, sequence["seeds"][0])
 
 
-def costs(runs: list[Shown]) -> pd.DataFrame:
-    """One row per run: seconds and steps of all requests, peak memory (MB), devices, and requests whose weights were cached.
+@dataclass(frozen=True)
+class Cost:
+    """What all finished requests of a run took. cached: requests whose weights came from the cache.
 
     The evaluation of the untouched model is shared by runs through the cache; its seconds are not counted.
     """
+
+    train_seconds: float
+    eval_seconds: float
+    train_steps: int
+    peak_memory_mb: float
+    device: str
+    cached: int
+
+
+def costs(runs: list[Shown]) -> pd.DataFrame:
+    """Return a row (Cost) per run."""
     rows = []
     for shown in runs:
         requests = shown.run.table.iloc[1:]
-        row = {
-            name: float(requests[name].sum())
-            for name in ("train_seconds", "eval_seconds", "train_steps")
-        }
-        row["peak_memory_mb"] = float(shown.run.table["peak_memory_mb"].max())
-        row["device"] = provenance(shown.run)["device"]
-        row["cached"] = sum("cached" in record["training"] for record in shown.run.records)
-        rows.append(row)
+        cost = Cost(
+            train_seconds=float(requests["train_seconds"].sum()),
+            eval_seconds=float(requests["eval_seconds"].sum()),
+            train_steps=int(requests["train_steps"].sum()),
+            peak_memory_mb=float(shown.run.table["peak_memory_mb"].max()),
+            device=provenance(shown.run)["device"],
+            cached=sum("cached" in record["training"] for record in shown.run.records),
+        )
+        rows.append(cost)
     return pd.DataFrame(rows)
 
 
 def provenance(run: RunRecord) -> dict[str, str]:
-    """What the numbers were made on, from the records of the steps; where steps differ, with their requests."""
+    """Return what the numbers were made on; where steps differ, with their requests."""
+    records = run.records
+    versions = [
+        [f"{name} {each}" for name, each in record["versions"].items()] for record in records
+    ]
     facts = {
-        "device": [],
-        "git commit": [],
-        "versions": [],
-        "model sha256": [],
-        "evaluator sha256": [],
+        "device": [record["device"] for record in records],
+        "git commit": [
+            record["git_commit"] or "unknown (an installed package)" for record in records
+        ],
+        "versions": list(map(", ".join, versions)),
+        "model sha256": [record["model_sha256"] for record in records],
+        "evaluator sha256": [record["evaluator_sha256"] for record in records],
     }
-    for record in run.records:
-        facts["device"].append(record["device"])
-        facts["git commit"].append(record["git_commit"] or "unknown (an installed package)")
-        facts["versions"].append(
-            ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-        )
-        facts["model sha256"].append(record["model_sha256"])
-        facts["evaluator sha256"].append(record["evaluator_sha256"])
     return {name: spans(values) for name, values in facts.items()}
 
 
 def spans(values: list[str]) -> str:
-    """ "a" if all are equal, else "a (requests 0 to 3), b (request 4)"."""
+    """Return "a" if all are equal, else "a (requests 0 to 3), b (request 4)"."""
     parts, start = [], 0
     for value, group in groupby(values):
         end = start + len(list(group)) - 1

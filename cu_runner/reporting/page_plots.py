@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from cu_runner.evaluators.metrics import ENOUGH_UA
 from cu_runner.reporting.page_data import Shown, short_layer
@@ -62,81 +63,80 @@ MOST_NUMBERS = 600  # cells of a heat map that still have room for their numbers
 MOST_TICKS = 24
 
 
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.edgecolor": COLOURS["rule"][0],
-    "text.color": COLOURS["ink"][0],
-    "axes.labelcolor": COLOURS["quiet"][0],
-    "axes.titlecolor": COLOURS["ink"][0],
-    "xtick.color": COLOURS["rule"][0],
-    "ytick.color": COLOURS["rule"][0],
-    "xtick.labelcolor": COLOURS["quiet"][0],
-    "ytick.labelcolor": COLOURS["quiet"][0],
-    "grid.color": COLOURS["rule"][0],
-    "grid.linewidth": 0.6,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 3.6,
-    "text.parse_math": False,
-    "svg.hashsalt": "report",
-    "legend.frameon": False,
-}
+STYLE = mpl.RcParams(
+    {
+        "font.size": 9,
+        "text.color": COLOURS["ink"][0],
+        "text.parse_math": False,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "axes.titlecolor": COLOURS["ink"][0],
+        "axes.labelcolor": COLOURS["quiet"][0],
+        "axes.edgecolor": COLOURS["rule"][0],
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "axes.grid": True,
+        "grid.color": COLOURS["rule"][0],
+        "grid.linewidth": 0.6,
+        "xtick.color": COLOURS["rule"][0],
+        "xtick.labelcolor": COLOURS["quiet"][0],
+        "ytick.color": COLOURS["rule"][0],
+        "ytick.labelcolor": COLOURS["quiet"][0],
+        "lines.linewidth": 1.4,
+        "lines.markersize": 3.6,
+        "legend.frameon": False,
+        "svg.hashsalt": "report",
+    }
+)
 
 
 Panel = Callable[[Axes], None]
 
 
 @dataclass(frozen=True)
-class Look:
-    """Colour, line style and marker of a run; 168 runs differ in at least one."""
+class LineStyle:
+    """Colour, dashes and marker of a run; 168 runs differ in at least one."""
 
     colour: int
     dashes: tuple[float, ...]
     marker: str
 
-    @property
-    def arguments(self) -> dict[str, object]:
-        """Of matplotlib's lines."""
-        return {
-            "color": SERIES[self.colour],
-            "linestyle": (0, self.dashes) if self.dashes else "-",
-            "marker": self.marker,
-        }
+    def set_on(self, line: Line2D) -> Line2D:
+        """Give a line of matplotlib this style, and return it."""
+        dashes = (0, self.dashes) if self.dashes else "-"
+        line.set(color=SERIES[self.colour], linestyle=dashes, marker=self.marker)
+        return line
 
 
-def look(number: int) -> Look:
-    """Of the run with this number: colours first, then line styles; the markers turn all the time."""
-    return Look(
-        number % len(SERIES),
-        DASHES[number // len(SERIES) % len(DASHES)],
-        MARKERS[number % len(MARKERS)],
-    )
+def line_style(number: int) -> LineStyle:
+    """Return the style of the run with this number: colours first, then dashes; markers turn all the time."""
+    colour, turn = number % len(SERIES), number // len(SERIES)
+    return LineStyle(colour, DASHES[turn % len(DASHES)], MARKERS[number % len(MARKERS)])
 
 
 def publish(panels: list[Panel], runs: list[Shown], folder: Path, stem: str) -> list[str]:
-    """Write the panels with a legend to `folder` as stem.png and stem.svg; return each alone as SVG text for a page."""
+    """Write the panels with a legend to `folder` as stem.png and stem.svg.
+
+    Returns:
+        Each panel alone as SVG text for a page.
+    """
     with mpl.rc_context(STYLE):
         save(draw(panels, runs), folder / stem)
         return [inline(draw([panel], []), f"{stem}-{i}") for i, panel in enumerate(panels)]
 
 
 def draw(panels: list[Panel], legend: list[Shown]) -> Figure:
-    """Panels in a row, and below them a legend of these runs."""
-    longest = max((len(shown.title) for shown in legend), default=0)
-    columns = max(
-        1, min(len(legend), int(4.1 * len(panels) / (0.6 + 0.07 * longest)))
-    )  # inches of the figure and of an entry
+    """Return panels in a row, and below them a legend of these runs."""
+    width = 4.1 * len(panels)  # inches
+    entry = 0.6 + 0.07 * max((len(shown.title) for shown in legend), default=0)
+    columns = max(1, min(len(legend), int(width / entry)))
     lines = -(-len(legend) // columns)
-    figure = Figure(figsize=(4.1 * len(panels), 2.9 + 0.19 * lines), layout="constrained")
+    figure = Figure(figsize=(width, 2.9 + 0.19 * lines), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         panel(axes)
     if legend:
-        handles = [Line2D([], [], **look(shown.number).arguments) for shown in legend]
+        handles = [line_style(shown.number).set_on(Line2D([], [])) for shown in legend]
         figure.legend(
             handles,
             [shown.title for shown in legend],
@@ -148,16 +148,19 @@ def draw(panels: list[Panel], legend: list[Shown]) -> Figure:
 
 
 def save(figure: Figure, stem: Path) -> None:
+    """Write a figure as PNG and SVG."""
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # a script that the font lacks is drawn as boxes; the page has the names as text
+        # a script that the font lacks is drawn as boxes; the page has the names as text
+        warnings.simplefilter("ignore")
         figure.savefig(f"{stem}.png", dpi=150)
         figure.savefig(f"{stem}.svg", metadata={"Date": None})
 
 
 def inline(figure: Figure, name: str) -> str:
-    """SVG to stand in an HTML page: no namespaces, ids of its own, the page's font, colours as CSS variables."""
+    """Return SVG to stand in an HTML page.
+
+    It has no namespaces, ids of its own, the page's font, and colours as CSS variables.
+    """
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -178,15 +181,15 @@ def inline(figure: Figure, name: str) -> str:
 
 
 def metric_panel(runs: list[Shown], name: str, title: str) -> Panel:
-    """A column of metrics.csv against the request, the runs over one another."""
+    """Return a panel of a column of metrics.csv against the request, the runs over one another."""
 
     def panel(axes: Axes) -> None:
         for shown in runs:
             table = shown.run.table.dropna(subset=[name])
-            axes.plot(table["request"], table[name], **look(shown.number).arguments)
+            line_style(shown.number).set_on(*axes.plot(table["request"], table[name]))
         most = max(len(shown.run.records) for shown in runs) - 1
         axes.set(title=title, xlabel="request", xlim=(-0.04 * most - 0.1, 1.04 * most + 0.1))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
         if name in PERCENTAGES:
             axes.set_ylim(-3, 103)
         else:
@@ -196,24 +199,20 @@ def metric_panel(runs: list[Shown], name: str, title: str) -> Panel:
 
 
 def tradeoff_panel(runs: list[Shown], name: str) -> Panel:
-    """UA against a retention after the last finished request; right of the line, retention can be compared."""
+    """Return a panel of a retention against UA after the last finished request.
+
+    Right of the line, retention can be compared.
+    """
 
     def panel(axes: Axes) -> None:
         measured = [shown for shown in runs if pd.notna(shown.last["UA"])]
         for shown in measured:
-            axes.plot(
-                shown.last["UA"],
-                shown.last[name],
-                **look(shown.number).arguments | {"markersize": 7, "linestyle": ""},
-            )
+            points = axes.plot(shown.last["UA"], shown.last[name], markersize=7)
+            line_style(shown.number).set_on(*points).set_linestyle("")
         axes.axvline(ENOUGH_UA, color=COLOURS["quiet"][0], linewidth=0.8, linestyle=(0, (4, 3)))
         lowest = min([shown.last["UA"] for shown in measured], default=0.0)
-        axes.set(
-            title=f"{PERCENTAGES[name]} against UA, %",
-            xlabel="UA",
-            ylim=(-3, 103),
-            xlim=(min(lowest, 88) - 2, 101),
-        )
+        title = f"{PERCENTAGES[name]} against UA, %"
+        axes.set(title=title, xlabel="UA", ylim=(-3, 103), xlim=(min(lowest, 88) - 2, 101))
 
     return panel
 
@@ -221,15 +220,12 @@ def tradeoff_panel(runs: list[Shown], name: str) -> Panel:
 def layer_panel(
     runs: list[Shown], drifts: list[dict[str, float]], layers: list[str], title: str
 ) -> Panel:
-    """L2 drift of these layers, in network order, the runs over one another."""
+    """Return a panel of the L2 drift of these layers, in network order, the runs over one another."""
 
     def panel(axes: Axes) -> None:
         for shown, drift in zip(runs, drifts, strict=True):
-            axes.plot(
-                range(len(layers)),
-                [drift.get(layer, float("nan")) for layer in layers],
-                **look(shown.number).arguments,
-            )
+            norms = [drift.get(layer, float("nan")) for layer in layers]
+            line_style(shown.number).set_on(*axes.plot(range(len(layers)), norms))
         ticks = range(0, len(layers), -(-len(layers) // MOST_TICKS))
         axes.set_xticks(
             ticks, [short_layer(layers[tick]) for tick in ticks], rotation=90, fontsize=7.5
@@ -241,7 +237,7 @@ def layer_panel(
 
 
 def write_costs(runs: list[Shown], cost: pd.DataFrame, folder: Path) -> None:
-    """cost.png and cost.svg: a bar per run for seconds, steps and memory."""
+    """Write cost.png and cost.svg: a bar per run for seconds, steps and memory."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12, 1.2 + 0.24 * len(runs)), layout="constrained")
         seconds, steps, memory = figure.subplots(1, 3, sharey=True)
@@ -257,9 +253,8 @@ def write_costs(runs: list[Shown], cost: pd.DataFrame, folder: Path) -> None:
         figure.legend(loc="outside lower center", ncols=2, fontsize=8)
         steps.barh(places, cost["train_steps"], color=first)
         memory.barh(places, cost["peak_memory_mb"], color=first)
-        for axes, title in zip(
-            (seconds, steps, memory), ("seconds", "training steps", "peak memory, MB"), strict=True
-        ):
+        titles = {seconds: "seconds", steps: "training steps", memory: "peak memory, MB"}
+        for axes, title in titles.items():
             axes.set(title=title)
             axes.grid(axis="y", visible=False)
         seconds.set_yticks(places, [shown.title for shown in runs])
@@ -268,52 +263,41 @@ def write_costs(runs: list[Shown], cost: pd.DataFrame, folder: Path) -> None:
 
 
 def write_heat_map(shown: Shown, folder: Path) -> None:
-    """accuracy-<number>-<run>.png and .svg: rows concepts, columns requests; unlearned concepts in another colour."""
-    accuracy, unlearned = shown.accuracy, shown.unlearned
+    """Write accuracy-<number>-<run>.png and .svg: rows concepts, columns requests.
+
+    Unlearned concepts have another colour.
+    """
+    accuracy, unlearned = shown.accuracy.to_numpy(), shown.unlearned.to_numpy()
     rows, columns = accuracy.shape
     roomy = rows * columns <= MOST_NUMBERS
     width, height = (0.42, 0.23) if roomy else (0.15, 0.15)  # inches of a cell
     title = f"{shown.title}: accuracy, %"
-    with mpl.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(
-            figsize=(max(2.2 + width * columns, 0.09 * len(title)), 0.9 + height * rows),
-            layout="constrained",
-        )
+    size = max(2.2 + width * columns, 0.09 * len(title)), 0.9 + height * rows
+    with mpl.rc_context(STYLE), mpl.rc_context({"axes.grid": False}):
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
-        full = np.where(
-            unlearned.to_numpy()[..., None], to_rgb(COLOURS["gone"][0]), to_rgb(COLOURS["known"][0])
-        )
-        share = accuracy.fillna(0).to_numpy()[..., None] / 100
-        edges = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
-        lines = (
-            {"edgecolor": COLOURS["paper"][0], "linewidth": 0.8} if roomy else {"rasterized": True}
-        )
-        axes.pcolormesh(*edges, 1 - share * (1 - full), **lines)
+        gone, known = (to_rgb(COLOURS[name][0]) for name in ("gone", "known"))
+        full = np.where(unlearned[..., None], gone, known)
+        share = np.nan_to_num(accuracy)[..., None] / 100
+        x, y = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
+        mesh = axes.pcolormesh(x, y, 1 - share * (1 - full), rasterized=not roomy)
         axes.invert_yaxis()
         if roomy:
-            for (y, x), value in (
-                (cell, accuracy.iat[cell])
-                for cell in zip(*accuracy.notna().to_numpy().nonzero(), strict=True)
-            ):
-                axes.text(
-                    x,
-                    y,
-                    format_percent(value),
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color=COLOURS["number"][0],
-                )
-        below, left = unlearned.to_numpy().nonzero()
+            mesh.set(edgecolor=COLOURS["paper"][0], linewidth=0.8)
+            for row, column in np.argwhere(~np.isnan(accuracy)):
+                text = format_percent(accuracy[row, column])
+                colour = COLOURS["number"][0]
+                axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+        below, left = unlearned.nonzero()
         axes.hlines(below + 0.46, left - 0.5, left + 0.5, color=COLOURS["gone"][0], linewidth=1.5)
         step = 1 if roomy else 5
-        axes.set_xticks(range(0, columns, step), accuracy.columns[::step])
-        axes.set_yticks(range(rows), accuracy.index, fontsize=9 if roomy else 7)
+        axes.set_xticks(range(0, columns, step), map(str, range(0, columns, step)))
+        axes.set_yticks(range(rows), shown.accuracy.index, fontsize=9 if roomy else 7)
         axes.set_xlabel("request")
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
         save(figure, folder / f"accuracy-{shown.number + 1}-{shown.run.directory.name}")
 
 
 def format_percent(value: float) -> str:
-    """ "87.5", "100"."""
+    """Return "87.5", "100"."""
     return f"{value:.1f}".removesuffix(".0")

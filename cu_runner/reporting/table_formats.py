@@ -1,8 +1,10 @@
-"""The measured cells of a table (tables.py) as Markdown, CSV and LaTeX. What is ours and what is published never share a column."""
+"""The measured cells of a table as Markdown, CSV and LaTeX. What is ours and what is published never share a column."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from cu_runner.runtime.lazy import pd
 
@@ -12,192 +14,140 @@ NAMES = {"UA": "UA", "RA_I": "RA-I", "RA_C": "RA-C", "RA_C_retained": "RA-C reta
 VERDICTS = ("holds", "reversed", "undecided")
 
 
-def ours(entry: pd.Series, marks: tuple[str, str], plus_minus: str) -> str:
-    """ "92.7", "92.7 +- 1.3", marked when its retention is not comparable, and when its settings are not tuned; "-" of NaN."""
+PLUS_MINUS, DAGGER, DOUBLE_DAGGER = "\N{PLUS-MINUS SIGN}", "\N{DAGGER}", "\N{DOUBLE DAGGER}"
+
+
+SYMBOLS = {
+    f" ?{DAGGER}": r"$^\\dagger$",
+    f" ?{DOUBLE_DAGGER}": r"$^\\ddagger$",
+    PLUS_MINUS: r"$\\pm$",
+}
+
+
+@dataclass(frozen=True)
+class FilledTable:
+    """A measured table and what stands around it.
+
+    model, paper_model: on what our numbers and the published ones were obtained; None without any.
+    measured: of tables.measure(). ordered: of tables.orderings(). missing: commands still to run.
+    """
+
+    name: str
+    title: str
+    model: str
+    paper_model: str | None
+    measured: pd.DataFrame
+    footnotes: list[str]
+    ordered: pd.DataFrame | None
+    missing: list[str]
+
+
+def ours(entry: pd.Series) -> str:
+    """Return "92.7" or "92.7 +- 1.3" with the marks of footnotes; "-" of NaN."""
     if pd.isna(entry["ours"]):
         return "-"
-    text = f"{entry['ours']:.1f}" + (
-        "" if pd.isna(entry["half"]) else f" {plus_minus} {entry['half']:.1f}"
+    half = "" if pd.isna(entry["half"]) else f" {PLUS_MINUS} {entry['half']:.1f}"
+    marks = ("" if entry["comparable"] else f" {DAGGER}") + (
+        "" if entry["tuned"] else f" {DOUBLE_DAGGER}"
     )
-    shown = [
-        mark
-        for mark, holds in zip(marks, (entry["comparable"], entry["tuned"]), strict=True)
-        if not holds
-    ]
-    return text + "".join(shown)
+    return f"{entry['ours']:.1f}{half}{marks}"
 
 
 def paper(entry: pd.Series) -> str:
+    """Return the published number; "-" where there is none."""
     return "-" if pd.isna(entry["paper"]) else f"{entry['paper']:g}"
 
 
-def by_row(group: pd.DataFrame, show: Callable[[pd.Series], str]) -> dict[str, dict[str, str]]:
-    """row -> metric -> text."""
-    found: dict[str, dict[str, str]] = {}
-    for _, entry in group.iterrows():
-        found.setdefault(entry["row"], {})[entry["metric"]] = show(entry)
-    return found
+def texts(block: pd.DataFrame, paper_model: str | None) -> pd.DataFrame:
+    """Return the texts of one method: rows as in the table, columns (column, side, metric)."""
+    sides = {"ours": ours} | ({"paper": paper} if paper_model else {})
+    shown = {
+        (column, side, metric): group.set_index("row").apply(show, axis=1)
+        for column, cells in block.groupby("column", sort=False)
+        for side, show in sides.items()
+        for metric, group in cells.groupby("metric", sort=False)
+    }
+    return pd.DataFrame(shown).rename_axis(index=None)
 
 
-def grid(lines: list[list[str]]) -> list[str]:
-    """A Markdown table; the first line is its head."""
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return [
-        f"| {' | '.join(line)} |" for line in (escaped[0], ["---"] * len(escaped[0]), *escaped[1:])
-    ]
+def to_markdown(lines: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; the first line is its head."""
+    head, *rows = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
 
 
-def as_markdown(
-    name: str,
-    title: str,
-    model: str,
-    paper_model: str | None,
-    metrics: list[str],
-    measured: pd.DataFrame,
-    footnotes: list[str],
-    ordered: pd.DataFrame | None,
-    missing: list[str],
-) -> str:
-    """The whole page: one table per method and column, what the marks mean, the ordering check, and the commands still to run.
-
-    Args:
-        model, paper_model: on what our numbers and the published ones were obtained; None without published numbers.
-        footnotes: lines below the tables.
-        ordered: of tables.orderings().
-        missing: command lines of the runs that are not there.
-    """
-    lines = [
-        f"# {name}: {title}",
-        "",
-        f"Percent. Ours: {model}" + (f"; published: {paper_model}." if paper_model else "."),
-    ]
-    for (method, column), group in measured.groupby(["method", "column"], sort=False):
-        values = by_row(
-            group,
-            lambda entry: ours(entry, (" \N{DAGGER}", " \N{DOUBLE DAGGER}"), "\N{PLUS-MINUS SIGN}"),
-        )
-        published = by_row(group, paper)
-        head = ["regularizer"]
-        for metric in metrics:
-            head += [f"{NAMES[metric]}, {model}"] + (
-                [f"{NAMES[metric]}, paper"] if paper_model else []
-            )
-        rows = [head]
-        for row, cells in values.items():
-            shown = [
-                [cells[metric]] + ([published[row][metric]] if paper_model else [])
-                for metric in metrics
-            ]
-            rows.append([row, *(text for pair in shown for text in pair)])
-        lines += ["", f"## {method}, {column}", "", *grid(rows)]
-    lines += ["", *(f"- {note}" for note in footnotes)]
-    if ordered is not None:
-        lines += ["", "## Do the paper's orderings hold?", "", *ordering_lines(ordered)]
-    if missing:
-        lines += [
-            "",
-            f"## Not run yet: {len(missing)}",
-            "",
-            *(f"    {command}" for command in missing),
-        ]
-    return "\n".join(lines) + "\n"
+def as_markdown(table: FilledTable) -> str:
+    """Return the page: a table per method and column, footnotes, the orderings, what is to be run."""
+    published = f"; published: {table.paper_model}" if table.paper_model else ""
+    parts = [f"# {table.name}: {table.title}", f"Percent. Ours: {table.model}{published}."]
+    for method, block in table.measured.groupby("method", sort=False):
+        shown = texts(block, table.paper_model)
+        for column in shown.columns.unique(0):
+            cells = shown.loc[:, column].reorder_levels([1, 0], axis="columns")
+            cells = cells[cells.columns.unique(0)]  # ours beside the published number of a metric
+            sides = {"ours": table.model, "paper": "paper"}
+            head = [f"{NAMES[metric]}, {sides[side]}" for metric, side in cells.columns]
+            rows = cells.reset_index().to_numpy().tolist()
+            parts += [f"## {method}, {column}", to_markdown([["regularizer", *head], *rows])]
+    parts.append("\n".join(f"- {note}" for note in table.footnotes))
+    if table.ordered is not None:
+        parts += ["## Do the paper's orderings hold?", *ordering_tables(table.ordered)]
+    if table.missing:
+        commands = "\n".join(f"    {command}" for command in table.missing)
+        parts += [f"## Not run yet: {len(table.missing)}", commands]
+    return "\n\n".join(parts) + "\n"
 
 
-def ordering_lines(ordered: pd.DataFrame) -> list[str]:
-    """Counts per method, column and metric, then every pair."""
+def ordering_tables(ordered: pd.DataFrame) -> list[str]:
+    """Return the counts per method, column and metric, and every pair."""
     if ordered.empty:
         return ["No pair of rows has both a published number and a run of ours."]
-    counts = [["method", "column", "metric", "pairs", *VERDICTS, "of these comparable"]]
-    for (method, column, metric), group in ordered.groupby(
-        ["method", "column", "metric"], sort=False
-    ):
-        found = group["verdict"].value_counts()
-        numbers = [
-            len(group),
-            *(found.get(verdict, 0) for verdict in VERDICTS),
-            int(group["comparable"].sum()),
-        ]
-        counts.append([method, column, NAMES[metric], *map(str, numbers)])
-    pairs = [
-        ["method", "column", "metric", "higher in the paper", "lower", "paper", "ours", "verdict"]
-    ]
-    for entry in ordered.itertuples():
-        verdict = entry.verdict if entry.comparable else f"{entry.verdict} \N{DAGGER}"
-        difference = f"{entry.ours:+.1f} ({entry.low:.1f} to {entry.high:.1f})"
-        pairs.append(
-            [
-                entry.method,
-                entry.column,
-                NAMES[entry.metric],
-                entry.higher,
-                entry.lower,
-                f"{entry.paper:+.1f}",
-                difference,
-                verdict,
-            ]
-        )
-    return [*grid(counts), "", *grid(pairs)]
+    ordered = ordered.assign(metric=ordered["metric"].map(NAMES))
+    places = ["method", "column", "metric"]
+    counts = [[*places, "pairs", *VERDICTS, "of these comparable"]]
+    for place, group in ordered.groupby(places, sort=False):
+        found = [int((group["verdict"] == verdict).sum()) for verdict in VERDICTS]
+        numbers = [len(group), *found, int(group["comparable"].sum())]
+        counts.append([*map(str, place), *map(str, numbers)])
+    pairs = [[*places, "higher in the paper", "lower", "paper", "ours", "verdict"]]
+    for entry in ordered.to_dict("records"):
+        verdict = entry["verdict"] + ("" if entry["comparable"] else f" {DAGGER}")
+        difference = "{ours:+.1f} ({low:.1f} to {high:.1f})".format(**entry)
+        names = [entry[name] for name in (*places, "higher", "lower")]
+        pairs.append([*names, f"{entry['paper']:+.1f}", difference, verdict])
+    return [to_markdown(counts), to_markdown(pairs)]
 
 
 def as_csv(table: pd.DataFrame) -> str:
+    """Return a table with three decimals."""
     return table.round(3).to_csv(index=False)
 
 
-def as_latex(
-    model: str,
-    paper_model: str | None,
-    metrics: list[str],
-    measured: pd.DataFrame,
-    footnotes: list[str],
-) -> str:
-    """A booktabs table per method: rows by columns and metrics, ours and, in columns of their own, the published ones; notes."""
-    parts = ["% needs \\usepackage{booktabs}"]
-    for method, block in measured.groupby("method", sort=False):
-        columns = list(dict.fromkeys(block["column"]))
-        sides = [(model, lambda entry: ours(entry, ("$^\\dagger$", "$^\\ddagger$"), "$\\pm$"))] + (
-            [(f"paper, {paper_model}", paper)] if paper_model else []
-        )
-        heads = [(column, side) for column in columns for side, _ in sides]
-        shown = [
-            by_row(block[block["column"] == column], show)
-            for column in columns
-            for _, show in sides
+def as_latex(table: FilledTable) -> str:
+    """Return a booktabs table per method, the published numbers in columns of their own; and notes."""
+    sides = {"ours": table.model, "paper": f"paper, {table.paper_model}"}
+    parts = ["% needs \\usepackage{booktabs}\n"]
+    for method, block in table.measured.groupby("method", sort=False):
+        shown = texts(block, table.paper_model)
+        heads = [
+            (method, f"{column} ({sides[side]})", NAMES[metric])
+            for column, side, metric in shown.columns.to_list()
         ]
-        width = len(metrics)
-        parts += ["\\begin{tabular}{l" + "r" * width * len(heads) + "}", "\\toprule"]
-        spans = [
-            f"\\multicolumn{{{width}}}{{c}}{{{escape(f'{column} ({side})')}}}"
-            for column, side in heads
-        ]
-        parts.append(f"{escape(str(method))} & " + " & ".join(spans) + " \\\\")
-        parts.append(
-            "".join(
-                f"\\cmidrule(lr){{{2 + width * i}-{1 + width * (i + 1)}}}"
-                for i in range(len(heads))
-            )
-        )
-        parts.append(
-            " & ".join(["", *(NAMES[metric] for _ in heads for metric in metrics)]) + " \\\\"
-        )
-        parts.append("\\midrule")
-        for row in shown[0]:
-            parts.append(
-                " & ".join(
-                    [escape(row), *(cells[row][metric] for cells in shown for metric in metrics)]
-                )
-                + " \\\\"
-            )
-        parts += ["\\bottomrule", "\\end{tabular}", ""]
-    return "\n".join(
-        [*parts, *(f"{{\\footnotesize {escape(note)}\\par}}" for note in footnotes), ""]
-    )
+        shown.columns = pd.MultiIndex.from_tuples(heads)
+        parts.append(to_latex(shown, f"l{'r' * shown.shape[1]}", "{}"))
+    notes = pd.DataFrame({"": table.footnotes})
+    parts.append(to_latex(notes, "p{\\linewidth}", "{{\\footnotesize {}\\par}}", is_bare=True))
+    text = "\n".join(parts)
+    for symbol, command in SYMBOLS.items():
+        text = re.sub(symbol, command, text)
+    return text
 
 
-def escape(text: str) -> str:
-    """Text for LaTeX."""
-    named = {"\\": "textbackslash", "~": "textasciitilde", "^": "textasciicircum"}
-    shown = {"\N{DAGGER}": "$^\\dagger$", "\N{DOUBLE DAGGER}": "$^\\ddagger$"}
-    shown |= {character: f"\\{character}" for character in "&%$#_{}"} | {
-        key: f"\\{name}{{}}" for key, name in named.items()
-    }
-    return "".join(shown.get(character, character) for character in text)
+def to_latex(shown: pd.DataFrame, columns: str, form: str, is_bare: bool = False) -> str:
+    """Return texts as a tabular, escaped. form: of a cell. is_bare: without rules, heads and names of rows."""
+    styler = shown.style.format(form, escape="latex")
+    for axis in (0, 1):
+        styler = (
+            styler.hide(axis=axis) if is_bare else styler.format_index(escape="latex", axis=axis)
+        )
+    return styler.to_latex(hrules=not is_bare, column_format=columns, multicol_align="c")

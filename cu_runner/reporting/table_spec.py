@@ -40,7 +40,7 @@ class Targets:
     values: dict[str, dict[str, dict[str, dict[str, float | str]]]]
 
     def complaint(self, table: Table) -> str | None:
-        """What names no cell, metric or source, so that a published number would be lost."""
+        """Return what names no cell, metric or source, so that a published number would be lost."""
         methods = {name for experiment in table.experiments.values() for name in experiment.methods}
         for method, columns in self.values.items():
             places = [(method, methods), *((column, table.columns()) for column in columns)]
@@ -57,6 +57,7 @@ class Targets:
         return None
 
     def _complaint_of(self, key: str, value: float | str, table: Table) -> str | None:
+        """Return what is wrong with an entry of a published cell, or None."""
         if key == "source":
             known = [*self.sources, "none"]
             return (
@@ -85,11 +86,11 @@ class Table:
     notes: list[str] = Field(default_factory=list)
 
     def columns(self) -> set[str]:
-        """The labels of the columns of all experiments."""
+        """Return the labels of the columns of all experiments."""
         return {column for experiment in self.experiments.values() for column in experiment.columns}
 
     def complaint(self) -> str | None:
-        """What is wrong with it though every type is right, or None."""
+        """Return what is wrong with it though every type is right, or None."""
         if unknown := [metric for metric in self.metrics if metric not in NAMES]:
             return f"metrics: {unknown[0]!r} is not a share of images; allowed: {', '.join(NAMES)}"
         for kind, entries in (
@@ -110,7 +111,7 @@ class Table:
         return self.targets.complaint(self) if self.targets else None
 
     def overrides(self) -> Iterator[Overrides]:
-        """Every list of overrides that the file holds."""
+        """Return every list of overrides that the file holds."""
         for row in self.rows.values():
             yield from row.values() if isinstance(row, dict) else [row]
         for experiment in self.experiments.values():
@@ -118,7 +119,7 @@ class Table:
 
 
 def read_table(name: str) -> tuple[str, Table]:
-    """A shipped table by name, or a YAML file by path; with its short name. Raises ConfigError."""
+    """Return a table and its short name: a shipped one, or a YAML file by path. Raises ConfigError."""
     path = (
         Path(name) if name.endswith((".yaml", ".yml")) else shipped_dir("tables") / f"{name}.yaml"
     )

@@ -31,6 +31,12 @@ from cu_runner.store.layout import STEP
 from cu_runner.store.records import Step, chain, continues, is_intact, parse_record
 
 
+def command_in(text: str) -> str | None:
+    """Return the command that a config.yaml records below its sha256; None if it has none."""
+    line = next(iter(text.split("\n")[1:2]), "")
+    return line.removeprefix("# ") if line.startswith("# cu-") else None
+
+
 class RunStore:
     """One run directory, locked by one run. Use as a context manager. Of several processes of a run, the first reads and writes."""
 
@@ -39,6 +45,8 @@ class RunStore:
         directory: Path,
         config: dict[str, object],
         signature_of: Callable[[dict[str, object]], str],
+        *,
+        command: str | None = None,
         code: CodeIdentity | None = None,
         allow_other_code: bool = False,
     ) -> None:
@@ -47,15 +55,13 @@ class RunStore:
             directory: the run directory; created if missing.
             config: resolved configuration, kept in config.yaml.
             signature_of: hash of its scientific part; a directory whose config.yaml has another one is refused.
+            command: what makes the run again, one line, for config.yaml; None if no command does.
             code: that makes the steps; None is that of the package alone.
             allow_other_code: go on with steps that other code made.
         """
         self.directory, self._config, self._signature_of = directory, config, signature_of
-        self.signature, self._code, self._allow_other_code = (
-            signature_of(config),
-            code or identify(),
-            allow_other_code,
-        )
+        self.signature, self._command = signature_of(config), command
+        self._code, self._allow_other_code = code or identify(), allow_other_code
         self._lock = FileLock(directory / ".lock")
         self._goes_on = False  # whether finished steps are of other code
 
@@ -85,12 +91,9 @@ class RunStore:
     def _check_config(self) -> None:
         path = self.directory / "config.yaml"
         if not path.exists():
-            write_atomic(
-                path,
-                with_header(
-                    yaml.safe_dump(self._config, sort_keys=False, allow_unicode=True).encode()
-                ),
-            )
+            comment = f"# {self._command}\n" if self._command else ""
+            settings = yaml.safe_dump(self._config, sort_keys=False, allow_unicode=True)
+            write_atomic(path, with_header((comment + settings).encode()))
             return
         content = path.read_bytes()
         try:

@@ -23,16 +23,20 @@ from cu_runner.store.directories import first_name
 from cu_runner.store.files import sha256_of
 from cu_runner.store.layout import DELTA, EVALUATIONS, JOB, MERGED, PREDICTIONS, STEP
 from cu_runner.store.records import continues, read_record
-from cu_runner.store.run_directory import code_of
+from cu_runner.store.run_directory import code_of, command_in
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run directory: its configuration and the records (step.json) of the steps that are finished, the untouched model first."""
+    """A run directory: its configuration and the records (step.json) of the steps that are finished, the untouched model first.
+
+    command: what makes it again, as config.yaml records it; None if the run was made by the Python interface.
+    """
 
     directory: Path
     config: dict[str, object]
     records: list[dict[str, object]]
+    command: str | None = None
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -167,7 +171,8 @@ class RunRecord:
 def read_run(directory: Path) -> RunRecord:
     """Read a run directory. Raises StoreError, one line, if it is none or its chain of steps is broken."""
     try:
-        config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+        text = (directory / "config.yaml").read_text(encoding="utf-8")
+        config = yaml.safe_load(text)
         config["sequence"]["targets"], config["reg"], config["setting"]["plan"], config["seed"]
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
         raise StoreError(
@@ -194,7 +199,7 @@ def read_run(directory: Path) -> RunRecord:
         )
     if not records:
         raise StoreError(f"{directory}: no step is finished; run its cu-run command first")
-    return RunRecord(directory, config, records)
+    return RunRecord(directory, config, records, command_in(text))
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:

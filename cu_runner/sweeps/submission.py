@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from cu_runner.config.command import words_of
 from cu_runner.config.compose import parse
 from cu_runner.config.permissions import check_trees, refuse_permissions
 from cu_runner.runtime.provenance import git_commit
@@ -133,13 +133,7 @@ def read_jobs(file: str) -> list[list[str]]:
 
 def note_of(job: DictConfig) -> dict[str, object] | None:
     """job.json of a composed job: run, signature, commit, command, or the error in their place; None for a dry run."""
-    tree = get_args_parser().parse_args(sys.argv[1:]).config_dir
-    options = ([f"--config-dir={tree}"] if tree else []) + [
-        override
-        for override in job.hydra.overrides.hydra
-        if override.startswith("hydra.searchpath")
-    ]
-    note = {"command": ["cu-run", *options, *job.hydra.overrides.task], "git_commit": git_commit()}
+    note = {"command": ["cu-run", *words_of(job.hydra)], "git_commit": git_commit()}
     try:
         plan = parse(OmegaConf.masked_copy(job, [key for key in job if key != "hydra"]))
     except ValueError as error:

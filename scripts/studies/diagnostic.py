@@ -19,8 +19,7 @@ from study import (
     plot_over_requests,
     with_stopped,
 )
-
-from cu_runner.studies import pearson, spearman
+from study_statistics import pearson, spearman
 
 SEEDS = (0, 1, 2)
 RETENTION = {"RA_I": "RA-I", "RA_C": "RA-C"}

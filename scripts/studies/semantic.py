@@ -12,10 +12,10 @@ import pandas as pd
 from ablation import cells
 from matplotlib.figure import Figure
 from study import Study, as_markdown, command, finished, panels, with_stopped
+from study_statistics import near_and_far, text_similarity
 
 from cu_runner.reporting.intervals import of_sum, over_images
 from cu_runner.store.run_record import RunRecord
-from cu_runner.studies import near_and_far, text_similarity
 
 
 def accuracy_of_halves(runs: dict[str, RunRecord], near: list[str], far: list[str]) -> pd.DataFrame:

@@ -15,13 +15,13 @@ import pandas as pd
 import safetensors.torch
 from matplotlib.figure import Figure
 from study import Study, as_markdown, command, finished, panels, with_stopped
+from study_statistics import output_change, pearson, spearman, text_similarity
 
 from cu_runner.concepts.sequence import Sequence
 from cu_runner.evaluators.metrics import accuracy_per_concept
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.parameters import select_parameters
 from cu_runner.store.run_record import RunRecord
-from cu_runner.studies import output_change, pearson, spearman, text_similarity
 
 PAPER = Path(__file__).with_name("paper_similarity.csv")
 PAPER_KV = (

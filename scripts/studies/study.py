@@ -21,6 +21,7 @@ from cu_runner.cli.console import Parser, quiet_libraries
 from cu_runner.cli.failures import one_line_failures
 from cu_runner.config.compose import compose
 from cu_runner.config.run_config import RunConfig
+from cu_runner.reporting.table_formats import to_markdown
 from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import LaunchError
 from cu_runner.store.run_record import RunRecord
@@ -193,15 +194,16 @@ def over_requests(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def as_markdown(table: pd.DataFrame, digits: int = 1) -> str:
-    """A Markdown table; "-" for what was not measured."""
+    """Return a Markdown table; "-" for what was not measured."""
 
     def cell(value: object) -> str:
         if isinstance(value, float):
             return "-" if math.isnan(value) else f"{value:.{digits}f}"
-        return str(value).replace("|", "/")
+        return str(value)
 
-    lines = [table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(cell(value) for value in line)} |" for line in lines)
+    return to_markdown(
+        [cell(value) for value in line] for line in (table.columns, *table.itertuples(index=False))
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- pictures

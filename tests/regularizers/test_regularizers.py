@@ -11,7 +11,7 @@ from torch import nn
 from cu_runner.concepts.entries import read_shipped
 from cu_runner.methods.conabl import ConAbl
 from cu_runner.models.parameters import assign, subtract
-from cu_runner.regularizers.gradproj import GradProj, drop_similar, orthogonal_projector
+from cu_runner.regularizers.gradproj import GradProj, kept_columns, orthogonal_projector
 from cu_runner.regularizers.l1 import L1
 from cu_runner.regularizers.l2 import L2
 from cu_runner.request.name_sources import NameSource
@@ -113,7 +113,7 @@ def test_projector_of_columns_of_very_different_size():
     assert torch.linalg.eigvalsh(P.double()).max() < 1 + 1e-6
 
 
-def test_drop_similar_is_exact():
+def test_columns_are_kept_exactly():
     """Cosines to the first column: 1, 0.95 +- 0.001, 0; kept in order, compared with kept columns only."""
     angles = torch.tensor([0.0, 0.949, 0.951], dtype=torch.float64)
     columns = [torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)]
@@ -122,17 +122,13 @@ def test_drop_similar_is_exact():
     ]
     columns += [torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64), 5 * columns[0]]
     C = torch.stack(columns, dim=1)
-    assert torch.equal(
-        drop_similar(C), C[:, [0, 1, 3]]
-    )  # 0.951 is dropped, and so is the scaled copy
-    assert torch.equal(drop_similar(C, 0.9), C[:, [0, 3]])
+    assert kept_columns(C, 0.95) == [0, 1, 3]  # 0.951 is dropped, and so is the scaled copy
+    assert kept_columns(C, 0.9) == [0, 3]
     chain = torch.stack(
         [torch.tensor([torch.cos(t), torch.sin(t)]) for t in torch.tensor([0.0, 0.25, 0.5])], dim=1
     )
-    assert torch.equal(
-        drop_similar(chain), chain[:, [0, 2]]
-    )  # the third is near the second, which was dropped
-    assert drop_similar(torch.empty(3, 0)).shape == (3, 0)
+    assert kept_columns(chain, 0.95) == [0, 2]  # the third is near the second, which was dropped
+    assert kept_columns(torch.empty(3, 0), 0.95) == []
 
 
 # ----------------------------------------------------------------------------------------------------------- GradProj

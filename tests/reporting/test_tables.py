@@ -279,10 +279,16 @@ def test_a_damaged_file_of_a_run_is_refused(cu_table, own_table, run_copy):
 
 
 def test_labels_of_the_user_break_no_format(cu_table, own_table, run_copy, tmp_path):
-    assert cu_table(own_table(rows={"a|b~_^\\": ["reg=none"]}, targets=None))[0] == 0
+    methods = {
+        "experiments": {
+            "smoke": TABLE["experiments"]["smoke"] | {"methods": {"m_1 & #2": ["method=conabl"]}}
+        }
+    }
+    assert cu_table(own_table(rows={"a|b~_^\\": ["reg=none"]}, targets=None, **methods))[0] == 0
     assert "| a\\|b~_^\\ |" in (tmp_path / "outputs/tables/mine-smoke.md").read_text()
     latex = (tmp_path / "outputs/tables/mine-smoke.tex").read_text()
-    assert "a|b\\textasciitilde{}\\_\\textasciicircum{}\\textbackslash{} & " in latex
+    assert "a|b\\textasciitilde \\_\\textasciicircum \\textbackslash  & " in latex
+    assert "\\multicolumn{3}{c}{m\\_1 \\& \\#2}" in latex
 
 
 def test_several_seeds_are_all_needed_for_a_cell(cu_table, own_table, run_copy):

@@ -13,11 +13,11 @@ import pytest
 import torch
 from commands import environment
 from conftest import SMOKE
+from study_statistics import near_and_far, output_change, pearson, spearman, text_similarity
 
 from cu_runner.concepts.entries import read_shipped
 from cu_runner.concepts.sequence import Sequence
 from cu_runner.models.parameters import select_parameters
-from cu_runner.studies import near_and_far, output_change, pearson, spearman, text_similarity
 
 SCRIPTS = Path(__file__).parents[2] / "scripts/studies"
 STUDIES = ("diagnostic", "ablation", "sensitivity", "scaling", "auxiliary", "order")
@@ -390,7 +390,7 @@ def test_markdown(script):
     assert script("study").as_markdown(table).splitlines() == [
         "| run | UA | n |",
         "| --- | --- | --- |",
-        "| a/b | 100.0 | 12 |",
+        "| a\\|b | 100.0 | 12 |",
         "| c | - | 3 |",
     ]
 

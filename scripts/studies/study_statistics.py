@@ -11,7 +11,7 @@ import pandas as pd
 import torch.nn.functional as F
 from torch import Tensor
 
-from cu_runner.models import DiffusionModel
+from cu_runner.models.diffusion import DiffusionModel
 
 NORMAL = 1.959964  # half width of the central 95% of a standard normal
 
@@ -27,17 +27,23 @@ class Correlation:
 
 
 def pearson(x: pd.Series, y: pd.Series) -> Correlation:
-    """Linear correlation; the interval by Fisher's z, whose variance is 1 / (n - 3)."""
+    """Return the linear correlation; its interval by Fisher's z, whose variance is 1 / (n - 3)."""
     return with_interval(x, y, 1.0)
 
 
 def spearman(x: pd.Series, y: pd.Series) -> Correlation:
-    """Rank correlation, equal values with their mean rank; z has the variance 1.06 / (n - 3) (Fieller et al. 1957)."""
+    """Return the rank correlation, equal values with their mean rank.
+
+    z has the variance 1.06 / (n - 3) (Fieller et al. 1957).
+    """
     return with_interval(x.rank(), y.rank(), 1.06)
 
 
 def with_interval(x: pd.Series, y: pd.Series, variance: float) -> Correlation:
-    """Pearson's r of two series, row by row, with tanh(atanh r -+ 1.96 sqrt(variance / (n - 3))); NaN where one is constant."""
+    """Return Pearson's r of two series, row by row; NaN where one is constant.
+
+    The interval is tanh(atanh r -+ 1.96 sqrt(variance / (n - 3))).
+    """
     number = len(x)
     if number < 2 or x.nunique() == 1 or y.nunique() == 1:
         return Correlation(float("nan"), float("nan"), float("nan"), number)
@@ -54,9 +60,9 @@ def with_interval(x: pd.Series, y: pd.Series, variance: float) -> Correlation:
 def text_similarity(
     model: DiffusionModel, names: list[str], targets: list[str], domain: str
 ) -> pd.DataFrame:
-    """Cosines of the whole text-encoder outputs, all L x D values of "NAME Domain"; rows: names, columns: targets.
+    """Return cosines of the whole text-encoder outputs, all L x D values of "NAME Domain".
 
-    That is the paper's "X Style" (Lee et al. 2026, arXiv 2511.07970).
+    Rows: names, columns: targets. That is the paper's "X Style" (Lee et al. 2026, arXiv 2511.07970).
     """
     units = [
         F.normalize(
@@ -71,13 +77,16 @@ def text_similarity(
 
 
 def near_and_far(similarity: pd.Series) -> tuple[list[str], list[str]]:
-    """The more similar half of the names, most similar first, and the rest; the middle one of an odd number is far."""
+    """Return the more similar half of the names, most similar first, and the rest.
+
+    The middle one of an odd number is far.
+    """
     names = similarity.sort_values(ascending=False, kind="stable").index.tolist()
     return names[: len(names) // 2], names[len(names) // 2 :]
 
 
 def output_change(base: Mapping[str, Tensor], delta: Mapping[str, Tensor], text: Tensor) -> float:
-    """||(W' - W) X|| / ||W X||, the squares summed over all layers and tokens.
+    """Return ||(W' - W) X|| / ||W X||, the squares summed over all layers and tokens.
 
     Args:
         base: weights W [out, D] of every key and value. delta: W' - W of those that changed.

@@ -1,0 +1,53 @@
+"""The command that makes a run again: recorded in its config.yaml, as a comment below the sha256."""
+
+from __future__ import annotations
+
+import shlex
+
+from omegaconf import DictConfig
+
+from cu_runner.store.signature import NOT_SCIENTIFIC
+
+PERMISSION = ".allow_pickle"  # changes no result, but the command is refused without it
+
+
+def words_of(node: DictConfig) -> list[str]:
+    """Return the options and overrides of a job, from the hydra node of its configuration."""
+    sources, given = node.runtime.config_sources, node.overrides
+    trees = [f"--config-dir={each.path}" for each in sources if each.provider == "command-line"]
+    searched = [override for override in given.hydra if key_of(override) == "hydra.searchpath"]
+    return [*trees, *searched, *given.task]
+
+
+def key_of(override: str) -> str:
+    """Return the key that an override sets."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def changes_results(override: str) -> bool:
+    """Return whether an override sets a part of the experiment: not a device, a folder, W&B, ..."""
+    return not f"{key_of(override)}.".startswith(tuple(f"{name}." for name in NOT_SCIENTIFIC))
+
+
+def recorded_command(program: str, words: list[str]) -> str:
+    """Return a command as one line for a shell, without settings that are no part of an experiment."""
+    kept = [word for word in words if changes_results(word) or key_of(word).endswith(PERMISSION)]
+    return " ".join([program, *map(quote, kept)])
+
+
+def quote(word: str) -> str:
+    r"""Return a word quoted for a shell; a line break or control character becomes \uXXXX in $'...'."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(map(escape, escaped)) + "'"
+
+
+def escape(character: str) -> str:
+    r"""Return a character, or \xXX of a byte that is no UTF-8, \uXXXX or \UXXXXXXXX of what is not printed."""
+    number = ord(character)
+    if character.isprintable():
+        return character
+    if 0xDC80 <= number <= 0xDCFF:  # how Python holds such a byte
+        return f"\\x{number - 0xDC00:02x}"
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
