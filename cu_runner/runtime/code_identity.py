@@ -14,44 +14,32 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
-import cu_runner
+from cu_runner.runtime.paths import PACKAGE
 
-PACKAGE = Path(cu_runner.__file__).parent
-
-
-PRESENTING = (  # modules and packages that only present numbers, or check and start runs
-    "checkup",
+# Packages and modules that only present numbers, or check and start runs.
+PRESENTING = (
     "cli",
-    "complaints",
-    "credentials",
-    "doctor",
-    "forecast",
-    "help",
-    "intervals",
-    "launch",
-    "pack",
-    "report*",
-    "studies",
-    "submission",
+    "reporting",
     "sweeps",
-    "table*",
-    "tracking",
-    "trust",
-    "verify",
+    "runner/forecast.py",
+    "runner/preflight.py",
+    "runner/tracking.py",
+    "runtime/paths.py",
+    "schema/secrets.py",
+    "store/archive.py",
+    "store/verify.py",
+    "config/permissions.py",
 )
-
-
+# Packages and modules on which no image of the untouched model depends.
 TRAINING = (
-    "checkpoint",
     "methods",
     "regularizers",
-    "training",
-)  # no image of the untouched model depends on them
-
-
+    "runner/training.py",
+    "runner/early_stop.py",
+    "store/checkpoint.py",
+)
 LIBRARIES = ("torch", "diffusers", "transformers")
 
 
@@ -126,18 +114,16 @@ def digest(value: object) -> str:
 
 
 def code_files(left_out: tuple[str, ...]) -> dict[str, str]:
-    """Return the sha256 of the package's Python files and lists of names, by path in it.
+    """Return the sha256 of the package's Python files and shipped lists, by path in it.
 
     Args:
-        left_out: modules and sub-packages that do not count; * stands for any characters.
+        left_out: packages and modules that do not count, as paths in the package.
     """
     found = {}
-    for path in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.glob("lists/*.txt")]):
-        place = path.relative_to(PACKAGE)
-        if not any(
-            fnmatchcase(place.parts[0].removesuffix(".py"), pattern) for pattern in left_out
-        ):
-            found[place.as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.glob("concepts/lists/*.txt")]):
+        place = path.relative_to(PACKAGE).as_posix()
+        if not any(f"{place}/".startswith(f"{name}/") for name in left_out):
+            found[place] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 
