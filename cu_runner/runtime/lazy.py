@@ -13,16 +13,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
-    import diffusers as diffusers
-    import huggingface_hub as huggingface_hub
-    import open_clip as open_clip
+    import diffusers
+    import huggingface_hub
+    import open_clip
     import pandas as pd
-    import timm as timm
-    import torch as torch
+    import timm
+    import torch
     import torch.distributed as dist
     import torch.nn.functional as F
-    import transformers as transformers
-    from torch import nn as nn
+    import transformers
+    from torch import nn
 else:
 
     class Library:
@@ -40,6 +40,20 @@ else:
     open_clip, timm, transformers = Library("open_clip"), Library("timm"), Library("transformers")
     torch, nn, F = Library("torch"), Library("torch.nn"), Library("torch.nn.functional")
     dist, pd = Library("torch.distributed"), Library("pandas")
+
+__all__ = [  # of the libraries, for type checkers
+    "F",
+    "diffusers",
+    "dist",
+    "huggingface_hub",
+    "nn",
+    "open_clip",
+    "pd",
+    "timm",
+    "torch",
+    "transformers",
+    "without_gradients",
+]
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")

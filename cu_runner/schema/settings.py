@@ -64,10 +64,9 @@ class Sampler:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class EvalSettings(Sampler):
-    """How evaluation images are sampled, how many together, and whether one batch is classified while the next is sampled."""
+    """How evaluation images are sampled, and how many together."""
 
     batch_size: PositiveInt
-    overlap: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -18,7 +18,6 @@ NOT_SCIENTIFIC = (
     "train.save_every",
     "train.gradient_checkpointing",
     "eval.batch_size",
-    "eval.overlap",
     "speed",
     "wandb",
     "paths",

@@ -4,11 +4,9 @@ import dataclasses
 import gc
 import json
 import logging
-import threading
 import weakref
 
 import diffusers
-import pandas as pd
 import pytest
 import torch
 from scipy.stats import binomtest
@@ -378,82 +376,41 @@ def test_anchor_images_go_on_with_half_the_batch(any_batch, monkeypatch, tmp_pat
     assert torch.equal(found, whole)
 
 
-@pytest.mark.parametrize(("overlap", "both"), [(False, False), (True, False), (True, True)])
-def test_what_failed_is_freed_before_the_next_attempt(
-    any_batch, evaluator, sequence, monkeypatch, overlap, both
-):
-    """Without the collector of cycles, which runs at its own time; both: sampling fails while a batch is being classified."""
-    decode, sample, begun = any_batch.decode_latents, sampling.sample_latents, threading.Event()
-    held, sampled, after = [], [], []
+def test_what_failed_is_freed_before_the_next_attempt(any_batch, evaluator, sequence, monkeypatch):
+    """Without the collector of cycles, which runs at its own time."""
+    decode, sample = any_batch.decode_latents, sampling.sample_latents
+    held, after = [], []
 
     def scarce(latents):
         if len(latents) > 1:
             images = decode(latents)
             held.extend([weakref.ref(latents), weakref.ref(images)])
-            begun.set()
             raise torch.OutOfMemoryError("CUDA out of memory")
         return decode(latents)
 
     def watched(model, prompts, *rest):
         if len(prompts) == 1:
             after.append([kept() for kept in held])
-        elif both and sampled:
-            assert begun.wait(60)
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        sampled.append(len(prompts))
         return sample(model, prompts, *rest)
 
     monkeypatch.setattr(any_batch, "decode_latents", scarce)
     monkeypatch.setattr(sampling, "sample_latents", watched)
+    settings = EvalSettings(2, 1.0, batch_size=2)
     gc.disable()
     try:
-        evaluate(
-            any_batch,
-            evaluator,
-            sequence,
-            list(sequence.targets),
-            1,
-            EvalSettings(2, 1.0, batch_size=2, overlap=overlap),
-        )
+        evaluate(any_batch, evaluator, sequence, list(sequence.targets), 1, settings)
     finally:
         gc.enable()
     assert held
     assert after[0] == [None] * len(held)
 
 
-# -------------------------------------------------------------------------------------------------------------- speed
-def test_a_batch_classified_while_the_next_is_sampled_gives_the_same_predictions(
-    model, evaluator, sequence, monkeypatch
-):
-    concepts = [*sequence.targets, *sequence.retain]
-    plain, beside = (
-        EvalSettings(2, 2.5, batch_size=3, overlap=overlap) for overlap in (False, True)
-    )
-    whole = evaluate(model, evaluator, sequence, concepts, 1, plain)
-    threads, decode = set(), model.decode_latents
-    monkeypatch.setattr(
-        model,
-        "decode_latents",
-        lambda latents: threads.add(threading.get_ident()) or decode(latents),
-    )
-    found = evaluate(model, evaluator, sequence, concepts, 1, beside)
-    assert len(threads) == 1
-    assert threading.get_ident() not in threads
-    scores = [name for name in whole.predictions if name.startswith("score_")]
-    pd.testing.assert_frame_equal(
-        found.predictions.drop(columns=scores), whole.predictions.drop(columns=scores)
-    )
-    pd.testing.assert_frame_equal(found.predictions[scores], whole.predictions[scores], atol=1e-3)
-    assert found.thumbnails.keys() == whole.thumbnails.keys()
-
-
-@pytest.mark.parametrize("overlap", [False, True])
 def test_memory_that_runs_out_while_images_are_classified_halves_the_batch_too(
-    any_batch, evaluator, sequence, monkeypatch, overlap
+    any_batch, evaluator, sequence, monkeypatch
 ):
     model = any_batch
     concepts = [*sequence.targets, *sequence.retain]
-    settings = EvalSettings(2, 2.5, batch_size=3, overlap=overlap)
+    settings = EvalSettings(2, 2.5, batch_size=3)
     whole = evaluate(model, evaluator, sequence, concepts, 1, settings).predictions
     sizes, decode = [], model.decode_latents
 
@@ -475,6 +432,7 @@ def test_memory_that_runs_out_while_images_are_classified_halves_the_batch_too(
         evaluate(model, evaluator, sequence, concepts, 1, settings)
 
 
+# -------------------------------------------------------------------------------------------------------------- speed
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_remembered_keys_and_values_give_the_same_bits(model, guidance):
     sampler = Sampler(3, guidance)

@@ -94,7 +94,6 @@ def test_settings_that_are_no_part_of_the_experiment_do_not_hide_a_rate(
     same = measure_rates(compose(list(SMOKE)), read_run(run_copy).records[0]["device"])
     changes = (
         "eval.batch_size=7",
-        "eval.overlap=true",
         "+model.vae_slicing=true",
         "train.save_every=null",
     )

@@ -37,12 +37,12 @@ LEAVING = """
 import atexit
 import os
 import torch.distributed as dist
-from cu_runner import parallel
+from cu_runner.runtime import distributed
 def say(text):  # in one piece: both write to the same pipe
     os.write(1, f"{text}\\n".encode())
 atexit.register(lambda: say(f"at the end: {dist.is_initialized()}"))
 distributed.start("cpu")
-say(f"of two: {distributed.from_main(parallel.size)}")
+say(f"of two: {distributed.from_main(distributed.size)}")
 """
 CELLS = {
     "conabl, sgd": [  # Adam and clipping would hide gradients of another size
