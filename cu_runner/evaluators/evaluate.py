@@ -26,7 +26,7 @@ def check_labels(sequence: Sequence, evaluator: Evaluator) -> None:
     """Every concept whose accuracy is measured must be a label of the evaluator. Raises ValueError."""
     labels = evaluator.labels()
     for concept in (*sequence.targets, *sequence.retain, *sequence.cross_retain):
-        if concept.domain in sequence.judged and concept.name not in labels.get(concept.domain, []):
+        if concept.domain in sequence.measured_domains and concept.name not in labels.get(concept.domain, []):
             known = ", ".join(labels.get(concept.domain, [])[:5]) or "none"
             raise ValueError(
                 f"sequence: the evaluator has no {concept.domain} {concept.name!r} (it knows {known}, ...)"
@@ -160,7 +160,7 @@ def classify(evaluator: Evaluator, images: Tensor, sequence: Sequence) -> list[d
     found = []
     for i in range(len(images)):
         row: dict[str, object] = {}
-        for kind in sequence.judged:
+        for kind in sequence.measured_domains:
             row[f"predicted_{kind}"] = predictions[kind].labels[i]
             row[f"score_{kind}"] = round(predictions[kind].scores[i], 4)
         if (faces := predictions[sequence.domain].faces) is not None:
