@@ -304,7 +304,7 @@ def bench_accuracy(overrides: list[str], device: str) -> None:
         ).predictions
         hits[precision] = {
             domain: int((found[domain] == found[f"predicted_{domain}"]).sum())
-            for domain in sequence.judged
+            for domain in sequence.measured_domains
         }
     for domain, right in hits["fp32"].items():
         interval = binomtest(right, len(found)).proportion_ci(method="wilson")

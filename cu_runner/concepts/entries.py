@@ -1,4 +1,6 @@
-"""Lists of names and prompts: those that ship with the package, and a user's text files, one entry a line."""
+"""Lists of names and prompts: those that ship with the package, and a user's text files, one entry
+a line.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,14 @@ LISTS = Path(__file__).parent / "lists"
 
 
 def read_entries(key: str, source: str | list[str]) -> list[str]:
-    """The entries as given, of a shipped list, or of a text file where the source looks like a path. Raises ValueError.
+    """Return the entries as given, or read a shipped list or a text file.
 
-    key: the setting that names the source, for the complaint.
+    Args:
+        key: the configuration key that names the source, for the error's text.
+        source: entries, the name of a list, or a path (it holds a slash or ends in .txt).
+
+    Raises:
+        ValueError: no such list or file, or it cannot be read.
     """
     if isinstance(source, list):
         return source
@@ -25,19 +32,23 @@ def read_entries(key: str, source: str | list[str]) -> list[str]:
 
 
 def shipped_lists() -> list[str]:
-    """The names that read_shipped knows."""
+    """Return the names that read_shipped knows."""
     return sorted(path.stem for path in LISTS.glob("*.txt"))
 
 
 def read_shipped(name: str | None) -> list[str]:
-    """The entries of a shipped list. Raises ValueError with the lists there are."""
+    """Read the entries of a shipped list. Raise ValueError with the lists there are."""
     if name not in shipped_lists():
         raise ValueError(f"{name}: no such list; allowed: {', '.join(shipped_lists())}")
     return parse_names((LISTS / f"{name}.txt").read_text(encoding="utf-8"))
 
 
 def read_file(path: str | None) -> list[str]:
-    """The entries of a user's file. Raises ValueError if it is missing, holds none, or holds a secret of the environment."""
+    """Read the entries of a user's file.
+
+    Raises:
+        ValueError: it is missing, holds none, or holds a secret of the environment.
+    """
     file = Path(path or "").expanduser()
     if not file.is_file():
         raise ValueError(f"{path}: no such file; give a text file with one name a line")
@@ -52,6 +63,6 @@ def read_file(path: str | None) -> list[str]:
 
 
 def parse_names(text: str) -> list[str]:
-    """Stripped lines in order, without blanks, comments and repeats."""
+    """Return stripped lines in order, without blanks, comments and repeats."""
     lines = [line.strip() for line in text.splitlines()]
     return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))

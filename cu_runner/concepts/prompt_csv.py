@@ -7,14 +7,16 @@ from pathlib import Path
 
 
 def read_prompts(key: str, path: str, needed: tuple[str, ...]) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header, stripped; a column `seed` holds whole numbers from 0 on.
+    """Read the rows of a CSV file with a header, stripped; a column `seed` holds whole numbers from
+    0 on.
 
     Args:
-        key: the setting that names the file, for the complaint.
+        key: the configuration key that names the file, for the error's text.
         needed: columns that must be there, and filled in every row.
 
     Raises:
-        ValueError: the file is missing, no UTF-8 text, without rows or a needed column, or a row is wrong; names the line.
+        ValueError: the file is missing, no UTF-8 text, without rows or a needed column, or a row is
+            wrong; names the line.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -36,7 +38,8 @@ def read_prompts(key: str, path: str, needed: tuple[str, ...]) -> list[dict[str,
     for number, row in lines:
         if None in row or None in row.values():
             raise ValueError(
-                f"{key}={path}: line {number} has another number of fields than the header; quote fields with commas"
+                f"{key}={path}: line {number} has another number of fields than the header; quote "
+                "fields with commas"
             )
         row = {name: value.strip() for name, value in row.items()}
         if empty := [name for name in needed if not row[name]]:

@@ -1,4 +1,4 @@
-"""Unlearning requests: the plan that turns a sequence and a setting into them."""
+"""Unlearning requests, and the plan that turns a sequence into them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ PlanName = Literal["sequential", "independent", "simultaneous"]
 class Request:
     """One unlearning request.
 
-    index counts from 1. targets are trained on together; the last of them is the concept that the request adds. erased is
-    everything that the weights have unlearned when it is done. start: the weights that it begins with.
+    index counts from 1. targets are trained on together; the last of them is the concept that the
+    request adds. erased is everything that the weights have unlearned when it is done. start: the
+    weights that it begins with.
     """
 
     index: int
@@ -25,7 +26,7 @@ class Request:
 
     @property
     def label(self) -> str:
-        """The concept that it adds; their number where it adds several."""
+        """Return the concept that it adds, or their number where it adds several."""
         return (
             self.targets[-1].name
             if self.index >= len(self.targets)
@@ -34,11 +35,12 @@ class Request:
 
 
 def plan_requests(sequence: Sequence, setting: PlanName, last_only: bool = False) -> list[Request]:
-    """The requests of a run, one per target of the sequence (Lee et al. 2026, Sec. 3).
+    """Return the requests of a run, one per target of the sequence (Lee et al. 2026, Sec. 3).
 
-    sequential: request n starts from the weights of request n-1 and unlearns one concept. independent: it unlearns one concept from
-    the untouched model. simultaneous: it unlearns the first n concepts together from the untouched model; with last_only there is
-    one request, for all concepts: it needs none of those before it.
+    sequential: request n starts from the weights of request n-1 and unlearns one concept.
+    independent: it unlearns one concept from the untouched model. simultaneous: it unlearns the
+    first n concepts together from the untouched model; with last_only there is one request, for all
+    concepts: it needs none of those before it.
     """
     targets = sequence.targets
     plans = {

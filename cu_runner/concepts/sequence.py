@@ -1,6 +1,6 @@
-"""Concepts, sequences of unlearning requests, and the plan that turns a sequence and a setting into requests.
+"""Concepts, and sequences of them to unlearn.
 
-Everything here is a plain value: no model, no file, no randomness.
+Sequence files are checked here. The values hold no model and no randomness.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from cu_runner.concepts.prompt_csv import read_prompts
 class Concept:
     """One thing that prompts can name.
 
-    name: as it stands in prompts. domain: "style", "object", "celebrity", ... anchor: what to draw in its place, or None.
+    name: as it stands in prompts. domain: "style", "object", "celebrity", ... anchor: what to draw
+    in its place, or None.
     """
 
     name: str
@@ -30,7 +31,10 @@ class Concept:
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """One evaluation image, fixed by prompt and seed. concept, cross: what it shows, in both domains; cross is "" for nothing."""
+    """One evaluation image, fixed by prompt and seed.
+
+    concept, cross: what it shows, in both domains; cross is "" for nothing.
+    """
 
     prompt: str
     seed: int
@@ -40,11 +44,13 @@ class ImagePrompt:
 
 @dataclass(frozen=True)
 class Sequence:
-    """What to unlearn, in which order, and what must survive (UA, RA-I and RA-C rest on these lists).
+    """What to unlearn, in which order, and what must survive (UA, RA-I and RA-C rest on these
+    lists).
 
-    targets: concepts to unlearn, in order of request. retain: held-out concepts of the same domain. cross_retain: concepts of
-    the other domain; every evaluation image shows one of them. vocabulary: further names of the target's domain that a
-    regularizer may use as auxiliary concepts.
+    targets: concepts to unlearn, in order of request. retain: held-out concepts of the same domain.
+    cross_retain: concepts of the other domain; every evaluation image shows one of them.
+    vocabulary: further names of the target's domain that a regularizer may use as auxiliary
+    concepts.
     """
 
     name: str
@@ -63,14 +69,16 @@ class Sequence:
 
     @property
     def domain(self) -> str:
+        """Return the domain of the targets."""
         return self.targets[0].domain
 
     @property
     def cross_domain(self) -> str:
+        """Return the other domain."""
         return self.cross_retain[0].domain
 
     def training_pairs(self, concept: Concept) -> list[tuple[str, str]]:
-        """(target prompt, anchor prompt) pairs of one concept, one per caption."""
+        """Return (target prompt, anchor prompt) pairs of one concept, one per caption."""
         return [
             (
                 self.target_prompt.format(concept=concept.name, caption=caption),
@@ -80,8 +88,11 @@ class Sequence:
         ]
 
     @property
-    def judged(self) -> tuple[str, ...]:
-        """The domains in which images are judged; images of one's own need not name a concept of the other domain."""
+    def measured_domains(self) -> tuple[str, ...]:
+        """Return the domains in which images are classified.
+
+        Images of one's own need not name a concept of the other domain.
+        """
         return (
             (self.domain, self.cross_domain)
             if all(image.cross for image in self.images)
@@ -89,7 +100,10 @@ class Sequence:
         )
 
     def evaluation_images(self, concepts: Iterable[Concept]) -> list[ImagePrompt]:
-        """The images that are judged of these concepts: the grid with cross_retain and seeds, or the user's own."""
+        """Return the images by which these concepts are measured.
+
+        They are the grid with cross_retain and seeds, or the user's own.
+        """
         if self.images:
             return [
                 image
@@ -105,6 +119,7 @@ class Sequence:
         ]
 
     def evaluation_prompt(self, concept: Concept, cross: Concept) -> str:
+        """Return the prompt of an image that shows both concepts."""
         return self.prompt.format(**{concept.domain: concept.name, cross.domain: cross.name})
 
 
@@ -128,12 +143,12 @@ def make_sequence(
     """Check the lists of a sequence file (conf/sequence) and build the Sequence.
 
     Args:
-        cross_retain, vocabulary, captions: the entries themselves, the name of a shipped list (cu_runner/lists), or the path of a
-            text file with one entry a line.
+        cross_retain, vocabulary, captions: the entries themselves, the name of a shipped list
+            (cu_runner/lists), or the path of a text file with one entry a line.
         anchors: maps a target to what {anchor} in anchor_prompt stands for.
         order: of the requests: as listed, reversed, or a shuffle with a seed of its own.
-        prompts: a CSV file with a row per evaluation image, in place of prompt and seeds: columns prompt, concept, seed, and one
-            named after cross_domain if RA-C is to be measured.
+        prompts: a CSV file with a row per evaluation image, in place of prompt and seeds: columns
+            prompt, concept, seed, and one named after cross_domain if RA-C is to be measured.
 
     Raises:
         ValueError: names the entry that is wrong.
@@ -162,7 +177,8 @@ def make_sequence(
         ]
         if strange:
             raise ValueError(
-                f"sequence.{label}: {strange[0]!r} is blank or holds a line break or control character; take it out"
+                f"sequence.{label}: {strange[0]!r} is blank or holds a line break or control "
+                "character; take it out"
             )
     if domain == cross_domain:
         raise ValueError(
@@ -171,7 +187,8 @@ def make_sequence(
     both = sorted(set(targets) & set(retain))
     if both:
         raise ValueError(
-            f"sequence {name}: {', '.join(both)} is both in targets (to unlearn) and in retain; remove it from one"
+            f"sequence {name}: {', '.join(both)} is both in targets (to unlearn) and in retain; "
+            "remove it from one"
         )
     anchors = anchors or {}
     strangers = sorted(set(anchors) - set(targets))
@@ -181,7 +198,8 @@ def make_sequence(
         )
     if "{anchor}" in anchor_prompt and set(targets) - set(anchors):
         raise ValueError(
-            f"sequence.anchors lacks {', '.join(t for t in targets if t not in anchors)}; anchor_prompt uses {{anchor}}"
+            f"sequence.anchors lacks {', '.join(t for t in targets if t not in anchors)}; "
+            f"anchor_prompt uses {{anchor}}"
         )
     sequence = Sequence(
         name=name,
@@ -211,13 +229,18 @@ def make_sequence(
         sequence.training_pairs(sequence.targets[0])
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(
-            f"sequence {name}: a prompt has an unknown placeholder {error}; see conf/sequence for examples"
+            f"sequence {name}: a prompt has an unknown placeholder {error}; see conf/sequence for "
+            "examples"
         ) from None
     return sequence if prompts is None else replace(sequence, images=read_images(sequence, prompts))
 
 
 def read_images(sequence: Sequence, path: str) -> tuple[ImagePrompt, ...]:
-    """The images of a user's CSV file. Raises ValueError for a concept that is unknown or missing, or an image listed twice."""
+    """Read the images of a user's CSV file.
+
+    Raises:
+        ValueError: a concept is unknown or missing, or an image is listed twice.
+    """
     key, cross_domain = "sequence.prompts", sequence.cross_domain
     rows = read_prompts(key, path, ("prompt", "concept", "seed"))
     images = [
@@ -231,23 +254,26 @@ def read_images(sequence: Sequence, path: str) -> tuple[ImagePrompt, ...]:
         )
     if missing := [name for name in known if name not in {image.concept for image in images}]:
         raise ValueError(
-            f"{key}={path}: holds no image of {', '.join(missing)}; every target and retained concept needs one"
+            f"{key}={path}: holds no image of {', '.join(missing)}; every target and retained "
+            "concept needs one"
         )
     if twice := [image for image in images if images.count(image) > 1]:
         raise ValueError(
-            f"{key}={path}: {twice[0].prompt!r} with seed {twice[0].seed} is there twice; it would be one image"
+            f"{key}={path}: {twice[0].prompt!r} with seed {twice[0].seed} is there twice; it would "
+            "be one image"
         )
     crosses = {image.cross for image in images}
     kept = {concept.name for concept in sequence.cross_retain}
     if crosses != {""} and (wrong := sorted(crosses - kept)):
         raise ValueError(
-            f"{key}={path}: {cross_domain} {wrong[0]!r} is not in sequence.cross_retain; leave the column out, or fill it"
+            f"{key}={path}: {cross_domain} {wrong[0]!r} is not in sequence.cross_retain; leave the "
+            "column out, or fill it"
         )
     return tuple(images)
 
 
 def reorder(targets: list[str], order: str) -> list[str]:
-    """The targets as listed ("paper"), "reversed", or in the order of "shuffle-<seed>"."""
+    """Return the targets as listed ("paper"), "reversed", or in the order of "shuffle-<seed>"."""
     if order == "reversed":
         return targets[::-1]
     if order == "paper":

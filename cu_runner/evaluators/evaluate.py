@@ -25,7 +25,9 @@ def check_labels(sequence: Sequence, evaluator: Evaluator) -> None:
     """Raise ValueError unless every concept whose accuracy is measured is a label of the evaluator."""
     labels = evaluator.labels()
     for concept in (*sequence.targets, *sequence.retain, *sequence.cross_retain):
-        if concept.domain in sequence.judged and concept.name not in labels.get(concept.domain, []):
+        if concept.domain in sequence.measured_domains and concept.name not in labels.get(
+            concept.domain, []
+        ):
             known = ", ".join(labels.get(concept.domain, [])[:5]) or "none"
             raise ValueError(
                 f"sequence: the evaluator has no {concept.domain} {concept.name!r} "
@@ -140,7 +142,7 @@ def classify(
     found = []
     for i in range(len(images)):
         row: dict[str, str | int | float] = {}
-        for kind in sequence.judged:
+        for kind in sequence.measured_domains:
             row[f"predicted_{kind}"] = predictions[kind].labels[i]
             row[f"score_{kind}"] = round(predictions[kind].scores[i], 4)
         if (faces := predictions[sequence.domain].faces) is not None:

@@ -128,7 +128,7 @@ def step_metrics(
         predictions,
         unlearned,
         retain,
-        cross_retain if sequence.cross_domain in sequence.judged else None,
+        cross_retain if sequence.cross_domain in sequence.measured_domains else None,
     )
     for name, concepts in (("UA_current", unlearned[-1:]), ("UA_previous", unlearned[:-1])):
         measured[name] = unlearning_accuracy(predictions, sequence.domain, concepts)

@@ -1,1 +1,3 @@
-"""Unlearning methods: one file and one YAML of the same name in conf/method each; `_name` holds no method."""
+"""Unlearning methods: one file and one YAML of the same name in conf/method each; `_name` holds
+none.
+"""

@@ -1,6 +1,7 @@
-"""What methods share that train on images of the concept itself: such images beside retained ones, two losses, flat gradients.
+"""What methods share that train on images of the concept itself: batches, losses, flat gradients.
 
-Shapes: B batch, L tokens, D text width, G concepts, M prompts per concept, P trainable weights in one vector.
+Shapes: B batch, L tokens, D text width, G concepts, M prompts per concept, P trainable weights in
+one vector.
 """
 
 from __future__ import annotations
@@ -19,14 +20,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ForgetBatch:
-    """forget: images of the concepts to unlearn, their own prompts first. retain: images to be kept, None where they weigh 0."""
+    """Images of the concepts to unlearn, and images to be kept.
+
+    forget: its first texts are the concepts' own prompts. retain: None where the kept images weigh
+    0.
+    """
 
     forget: NoisyBatch
     retain: NoisyBatch | None
 
 
 def target_prompts(scope: Scope) -> list[list[str]]:
-    """The prompts of every concept to unlearn, [G][M]: what their images are made from, by the untouched model."""
+    """Return the prompts of every concept to unlearn, [G][M]; the untouched model makes its images
+    from them.
+    """
     return [
         [target for target, _ in scope.sequence.training_pairs(concept)]
         for concept in scope.request.targets
@@ -36,7 +43,7 @@ def target_prompts(scope: Scope) -> list[list[str]]:
 def draw_pair(
     scope: Scope, step: int, forget: CaptionedImages, retain: CaptionedImages | None
 ) -> ForgetBatch:
-    """Batch number `step`: scope.batch_size images of each kind."""
+    """Draw batch number `step`: scope.batch_size images of each kind."""
     kept = retain and retain.draw(scope.rng.generator("retain", step), scope.batch_size)
     return ForgetBatch(forget.draw(scope.rng.generator("train", step), scope.batch_size), kept)
 
@@ -44,7 +51,12 @@ def draw_pair(
 def matching_loss(
     model: DiffusionModel, batch: NoisyBatch, weights: dict[str, Tensor] | None = None
 ) -> Tensor:
-    """E ||e(x_t, c*) - sg e(x_t, other)||^2; texts: (the concept's prompts, the others'). weights: in place of the UNet's own."""
+    """Return E ||e(x_t, c*) - sg e(x_t, other)||^2.
+
+    Args:
+        batch: its texts are the concept's prompts and the others'.
+        weights: used in place of the UNet's own.
+    """
     own, other = batch.texts
     with torch.no_grad():
         wanted = model.predict_noise(batch.noisy, batch.timesteps, other, weights)
@@ -54,7 +66,7 @@ def matching_loss(
 def add_retained(
     model: DiffusionModel, loss: Tensor, retain: NoisyBatch | None, weight: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """loss + weight x diffusion loss on the retained images; both terms for the log."""
+    """Return loss + weight x diffusion loss on the retained images, and both terms for the log."""
     logs = {"forget_loss": loss.item()}
     if retain is None:
         return loss, logs
@@ -63,19 +75,21 @@ def add_retained(
 
 
 def flat_gradient(loss: Tensor, params: dict[str, nn.Parameter]) -> Tensor:
-    """d loss / d theta as one vector [P], in the order of params; .grad stays as it is."""
+    """Return d loss / d theta as one vector [P], in the order of params; .grad stays as it is."""
     gradients = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def split(flat: Tensor, params: dict[str, nn.Parameter]) -> list[Tensor]:
-    """A vector [P] cut into the shapes of the weights; views."""
+    """Cut a vector [P] into views with the shapes of the weights."""
     parts = flat.split([parameter.numel() for parameter in params.values()])
     return [part.view_as(parameter) for part, parameter in zip(parts, params.values(), strict=True)]
 
 
 def add_gradient(params: dict[str, nn.Parameter], flat: Tensor) -> None:
-    """Add a vector [P] to .grad, which gets the strides of its weight: fused optimisers take no others."""
+    """Add a vector [P] to .grad, which gets the strides of its weight: fused optimisers take no
+    others.
+    """
     for parameter, part in zip(params.values(), split(flat, params), strict=True):
         total = part if parameter.grad is None else parameter.grad + part
         parameter.grad = torch.empty_like(parameter).copy_(total)

@@ -1,10 +1,12 @@
-"""What the primal-dual methods share: dual ascent, path divergences, samples of the model in training, a retain term.
+"""What the primal-dual methods share: dual ascent, path divergences, samples of the model in
+training, a retain term.
 
-Constrained unlearning (arXiv 2605.30825) poses three problems with a constraint for each unlearning distribution q_i:
-reverse_kl.py, forward_kl.py and likelihood.py. The problems and minimisers are the paper's; thresholds, step sizes
-and the retain term are ours.
+Constrained unlearning (arXiv 2605.30825) poses three problems with a constraint for each unlearning
+distribution q_i: reverse_kl.py, forward_kl.py and likelihood.py. The problems and minimisers are
+the paper's; thresholds, step sizes and the retain term are ours.
 
-Shapes: B batch, C latent channels, H W latent size, L tokens, D text width, T timesteps, m unlearning concepts.
+Shapes: B batch, C latent channels, H W latent size, L tokens, D text width, T timesteps, m
+unlearning concepts.
 """
 
 from __future__ import annotations
@@ -35,28 +37,38 @@ TOLERANCE = 0.05  # of the initial value: a smaller violation on the fresh sampl
 
 
 def dual_step(lam: Tensor, violation: Tensor, step_size: float) -> Tensor:
-    """lam <- [lam + eta_d violation]_+   (dual ascent; METHODS A). Both [m]; the violation is positive where violated."""
+    """Return [lam + eta_d violation]_+   (dual ascent).
+
+    Both are [m]; the violation is positive where the constraint is violated.
+    """
     return (lam + step_size * violation).clamp(min=0)
 
 
 def moving_average(mean: Tensor, measured: Tensor, decay: float) -> Tensor:
-    """decay mean + (1 - decay) measured, all [m]. NaN is unknown: a first value is taken as it is, a missing one ignored."""
+    """Return decay mean + (1 - decay) measured, all [m].
+
+    NaN is unknown: a first value is taken as it is, a missing one is ignored.
+    """
     mixed = decay * mean + (1 - decay) * measured
     return torch.where(measured.isnan(), mean, torch.where(mean.isnan(), measured, mixed))
 
 
 def group_means(values: Tensor, groups: list[int], number: int) -> Tensor:
-    """Mean [number] of the values [B] of each group, in float64 on the CPU; NaN for a group without any."""
+    """Return the mean [number] of the values [B] of each group, in float64 on the CPU.
+
+    A group without values has NaN.
+    """
     index, values = torch.tensor(groups), values.detach().double().cpu()
     sums = torch.zeros(number, dtype=torch.float64).index_add(0, index, values)
     return sums / torch.bincount(index, minlength=number)
 
 
 def snr_weights(alphas_cumprod: Tensor) -> Tensor:
-    """w_t = 1/2 log(SNR_{t-1} / SNR_t) with SNR = ab / (1 - ab); [T] to [T].
+    """Return w_t = 1/2 log(SNR_{t-1} / SNR_t) with SNR = ab / (1 - ab); [T] to [T].
 
-    KL between the paths of two models is sum_t w_t ||e_p - e_q||^2, the squared norm summed over C, H, W. The first timestep has
-    none before it, and one without any signal shows nothing of a prediction: both weigh 0.
+    KL between the paths of two models is sum_t w_t ||e_p - e_q||^2, the squared norm summed over C,
+    H, W. The first timestep has none before it, and one without any signal shows nothing of a
+    prediction: both weigh 0.
     """
     log_snr = alphas_cumprod.double().logit()
     weights = torch.zeros_like(log_snr)
@@ -65,7 +77,7 @@ def snr_weights(alphas_cumprod: Tensor) -> Tensor:
 
 
 def squared_error(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared difference of each row, [B] of two [B, C, H, W]."""
+    """Return the mean squared difference of each row, [B] of two [B, C, H, W]."""
     return (a - b).pow(2).flatten(1).mean(1)
 
 
@@ -73,9 +85,10 @@ def squared_error(a: Tensor, b: Tensor) -> Tensor:
 class DualAscent:
     """How multipliers follow their constraints.
 
-    step_size: eta_d, per violation in units of the initial value. every: primal steps between dual steps. decay: of the running
-    mean of the constraint, per primal step. rounds: how many fresh batches per concept (and noise level) measure the constraint at
-    the start and at the end of a request.
+    step_size: eta_d, per violation in units of the initial value. every: primal steps between dual
+    steps. decay: of the running mean of the constraint, per primal step. rounds: how many fresh
+    batches per concept (and noise level) measure the constraint at the start and at the end of a
+    request.
     """
 
     step_size: PositiveFloat = 0.1
@@ -85,7 +98,9 @@ class DualAscent:
 
 
 class Duals(Resumable):
-    """One multiplier per constraint, and the running mean of what the constraint bounds. All tensors are [m] on the CPU."""
+    """One multiplier per constraint, and the running mean of what it bounds. All tensors are [m] on
+    the CPU.
+    """
 
     changing = ("lam", "mean", "cut", "_steps")
 
@@ -116,11 +131,15 @@ class Duals(Resumable):
         self._steps = 0
 
     def violation(self, values: Tensor) -> Tensor:
-        """(b - g) / g_0 where g must be at least b, (g - b) / g_0 where at most."""
+        """Return (b - g) / g_0 where g must be at least b, (g - b) / g_0 where at most."""
         return self._sign * (self.bound - values) / self.initial
 
     def note(self, measured: Tensor) -> dict[str, float]:
-        """Keep what a backward pass measured, and say what to log: of the largest multiplier and the most violated constraint."""
+        """Keep what a backward pass measured, and return what to log.
+
+        That is the largest multiplier, the most extreme measurement, and the mean of the most
+        violated constraint.
+        """
         self.measured = measured
         mean = self.averaged()
         worst = int(self.violation(mean).nan_to_num(-torch.inf).argmax())
@@ -133,11 +152,13 @@ class Duals(Resumable):
         }
 
     def averaged(self) -> Tensor:
-        """The running mean with the latest measurement in it."""
+        """Return the running mean with the latest measurement in it."""
         return moving_average(self.mean, self.measured, self.settings.decay)
 
     def advance(self) -> None:
-        """Once per primal step: the running mean, and on every `settings.every`-th the dual step."""
+        """Update the running mean after a primal step, and on every `settings.every`-th take the
+        dual step.
+        """
         self.mean = self.averaged()
         self._steps += 1
         if self._steps % self.settings.every == 0:
@@ -148,7 +169,10 @@ class Duals(Resumable):
             self.cut = self.lam < wanted
 
     def status(self, final: Tensor) -> list[str]:
-        """Of each constraint, by its final value: feasible, infeasible (violated with lam stuck at its cap) or unfinished."""
+        """Return the status of each constraint by its final value.
+
+        "feasible", "infeasible" (violated with lam stuck at its cap) or "unfinished".
+        """
         violated = self.violation(final) > TOLERANCE
         return [
             "feasible" if not bad else "infeasible" if stuck else "unfinished"
@@ -156,7 +180,11 @@ class Duals(Resumable):
         ]
 
     def record(self, names: list[str], final: Tensor) -> dict[str, object]:
-        """What step.json holds: multipliers and constraints by concept, the status of the worst, and a note unless feasible."""
+        """Return what step.json holds of the constraints.
+
+        Multipliers and constraints by concept, the status of the worst, and a note unless it is
+        feasible.
+        """
         statuses = self.status(final)
         columns = {"lambda": self.lam, "initial": self.initial, "bound": self.bound, "final": final}
         rows = {
@@ -167,7 +195,8 @@ class Duals(Resumable):
         status = next(kind for kind in ("infeasible", "unfinished", "feasible") if kind in statuses)
         worst = int(self.violation(final).argmax())
         text = (
-            f"the constraint on {names[worst]} is violated on fresh samples: {final[worst]:.3g}, must be {self.sense} "
+            f"the constraint on {names[worst]} is violated on fresh samples: {final[worst]:.3g}, "
+            f"must be {self.sense} "
             f"{self.bound[worst]:.3g}"
         )
         reasons = {
@@ -180,41 +209,49 @@ class Duals(Resumable):
 
 
 class PrimalDual(Method[Batch]):
-    """A method whose loss holds multipliers. begin_request sets self.duals; the loss notes constraints; update moves lam."""
+    """A method whose loss holds multipliers.
+
+    begin_request sets self.duals; the loss notes constraints; update moves lam.
+    """
 
     duals: Duals
 
     @abstractmethod
     def final_constraint(self, scope: Scope) -> Tensor:
-        """The constrained values [m], measured on fresh samples of the weights as they are."""
+        """Measure the constrained values [m] on fresh samples of the weights as they are."""
 
     def state(self) -> dict[str, object]:
+        """Return what changes from step to step, the duals among it."""
         return super().state() | {"duals": self.duals.state()}
 
     def restore(self, state: dict[str, object]) -> None:
+        """Take what state() gave."""
         super().restore(state)
         self.duals.restore(state["duals"])
 
     def update(self, scope: Scope, optimizer: Optimizer) -> None:
-        """The primal step, then the duals. Not in backward, which a regularizer may call to score weights."""
+        """Take the primal step, then move the duals.
+
+        This is not done in backward, which a regularizer may call to score weights.
+        """
         optimizer.step()
         self.duals.advance()
 
     @without_gradients
     def end_request(self, scope: Scope) -> dict[str, object]:
-        """The final constraints, and whether the problem was solved."""
+        """Return the final constraints, and whether the problem was solved."""
         return self.duals.record(
             [concept.name for concept in scope.request.targets], self.final_constraint(scope)
         )
 
 
 def teacher_weights(scope: Scope, teacher: Teacher) -> dict[str, Tensor]:
-    """Those of q: at the start of the request, or of the untouched model."""
+    """Return q's weights: those at the start of the request, or those of the untouched model."""
     return {"previous": scope.start, "base": scope.base}[teacher]
 
 
 def own_prompts(scope: Scope, concepts: list[int], captions: list[int]) -> list[str]:
-    """Each row's prompt of its own unlearning concept."""
+    """Return each row's prompt of its own unlearning concept."""
     return [
         scope.sequence.training_pairs(scope.request.targets[i])[j][0]
         for i, j in zip(concepts, captions, strict=True)
@@ -224,7 +261,7 @@ def own_prompts(scope: Scope, concepts: list[int], captions: list[int]) -> list[
 def reference_prompts(
     scope: Scope, reference: Reference, concepts: list[int], captions: list[int]
 ) -> list[str]:
-    """Each row's prompt of q: the empty one, or that of its concept's anchor."""
+    """Return each row's prompt of q: the empty one, or that of its concept's anchor."""
     if reference == "empty":
         return [""] * len(concepts)
     return [
@@ -236,7 +273,10 @@ def reference_prompts(
 def draw_rows(
     scope: Scope, generator: Generator, rows: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """Of each row: an unlearning concept, all about equally often; a caption; a seed of the image's noise."""
+    """Draw for each row an unlearning concept, a caption, and a seed of the image's noise.
+
+    All concepts come about equally often.
+    """
     number = len(scope.request.targets)
     order = torch.randperm(number, generator=generator)
     concepts = order[torch.arange(rows) % number].tolist()
@@ -244,7 +284,7 @@ def draw_rows(
 
 
 def draw_captions(scope: Scope, generator: Generator, rows: int) -> tuple[list[int], list[int]]:
-    """Of each row: a caption, a seed of the image's noise."""
+    """Draw for each row a caption and a seed of the image's noise."""
     captions = torch.randint(len(scope.sequence.captions), (rows,), generator=generator).tolist()
     return captions, torch.randint(2**31, (rows,), generator=generator).tolist()
 
@@ -255,7 +295,9 @@ def retain_loss(
     kind: Literal["teacher", "diffusion"],
     weights: dict[str, Tensor],
 ) -> Tensor:
-    """On kept images with their own captions: E ||e_theta - sg e_q||^2 ("teacher"), or the diffusion loss."""
+    """Return E ||e_theta - sg e_q||^2 ("teacher") or the diffusion loss on kept images with their
+    captions.
+    """
     (texts,) = batch.texts
     wanted = batch.noise
     if kind == "teacher":
@@ -267,7 +309,10 @@ def retain_loss(
 def concept_predictions(
     scope: Scope, noisy: Tensor, timesteps: Tensor, captions: list[int], weights: dict[str, Tensor]
 ) -> Tensor:
-    """e_{q,c_i}(x_t) of every unlearning concept with each row's caption, [m, B, C, H, W]; one pass of the teacher per concept."""
+    """Return e_{q,c_i}(x_t) of every unlearning concept with each row's caption, [m, B, C, H, W].
+
+    That takes one pass of the teacher per concept.
+    """
     return torch.stack(
         [
             scope.model.predict_noise(

@@ -1,4 +1,5 @@
-"""What an unlearning method provides. Subclass Method, put a YAML beside it in conf/method, and it runs.
+"""What an unlearning method provides. Subclass Method, put a YAML beside it in conf/method, and it
+runs.
 
 Shapes: B batch, C latent channels, H W latent size, L tokens, D text width.
 """
@@ -20,26 +21,33 @@ Batch = TypeVar("Batch")
 
 
 class Method(Resumable, ABC, Generic[Batch]):
-    """An unlearning loss and the batches it is computed on; beyond that, whatever of a step a method wants to do its own way."""
+    """An unlearning loss and the batches it is computed on, and what else of a step a method does
+    its own way.
+    """
 
     params: ParameterGroup = "kv_xattn"  # which weights are trained
     closed_form: bool = False  # True: one step sets the weights; there is no loss, and no gradient, for regularizers to change
 
     def begin_request(self, scope: Scope) -> None:
-        """Prepare for a request: anchor sets, teachers, masks. State of an earlier request must not survive it."""
+        """Prepare for a request: anchor sets, teachers, masks. State of an earlier request must not
+        survive it.
+        """
 
     @abstractmethod
     def batch(self, scope: Scope, step: int) -> Batch:
-        """What step number `step`, from 0 on, trains on; it depends on the request, the weights and that number alone."""
+        """Return what step number `step`, counted from 0, trains on.
+
+        It depends on the request, the weights and that number alone.
+        """
 
     def loss(self, scope: Scope, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """The scalar to minimise and what to log of it."""
+        """Return the scalar to minimise and what to log of it."""
         raise NotImplementedError(
             f"{type(self).__name__} must define loss, or backward in its place"
         )
 
     def backward(self, scope: Scope, batch: Batch) -> dict[str, float]:
-        """Add the method's gradient to .grad of scope.params; returns what to log, "loss" among it.
+        """Add the method's gradient to .grad of scope.params; return what to log, "loss" among it.
 
         Override for an inner loop or several gradients. The weights must come out as they went in.
         """
@@ -51,9 +59,12 @@ class Method(Resumable, ABC, Generic[Batch]):
         """Change the gradients in place after the backward pass, before the regularizers do."""
 
     def update(self, scope: Scope, optimizer: Optimizer) -> None:
-        """Move the weights. Override to mask or replace the optimiser's step, or to move dual variables with it."""
+        """Move the weights.
+
+        Override to mask or replace the optimiser's step, or to move dual variables with it.
+        """
         optimizer.step()
 
     def end_request(self, scope: Scope) -> dict[str, object]:
-        """What step.json records of the request: final constraints, sizes of masks."""
+        """Return what step.json records of the request: final constraints, sizes of masks."""
         return {}

@@ -1,12 +1,15 @@
-"""Erased Stable Diffusion: steer the concept's prompt away from the concept (Gandikota et al., ICCV 2023, arXiv 2303.07345).
+"""Erased Stable Diffusion: steer the concept's prompt away from the concept (Gandikota et al., ICCV
+2023, arXiv 2303.07345).
 
 Two forms of the target are in circulation. The paper's (Sec. 4) is coded here:
     e_q(x_t, null) - eta (e_q(x_t, c*) - e_q(x_t, null));
-newer releases write e_q(x_t, c*) - eta' (e_q(x_t, c*) - e_q(x_t, null)), which is the same target with eta' = eta + 1.
+newer releases write e_q(x_t, c*) - eta' (e_q(x_t, c*) - e_q(x_t, null)), which is the same target
+with eta' = eta + 1.
 
-x_t is sampled on-policy: with S sampler steps, S - 1 forward rows per image on average (half of the steps, two rows each for
-guidance). With the teacher's two rows and the trained one a step counts S + 4 rows against ConAbl's 4, a backward row as two: 3.5
-times as much at S = 10 (measured on ShapeCanvas: 2.6, for sampling keeps no activations), 13.5 times at the published S = 50.
+x_t is sampled on-policy: with S sampler steps, S - 1 forward rows per image on average (half of the
+steps, two rows each for guidance). With the teacher's two rows and the trained one a step counts S
++ 4 rows against ConAbl's 4, a backward row as two: 3.5 times as much at S = 10 (measured on
+ShapeCanvas: 2.6, for sampling keeps no activations), 13.5 times at the published S = 50.
 `sampler_steps` bounds it.
 
 Shapes: B batch, C latent channels, H W latent size, L tokens, D text width.
@@ -48,7 +51,9 @@ class Trajectories:
 
 
 class ESD(Method[Trajectories]):
-    """Train the prediction for the concept's prompt towards the teacher's, pushed from the concept to the empty prompt's side."""
+    """Train the prediction for the concept's prompt towards the teacher's, pushed to the empty
+    prompt's side.
+    """
 
     def __init__(
         self,
@@ -61,14 +66,18 @@ class ESD(Method[Trajectories]):
     ) -> None:
         """
         Args:
-            variant: which weights are trained. "esd-x" cross-attention, "esd-x-strict" its keys and values, "esd-u" everything
-                else (the released code also spares the output and time layers there), "esd-all" the whole UNet.
-            prompt: c*, with {concept}, and {caption} at most besides, which runs through the sequence's. Whatever else the prompt
-                names is steered away from too, so the published form is the concept's name alone.
+            variant: which weights are trained. "esd-x" cross-attention, "esd-x-strict" its keys and
+                values, "esd-u" everything else (the released code also spares the output and time
+                layers there), "esd-all" the whole UNet.
+            prompt: c*, with {concept}, and {caption} at most besides, which runs through the
+                sequence's. Whatever else the prompt names is steered away from too, so the
+                published form is the concept's name alone.
             eta: strength of the negative guidance; 0 makes the prompt act like the empty one.
-            teacher: q in the target: the weights at the start of the request, as in the released code, or the base's.
+            teacher: q in the target: the weights at the start of the request, as in the released
+                code, or the base's.
             guidance: classifier-free guidance of the samples that are trained on.
-            sampler_steps: denoising steps of a whole trajectory; a sample stops after a random number of them.
+            sampler_steps: denoising steps of a whole trajectory; a sample stops after a random
+                number of them.
         """
         check_template(prompt, "method.prompt")
         self.params = VARIANTS[variant]
@@ -76,7 +85,7 @@ class ESD(Method[Trajectories]):
         self.guidance, self.sampler_steps = guidance, sampler_steps
 
     def batch(self, scope: Scope, step: int) -> Trajectories:
-        """Samples of the current weights for the concepts' prompts, denoised for a random number of steps."""
+        """Sample from the current weights for the concepts' prompts, up to a random denoising step."""
         captions = scope.sequence.captions if "{caption}" in self.prompt else [""]
         prompts = [
             self.prompt.format(concept=concept.name, caption=caption)
@@ -98,7 +107,9 @@ class ESD(Method[Trajectories]):
         return Trajectories(noisy, timestep.round().long().expand(scope.batch_size), chosen)
 
     def loss(self, scope: Scope, batch: Trajectories) -> tuple[Tensor, dict[str, float]]:
-        """E ||e(x_t, c*) - sg [e_q(x_t, null) - eta (e_q(x_t, c*) - e_q(x_t, null))]||^2   (Sec. 4)."""
+        """Return E ||e(x_t, c*) - sg [e_q(x_t, null) - eta (e_q(x_t, c*) - e_q(x_t, null))]||^2
+        (Sec. 4).
+        """
         model, weights = scope.model, {"previous": scope.start, "base": scope.base}[self.teacher]
         text = model.encode_prompts(batch.prompts)
         both = model.encode_prompts([""] * len(text) + batch.prompts)
@@ -114,5 +125,7 @@ class ESD(Method[Trajectories]):
 
 
 def erasing_target(empty: Tensor, concept: Tensor, eta: float) -> Tensor:
-    """e(null) - eta (e(c*) - e(null)) for noise predictions [B, C, H, W]   (Gandikota et al. 2023, Sec. 4)."""
+    """Return e(null) - eta (e(c*) - e(null)) of predictions [B, C, H, W]   (Gandikota et al. 2023,
+    Sec. 4).
+    """
     return empty - eta * (concept - empty)

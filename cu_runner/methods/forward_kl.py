@@ -1,13 +1,17 @@
-"""Constrained unlearning of data, forward KL: min KL(q||p) subject to KL(q_i||p) >= b_i (arXiv 2605.30825).
+"""Constrained unlearning of data, forward KL: min KL(q||p) subject to KL(q_i||p) >= b_i (arXiv
+2605.30825).
 
-The minimiser p ~ q - sum lam_i q_i is learnt with the diffusion loss on q's data, in which the n_i samples of group i weigh
-v = 1/N - lam_i/n_i. At lam_i = n_i/N they weigh nothing: that is retraining without the group, and the default cap. A few steps of
-it from trained weights forget little, for nothing in the data then speaks of the group's prompts; the status says so. Beyond the
-cap the loss ascends on the group and is unbounded, so that a stop is asked for, and the ascending gradient is kept short.
+The minimiser p ~ q - sum lam_i q_i is learnt with the diffusion loss on q's data, in which the n_i
+samples of group i weigh v = 1/N - lam_i/n_i. At lam_i = n_i/N they weigh nothing: that is
+retraining without the group, and the default cap. A few steps of it from trained weights forget
+little, for nothing in the data then speaks of the group's prompts; the status says so. Beyond the
+cap the loss ascends on the group and is unbounded, so that a stop is asked for, and the ascending
+gradient is kept short.
 
 A step costs 1.7 times ConAbl's, 2.1 with ascent.
 
-Shapes: B batch, C latent channels, H W latent size, P trainable weights in one vector, m unlearning concepts (groups of data).
+Shapes: B batch, C latent channels, H W latent size, P trainable weights in one vector, m unlearning
+concepts (groups of data).
 """
 
 from __future__ import annotations
@@ -30,12 +34,17 @@ if TYPE_CHECKING:
 
 
 def forget_weights(lam: Tensor, sizes: Tensor, total: int) -> Tensor:
-    """v_j = 1/N - lam_i/n_i of every sample j of forget group i, [m]; all others weigh 1/N. sizes: n_i [m]. total: N."""
+    """Return v_j = 1/N - lam_i/n_i of every sample j of forget group i, [m].
+
+    All other samples weigh 1/N. sizes: n_i [m]. total: N.
+    """
     return 1 / total - lam / sizes
 
 
 def shorten(ascent: Tensor, descent: Tensor, ratio: float) -> Tensor:
-    """The ascending gradient [P], scaled down where its norm exceeds `ratio` times that of the descending one [P]."""
+    """Scale the ascending gradient [P] down where its norm exceeds `ratio` times the descending
+    one's [P].
+    """
     return ascent * (
         ratio * descent.norm() / ascent.norm().clamp(min=torch.finfo(ascent.dtype).tiny)
     ).clamp(max=1)
@@ -67,10 +76,14 @@ class ForwardKL(PrimalDual[DataBatch]):
     ) -> None:
         """
         Args:
-            bound: b_i: by how much the group's diffusion loss must exceed that of the weights at the start, as a fraction of it.
-            cap: the largest lam_i in units of n_i/N. Above 1 the loss ascends on the group, which needs ascent_stop.
-            ascent_stop: a group on which the loss has grown by this fraction on average is not ascended on.
-            ascent_ratio: largest norm of the ascending gradient, as a fraction of the descending one's.
+            bound: b_i: by how much the group's diffusion loss must exceed that of the weights at
+                the start, as a fraction of it.
+            cap: the largest lam_i in units of n_i/N. Above 1 the loss ascends on the group, which
+                needs ascent_stop.
+            ascent_stop: a group on which the loss has grown by this fraction on average is not
+                ascended on.
+            ascent_ratio: largest norm of the ascending gradient, as a fraction of the descending
+                one's.
             num_images: n_i, images of each concept made by the untouched model.
             num_fresh: further images of each concept, never trained on, for the final constraint.
             retain: the rest of q's data.
@@ -82,11 +95,13 @@ class ForwardKL(PrimalDual[DataBatch]):
         """
         if cap > 1 and ascent_stop is None:
             raise ValueError(
-                f"method.cap={cap}: beyond 1 the loss ascends without bound; set method.ascent_stop, or a cap of 1 at most"
+                f"method.cap={cap}: beyond 1 the loss ascends without bound; set "
+                "method.ascent_stop, or a cap of 1 at most"
             )
         if ascent_stop is not None and ascent_stop <= bound:
             raise ValueError(
-                f"method.ascent_stop={ascent_stop}: must exceed method.bound={bound}, which it would else put out of reach"
+                f"method.ascent_stop={ascent_stop}: must exceed method.bound={bound}, which it "
+                "would else put out of reach"
             )
         self.bound, self.cap, self.ascent_stop, self.ascent_ratio = (
             bound,
@@ -103,7 +118,10 @@ class ForwardKL(PrimalDual[DataBatch]):
         )
 
     def begin_request(self, scope: Scope) -> None:
-        """q's data: images of every group and of what is kept, by the untouched model and with their own captions."""
+        """Make q's data: images of every group and of what is kept, by the untouched model.
+
+        All have their own captions.
+        """
         self._groups, self._fresh = [], []
         for prompts in target_prompts(scope):
             images = CaptionedImages(scope, [prompts], number=self.num_images + self.num_fresh)
@@ -121,7 +139,7 @@ class ForwardKL(PrimalDual[DataBatch]):
         )
 
     def batch(self, scope: Scope, step: int) -> DataBatch:
-        """As many images of the groups, about equally many of each, as of what is kept."""
+        """Draw as many images of the groups, about equally many of each, as of what is kept."""
         number = len(self._groups)
         generator = scope.rng.generator("train", step)
         chosen = torch.randperm(number, generator=generator)[: scope.batch_size].tolist()
@@ -134,7 +152,10 @@ class ForwardKL(PrimalDual[DataBatch]):
         return DataBatch(join(parts), groups, self._retain.draw(generator, scope.batch_size))
 
     def terms(self, scope: Scope, batch: DataBatch) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Two parts of sum_j v_j ||e(x_t, c) - eps||^2: of samples with v_j >= 0, and of those that are ascended on."""
+        """Return two parts of sum_j v_j ||e(x_t, c) - eps||^2, and what to log.
+
+        The first part is that of samples with v_j >= 0, the second of those that are ascended on.
+        """
         number, forget = len(self._groups), batch.forget
         arguments = (forget.noisy, forget.timesteps, forget.texts[0])
         losses = squared_error(scope.model.predict_noise(*arguments), forget.noise)
@@ -158,12 +179,12 @@ class ForwardKL(PrimalDual[DataBatch]):
         return descent, (rows.clamp(max=0) * losses).sum(), logs
 
     def loss(self, scope: Scope, batch: DataBatch) -> tuple[Tensor, dict[str, float]]:
-        """sum_j v_j ||e(x_t, c) - eps||^2 over the forget groups and the kept data."""
+        """Return sum_j v_j ||e(x_t, c) - eps||^2 over the forget groups and the kept data."""
         descent, ascent, logs = self.terms(scope, batch)
         return descent + ascent, logs
 
     def backward(self, scope: Scope, batch: DataBatch) -> dict[str, float]:
-        """The loss's gradient; an ascending part of it is kept from outgrowing the descending one."""
+        """Add the loss's gradient, with its ascending part kept from outgrowing the descending one."""
         descent, ascent, logs = self.terms(scope, batch)
         if ascent.item() == 0:
             descent.backward()
@@ -182,7 +203,7 @@ class ForwardKL(PrimalDual[DataBatch]):
         return {"loss": (descent + ascent).item(), **logs}
 
     def final_constraint(self, scope: Scope) -> Tensor:
-        """Growth of the diffusion loss on the groups' held-out images."""
+        """Return the growth of the diffusion loss on the groups' held-out images."""
         model, values = scope.model, []
         for i, (latents, prompts) in enumerate(
             zip(self._fresh, target_prompts(scope), strict=True)
@@ -212,7 +233,7 @@ class ForwardKL(PrimalDual[DataBatch]):
 
 
 def join(parts: list[NoisyBatch]) -> NoisyBatch:
-    """One batch of the rows of several."""
+    """Return one batch of the rows of several."""
     texts = tuple(Text.cat(texts) for texts in zip(*(part.texts for part in parts), strict=True))
     noisy, noise, timesteps = (
         torch.cat([getattr(part, name) for part in parts])

@@ -1,15 +1,19 @@
-"""Constrained unlearning by likelihood: min KL(p||q) subject to E_p[q_i] <= eps_i, in the form E_p[r_i] <= eps (arXiv 2605.30825).
+"""Constrained unlearning by likelihood: min KL(p||q) subject to E_p[q_i] <= eps_i, in the form
+E_p[r_i] <= eps (arXiv 2605.30825).
 
-A density is of no use, so the constraint is on the ratio r_i(x) = q(x|c_i)/q(x), whose mean under q is 1, and less when tempered:
-eps is near or under 1. The minimiser p ~ q exp(-sum lam_i r_i) has, at a noise level, the score s_q - sum lam_i r_i (s_{c_i} -
-s_null) to first order in lam, off by 1% at lam = 0.2, 17% at 1 and 117% at 4 where c is one of two modes of q (a test): so lam is
-capped, and the largest lam r is recorded. r is that of the clean image; the regression averages it over the images that a noisy one
-may come from, which is the ratio at that noise level.
+A density is of no use, so the constraint is on the ratio r_i(x) = q(x|c_i)/q(x), whose mean under q
+is 1, and less when tempered: eps is near or under 1. The minimiser p ~ q exp(-sum lam_i r_i) has,
+at a noise level, the score s_q - sum lam_i r_i (s_{c_i} - s_null) to first order in lam, off by 1%
+at lam = 0.2, 17% at 1 and 117% at 4 where c is one of two modes of q (a test): so lam is capped,
+and the largest lam r is recorded. r is that of the clean image; the regression averages it over the
+images that a noisy one may come from, which is the ratio at that noise level.
 
-A step costs 3.7 times ConAbl's on the embedded model: whole denoising runs of a few images, each then used at `draws` noise levels,
-three teacher passes, and the retain term. A request of m concepts takes m + 2, as every q_i enters the target: 5.4 times for six.
+A step costs 3.7 times ConAbl's on the embedded model: whole denoising runs of a few images, each
+then used at `draws` noise levels, three teacher passes, and the retain term. A request of m
+concepts takes m + 2, as every q_i enters the target: 5.4 times for six.
 
-Shapes: B batch, C latent channels, H W latent size, L tokens, D text width, m unlearning concepts, S draws of noise per image.
+Shapes: B batch, C latent channels, H W latent size, L tokens, D text width, m unlearning concepts,
+S draws of noise per image.
 """
 
 from __future__ import annotations
@@ -50,25 +54,37 @@ if TYPE_CHECKING:
 def density_ratio(
     null_errors: Tensor, concept_errors: Tensor, temperature: float, clip: float
 ) -> Tensor:
-    """r = q(x|c)/q(x), log r ~ tau mean_s(||eps - e_null||^2 - ||eps - e_c||^2), at most `clip`; errors [..., S] to [...]."""
+    """Return r = q(x|c)/q(x), at most `clip`, of errors [..., S]; [...].
+
+    log r ~ tau mean_s(||eps - e_null||^2 - ||eps - e_c||^2).
+    """
     log_ratio = temperature * (null_errors - concept_errors).mean(-1)
     return log_ratio.clamp(max=math.log(clip)).exp()
 
 
 def repelled_target(reference: Tensor, null: Tensor, concepts: Tensor, push: Tensor) -> Tensor:
-    """e* = e_q - sum_i lam_i r_i (e_{c_i} - e_null) for e [B, C, H, W], e_{c_i} [m, B, C, H, W] and push = lam_i r_i [m, B]."""
+    """Return e* = e_q - sum_i lam_i r_i (e_{c_i} - e_null).
+
+    e is [B, C, H, W], e_{c_i} is [m, B, C, H, W], push is lam_i r_i [m, B].
+    """
     return reference - torch.einsum("mb,mbchw->bchw", push.to(null), concepts - null)
 
 
 def spread_timesteps(generator: Generator, images: int, draws: int, number: int) -> Tensor:
-    """Timesteps [images, S] of `number` there are: draw s of an image falls uniformly into the s-th of S equal parts."""
+    """Draw timesteps [images, S] out of `number`.
+
+    Draw s of an image falls uniformly into the s-th of S equal parts.
+    """
     position = (torch.arange(draws) + torch.rand(images, draws, generator=generator)) / draws
     return (position * number).long().clamp(max=number - 1)
 
 
 @dataclass(frozen=True)
 class SampledBatch:
-    """Samples of the model in training, each at S noise levels; B = images x S rows, those of one image together."""
+    """Samples of the model in training, each at S noise levels.
+
+    B = images x S rows, those of one image together.
+    """
 
     noisy: Tensor  # [B, C, H, W]
     noise: Tensor  # [B, C, H, W]
@@ -79,7 +95,10 @@ class SampledBatch:
 
 
 class Likelihood(PrimalDual[SampledBatch]):
-    """Push the concepts' prompts away from images that the concepts make likely, as far as the constraints ask."""
+    """Push the concepts' prompts away from images that the concepts make likely.
+
+    The push goes as far as the constraints ask.
+    """
 
     changing = ("_largest_push",)
 
@@ -112,7 +131,8 @@ class Likelihood(PrimalDual[SampledBatch]):
             sampling_steps: denoising steps of the samples.
             guidance: classifier-free guidance scale of the samples; 1 draws them from p itself.
             retain_weight: weight of the retain term; 0 leaves it out.
-            retain_loss: "teacher" matches q on the kept images, "diffusion" is their diffusion loss.
+            retain_loss: "teacher" matches q on the kept images, "diffusion" is their diffusion
+                loss.
             retain: the kept images.
             dual: the dual ascent.
             params: the weights that are trained.
@@ -139,7 +159,7 @@ class Likelihood(PrimalDual[SampledBatch]):
         )
 
     def begin_request(self, scope: Scope) -> None:
-        """Kept images, and E[r] on samples of the concepts as they are."""
+        """Make the kept images, and measure E[r] on samples of the concepts as they are."""
         self._images = self.retain.images_of(scope) if self.retain_weight else None
         self._largest_push = 0.0
         initial = self._measure(scope, "initial")
@@ -149,14 +169,16 @@ class Likelihood(PrimalDual[SampledBatch]):
         )
 
     def batch(self, scope: Scope, step: int) -> SampledBatch:
-        """On-policy images of the concepts' prompts at S noise levels each, B rows in all."""
+        """Sample on-policy images of the concepts' prompts at S noise levels each, B rows in all."""
         generator = scope.rng.generator("train", step)
         rows = draw_rows(scope, generator, max(1, scope.batch_size // self.draws))
         retain = self._images and self._images.draw(generator, scope.batch_size)
         return self._draw(scope, generator, *rows, retain)
 
     def loss(self, scope: Scope, batch: SampledBatch) -> tuple[Tensor, dict[str, float]]:
-        """E ||e_theta(x_t, c*) - sg e*||^2 + w L_retain on noised samples of the model in training."""
+        """Return E ||e_theta(x_t, c*) - sg e*||^2 + w L_retain on noised samples of the model in
+        training.
+        """
         model, weights = scope.model, teacher_weights(scope, self.teacher)
         arguments, lam = (batch.noisy, batch.timesteps), self.duals.lam
         concepts, captions = (
@@ -193,16 +215,18 @@ class Likelihood(PrimalDual[SampledBatch]):
         return loss, logs
 
     def update(self, scope: Scope, optimizer: Optimizer) -> None:
-        """The primal step, then the duals; and how large lam r has been."""
+        """Take the primal step, move the duals, and keep how large lam r has been."""
         super().update(scope, optimizer)
         self._largest_push = max(self._largest_push, self._push)
 
     def final_constraint(self, scope: Scope) -> Tensor:
-        """E_p[r_i] on fresh samples of p."""
+        """Return E_p[r_i] on fresh samples of p."""
         return self._measure(scope, "final")
 
     def end_request(self, scope: Scope) -> dict[str, object]:
-        """The final constraints, and whether lam r left the range in which the target is accurate."""
+        """Return the final constraints, and whether lam r left the range in which the target is
+        accurate.
+        """
         record = super().end_request(scope) | {"largest_push": self._largest_push}
         if self._largest_push > 1:
             warning = f"lambda r reached {self._largest_push:.2g}; the target is first-order and off by 17% at 1: lower method.cap"
@@ -218,7 +242,7 @@ class Likelihood(PrimalDual[SampledBatch]):
         seeds: list[int],
         retain: NoisyBatch | None,
     ) -> SampledBatch:
-        """Images of the model as it is, under noise."""
+        """Sample images of the model as it is, and put them under noise."""
         model, images = scope.model, len(concepts)
         timesteps = (
             spread_timesteps(generator, images, self.draws, model.num_train_timesteps)
@@ -234,7 +258,9 @@ class Likelihood(PrimalDual[SampledBatch]):
         return SampledBatch(noisy, noise, timesteps, concepts, captions, retain)
 
     def _ratios(self, scope: Scope, batch: SampledBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """e_null [B, C, H, W], e_{c_i} [m, B, C, H, W] and r_i [m, images], all by the teacher."""
+        """Return e_null [B, C, H, W], e_{c_i} [m, B, C, H, W] and r_i [m, images], all by the
+        teacher.
+        """
         model, weights, elements = (
             scope.model,
             teacher_weights(scope, self.teacher),
@@ -256,7 +282,9 @@ class Likelihood(PrimalDual[SampledBatch]):
 
     @without_gradients
     def _measure(self, scope: Scope, purpose: Literal["initial", "final"]) -> Tensor:
-        """E_p[r_i] [m] of the model as it is, on `dual.rounds` batches of every concept's own samples."""
+        """Measure E_p[r_i] [m] of the model as it is, on `dual.rounds` batches of each concept's
+        samples.
+        """
         values = []
         for concept in range(len(scope.request.targets)):
             ratios = []

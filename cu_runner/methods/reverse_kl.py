@@ -1,11 +1,14 @@
-"""Constrained unlearning of concepts, reverse KL: min KL(p||q) subject to KL(p||q_i) >= b_i (arXiv 2605.30825).
+"""Constrained unlearning of concepts, reverse KL: min KL(p||q) subject to KL(p||q_i) >= b_i (arXiv
+2605.30825).
 
-The minimiser p ~ q prod (q/q_i)^alpha_i has the score s_q + sum alpha_i (s_q - s_{q,i}), so the prediction for the concepts'
-prompts is regressed on that combination of the teacher's. With alpha = 1 and the empty prompt it is ESD's target with eta = 1.
-Exact only as t -> 0; a path KL above b is necessary for forgetting, not sufficient, so the samples must be looked at.
+The minimiser p ~ q prod (q/q_i)^alpha_i has the score s_q + sum alpha_i (s_q - s_{q,i}), so the
+prediction for the concepts' prompts is regressed on that combination of the teacher's. With alpha =
+1 and the empty prompt it is ESD's target with eta = 1. Exact only as t -> 0; a path KL above b is
+necessary for forgetting, not sufficient, so the samples must be looked at.
 
-A step costs 3.6 times ConAbl's on the embedded model: half a denoising run for x_t, two teacher passes, and the retain term. A
-request of m concepts takes m + 1 teacher passes, since every q_i enters the target: 5.5 times for six.
+A step costs 3.6 times ConAbl's on the embedded model: half a denoising run for x_t, two teacher
+passes, and the retain term. A request of m concepts takes m + 1 teacher passes, since every q_i
+enters the target: 5.5 times for six.
 
 Shapes: B batch, C latent channels, H W latent size, L tokens, D text width, m unlearning concepts.
 """
@@ -46,25 +49,33 @@ if TYPE_CHECKING:
 
 
 def alpha_from_lambda(lam: Tensor) -> Tensor:
-    """alpha_i = lam_i / (1 - sum lam), [m]; the dual domain is sum lam < 1."""
+    """Return alpha_i = lam_i / (1 - sum lam), [m]; the dual domain is sum lam < 1."""
     return lam / (1 - lam.sum())
 
 
 def limit_lambda(lam: Tensor, cap: float) -> Tensor:
-    """lam [m], scaled down where needed so that the largest alpha is `cap` at most; sum lam < 1 follows."""
+    """Scale lam [m] down where needed so that the largest alpha is `cap` at most.
+
+    sum lam < 1 follows.
+    """
     # s lam_i / (1 - s sum lam) <= cap  <=>  s <= cap / (lam_i + cap sum lam)
     largest = lam.max() + cap * lam.sum()
     return lam * (cap / largest).clamp(max=1) if largest > 0 else lam
 
 
 def combined_target(reference: Tensor, concepts: Tensor, alpha: Tensor) -> Tensor:
-    """e* = e_q + sum alpha_i (e_q - e_{q,c_i}) for e_q [B, C, H, W], e_{q,c_i} [m, B, C, H, W] and alpha [m]."""
+    """Return e* = e_q + sum alpha_i (e_q - e_{q,c_i}).
+
+    e_q is [B, C, H, W], e_{q,c_i} is [m, B, C, H, W], alpha is [m].
+    """
     return reference + torch.einsum("m,mbchw->bchw", alpha.to(reference), reference - concepts)
 
 
 @dataclass(frozen=True)
 class OnPolicyBatch:
-    """Partly denoised samples of the model in training. concepts, captions: of each row, as indices."""
+    """Partly denoised samples of the model in training. concepts, captions: of each row, as
+    indices.
+    """
 
     noisy: Tensor  # [B, C, H, W]
     timesteps: Tensor  # [B]
@@ -74,7 +85,9 @@ class OnPolicyBatch:
 
 
 class ReverseKL(PrimalDual[OnPolicyBatch]):
-    """Push the concepts' prompts away from what the teacher makes of them, as far as the constraints ask."""
+    """Push the concepts' prompts away from what the teacher makes of them, as far as the
+    constraints ask.
+    """
 
     def __init__(
         self,
@@ -97,11 +110,14 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
             cap: the largest alpha.
             reference: what q is prompted with: the empty prompt, or the concept's anchor.
             teacher: q's weights: at the start of the request, or the untouched model's.
-            weighting: of noise levels in the path KL: "mse" takes all alike, "snr" as the KL of paths does (nats).
-            sampling_steps: noise levels of the samples x_t; every run of that many steps visits each once.
+            weighting: of noise levels in the path KL: "mse" takes all alike, "snr" as the KL of
+                paths does (nats).
+            sampling_steps: noise levels of the samples x_t; every run of that many steps visits
+                each once.
             guidance: classifier-free guidance scale of the samples; 1 draws them from p itself.
             retain_weight: weight of the retain term; 0 leaves it out.
-            retain_loss: "teacher" matches q on the kept images, "diffusion" is their diffusion loss.
+            retain_loss: "teacher" matches q on the kept images, "diffusion" is their diffusion
+                loss.
             retain: the kept images.
             dual: the dual ascent.
             params: the weights that are trained.
@@ -123,7 +139,7 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
         )
 
     def begin_request(self, scope: Scope) -> None:
-        """Kept images, and b_i from KL(q||q_i) on samples of q."""
+        """Make the kept images, and set b_i from KL(q||q_i) on samples of q."""
         self._images = self.retain.images_of(scope) if self.retain_weight else None
         self._level_weights = snr_weights(scope.model.alphas_cumprod)
         with placed(scope.params, teacher_weights(scope, self.teacher)):
@@ -137,7 +153,7 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
         )
 
     def batch(self, scope: Scope, step: int) -> OnPolicyBatch:
-        """On-policy x_t for the concepts' prompts at one noise level per step."""
+        """Sample on-policy x_t for the concepts' prompts at one noise level per step."""
         generator = scope.rng.generator("train", step)
         concepts, captions, seeds = draw_rows(scope, generator, scope.batch_size)
         levels = scope.rng.generator("levels", step // self.sampling_steps)
@@ -149,7 +165,7 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
         return OnPolicyBatch(noisy, timesteps, concepts, captions, retain)
 
     def loss(self, scope: Scope, batch: OnPolicyBatch) -> tuple[Tensor, dict[str, float]]:
-        """E ||e_theta(x_t, c*) - sg e*||^2 + w L_retain, x_t from the model in training."""
+        """Return E ||e_theta(x_t, c*) - sg e*||^2 + w L_retain, x_t from the model in training."""
         model, weights = scope.model, teacher_weights(scope, self.teacher)
         reference, own = (
             model.encode_prompts(prompts)
@@ -183,20 +199,23 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
         return loss, logs
 
     def final_constraint(self, scope: Scope) -> Tensor:
-        """KL(p||q_i) on fresh samples of p."""
+        """Return KL(p||q_i) on fresh samples of p."""
         return self._measure(scope, "final")
 
     def _sample(
         self, scope: Scope, prompts: list[str], seeds: list[int], stop: int
     ) -> tuple[Tensor, Tensor]:
-        """x_t [B, C, H, W] of the model as it is, and its timesteps [B]."""
+        """Sample x_t [B, C, H, W] from the model as it is, and return it with its timesteps [B]."""
         sampler = replace(scope.model.sampler, steps=self.sampling_steps, guidance=self.guidance)
         noisy, timestep = sample_partly(scope.model, prompts, seeds, sampler, stop)
         # some schedulers stop between two training timesteps
         return noisy, timestep.round().long().expand(len(prompts))
 
     def _divergence(self, predicted: Tensor, reference: Tensor, timesteps: Tensor) -> Tensor:
-        """Each row's share [B] of the path KL: ||e_p - e_q||^2, as a mean over elements or as T w_t times the sum."""
+        """Return each row's share [B] of the path KL.
+
+        That is ||e_p - e_q||^2 as a mean over elements, or as T w_t times the sum.
+        """
         error = squared_error(predicted, reference)
         if self.weighting == "mse":
             return error
@@ -206,7 +225,10 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
 
     @without_gradients
     def _measure(self, scope: Scope, purpose: Literal["initial", "final"]) -> Tensor:
-        """KL(p||q_i) [m] on every noise level equally; p is the model as it is: at first q with q's prompt, at last c_i's."""
+        """Measure KL(p||q_i) [m], with every noise level weighted equally.
+
+        p is the model as it is: at first q with q's prompt, at last c_i's.
+        """
         model, number, values = scope.model, len(scope.request.targets), []
         for concept in range(number):
             rows = [concept] * scope.batch_size

@@ -1,8 +1,9 @@
 """Restricted gradient descent on diversified data (Ko et al., NeurIPS 2024, arXiv 2412.07808).
 
-The step goes up the diffusion loss of the concept and down that of what is to be kept, each without the part that hurts the other.
-Neither loss is hurt to first order by a plain gradient step (train.optimizer=sgd); the released code uses Adam
-(train.optimizer=adam), whose rescaling breaks that guarantee.
+The step goes up the diffusion loss of the concept and down that of what is to be kept, each without
+the part that hurts the other. Neither loss is hurt to first order by a plain gradient step
+(train.optimizer=sgd); the released code uses Adam (train.optimizer=adam), whose rescaling breaks
+that guarantee.
 
 Shapes: P trainable weights in one vector.
 """
@@ -33,15 +34,16 @@ if TYPE_CHECKING:
 def restricted_gradient(
     g_forget: Tensor, g_retain: Tensor, alpha: float = 1.0, always: bool = False
 ) -> Tensor:
-    """d_f + alpha d_r [P], the direction to descend   (Ko et al. 2024).
+    """Return d_f + alpha d_r [P], the direction to descend   (Ko et al. 2024).
 
-    d_f = g_f - (g_f.g_r / ||g_r||^2) g_r,   d_r = g_r - (g_f.g_r / ||g_f||^2) g_f, both from the original gradients.
+    d_f = g_f - (g_f.g_r / ||g_r||^2) g_r,   d_r = g_r - (g_f.g_r / ||g_f||^2) g_f, both from the
+    original gradients.
 
     Args:
         g_forget: [P], the gradient of MINUS the diffusion loss on the forget data.
         g_retain: [P], the gradient of the diffusion loss on the retain data.
-        always: project also when the gradients agree; the released code projects only when g_f.g_r < 0. A zero gradient has
-            nothing to project.
+        always: project also when the gradients agree; the released code projects only when g_f.g_r
+            < 0. A zero gradient has nothing to project.
     """
     dot = (g_forget.double() @ g_retain.double()).item()
     if dot == 0 or (dot > 0 and not always):
@@ -55,7 +57,7 @@ def restricted_gradient(
 
 
 def without_concept(template: str) -> str:
-    """The prompt that is left when {concept} is taken out of a template."""
+    """Return the prompt that is left when {concept} is taken out of a template."""
     parts = [" ".join(part.split()) for part in template.replace("{concept}", "").split(",")]
     return ", ".join(part for part in parts if part)
 
@@ -79,13 +81,16 @@ class RGD(Method[ForgetBatch]):
         Args:
             alpha: weight of the retain direction.
             always: project also when the two gradients agree.
-            truncate_at: m, the diffusion loss on the forget batch above which the step follows the retain gradient alone; None
-                is never.
-            diversity: "sequence" forgets the sequence's target prompts and keeps `retain`. "diversified" forgets `templates` with
-                the concept and keeps the same prompts without it. "narrow", the ablation: one target prompt against its anchor's.
-            templates: with "diversified", a shipped list or a text file (*.txt) with one prompt a line, each with one {concept}.
+            truncate_at: m, the diffusion loss on the forget batch above which the step follows the
+                retain gradient alone; None is never.
+            diversity: "sequence" forgets the sequence's target prompts and keeps `retain`.
+                "diversified" forgets `templates` with the concept and keeps the same prompts
+                without it. "narrow", the ablation: one target prompt against its anchor's.
+            templates: with "diversified", a shipped list or a text file (*.txt) with one prompt a
+                line, each with one {concept}.
             num_prompts: at most so many of the templates, evenly spread.
-            num_images: images of each concept, and with "diversified" and "narrow" as many to be kept; by the untouched model.
+            num_images: images of each concept, and with "diversified" and "narrow" as many to be
+                kept; by the untouched model.
             retain: with "sequence", what is to be kept.
             params: the weights that are trained.
 
@@ -104,7 +109,7 @@ class RGD(Method[ForgetBatch]):
         )
 
     def begin_request(self, scope: Scope) -> None:
-        """Images of the concepts and of what is to be kept."""
+        """Make images of the concepts and of what is to be kept."""
         forget = target_prompts(scope)
         if self.diversity == "diversified":
             names = [concept.name for concept in scope.request.targets]
@@ -123,11 +128,13 @@ class RGD(Method[ForgetBatch]):
             self._kept = CaptionedImages(scope, keep, number=self.num_images)
 
     def batch(self, scope: Scope, step: int) -> ForgetBatch:
-        """Both kinds of images under noise, each with its own prompts."""
+        """Draw both kinds of images under noise, each with its own prompts."""
         return draw_pair(scope, step, self._forget, self._kept)
 
     def backward(self, scope: Scope, batch: ForgetBatch) -> dict[str, float]:
-        """The restricted gradient, or that of the retained images alone where the concept is forgotten enough."""
+        """Add the restricted gradient, or the retained images' alone where the concept is forgotten
+        enough.
+        """
         forget, kept = (
             diffusion_loss(scope.model, batch.forget),
             diffusion_loss(scope.model, batch.retain),
@@ -143,7 +150,7 @@ class RGD(Method[ForgetBatch]):
 
 
 def read_templates(source: str, number: int) -> list[str]:
-    """At most `number` prompts of a shipped list or a text file. Raises ValueError."""
+    """Read at most `number` prompts of a shipped list or a text file. Raise ValueError."""
     try:
         found = (read_file if source.endswith(".txt") else read_shipped)(source)
     except ValueError as error:
@@ -151,6 +158,7 @@ def read_templates(source: str, number: int) -> list[str]:
     for template in found:
         if template.count("{concept}") != 1:
             raise ValueError(
-                f"method.templates={source}: {template!r} must hold {{concept}} once, where the concept stands"
+                f"method.templates={source}: {template!r} must hold {{concept}} once, where the "
+                "concept stands"
             )
     return spread(found, number)

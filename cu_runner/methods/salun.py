@@ -1,9 +1,11 @@
-"""SalUn: random labels, trained in the salient weights alone (Fan et al., ICLR 2024, arXiv 2310.12508).
+"""SalUn: random labels, trained in the salient weights alone (Fan et al., ICLR 2024, arXiv
+2310.12508).
 
-Salient are the weights with the largest gradient of the concept's diffusion loss at the start of the request, summed over its
-images (the released code scores a prediction with guidance 7.5 instead). The code masks the gradient; momentum, decay and
-regularizers' penalties could still move the rest, so here the step is masked too. A regularizer of the step that mixes weights
-(gradproj with apply=update, nullspace) comes after it and fills the mask again.
+Salient are the weights with the largest gradient of the concept's diffusion loss at the start of
+the request, summed over its images (the released code scores a prediction with guidance 7.5
+instead). The code masks the gradient; momentum, decay and regularizers' penalties could still move
+the rest, so here the step is masked too. A regularizer of the step that mixes weights (gradproj
+with apply=update, nullspace) comes after it and fills the mask again.
 
 Shapes: P trainable weights in one vector.
 """
@@ -29,9 +31,10 @@ if TYPE_CHECKING:
 
 
 def saliency_mask(scores: Tensor, fraction: float) -> Tensor:
-    """True at exactly floor(fraction * P) entries of scores [P], those of the largest magnitude, of equal ones the first; bool [P].
+    """Return a mask, bool [P], of exactly floor(fraction * P) entries of scores [P].
 
-    m = 1(|grad L_forget| >= gamma), gamma the quantile of that fraction   (Fan et al. 2024, Sec. 4).
+    They are those of the largest magnitude, of equal ones the first. m = 1(|grad L_forget| >=
+    gamma), gamma the quantile of that fraction   (Fan et al. 2024, Sec. 4).
     """
     return largest(scores.abs(), int(fraction * len(scores)))
 
@@ -57,7 +60,10 @@ class SalUn(RandomLabel):
         self.fraction = fraction
 
     def begin_request(self, scope: Scope) -> None:
-        """The images and labels, and the mask: about one pass over the images, num_images / batch size backward passes."""
+        """Make the images and labels, and the mask.
+
+        The mask takes about one pass over the images: num_images / batch size backward passes.
+        """
         super().begin_request(scope)
         scores = 0.0
         for step in range(math.ceil(self.num_images / scope.batch_size)):
@@ -66,13 +72,13 @@ class SalUn(RandomLabel):
         self._mask = saliency_mask(scores, self.fraction)
 
     def on_gradients(self, params: dict[str, nn.Parameter]) -> None:
-        """The published mask; clipping then measures only what is trained."""
+        """Mask the gradients as published; clipping then measures only what is trained."""
         for parameter, kept in zip(params.values(), split(self._mask, params), strict=True):
             parameter.grad *= kept
 
     @without_gradients
     def update(self, scope: Scope, optimizer: Optimizer) -> None:
-        """The optimiser's step, undone outside the mask."""
+        """Take the optimiser's step and undo it outside the mask."""
         before = snapshot(scope.params)
         optimizer.step()
         for (name, parameter), kept in zip(
@@ -81,5 +87,5 @@ class SalUn(RandomLabel):
             parameter.copy_(torch.where(kept, parameter, before[name]))
 
     def end_request(self, scope: Scope) -> dict[str, object]:
-        """How many weights were trained."""
+        """Return how many weights were trained."""
         return {"trained_weights": int(self._mask.sum()), "of": len(self._mask)}

@@ -1,9 +1,11 @@
 """Sculpting memory: concept ablation under a dynamic mask (Li et al., ICCV 2025, arXiv 2504.09039).
 
-Only a part of every weight tensor moves: the entries whose signed gradients add up to the most. Warm-up steps are dense, as in
-the released code: they move every weight and gather the gradients that choose the first mask. The released code masks gradients
-before AdamW, so that momentum and decay still move what is shut; here the step itself is masked, and a shut entry keeps its value.
-A regularizer of the step that mixes weights (gradproj with apply=update, nullspace) comes after it and fills the mask again.
+Only a part of every weight tensor moves: the entries whose signed gradients add up to the most.
+Warm-up steps are dense, as in the released code: they move every weight and gather the gradients
+that choose the first mask. The released code masks gradients before AdamW, so that momentum and
+decay still move what is shut; here the step itself is masked, and a shut entry keeps its value. A
+regularizer of the step that mixes weights (gradproj with apply=update, nullspace) comes after it
+and fills the mask again.
 
 Shapes: any weight tensor [...]; a mask and gathered gradients have the shape of their weight.
 """
@@ -29,7 +31,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class SculpMem(ConAbl):
-    """ConAbl's loss; each tensor moves in its active entries alone, which change as training goes on."""
+    """ConAbl's loss; each tensor moves in its active entries alone, which change as training goes
+    on.
+    """
 
     changing = ("_step", "_exchanges", "_gathered", "_masks")
 
@@ -52,7 +56,8 @@ class SculpMem(ConAbl):
             active: fraction of the entries of every tensor that may move after the warm-up.
             warmup: dense steps before the first mask.
             interval: steps between exchanges of active entries.
-            exchanged: fraction of the active entries that the first exchange would replace; it falls to 0 along a cosine.
+            exchanged: fraction of the active entries that the first exchange would replace; it
+                falls to 0 along a cosine.
             until: fraction of the request's steps after which the mask stays as it is.
             loss, teacher, preservation, num_anchors, flip, params: as in ConAbl.
         """
@@ -61,10 +66,13 @@ class SculpMem(ConAbl):
         self.exchanged, self.until = exchanged, until
 
     def begin_request(self, scope: Scope) -> None:
-        """Anchor images, and no mask yet. Raises ValueError when the warm-up leaves no step for one."""
+        """Make anchor images, and no mask yet. Raise ValueError when the warm-up leaves no step for
+        one.
+        """
         if self.warmup >= scope.steps:
             raise ValueError(
-                f"method.warmup={self.warmup}: train.steps={scope.steps} leaves no step under a mask; lower it"
+                f"method.warmup={self.warmup}: train.steps={scope.steps} leaves no step under a "
+                "mask; lower it"
             )
         super().begin_request(scope)
         self._step, self._exchanges = 0, 0
@@ -74,7 +82,9 @@ class SculpMem(ConAbl):
         self._masks: dict[str, Tensor] = {}
 
     def on_gradients(self, params: dict[str, nn.Parameter]) -> None:
-        """Gather the gradients, those of shut entries too, and then mask them: clipping counts what moves."""
+        """Gather the gradients, those of shut entries too, then mask them: clipping counts what
+        moves.
+        """
         for name, parameter in params.items():
             self._gathered[name] += parameter.grad
             if self._masks:
@@ -82,7 +92,10 @@ class SculpMem(ConAbl):
 
     @without_gradients
     def update(self, scope: Scope, optimizer: Optimizer) -> None:
-        """The optimiser's step in the active entries, bitwise nothing in the others; then the mask of the next step."""
+        """Take the optimiser's step in the active entries, bitwise nothing in the others.
+
+        Then make the mask of the next step.
+        """
         before = snapshot(scope.params) if self._masks else {}
         optimizer.step()
         for name, mask in self._masks.items():
@@ -113,26 +126,31 @@ class SculpMem(ConAbl):
             gathered.zero_()
 
     def end_request(self, scope: Scope) -> dict[str, object]:
-        """The share of shut entries, none before the first mask, and how many exchanges there were."""
+        """Return the share of shut entries, 0 before the first mask, and the number of exchanges."""
         shut = sum(int((~mask).sum()) for mask in self._masks.values())
         entries = sum(gathered.numel() for gathered in self._gathered.values())
         return {"masked_fraction": shut / entries, "exchanges": self._exchanges}
 
 
 def turnover(initial: float, progress: float) -> float:
-    """f = f_0 * (1 + cos(pi * progress)) / 2, progress in 0..1   (Li et al. 2025)."""
+    """Return f = f_0 * (1 + cos(pi * progress)) / 2, progress in 0..1   (Li et al. 2025)."""
     return initial * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def keep_top(gathered: Tensor, fraction: float) -> Tensor:
-    """True for exactly floor(fraction * n) of the n entries, those of largest magnitude; of equal ones the first. Same shape."""
+    """Return a mask of exactly floor(fraction * n) of the n entries, in the same shape.
+
+    They are those of largest magnitude, of equal ones the first.
+    """
     return largest(gathered.flatten().abs(), int(fraction * gathered.numel())).view_as(gathered)
 
 
 def exchange(mask: Tensor, gathered: Tensor, fraction: float) -> Tensor:
-    """A new mask: floor(fraction * active) active entries of smallest |gathered| give way to as many inactive ones of largest.
+    """Return a new mask with floor(fraction * active) active entries exchanged.
 
-    Where fewer are inactive, fewer are exchanged: the number of active entries stays. Of equal entries the first are taken.
+    Those of smallest |gathered| give way to as many inactive ones of largest. Where fewer are
+    inactive, fewer are exchanged: the number of active entries stays. Of equal entries the first
+    are taken.
     """
     flat, size = mask.flatten(), gathered.flatten().abs()
     active, inactive = flat.nonzero().squeeze(1), (~flat).nonzero().squeeze(1)

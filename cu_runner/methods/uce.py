@@ -1,10 +1,13 @@
-"""Unified concept editing: keys and values of cross-attention set in closed form (Gandikota et al., WACV 2024, arXiv 2308.14761).
+"""Unified concept editing: keys and values of cross-attention set in closed form (Gandikota et al.,
+WACV 2024, arXiv 2308.14761).
 
-A key or value of a prompt is W c, with c one of its text-encoder outputs. The released code moves the last subject token of a
-concept onto that of its anchor. Prompts of a concept and its anchor differ in length here, and what follows the concept's tokens
-carries it too (the text encoder is causal, and end and padding are most of a prompt): every position from the concept's first
-token on is moved onto the same position of the anchor's prompt, whichever token that is. What stands before the concept does not
-know of it and is held where it is. Where both prompts begin alike, an exact fit makes cross-attention see the anchor's prompt.
+A key or value of a prompt is W c, with c one of its text-encoder outputs. The released code moves
+the last subject token of a concept onto that of its anchor. Prompts of a concept and its anchor
+differ in length here, and what follows the concept's tokens carries it too (the text encoder is
+causal, and end and padding are most of a prompt): every position from the concept's first token on
+is moved onto the same position of the anchor's prompt, whichever token that is. What stands before
+the concept does not know of it and is held where it is. Where both prompts begin alike, an exact
+fit makes cross-attention see the anchor's prompt.
 
 Shapes: L tokens, D text width, N edited and M preserved token positions, out attention width.
 """
@@ -37,7 +40,9 @@ class TextPairs:
 
 
 class UCE(Method[TextPairs]):
-    """Keys and values of the concept's prompts become those of the anchor's; those of preserved prompts stay."""
+    """Set keys and values of the concept's prompts to those of the anchor's, and keep those of
+    preserved prompts.
+    """
 
     closed_form = True
 
@@ -51,15 +56,16 @@ class UCE(Method[TextPairs]):
         """
         Args:
             preserve: weight of the preserved prompts against the edited ones.
-            ridge: weight of the distance to the weights as they were; 0 lets them go as far as the fit needs.
-            retain: the preserved prompts; no images are made of them. The prompts of earlier targets join them, so that they
-                stay as unlearned as they are.
+            ridge: weight of the distance to the weights as they were; 0 lets them go as far as the
+                fit needs.
+            retain: the preserved prompts; no images are made of them. The prompts of earlier
+                targets join them, so that they stay as unlearned as they are.
             params: keys and values, nothing else has a closed form.
         """
         self.preserve, self.ridge, self.retain, self.params = preserve, ridge, retain, params
 
     def batch(self, scope: Scope, step: int) -> TextPairs:
-        """The one batch: all positions of all prompts."""
+        """Return the one batch: all positions of all prompts."""
         model, sequence = scope.model, scope.sequence
         concept, anchor = [], []
         for target in scope.request.targets:
@@ -79,10 +85,11 @@ class UCE(Method[TextPairs]):
 
     @without_gradients
     def backward(self, scope: Scope, batch: TextPairs) -> dict[str, float]:
-        """Solve for the weights, which update() sets. Logs mean squares over positions and outputs, averaged over the weights.
+        """Solve for the weights, which update() sets.
 
-        loss: what is left between the concept's keys and values and the anchor's. before: the same without the edit.
-        preservation_loss: how far the preserved ones move.
+        The logs are mean squares over positions and outputs, averaged over the weights. loss: what
+        is left between the concept's keys and values and the anchor's. before: the same without the
+        edit. preservation_loss: how far the preserved ones move.
         """
         self._edited, rows = {}, []
         for name, parameter in scope.params.items():
@@ -124,12 +131,17 @@ def edited_weight(
     preserve: float,
     ridge: float,
 ) -> Tensor:
-    """The W [out, D] that takes edited [N, D] to values [N, out], preserved [M, D] where W_old = weight [out, D] takes them.
+    """Return the W [out, D] that takes edited [N, D] to values [N, out] and holds the rest.
 
-    W = (sum_E v* c^T + p sum_P W_old c c^T + lam W_old) S^-1,  S = sum_E c c^T + p sum_P c c^T + lam I   (eq. 7)
-      = W_old + (sum_E (v* - W_old c) c^T) S^-1,
-    the second form coded, in float64: nothing to edit then changes nothing, and a large lam leaves W_old. Where S has no inverse
-    (few positions and lam = 0) the pseudo-inverse gives the smallest change. Returned in the dtype of weight.
+    preserved [M, D] goes where W_old = weight [out, D] takes it.
+
+    W = (sum_E v* c^T + p sum_P W_old c c^T + lam W_old) S^-1   (eq. 7)
+      = W_old + (sum_E (v* - W_old c) c^T) S^-1
+    with S = sum_E c c^T + p sum_P c c^T + lam I.
+
+    The second form is coded, in float64: nothing to edit then changes nothing, and a large lam
+    leaves W_old. Where S has no inverse (few positions and lam = 0) the pseudo-inverse gives the
+    smallest change. The result has the dtype of weight.
     """
     old, inputs, kept = weight.double(), edited.double(), preserved.double()
     missing = (values.double() - inputs @ old.T).T @ inputs  # [out, D]

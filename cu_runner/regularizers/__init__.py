@@ -1,1 +1,3 @@
-"""Add-on regularizers: one file and one YAML of the same name in conf/reg each; they combine in list order."""
+"""Add-on regularizers: one file and one YAML of the same name in conf/reg each; they combine in
+list order.
+"""

@@ -1,4 +1,7 @@
-"""What a regularizer may do; every hook defaults to doing nothing. The list order of regularizers is the order of every hook."""
+"""What a regularizer may do; every hook defaults to doing nothing.
+
+The list order of regularizers is the order of every hook.
+"""
 
 from __future__ import annotations
 
@@ -24,25 +27,30 @@ class Regularizer(Resumable):
     independent_starts: bool = False  # True: every request must start from the base model (merging)
 
     def begin_request(self, scope: Scope, method: Method) -> dict[str, object]:
-        """Prepare for a request. Returns what the run directory should record of it (lists, numbers), or nothing."""
+        """Prepare for a request.
+
+        Return what the run directory should record of it (lists, numbers), or nothing.
+        """
         return {}
 
     def penalty(self, params: dict[str, nn.Parameter]) -> Tensor | None:
-        """A scalar to add to the loss, or None."""
+        """Return a scalar to add to the loss, or None."""
         return None
 
     def on_gradients(self, params: dict[str, nn.Parameter]) -> None:
         """Change the gradients in place, before clipping."""
 
     def on_step(self, params: dict[str, nn.Parameter], before: dict[str, Tensor]) -> None:
-        """Change the weights in place after the optimiser's step; before: their values ahead of the step."""
+        """Change the weights in place after the optimiser's step; before: their values ahead of it."""
 
     def post_request(
         self, names: list[str], deltas: Callable[[str], Tensor]
     ) -> dict[str, Tensor] | None:
-        """The weights to use in place of this request's, as a delta from the base model by name; None keeps them.
+        """Return the weights to use in place of this request's, as a delta from the base model by
+        name.
 
-        deltas(name): the changes [N, ...] of one weight by the N requests so far, each trained from the base model; read from
-        disk when asked for, so that they are never all in memory.
+        None keeps them. deltas(name) gives the changes [N, ...] of one weight by the N requests so
+        far, each trained from the base model; they are read from disk when asked for, so that they
+        are never all in memory.
         """
         return None

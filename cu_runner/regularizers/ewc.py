@@ -1,4 +1,5 @@
-"""Elastic weight consolidation: hold back the weights that matter to what is kept (Kirkpatrick et al. 2017, arXiv 1612.00796).
+"""Elastic weight consolidation: hold back the weights that matter to what is kept (Kirkpatrick et
+al. 2017, arXiv 1612.00796).
 
 Shapes: theta and F as the weights are.
 """
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 def ewc_penalty(
     params: dict[str, Tensor], anchor: dict[str, Tensor], fisher: dict[str, Tensor]
 ) -> Tensor:
-    """1/2 mean_d F_d (theta_d - anchor_d)^2 over all elements of all tensors together   (eq. 3); a scalar."""
+    """Return 1/2 mean_d F_d (theta_d - anchor_d)^2 over all elements of all tensors (eq. 3); a
+    scalar.
+    """
     total = torch.stack(
         [
             (fisher[name] * (parameter - anchor[name]).square()).sum()
@@ -37,9 +40,10 @@ def ewc_penalty(
 def diagonal_fisher(
     model: DiffusionModel, params: dict[str, nn.Parameter], batches: Iterable[NoisyBatch]
 ) -> dict[str, Tensor]:
-    """F_d = mean over batches of (dL/dtheta_d)^2, L the diffusion loss of a batch, .grad left as it is.
+    """Return F_d = mean over batches of (dL/dtheta_d)^2, L the diffusion loss of a batch.
 
-    The empirical Fisher; batches of several images make it smaller, since their gradients partly cancel before they are squared.
+    .grad is left as it is. This is the empirical Fisher; batches of several images make it smaller,
+    since their gradients partly cancel before they are squared.
     """
     fisher = {name: torch.zeros_like(parameter) for name, parameter in params.items()}
     for number, batch in enumerate(batches, start=1):
@@ -52,9 +56,11 @@ def diagonal_fisher(
 
 
 class EWC(Regularizer):
-    """weight/2 * mean F_d (theta_d - anchor_d)^2 over all trainable weights, F scaled so that its mean is 1.
+    """weight/2 * mean F_d (theta_d - anchor_d)^2 over all trainable weights, F scaled so that its
+    mean is 1.
 
-    The raw F of a model depends on its size and loss (1e-6 to 1e-2); scaled, a uniform F gives half of reg=l2 with the same weight.
+    The raw F of a model depends on its size and loss (1e-6 to 1e-2); scaled, a uniform F gives half
+    of reg=l2 with the same weight.
     """
 
     acts_on = ("loss",)
@@ -70,8 +76,8 @@ class EWC(Regularizer):
         """
         Args:
             num_batches, batch_size: squared gradients that F is the mean of, and images of each.
-            anchor: "previous" pulls towards the weights at the start of the request, "base" towards the untouched model; F is
-                estimated at the start of the request either way.
+            anchor: "previous" pulls towards the weights at the start of the request, "base" towards
+                the untouched model; F is estimated at the start of the request either way.
             retain: what is to be kept.
         """
         self.weight, self.num_batches, self.batch_size, self.anchor, self.retain = (
@@ -96,10 +102,12 @@ class EWC(Regularizer):
         )
         if mean == 0:
             raise ValueError(
-                "reg.ewc: the Fisher information of the kept prompts is zero; choose another retain set or method.params"
+                "reg.ewc: the Fisher information of the kept prompts is zero; choose another "
+                "retain set or method.params"
             )
         self._fisher = {name: values / mean for name, values in fisher.items()}
         return {"fisher_mean": mean.item(), "prompts": len(self.retain.read(scope))}
 
     def penalty(self, params: dict[str, nn.Parameter]) -> Tensor:
+        """Return the weighted penalty."""
         return self.weight * ewc_penalty(params, self._reference, self._fisher)

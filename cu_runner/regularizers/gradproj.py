@@ -1,7 +1,9 @@
-"""Gradient projection off the text of auxiliary concepts (Lee et al. 2026, arXiv 2511.07970, Sec. 7).
+"""Gradient projection off the text of auxiliary concepts (Lee et al. 2026, arXiv 2511.07970, Sec.
+7).
 
-A cross-attention key or value is W t with t a text-encoder output [D], so a change of W that vanishes on a concept's t leaves what
-the model makes of that concept alone. The subspace of auxiliary concepts is removed from every gradient, or from every step.
+A cross-attention key or value is W t with t a text-encoder output [D], so a change of W that
+vanishes on a concept's t leaves what the model makes of that concept alone. The subspace of
+auxiliary concepts is removed from every gradient, or from every step.
 
 Shapes: D text width, K auxiliary concepts, out attention width.
 """
@@ -33,7 +35,10 @@ if TYPE_CHECKING:
 
 
 def kept_columns(C: Tensor, threshold: float) -> list[int]:
-    """Return the columns of C [D, K] whose cosine to every kept one before them is at most the threshold."""
+    """Return the columns of C [D, K] whose cosine to every kept column before is small enough.
+
+    threshold: the largest cosine that is.
+    """
     unit = F.normalize(C.double(), dim=0)
     cosine = unit.T @ unit
     kept: list[int] = []
@@ -44,10 +49,11 @@ def kept_columns(C: Tensor, threshold: float) -> list[int]:
 
 
 def orthogonal_projector(C: Tensor) -> Tensor:
-    """P [D, D] that removes the span of the columns of C [D, K]; computed in float64, returned in C's dtype.
+    """Return P [D, D] that removes the span of the columns of C [D, K].
 
-    P = I - C (C^T C + r I)^-1 C^T with r = max(1e-4, 1e-6 tr(C^T C) / K)   (Lee et al. 2026, Sec. 7.2); by the pseudo-inverse of
-    C where C^T C + r I is ill-conditioned. C with no column gives the identity.
+    P = I - C (C^T C + r I)^-1 C^T with r = max(1e-4, 1e-6 tr(C^T C) / K)   (Lee et al. 2026, Sec.
+    7.2); by the pseudo-inverse of C where C^T C + r I is ill-conditioned. Computed in float64,
+    returned in C's dtype. C with no column gives the identity.
     """
     width, count = C.shape
     eye = torch.eye(width, dtype=torch.float64, device=C.device)
@@ -66,7 +72,10 @@ logger = logging.getLogger(__name__)
 
 
 class GradProj(Regularizer):
-    """G P for the gradient G [out, D] of every cross-attention key and value, or the same for the optimiser's step."""
+    """Project the gradient G [out, D] of every cross-attention key and value to G P.
+
+    With apply=update the optimiser's step is projected instead.
+    """
 
     def __init__(
         self,
@@ -79,17 +88,20 @@ class GradProj(Regularizer):
     ) -> None:
         """
         Args:
-            apply: "gradient" projects before the optimiser, as the released code does; AdamW then rescales element by element and
-                leaves the subspace. "update" projects the step itself, which is exact.
-            auxiliary: the names of the subspace, the nearest to the target by text similarity first. Earlier targets join
-                them, the target of the request never does.
-            threshold: with tokens="own", a name whose vector has a larger cosine to a kept one is dropped as a duplicate.
-            tokens: "own" holds the mean over a name's own tokens, as published. "all" holds every position of its prompts: also the
-                begin, context and end tokens, which all prompts share and which carry a change to every other concept.
-            contexts: the prompts in which names are encoded; each must hold {concept}, and {caption} runs through the sequence's.
-                None is the sequence's target_prompt.
-            energy: the subspace is spanned by the principal directions with this fraction of the squared norm; 1 takes the columns
-                themselves, as published.
+            apply: "gradient" projects before the optimiser, as the released code does; AdamW then
+                rescales element by element and leaves the subspace. "update" projects the step
+                itself, which is exact.
+            auxiliary: the names of the subspace, the nearest to the target by text similarity
+                first. Earlier targets join them, the target of the request never does.
+            threshold: with tokens="own", a name whose vector has a larger cosine to a kept one is
+                dropped as a duplicate.
+            tokens: "own" holds the mean over a name's own tokens, as published. "all" holds every
+                position of its prompts: also the begin, context and end tokens, which all prompts
+                share and which carry a change to every other concept.
+            contexts: the prompts in which names are encoded; each must hold {concept}, and
+                {caption} runs through the sequence's. None is the sequence's target_prompt.
+            energy: the subspace is spanned by the principal directions with this fraction of the
+                squared norm; 1 takes the columns themselves, as published.
         """
         if contexts is not None:
             check_contexts(contexts, "reg.gradproj.contexts")
@@ -107,7 +119,8 @@ class GradProj(Regularizer):
         candidates = kept_names(scope, self.auxiliary)
         if not candidates and not earlier:
             raise ValueError(
-                "reg.gradproj.auxiliary: no name is left beside the target and the retained concepts; give more names"
+                "reg.gradproj.auxiliary: no name is left beside the target and the retained "
+                "concepts; give more names"
             )
         contexts = [
             context.replace("{caption}", caption)
@@ -144,6 +157,7 @@ class GradProj(Regularizer):
         return {"auxiliary": names, "rank": columns.shape[1], "target_outside_subspace": freedom}
 
     def on_gradients(self, params: dict[str, nn.Parameter]) -> None:
+        """Project the gradients with apply=gradient."""
         if self.apply == "gradient":
             for name, parameter in params.items():
                 if is_cross_attention_kv(name):
@@ -151,6 +165,7 @@ class GradProj(Regularizer):
 
     @without_gradients
     def on_step(self, params: dict[str, nn.Parameter], before: dict[str, Tensor]) -> None:
+        """Project the step with apply=update."""
         if self.apply == "update":
             for name, parameter in params.items():
                 if is_cross_attention_kv(name):

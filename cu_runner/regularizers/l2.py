@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def mean_power(params: dict[str, Tensor], anchor: dict[str, Tensor], power: int) -> Tensor:
-    """mean |theta - anchor|^power over all elements of all tensors together; a scalar."""
+    """Return mean |theta - anchor|^power over all elements of all tensors together; a scalar."""
     total = torch.stack(
         [(parameter - anchor[name]).abs().pow(power).sum() for name, parameter in params.items()]
     ).sum()
@@ -37,12 +37,19 @@ class L2(Regularizer):
     def __init__(
         self, weight: NonNegativeFloat, anchor: Literal["previous", "base"] = "previous"
     ) -> None:
-        """anchor: "previous" pulls towards the weights at the start of the request, "base" towards the untouched model."""
+        """
+        Args:
+            weight: of the penalty.
+            anchor: "previous" pulls towards the weights at the start of the request, "base" towards
+                the untouched model.
+        """
         self.weight, self.anchor = weight, anchor
 
     def begin_request(self, scope: Scope, method: Method) -> dict[str, object]:
+        """Take the weights that the penalty pulls towards."""
         self._reference = scope.start if self.anchor == "previous" else scope.base
         return {}
 
     def penalty(self, params: dict[str, nn.Parameter]) -> Tensor:
+        """Return the weighted penalty."""
         return self.weight * self.mean(params, self._reference)

@@ -1,7 +1,8 @@
-"""Merging: each request is unlearned alone from the untouched model, and the changes of the weights are merged.
+"""Merging: each request is unlearned alone from the untouched model, and the changes of the weights
+are merged.
 
-Lee et al. 2026, arXiv 2511.07970, Sec. 5. TIES: Yadav et al., NeurIPS 2023, arXiv 2306.01708. Task arithmetic: Ilharco et al.,
-ICLR 2023, arXiv 2212.04089.
+Lee et al. 2026, arXiv 2511.07970, Sec. 5. TIES: Yadav et al., NeurIPS 2023, arXiv 2306.01708. Task
+arithmetic: Ilharco et al., ICLR 2023, arXiv 2212.04089.
 
 Shapes: N requests, P elements of one weight tensor.
 """
@@ -30,13 +31,15 @@ logger = logging.getLogger(__name__)
 def ties(
     deltas: Tensor, topk: float, lam: float = 1.0, how: Literal["mean", "sum", "max"] = "mean"
 ) -> Tensor:
-    """Merge the changes [N, P] of one weight tensor into one [P]: scale, trim, elect a sign, join what has it.
+    """Merge the changes [N, P] of one weight tensor into one [P]: scale, trim, elect a sign, join
+    what has it.
 
-    Trimming keeps exactly floor(topk * P) elements of each row, the largest in magnitude and of equal ones the first (the released
-    code keeps one more, and every equal one): topk 0 merges to zeros, topk 1 trims nothing. The elected sign of an element is that
-    of its sum over the rows; where the sum is 0 it is the sign that most elements elected, and without such a majority the element
-    stays 0 (the released code then takes the negative ones). Zeros, trimmed or not, have no sign: a row of zeros changes nothing.
-    One row (N = 1) comes back scaled and trimmed.
+    Trimming keeps exactly floor(topk * P) elements of each row, the largest in magnitude and of
+    equal ones the first (the released code keeps one more, and every equal one): topk 0 merges to
+    zeros, topk 1 trims nothing. The elected sign of an element is that of its sum over the rows;
+    where the sum is 0 it is the sign that most elements elected, and without such a majority the
+    element stays 0 (the released code then takes the negative ones). Zeros, trimmed or not, have no
+    sign: a row of zeros changes nothing. One row (N = 1) comes back scaled and trimmed.
 
     Args:
         topk: fraction kept of each row, 0..1.
@@ -62,7 +65,7 @@ def ties(
 
 
 def worded(meaning: str) -> WrapValidator:
-    """Words what is allowed in place of one complaint for each member of a union."""
+    """Say what is allowed, in place of one error for each member of a union."""
 
     def validate(value: object, check: ValidatorFunctionWrapHandler) -> float | list[float]:
         try:
@@ -82,7 +85,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Merge(Regularizer):
-    """theta_n = theta_base + merge(tau_1 .. tau_n), tau_i the change of the weights by request i alone; theta_1 as it is."""
+    """theta_n = theta_base + merge(tau_1 .. tau_n), theta_1 as it is.
+
+    tau_i is the change of the weights by request i alone.
+    """
 
     acts_on = ("weights",)
     independent_starts = True
@@ -96,7 +102,8 @@ class Merge(Regularizer):
     ) -> None:
         """
         Args:
-            rule: "ties", see there; "uniform" is lam times the mean of the changes, "task_arithmetic" lam times their sum.
+            rule: "ties", see there; "uniform" is lam times the mean of the changes,
+                "task_arithmetic" lam times their sum.
             lam: scale of the changes; a number, or one for each request from the second on.
             topk: for ties; a number, or one for each request from the second on.
             how: for ties.
@@ -111,11 +118,12 @@ class Merge(Regularizer):
     def post_request(
         self, names: list[str], deltas: Callable[[str], Tensor]
     ) -> dict[str, Tensor] | None:
-        """Merge tensor by tensor: beside the result, the changes of one tensor at a time are in memory."""
+        """Merge tensor by tensor, so that the changes of one tensor at a time are in memory."""
         number = len(deltas(names[0]))
         if number == 1:
             logger.info(
-                "merge: every request starts from the untouched model; from the second on their changes are merged"
+                "merge: every request starts from the untouched model; from the second on their "
+                "changes are merged"
             )
             return None
         self._check_schedules(
@@ -136,10 +144,11 @@ class Merge(Regularizer):
         return merged
 
     def _check_schedules(self, requests: int) -> None:
-        """Raises ValueError for a schedule of less than one entry per request from the second on."""
+        """Raise ValueError for a schedule of less than one entry per request from the second on."""
         for key, value in (("lam", self.lam), ("topk", self.topk)):
             if isinstance(value, list) and len(value) < requests - 1:
                 raise ValueError(
-                    f"reg.merge.{key} has {len(value)} entries; {requests} requests need {requests - 1}, one for each from the "
+                    f"reg.merge.{key} has {len(value)} entries; {requests} requests need "
+                    f"{requests - 1}, one for each from the "
                     "second on. Give a number to use it for all"
                 )

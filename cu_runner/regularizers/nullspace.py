@@ -1,12 +1,15 @@
-"""Null-space projection: the step leaves the text of kept prompts alone (after Adam-NSCL, Wang et al., CVPR 2021, arXiv 2103.07113,
-and GPM, Saha et al., ICLR 2021, arXiv 2103.09762).
+"""Null-space projection: the step leaves the text of kept prompts alone.
 
-A cross-attention key or value is W t with t a text-encoder output [D] of any position: begin, context, concept, end, padding.
-The top principal directions of such outputs over kept prompts are removed from the optimiser's step, so that W t hardly moves for
-them however many steps are taken.
+After Adam-NSCL, Wang et al., CVPR 2021, arXiv 2103.07113, and GPM, Saha et al., ICLR 2021, arXiv
+2103.09762.
 
-Ours: the step is confined, besides, to the directions outside the subspace that the target's own text takes most. Adam's step,
-rescaled element by element, would otherwise fill all that is left of the space, and with it names that no kept prompt holds.
+A cross-attention key or value is W t with t a text-encoder output [D] of any position: begin,
+context, concept, end, padding. The top principal directions of such outputs over kept prompts are
+removed from the optimiser's step, so that W t hardly moves for them however many steps are taken.
+
+Ours: the step is confined, besides, to the directions outside the subspace that the target's own
+text takes most. Adam's step, rescaled element by element, would otherwise fill all that is left of
+the space, and with it names that no kept prompt holds.
 
 Shapes: D text width, N text vectors, out attention width.
 """
@@ -41,14 +44,17 @@ logger = logging.getLogger(__name__)
 
 
 def null_space_projector(X: Tensor, rank: int | None = None, energy: float | None = None) -> Tensor:
-    """P = I - V V^T [D, D] with V the top principal directions of the uncentred covariance X^T X   (Adam-NSCL; GPM).
+    """Return P = I - V V^T [D, D], V the top principal directions of X^T X, not centred (Adam-NSCL;
+    GPM).
 
     Computed in float64, returned in X's dtype.
 
     Args:
         X: text vectors [N, D], one a row.
-        rank: how many directions, at most the numerical rank of X; from D on nothing is left, P = 0.
-        energy: or the fewest that hold this fraction of ||X||_F^2; 1 is the numerical row space of X, 0 removes nothing.
+        rank: how many directions, at most the numerical rank of X; from D on nothing is left, P =
+            0.
+        energy: or the fewest that hold this fraction of ||X||_F^2; 1 is the numerical row space of
+            X, 0 removes nothing.
 
     Raises:
         ValueError: not exactly one of rank and energy, or one out of its range.
@@ -68,9 +74,10 @@ def null_space_projector(X: Tensor, rank: int | None = None, energy: float | Non
 
 
 def own_directions(P: Tensor, groups: list[Tensor], rank: int) -> Tensor:
-    """U [D, rank * groups at most], orthonormal, float64: the top principal directions of each group [N, D] within the range of P.
+    """Return the top principal directions of each group [N, D] within the range of P.
 
-    What the groups before have taken is left out, and so are directions with less than 1e-6 of a group's squared norm.
+    They are U [D, rank * groups at most], orthonormal, float64. What the groups before have taken
+    is left out, and so are directions with less than 1e-6 of a group's squared norm.
     """
     U = P.new_zeros(len(P), 0, dtype=torch.float64)
     for rows in groups:
@@ -83,7 +90,7 @@ def own_directions(P: Tensor, groups: list[Tensor], rank: int) -> Tensor:
 
 
 class NullSpace(Regularizer):
-    """The optimiser's step S [out, D] of every cross-attention key and value becomes S P."""
+    """Project the optimiser's step S [out, D] of every cross-attention key and value to S P."""
 
     acts_on = ("step",)
 
@@ -102,28 +109,36 @@ class NullSpace(Regularizer):
     ) -> None:
         """
         Args:
-            rank, energy: the subspace that is left alone: so many directions, or as many as hold this fraction of the kept text.
-            target_rank: confine the step to so many directions per target, those that its text takes most outside the subspace;
-                None uses all that is left.
-            scaled: divide the step by the fraction of the target's text that it can move, so that one step size unlearns every
-                target alike. The step of a closed form has its right size already, and is not scaled.
-            sources: of kept prompts: other names of the domain, the targets' anchor prompts, the empty prompt (of guidance).
-                Each source counts as much as another, however many prompts it holds.
+            rank, energy: the subspace that is left alone: so many directions, or as many as hold
+                this fraction of the kept text.
+            target_rank: confine the step to so many directions per target, those that its text
+                takes most outside the subspace; None uses all that is left.
+            scaled: divide the step by the fraction of the target's text that it can move, so that
+                one step size unlearns every target alike. The step of a closed form has its right
+                size already, and is not scaled.
+            sources: of kept prompts: other names of the domain, the targets' anchor prompts, the
+                empty prompt (of guidance). Each source counts as much as another, however many
+                prompts it holds.
             file: a user's file of kept prompts, one a line, as a further source.
-            names: the names among the sources, those nearest to the target first. The target is never one of them.
-            contexts: the prompts in which names and targets are encoded, with {concept} and {caption}; None is the sequence's
-                target_prompt. {caption} runs through the sequence's captions.
+            names: the names among the sources, those nearest to the target first. The target is
+                never one of them.
+            contexts: the prompts in which names and targets are encoded, with {concept} and
+                {caption}; None is the sequence's target_prompt. {caption} runs through the
+                sequence's captions.
             prompts: at most so many of each source.
-            earlier: directions outside the subspace that each earlier target's text takes most, and which are left alone too, so
-                that it stays as unlearned as it is; 0 lets earlier targets move.
+            earlier: directions outside the subspace that each earlier target's text takes most, and
+                which are left alone too, so that it stays as unlearned as it is; 0 lets earlier
+                targets move.
         """
         if (rank is None) == (energy is None):
             raise ValueError(
-                f"reg.nullspace: rank={rank} and energy={energy}; give exactly one of the two, the other as null"
+                f"reg.nullspace: rank={rank} and energy={energy}; give exactly one of the two, the "
+                "other as null"
             )
         if not sources and file is None:
             raise ValueError(
-                "reg.nullspace.sources is empty and there is no file; keep something: names, anchors, empty"
+                "reg.nullspace.sources is empty and there is no file; keep something: names, "
+                "anchors, empty"
             )
         if contexts is not None:
             check_contexts(contexts, "reg.nullspace.contexts")
@@ -143,12 +158,16 @@ class NullSpace(Regularizer):
         )
 
     def begin_request(self, scope: Scope, method: Method) -> dict[str, object]:
-        """Build P from the kept prompts, and from the text of the targets and the earlier ones; report names and sizes."""
+        """Build P from the kept prompts and from the text of the targets and the earlier ones.
+
+        Return the names used and the sizes.
+        """
         check_projected(scope, "reg.nullspace")
         names, kept = self.kept_prompts(scope)
         if not kept:
             raise ValueError(
-                "reg.nullspace: no name is left beside the target and the retained concepts; add a source of prompts"
+                "reg.nullspace: no name is left beside the target and the retained concepts; add a "
+                "source of prompts"
             )
         vectors = [text_vectors(scope.model, prompts).T.double() for prompts in kept.values()]
         X = torch.cat([rows / len(rows) ** 0.5 for rows in vectors])
@@ -186,7 +205,7 @@ class NullSpace(Regularizer):
         return record
 
     def kept_prompts(self, scope: Scope) -> tuple[list[str], dict[str, list[str]]]:
-        """The names used, and the prompts of each source that has any."""
+        """Return the names used, and the prompts of each source that has any."""
         sequence, targets = scope.sequence, [concept.name for concept in scope.request.targets]
         names: list[str] = []
         if "names" in self.sources:
@@ -208,7 +227,10 @@ class NullSpace(Regularizer):
         return names, {source: prompts for source, prompts in found.items() if prompts}
 
     def fill(self, scope: Scope, names: list[str]) -> list[str]:
-        """Every context with every name and caption; name i meets caption i first, so that the first prompts hold every name."""
+        """Return every context with every name and caption.
+
+        Name i meets caption i first, so that the first prompts hold every name.
+        """
         captions, contexts = (
             scope.sequence.captions,
             self.contexts or (scope.sequence.target_prompt,),
@@ -222,7 +244,7 @@ class NullSpace(Regularizer):
         return list(dict.fromkeys(filled))
 
     def read(self) -> list[str]:
-        """The prompts of the user's file. Raises ValueError if it cannot be read."""
+        """Read the prompts of the user's file. Raise ValueError if it cannot be read."""
         if self.file is None:
             return []
         try:
@@ -232,12 +254,13 @@ class NullSpace(Regularizer):
 
     @without_gradients
     def on_step(self, params: dict[str, nn.Parameter], before: dict[str, Tensor]) -> None:
+        """Project the step."""
         for name, parameter in params.items():
             if is_cross_attention_kv(name):
                 parameter.copy_(before[name] + (parameter - before[name]) @ self._projector)
 
 
 def fraction(groups: list[Tensor], P: Tensor) -> float:
-    """||T P|| / ||T|| of all rows T [N, D] of the groups together."""
+    """Return ||T P|| / ||T|| of all rows T [N, D] of the groups together."""
     T = torch.cat(groups)
     return ((T @ P).norm() / T.norm()).item()

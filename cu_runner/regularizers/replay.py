@@ -1,6 +1,8 @@
-"""Replay: images of what is to be kept, made by the untouched model, train beside the unlearning loss.
+"""Replay: images of what is to be kept, made by the untouched model, train beside the unlearning
+loss.
 
-The generative replay of Shin et al., NeurIPS 2017, arXiv 1705.08690, with the untouched model for every request as the generator.
+The generative replay of Shin et al., NeurIPS 2017, arXiv 1705.08690, with the untouched model for
+every request as the generator.
 
 Shapes: B batch, C latent channels, H W latent size, L tokens, D text width.
 """
@@ -36,19 +38,20 @@ class Replay(Regularizer):
     ) -> None:
         """
         Args:
-            loss: "model" wants the untouched model's prediction, "noise" the true noise (the diffusion loss).
+            loss: "model" wants the untouched model's prediction, "noise" the true noise (the
+                diffusion loss).
             batch_size: images per step; None is that of training.
             retain: what is to be kept.
         """
         self.weight, self.target_of, self.batch_size, self.retain = weight, loss, batch_size, retain
 
     def begin_request(self, scope: Scope, method: Method) -> dict[str, object]:
-        """Images of the kept prompts; the first step of the request draws batch 0."""
+        """Make images of the kept prompts; the first step of the request draws batch 0."""
         self._scope, self._images, self._step = scope, self.retain.images_of(scope), 0
         return {"prompts": len(self.retain.read(scope))}
 
     def penalty(self, params: dict[str, nn.Parameter]) -> Tensor:
-        """The loss of the step's own batch."""
+        """Return the loss of the step's own batch."""
         scope, model = self._scope, self._scope.model
         batch = self._images.draw(
             scope.rng.generator("replay", self._step), self.batch_size or scope.batch_size

@@ -1,4 +1,5 @@
-"""SelFT: only the weights that matter most for the request move (Lee et al. 2026, arXiv 2511.07970, Sec. 5).
+"""SelFT: only the weights that matter most for the request move (Lee et al. 2026, arXiv 2511.07970,
+Sec. 5).
 
 Shapes: n trainable elements, C latent channels, H W latent size.
 """
@@ -29,12 +30,14 @@ GUIDANCE = 3.0  # of the trajectory that is scored, as released
 def topk_mask(
     params: dict[str, Tensor], grads: dict[str, Tensor], fraction: float
 ) -> dict[str, Tensor]:
-    """Which elements belong to the top `fraction` by importance |theta * dL/dtheta|, over all tensors together.
+    """Choose the elements of the top `fraction` by importance |theta * dL/dtheta| over all tensors
+    together.
 
     Args:
         params, grads: by name, of the same shapes.
-        fraction: 0..1; exactly floor(fraction * n) of the n elements are chosen. Of equally important ones the first are, in the
-            order of params: a gradient of zeros also gives a mask of that size.
+        fraction: 0..1; exactly floor(fraction * n) of the n elements are chosen. Of equally
+            important ones the first are, in the order of params: a gradient of zeros also gives a
+            mask of that size.
 
     Returns:
         Boolean tensors, by name, shaped as params; True may move.
@@ -58,11 +61,14 @@ def topk_mask(
 
 
 def score_trajectory(scope: Scope, steps: int) -> None:
-    """Add to .grad that of sum ||e(x_t, c*) - sg e(x_t, c)||^2 over DDIM's timesteps and the targets, summed over elements.
+    """Add to .grad that of sum ||e(x_t, c*) - sg e(x_t, c)||^2 over DDIM's timesteps and the
+    targets.
 
-    As the released code does for ConAbl, whatever the method in use: for each t a fresh noise is denoised from the start down to t,
-    for the prompt of c* with guidance 3, which takes steps (steps - 1) / 2 guided passes per target. Where the released code has
-    the bare names of concept and anchor, the training prompts of the sequence follow each other from one t to the next.
+    The sum is over elements too, as in the released code for ConAbl, whatever the method in use.
+    For each t a fresh noise is denoised from the start down to t, for the prompt of c* with
+    guidance 3, which takes steps (steps - 1) / 2 guided passes per target. Where the released code
+    has the bare names of concept and anchor, the training prompts of the sequence follow each other
+    from one t to the next.
     """
     model = scope.model
     sampler = Sampler(steps, GUIDANCE, "DDIMScheduler")
@@ -104,13 +110,13 @@ class SelFT(Regularizer):
         """
         Args:
             fraction: of all trained elements together that may move.
-            scoring: "loss" takes the gradient of the method's own loss over its first batches, with its retain term where it has
-                one and its multipliers as they start; "trajectory" that of ConAbl's summed loss along DDIM sampling of the
-                target, as released.
+            scoring: "loss" takes the gradient of the method's own loss over its first batches, with
+                its retain term where it has one and its multipliers as they start; "trajectory"
+                that of ConAbl's summed loss along DDIM sampling of the target, as released.
             num_batches: with scoring="loss"; their gradients are summed.
             steps: of DDIM, with scoring="trajectory".
-            apply: "gradient" masks before the optimiser, as released: weight decay still shrinks what is masked. "update" puts
-                masked elements back after the step, bitwise.
+            apply: "gradient" masks before the optimiser, as released: weight decay still shrinks
+                what is masked. "update" puts masked elements back after the step, bitwise.
         """
         self.fraction, self.scoring, self.num_batches, self.steps, self.apply = (
             fraction,
@@ -122,12 +128,13 @@ class SelFT(Regularizer):
         self.acts_on = ("gradient",) if apply == "gradient" else ("step",)
 
     def begin_request(self, scope: Scope, method: Method) -> dict[str, object]:
-        """Score the weights, make the mask, and report its size."""
+        """Score the weights, make the mask, and return its size."""
         if self.scoring == "trajectory":
             score_trajectory(scope, self.steps)
         elif method.closed_form:
             raise ValueError(
-                "reg.selft.scoring=loss scores weights by the method's loss, and the method sets them in closed form without one; "
+                "reg.selft.scoring=loss scores weights by the method's loss, and the method sets "
+                "them in closed form without one; "
                 "use reg.selft.scoring=trajectory"
             )
         else:
@@ -141,12 +148,14 @@ class SelFT(Regularizer):
         return {"kept": kept, "of": sum(mask.numel() for mask in self._mask.values())}
 
     def on_gradients(self, params: dict[str, nn.Parameter]) -> None:
+        """Mask the gradients with apply=gradient."""
         if self.apply == "gradient":
             for name, parameter in params.items():
                 parameter.grad.mul_(self._mask[name])
 
     @without_gradients
     def on_step(self, params: dict[str, nn.Parameter], before: dict[str, Tensor]) -> None:
+        """Put masked elements back with apply=update."""
         if self.apply == "update":
             for name, parameter in params.items():
                 parameter.copy_(torch.where(self._mask[name], parameter, before[name]))

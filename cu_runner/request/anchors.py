@@ -22,7 +22,11 @@ ANCHOR_SEED = 0  # the images of a prompt list are the same for every run
 
 @dataclass(frozen=True)
 class AnchorImages:
-    """params: the weights in training, set to base while images are made. fingerprint: of the untouched model."""
+    """Makes images of prompts with the untouched model, or takes them from the cache.
+
+    params: the weights in training, set to base while images are made. fingerprint: of the
+    untouched model.
+    """
 
     model: DiffusionModel
     fingerprint: str
@@ -33,9 +37,10 @@ class AnchorImages:
     batch_size: int
 
     def latents(self, prompts: list[str], number: int, *, mirrored: bool = False) -> Tensor:
-        """Latents [number, C, H, W] on the CPU; image i is made from prompt i modulo the number of prompts.
+        """Return latents [number, C, H, W] on the CPU.
 
-        mirrored: of the images turned left to right.
+        Image i is made from prompt i modulo the number of prompts. mirrored: of the images turned
+        left to right.
         """
         captions = [prompts[i % len(prompts)] for i in range(number)]
         key = {
@@ -75,7 +80,10 @@ class AnchorImages:
 
 
 def sampler_key(model: DiffusionModel, sampler: Sampler) -> list[object]:
-    """A sampler as part of a cache's key: with its scheduler as it is made, down to what a checkpoint leaves unsaid."""
+    """Return a sampler as part of a cache's key.
+
+    It holds the scheduler as it is made, with what a checkpoint leaves unsaid.
+    """
     scheduler = make_scheduler(model, sampler)
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     return [sampler.steps, float(sampler.guidance), type(scheduler).__name__, config]

@@ -1,6 +1,9 @@
-"""What methods train on: images that the untouched model makes of prompts, noised, with the text of those prompts or of others.
+"""What methods train on: images that the untouched model makes of prompts, noised.
 
-Shapes: B batch, C latent channels, H W latent size, L tokens, D text width, G concepts, N images and M prompts per concept.
+They come with the text of those prompts or of others.
+
+Shapes: B batch, C latent channels, H W latent size, L tokens, D text width, G concepts, N images
+and M prompts per concept.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ class CaptionedImages:
     ) -> None:
         """
         Args:
-            captions: each [G][M] prompts. The images are made from the first; the others are further texts for the same images.
+            captions: each [G][M] prompts. The images are made from the first; the others are
+                further texts for the same images.
             number: images per concept; image i is made from prompt i modulo M.
             flip: mirror half of the images left to right when they are drawn.
         """
@@ -56,7 +60,7 @@ class CaptionedImages:
         ]
 
     def draw(self, generator: Generator, batch_size: int) -> NoisyBatch:
-        """A batch that depends on the generator alone: concept, image, timestep, noise, mirroring."""
+        """Draw a batch by the generator alone: concept, image, timestep, noise, mirroring."""
         model, device = self._model, self._model.device
         concepts = torch.randint(len(self.latents), (batch_size,), generator=generator).tolist()
         images = torch.randint(self.latents.shape[1], (batch_size,), generator=generator).tolist()
@@ -80,7 +84,9 @@ class CaptionedImages:
 
 
 def diffusion_loss(model: DiffusionModel, batch: NoisyBatch) -> Tensor:
-    """E ||e(x_t, c) - eps||^2 with the prompts that the images were made from   (Ho et al. 2020, eq. 14)."""
+    """Return E ||e(x_t, c) - eps||^2 with the prompts that the images were made from   (Ho et al.
+    2020, eq. 14).
+    """
     return F.mse_loss(
         model.predict_noise(batch.noisy, batch.timesteps, batch.texts[0]), batch.noise
     )
@@ -90,9 +96,10 @@ def diffusion_loss(model: DiffusionModel, batch: NoisyBatch) -> Tensor:
 class RetainSet:
     """Prompts of what is to be kept, and how many images of them are made.
 
-    source: "anchors", the targets' anchor prompts; "names", other concepts of the domain in the sequence's target prompt; "both";
-    a "list" of prompts that ships with the package; or a "file" of the user's with one prompt a line.
-    name: which list, or the path of the file. prompts: how many at most, spread evenly over all there are. images: how many.
+    source: "anchors", the targets' anchor prompts; "names", other concepts of the domain in the
+    sequence's target prompt; "both"; a "list" of prompts that ships with the package; or a "file"
+    of the user's with one prompt a line. name: which list, or the path of the file. prompts: how
+    many at most, spread evenly over all there are. images: how many.
     """
 
     source: Literal["anchors", "names", "both", "list", "file"] = "both"
@@ -102,12 +109,16 @@ class RetainSet:
     images: PositiveInt = 200
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a list or a file that cannot be read, before a model is loaded."""
+        """Raise ValueError for a list or a file that cannot be read, before a model is loaded."""
         if self.source in ("list", "file"):
             read_listed(self.source, self.name)
 
     def read(self, scope: Scope) -> list[str]:
-        """The prompts, in a fixed order; those of the sequence name no target. Raises ValueError when there are none."""
+        """Return the prompts, in a fixed order; those of the sequence name no target.
+
+        Raises:
+            ValueError: there are none.
+        """
         sequence = scope.sequence
         if self.source in ("list", "file"):
             found = spread(read_listed(self.source, self.name), self.prompts)
@@ -137,16 +148,17 @@ class RetainSet:
                 )  # every name before any comes a second time
         if not found:
             raise ValueError(
-                "retain: no prompt is left beside the targets and the retained concepts; choose another source"
+                "retain: no prompt is left beside the targets and the retained concepts; choose "
+                "another source"
             )
         return found
 
     def images_of(self, scope: Scope) -> CaptionedImages:
-        """The images of these prompts; of as many of them as there are images."""
+        """Make the images of these prompts, of as many of them as there are images."""
         return CaptionedImages(scope, [spread(self.read(scope), self.images)], number=self.images)
 
 
 def spread(entries: list[str], number: int) -> list[str]:
-    """At most `number` of the entries, in order and evenly spaced."""
+    """Return at most `number` of the entries, in order and evenly spaced."""
     count = min(number, len(entries))
     return [entries[i * len(entries) // count] for i in range(count)]

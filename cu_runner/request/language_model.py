@@ -1,4 +1,6 @@
-"""Names of a domain from a local language model: a causal LM of transformers, read from a directory, never from the network."""
+"""Names of a domain from a local language model: a causal LM of transformers, read from a
+directory, never from the network.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ MARK = re.compile(
 
 
 def find_model(path: str | None) -> str:
-    """The path, if it is a directory. Raises ValueError."""
+    """Return the path if it is a directory. Raise ValueError otherwise."""
     if path is None or not Path(path).expanduser().is_dir():
         raise ValueError(
-            f"{path}: no such directory; give the folder of a causal language model (save_pretrained)"
+            f"{path}: no such directory; give the folder of a causal language model "
+            "(save_pretrained)"
         )
     return path
 
@@ -31,7 +34,7 @@ def find_model(path: str | None) -> str:
 def load_language_model(
     path: str, device: str
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    """Model and tokenizer of a directory (save_pretrained, safetensors), loaded once per process.
+    """Load model and tokenizer of a directory (save_pretrained, safetensors), once per process.
 
     Raises:
         ValueError: no such directory, no tokenizer, or not a causal language model.
@@ -53,18 +56,20 @@ def load_language_model(
 
 
 def question(domain: str, targets: list[str], number: int) -> str:
-    """What the model is asked."""
+    """Return what the model is asked."""
     listed = ", ".join(targets)
     return (
-        f"List {number} different names of a {domain} that are related to {listed}, the closest first, but are not {listed}. "
+        f"List {number} different names of a {domain} that are related to {listed}, the closest "
+        f"first, but are not {listed}. "
         "Answer with the names alone, one per line, numbered."
     )
 
 
 def ask(path: str, domain: str, targets: list[str], number: int, device: str = "cpu") -> list[str]:
-    """At most `number` names by greedy decoding; the same question gets the same answer.
+    """Return at most `number` names by greedy decoding; the same question gets the same answer.
 
-    A model with a chat template gets the question as a message, any other as a text that ends where the list begins.
+    A model with a chat template gets the question as a message, any other as a text that ends where
+    the list begins.
 
     Raises:
         ValueError: the directory cannot be used, or the answer holds no name.
@@ -87,7 +92,8 @@ def ask(path: str, domain: str, targets: list[str], number: int, device: str = "
     )
     if room < 1:
         raise ValueError(
-            f"{path}: the question of {prompt.shape[1]} tokens does not fit; give a model with a longer context"
+            f"{path}: the question of {prompt.shape[1]} tokens does not fit; give a model with a "
+            "longer context"
         )
     settings = transformers.GenerationConfig(
         do_sample=False,
@@ -107,16 +113,19 @@ def ask(path: str, domain: str, targets: list[str], number: int, device: str = "
     )[:number]
     if not names:
         raise ValueError(
-            f"{path}: its answer holds no names; give a model that follows instructions, or names by list or file"
+            f"{path}: its answer holds no names; give a model that follows instructions, or names "
+            "by list or file"
         )
     return names
 
 
 def parse_answer(text: str) -> list[str]:
-    """The names in an answer, in order and without repeats: of the lines with numbers or bullets, where there are any, else of all.
+    """Return the names in an answer, in order and without repeats.
 
-    Commas separate names too. Thoughts before </think>, lines that introduce a list, explanations after a colon, a dash or in
-    brackets, quotes and emphasis are dropped; so is what has more than six words or no letter.
+    Lines with numbers or bullets count, where there are any, else all lines. Commas separate names
+    too. Thoughts before </think>, lines that introduce a list, explanations after a colon, a dash
+    or in brackets, quotes and emphasis are dropped; so is what has more than six words or no
+    letter.
     """
     lines = [line.strip() for line in text.rpartition("</think>")[2].splitlines()]
     marked = [line[mark.end() :] for line in lines if (mark := MARK.match(line))]

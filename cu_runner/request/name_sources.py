@@ -1,4 +1,4 @@
-"""Names of other concepts: what regularizers and methods may take for "everything else" when one concept is unlearned."""
+"""Names of other concepts: what stands for "everything else" when one concept is unlearned."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from cu_runner.request.scope import Scope
 class NameSource:
     """Where names come from.
 
-    source: "vocabulary" of the sequence, a "list" that ships with the package, a "file" of the user's with one name a line, or an
-    "llm" that is asked for names related to the targets.
-    name: which list, the path of the file, or the folder of the language model. number: how many names at most.
-    retained: whether the retained concepts themselves may be among them (they are what RA-I measures).
+    source: "vocabulary" of the sequence, a "list" that ships with the package, a "file" of the
+    user's with one name a line, or an "llm" that is asked for names related to the targets. name:
+    which list, the path of the file, or the folder of the language model. number: how many names at
+    most. retained: whether the retained concepts themselves may be among them (they are what RA-I
+    measures).
     """
 
     source: Literal["vocabulary", "list", "file", "llm"] = "vocabulary"
@@ -28,7 +29,7 @@ class NameSource:
     retained: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a source that cannot be read, before the diffusion model is loaded."""
+        """Raise ValueError for a source that cannot be read, before the diffusion model is loaded."""
         if self.source == "llm":
             find_model(self.name)
         elif self.source != "vocabulary":
@@ -36,17 +37,19 @@ class NameSource:
 
 
 def read_listed(source: Literal["list", "file"], name: str | None) -> list[str]:
-    """The entries of a shipped list or of a user's file. Raises ValueError."""
+    """Read the entries of a shipped list or of a user's file. Raise ValueError."""
     return {"list": read_shipped, "file": read_file}[source](name)
 
 
 def normalized(name: str) -> str:
-    """A name for comparison: lower case, single spaces, none of the underscores of label lists."""
+    """Return a name for comparison: lower case, single spaces, none of the underscores of label
+    lists.
+    """
     return " ".join(name.lower().replace("_", " ").split())
 
 
 def check_template(template: str, key: str) -> None:
-    """Raises ValueError unless a prompt holds {concept}, and no placeholder but {caption} besides."""
+    """Raise ValueError unless a prompt holds {concept}, and no placeholder but {caption} besides."""
     try:
         complete = "{concept}" in template and bool(template.format(concept="x", caption="y"))
     except (KeyError, IndexError, ValueError):
@@ -58,15 +61,18 @@ def check_template(template: str, key: str) -> None:
 
 
 def earlier_targets(scope: Scope) -> list[str]:
-    """What earlier requests unlearned, in order."""
+    """Return what earlier requests unlearned, in order."""
     targets = {concept.name for concept in scope.request.targets}
     return [concept.name for concept in scope.request.erased if concept.name not in targets]
 
 
 def kept_names(scope: Scope, names: NameSource) -> list[str]:
-    """All candidate names, in order, but for the targets, the earlier ones and, unless they may be there, the retained ones.
+    """Return all candidate names, in order, without the targets and the earlier ones.
 
-    Raises ValueError when the source cannot be read.
+    The retained concepts are left out too, unless the source lets them in.
+
+    Raises:
+        ValueError: the source cannot be read.
     """
     if names.source == "vocabulary":
         candidates = list(scope.sequence.vocabulary)
@@ -82,6 +88,6 @@ def kept_names(scope: Scope, names: NameSource) -> list[str]:
 
 
 def ask_for_names(scope: Scope, path: str | None, number: int) -> list[str]:
-    """What a language model answers when it is asked for names of the domain that are related to the targets."""
+    """Ask a language model for names of the domain that are related to the targets."""
     targets = [concept.name for concept in scope.request.targets]
     return ask(find_model(path), scope.sequence.domain, targets, number, str(scope.model.device))

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class Scope:
     """What methods and regularizers may see of the request at hand.
 
-    params: the trainable weights by name; they change under the optimiser. start: their values at the start of the request.
-    base: their values in the untouched model. anchors: image latents of prompts, made by the untouched model and cached.
+    params: the trainable weights by name; they change under the optimiser. start: their values at
+    the start of the request. base: their values in the untouched model. anchors: image latents of
+    prompts, made by the untouched model and cached.
     """
 
     model: DiffusionModel
@@ -39,15 +40,17 @@ class Scope:
 
 
 class Resumable:
-    """Something that changes from step to step of a request, and that a request which goes on in its middle needs back.
+    """Something that changes from step to step, and that a request which goes on in its middle
+    needs back.
 
-    begin_request comes first then too, with the weights of the request's start: what it makes must not be listed here.
+    begin_request comes first then too, with the weights of the request's start: what it makes must
+    not be listed here.
     """
 
     changing: tuple[str, ...] = ()  # attributes: tensors, numbers, lists and dictionaries of them
 
     def state(self) -> dict[str, object]:
-        """What changes, as it is now; later steps may change it in place."""
+        """Return what changes, as it is now; later steps may change it in place."""
         return {name: getattr(self, name) for name in self.changing}
 
     def restore(self, state: dict[str, object]) -> None:

@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 def principal_columns(C: Tensor, energy: float | None = None, *, rank: int | None = None) -> Tensor:
-    """The top principal directions of C [D, K], not centred; [D, rank], orthonormal.
+    """Return the top principal directions of C [D, K], not centred; [D, rank], orthonormal.
 
     Args:
         energy: take the fewest that hold this fraction of ||C||_F^2.
-        rank: or take this many. Either way at most the numerical rank.
+        rank: or take this many. Either way, and without both, at most the numerical rank.
     """
     values, directions = torch.linalg.eigh(C.double() @ C.double().T)  # ascending
     values, directions = values.flip(0).clamp(min=0), directions.flip(1)
@@ -36,7 +36,10 @@ def principal_columns(C: Tensor, energy: float | None = None, *, rank: int | Non
 
 
 def concept_vectors(model: DiffusionModel, names: list[str], context: str) -> Tensor:
-    """[D, K]: the mean text-encoder output over each name's own tokens, the name standing in `context`."""
+    """Return the mean text-encoder output over each name's own tokens, [D, K].
+
+    The names stand in `context`.
+    """
     prompts = [context.format(concept=name) for name in names]
     hidden = model.encode_prompts(prompts).hidden
     spans = [model.token_span(name, prompt) for name, prompt in zip(names, prompts, strict=True)]
@@ -44,7 +47,10 @@ def concept_vectors(model: DiffusionModel, names: list[str], context: str) -> Te
 
 
 def text_vectors(model: DiffusionModel, prompts: list[str]) -> Tensor:
-    """[D, positions of all prompts]: every token's output; those of the end and the padding are averaged into one."""
+    """Return every token's output of all prompts as columns, [D, positions].
+
+    Those of the end and the padding are averaged into one.
+    """
     hidden = model.encode_prompts(prompts).hidden
     columns = []
     for row, prompt in zip(hidden, prompts, strict=True):
@@ -54,14 +60,17 @@ def text_vectors(model: DiffusionModel, prompts: list[str]) -> Tensor:
 
 
 def prompt_vectors(model: DiffusionModel, names: list[str], context: str) -> Tensor:
-    """text_vectors of the names, each standing in `context`."""
+    """Return text_vectors of the names, each standing in `context`."""
     return text_vectors(model, [context.format(concept=name) for name in names])
 
 
 def nearest_names(
     model: DiffusionModel, names: list[str], targets: list[str], context: str, number: int
 ) -> list[str]:
-    """At most `number` of the names, those nearest to a target first: by the cosine of their own tokens' mean in `context`."""
+    """Return at most `number` of the names, those nearest to a target first.
+
+    Nearness is the cosine of their own tokens' means in `context`.
+    """
     if not names:
         return []
     units = [
@@ -72,7 +81,9 @@ def nearest_names(
 
 
 def check_projected(scope: Scope, key: str) -> None:
-    """Raises ValueError when no trained weight can be projected; warns, once a run, of those that cannot."""
+    """Raise ValueError when no trained weight can be projected; warn, once a run, of those that
+    cannot.
+    """
     free = [name for name in scope.params if not is_cross_attention_kv(name)]
     if len(free) == len(scope.params):
         raise ValueError(
@@ -85,7 +96,7 @@ def check_projected(scope: Scope, key: str) -> None:
 
 
 def check_contexts(contexts: tuple[str, ...], key: str) -> None:
-    """Raises ValueError unless there is one, and each is a template of prompts."""
+    """Raise ValueError unless there is one context, and each is a template of prompts."""
     for context in contexts:
         check_template(context, key)
     if not contexts:

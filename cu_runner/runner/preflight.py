@@ -232,7 +232,7 @@ def check_images(
     per_image = (time.monotonic() - started) / len(found)
     own = mean_accuracy(found, sequence.domain, [concept.name for concept in concepts])
     seen = {sequence.domain: own}
-    if sequence.cross_domain in sequence.judged:
+    if sequence.cross_domain in sequence.measured_domains:
         seen[sequence.cross_domain] = mean_accuracy(
             found, sequence.cross_domain, [concept.name for concept in crosses]
         )

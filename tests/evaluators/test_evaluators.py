@@ -485,7 +485,7 @@ def test_without_a_cross_domain_only_the_concepts_are_judged(model, sequence, ev
         "prompt,concept,seed\n" + "\n".join(lines) + "\n", encoding="utf-8"
     )
     own = make_sequence(**read_conf("sequence/smoke.yaml"), prompts=str(tmp_path / "mine.csv"))
-    assert own.judged == ("style",)
+    assert own.measured_domains == ("style",)
     assert [dataclasses.astuple(image) for image in own.evaluation_images(own.targets[1:])] == [
         ("a glacier dot thing, 3", 3, "glacier dot", ""),
         ("a glacier dot thing, 4", 4, "glacier dot", ""),
