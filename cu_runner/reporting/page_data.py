@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from cu_runner.evaluators.grid import read_grid
 from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
-from cu_runner.schema.values import ConfigValue, numbers_by_value, without_paths
+from cu_runner.schema.values import ConfigTree, numbers_by_value, without_paths
 from cu_runner.store.layout import GRID, PREDICTIONS, STEP
 from cu_runner.store.run_record import RunRecord, read_run
 from cu_runner.store.signature import NOT_SCIENTIFIC
@@ -142,7 +142,7 @@ def label_runs(runs: list[RunRecord]) -> list[str]:
     return labels
 
 
-def contrast(runs: list[RunRecord]) -> dict[str, list[ConfigValue]]:
+def contrast(runs: list[RunRecord]) -> dict[str, list[ConfigTree]]:
     """Return the settings of an experiment in which runs are not all alike.
 
     Returns:
@@ -156,9 +156,9 @@ def contrast(runs: list[RunRecord]) -> dict[str, list[ConfigValue]]:
     }
 
 
-def leaves(value: dict[str, ConfigValue], path: str = "") -> dict[str, ConfigValue]:
+def leaves(value: ConfigTree, path: str = "") -> ConfigTree:
     """Return settings by dotted key. A list is one, and so is a mapping whose keys are no words."""
-    found: dict[str, ConfigValue] = {}
+    found: ConfigTree = {}
     for key, entry in value.items():
         place = f"{path}.{key}" if path else str(key)
         if isinstance(entry, dict) and entry and all(WORDS.fullmatch(str(name)) for name in entry):
