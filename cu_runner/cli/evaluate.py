@@ -19,6 +19,7 @@ from cu_runner.config.run_config import check_run
 from cu_runner.runner.remeasure import load, measure_again
 from cu_runner.store.directories import choose_directory, first_name
 from cu_runner.store.layout import EVALUATIONS
+from cu_runner.store.records import Row
 from cu_runner.store.run_directory import RunStore
 from cu_runner.store.run_record import read_run
 from cu_runner.store.signature import signature
@@ -67,15 +68,16 @@ def main() -> None:
             allow_other_code=plan.spine.allow_other_code,
         ) as store:
             for step in measure_again(run, plan, store, instruments):
-                print(compare(run.records[step.index]["row"], step.row), flush=True)
-            store.write_metrics([step.row for step in store.finished()])
+                print(compare(run.records[step.index].row, step.row), flush=True)
+            store.write_metrics(store.finished())
         print(f"evaluation: {directory}")
 
 
-def compare(before: dict[str, object], after: dict[str, object]) -> str:
-    """One line: each metric now, and in brackets as the run itself measured it."""
-    parts = [f"{after['request']:>3}  {after['concept'] or 'untouched model':<18}"]
+def compare(before: Row, after: Row) -> str:
+    """Return a line: each metric now, and in brackets as the run itself measured it."""
+    parts = [f"{after.request:>3}  {after.concept or 'untouched model':<18}"]
     for name in SHOWN:
-        now, then = ("-" if row[name] is None else f"{row[name]:.1f}" for row in (after, before))
+        both = (row.metrics[name] for row in (after, before))
+        now, then = ("-" if value is None else f"{value:.1f}" for value in both)
         parts.append(f"{name.replace('_', '-', 1).replace('_', ' ')} {now:>5} ({then})")
     return "  ".join(parts)
