@@ -59,7 +59,7 @@ def gradients(params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     }
 
 
-def subtract(params: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
+def subtract(params: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """theta - theta_base, tensor by tensor."""
     return {name: parameter.detach() - base[name] for name, parameter in params.items()}
 

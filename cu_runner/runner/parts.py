@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunParts:
-    """What a run is made of. regularizers: by name, in hook order. retention: None if not measured."""
+    """What a run is made of. regularizers: by name, in hook order. retention: None if it is off."""
 
     model: DiffusionModel
     evaluator: Evaluator

@@ -3,8 +3,8 @@
 The unit of restart is the request, and within it the step that its checkpoint was saved after.
 Randomness is derived from (seed, request, purpose), and the weights of every request start from the
 saved delta of the one before: a run that was killed anywhere and started again ends where an
-undisturbed one does, bitwise on a CPU. On a GPU some backward kernels are not deterministic, and two
-undisturbed runs differ in the last bits as well.
+undisturbed one does, bitwise on a CPU. On a GPU some backward kernels are not deterministic, and
+two undisturbed runs differ in the last bits as well.
 """
 
 from __future__ import annotations
@@ -117,8 +117,16 @@ class Runner:
         )
         return images.latents(prompts, number, mirrored=mirrored)
 
+    def stage(self, name: str) -> None:
+        """Take note of what the run does next; a run itself has no use for it."""
+
+    def measured(self, erased: Ordered[Concept]) -> Ordered[Concept]:
+        """Return those of the unlearned concepts whose images are made after a request: all."""
+        return erased
+
     def _evaluate_base(self) -> StepRecord:
         """Measure the untouched model on every concept of the sequence; cached across runs."""
+        self.stage("images")
         started = time.monotonic()
         files, metrics = self.instruments.measure(0, [], "", self.cache)
         seconds = {"train": 0.0, "eval": time.monotonic() - started}
@@ -145,7 +153,8 @@ class Runner:
             files[MERGED] = to_safetensors(merged)
             self.weights.set(merged)
         trained = time.monotonic()
-        seen, metrics = self.instruments.measure(request.index, erased, request.label)
+        shown = self.measured(erased)
+        seen, metrics = self.instruments.measure(request.index, shown, request.label)
         seconds = {"train": trained - started, "eval": time.monotonic() - trained}
         row = self._row(request, metrics, seconds, drift(delta), step_l2, training.steps)
         with self.stop.deferred():
@@ -207,6 +216,7 @@ class Runner:
             lambda training: self.after_step(training, early_stop),
             state["training"] if state else None,
             self.stop.deferred,
+            self.stage,
         )
         files = {
             DELTA: to_safetensors(subtract(self.weights.params, self.weights.base)),

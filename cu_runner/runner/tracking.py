@@ -93,7 +93,7 @@ class Tracker:
             self._give_up(error)
 
     def log(self, row: Row, grid: bytes, training: bytes | None) -> None:
-        """Log a finished step: its row of metrics.csv, its grid.png, its training.csv as a table."""
+        """Log a finished step: its row of metrics.csv, its grid.png, its training.csv."""
         if self._run is None:
             return
         columns = row.flat()

@@ -1,4 +1,4 @@
-"""The inner loop of one request: loss, penalties, gradients, optimiser, in one order for all methods."""
+"""The inner loop of one request: loss, penalties, gradients, optimiser, in one order for all."""
 
 from __future__ import annotations
 
@@ -56,12 +56,14 @@ class Training:
         method: Method[Any],
         regularizers: dict[str, Regularizer],
         settings: TrainSettings,
+        stage: Callable[[str], None] = lambda name: None,
     ) -> None:
         """Begin the request: the method and the regularizers prepare.
 
         Args:
             scope: the weights to train, as they are at the start of the request, and the request.
             regularizers: by name, in hook order.
+            stage: is told what begins: "method", "reg.NAME", "training".
         """
         self._scope, self._method = scope, method
         self._regularizers, self._settings = regularizers, settings
@@ -71,11 +73,13 @@ class Training:
         self.ended = False  # whether it is to end before them
         for parameter in self._params:
             parameter.requires_grad_(True)
+        stage("method")
         method.begin_request(scope)
-        self._records = {
-            name: regularizer.begin_request(scope, method)
-            for name, regularizer in regularizers.items()
-        }
+        self._records = {}
+        for name, regularizer in regularizers.items():
+            stage(f"reg.{name}")
+            self._records[name] = regularizer.begin_request(scope, method)
+        stage("training")
         self._edits_step = any(
             "step" in regularizer.acts_on for regularizer in regularizers.values()
         )
@@ -123,7 +127,7 @@ class Training:
         return TrainingReport(self._rows, self._method.end_request(self._scope), self._records)
 
     def state(self) -> dict[str, Any]:
-        """Return all that restore() needs: weights, moments, multipliers, masks, what was logged."""
+        """Return what restore() needs: weights, moments, multipliers, masks, what was logged."""
         return {
             "rows": self._rows,
             "ended": self.ended,
@@ -159,11 +163,12 @@ def erase(
     on_step: Callable[[Training], None] = lambda training: None,
     state: dict[str, Any] | None = None,
     undisturbed: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    stage: Callable[[str], None] = lambda name: None,
 ) -> TrainingReport:
     """Unlearn one request, in place in scope.params.
 
     Args:
-        scope, method, regularizers, settings: as for Training.
+        scope, method, regularizers, settings, stage: as for Training.
         on_step: called after every step; it may set training.ended.
         state: of a Training that was interrupted; None begins with the first step.
         undisturbed: entered for the steps, but not for what the method and the regularizers prepare
@@ -173,7 +178,7 @@ def erase(
         TrainingError: the loss or a weight is not finite; the weights in scope are then of no use.
     """
     with distributed.averaged_gradients(list(scope.params.values())):
-        training = Training(scope, method, regularizers, settings)
+        training = Training(scope, method, regularizers, settings, stage)
         if state is not None:
             training.restore(state)
         with (
@@ -213,6 +218,6 @@ def make_optimizer(params: list[nn.Parameter], settings: TrainSettings) -> torch
 def diverged(what: str, request: Request, step: int, steps: int) -> str:
     """Return the line for a training that went astray."""
     return (
-        f"training led to {what} at request {request.index} ({request.label}), step {step} of {steps}; "
-        "lower train.lr or a regularizer's weight. Finished requests are kept"
+        f"training led to {what} at request {request.index} ({request.label}), "
+        f"step {step} of {steps}; lower train.lr or a regularizer's weight. Finished requests are kept"
     )

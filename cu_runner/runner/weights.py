@@ -1,4 +1,4 @@
-"""The weights that a run trains: how they were in the untouched model, and what steps made of them."""
+"""The weights that a run trains: how they were in the untouched model, and what steps make."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TrainedWeights:
 
     @staticmethod
     def of(model: DiffusionModel, group: ParameterGroup) -> TrainedWeights:
-        """Choose the weights of a group, and lower the precision of all others as the model says."""
+        """Choose the weights of a group; the precision of the others is lowered as the model says."""
         params = select_parameters(model.unet, group)
         model.lower_frozen(params)
         return TrainedWeights(params, snapshot(params), model.device)

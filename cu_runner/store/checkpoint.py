@@ -69,7 +69,7 @@ class Checkpoint:
             return None
         return content
 
-    def _place(self, storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+    def _place(self, storage: Any, location: str) -> Any:
         return storage if location == "cpu" else storage.cuda(self._device.index)
 
     def is_due(self, step: int, last: bool) -> bool:

@@ -197,8 +197,7 @@ def read_config(directory: Path) -> tuple[ConfigTree, str]:
         config["sequence"]["targets"], config["reg"], config["setting"]["plan"], config["seed"]
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
         raise StoreError(
-            f"{directory}: holds no readable config.yaml; give a run directory, "
-            "as the last line of cu-run names it, or a packed run"
+            f"{directory}: holds no readable config.yaml; give a run directory or a packed run"
         ) from None
     return config, text
 

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,11 +19,12 @@ from cu_runner.models.checkpoints import locate
 from cu_runner.runner import preflight as checkup
 from cu_runner.runner.runner import Runner
 from cu_runner.runner.training import Training
+from cu_runner.runner.weights import TrainedWeights
 from cu_runner.schema.errors import ModelError, StoreError
 from cu_runner.store.archive import unpack
 from cu_runner.store.files import hash_json
 from cu_runner.store.records import chain
-from cu_runner.store.verify import read_config
+from cu_runner.store.run_record import read_config
 
 
 @pytest.fixture
@@ -173,7 +175,7 @@ def test_any_byte_of_the_configuration_may_be_damaged(examine, run_copy):
 def yaml_of(path) -> dict | None:
     """What the file holds; None if that is no configuration, which has a line of its own."""
     try:
-        return read_config(path.parent)
+        return read_config(path.parent)[0]
     except StoreError:
         return None
 
@@ -355,28 +357,21 @@ def test_a_plan_that_would_run_is_well(check, tmp_path):
 
 def test_a_plan_with_everything_is_well(check, monkeypatch):
     seen = []
-    timed = checkup.time_step
+    step = Training.step
 
-    def time_step(plan, scope, method, regularizers):
+    def watched(training):
+        scope = training._scope
         unet = scope.model.unet
         names = {"trained": next(iter(scope.params)), "frozen": "conv_in.weight"}
-        seen.append(
-            (
-                unet.is_gradient_checkpointing,
-                *(dict(unet.named_parameters())[name].dtype for name in names.values()),
-            )
-        )
-        seen.append(
-            (
-                scope.request.index,
-                scope.model._caches_text,
-                type(method).__name__,
-                list(regularizers),
-            )
-        )
-        return timed(plan, scope, method, regularizers)
+        kinds = [dict(unet.named_parameters())[name].dtype for name in names.values()]
+        seen.append((scope.request.index, scope.steps, training.done))
+        assert (unet.is_gradient_checkpointing, kinds) == (True, [torch.float32, torch.bfloat16])
+        assert scope.model._caches_text
+        assert type(training._method).__name__ == "SculpMem"
+        assert list(training._regularizers) == ["l2", "nullspace"]
+        step(training)
 
-    monkeypatch.setattr(checkup, "time_step", time_step)
+    monkeypatch.setattr(Training, "step", watched)
     status, found = check(
         "train.gradient_checkpointing=true",
         "model.precision=bf16",
@@ -387,10 +382,8 @@ def test_a_plan_with_everything_is_well(check, monkeypatch):
         "retention.num_prompts=5",
     )
     assert (status, {mark for mark, _ in found.values()}) == (0, {"ok"})
-    assert seen == [
-        (True, torch.float32, torch.bfloat16),
-        (2, True, "SculpMem", ["l2", "nullspace"]),
-    ]
+    # two steps of the first and the last request, of the 60 that they would have
+    assert seen == [(1, 60, 0), (1, 60, 1), (2, 60, 0), (2, 60, 1)]
     assert {"retention", "reg.l2", "reg.nullspace"} <= set(found)
     assert (
         " for 37 images (15 of them of general prompts) " in found["time"][1]
@@ -506,8 +499,9 @@ def test_every_part_that_is_missing_is_named_at_once(check, tmp_path):
     assert found["evaluator"][0] == "WRONG"
     assert found["images"] == (
         "not checked",
-        "needs the model, and a method that takes these regularizers",
+        "needs every part of the run, and its schedulers",
     )
+    assert found["disk"][0] == "not checked"
 
 
 def test_labels_in_another_order_show_in_the_base_accuracy(check, tmp_path):
@@ -560,11 +554,10 @@ def test_the_peak_of_gpu_memory_is_that_of_the_request(monkeypatch):
         raise InterruptedError
 
     for device in ("cuda:1", "cpu"):
+        weights = TrainedWeights({}, {}, torch.device(device))
+        store = SimpleNamespace(step_dir=lambda index: Path())
         runner = SimpleNamespace(
-            model=SimpleNamespace(device=torch.device(device)),
-            _params={},
-            _base={},
-            _unlearn=unlearn,
+            device=torch.device(device), weights=weights, store=store, _unlearn=unlearn
         )
         with pytest.raises(InterruptedError):
             Runner._serve(runner, SimpleNamespace(start="base"), [SimpleNamespace(index=0)])
