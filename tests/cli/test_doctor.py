@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
+from conftest import SMOKE, run_directory
 
 from cu_runner.cli import doctor, report
 from cu_runner.config.compose import compose
@@ -564,3 +565,18 @@ def test_the_peak_of_gpu_memory_is_that_of_the_request(monkeypatch):
         with pytest.raises(InterruptedError):
             Runner._serve(runner, SimpleNamespace(start="base"), [SimpleNamespace(index=0)])
     assert calls == [torch.device("cuda:1"), "unlearn", "unlearn"]
+
+
+def test_what_judges_the_retention_is_checked(examine, in_process, tmp_path):
+    status, out, _ = in_process(*SMOKE, "retention=shapecanvas", "retention.num_prompts=4")
+    assert status == 0
+    run = run_directory(out, tmp_path)
+    status, lines, _ = examine(run, "--all")
+    assert (status, "ok          weights of the retention" in lines) == (0, True)
+    for step in ("00", "01", "02"):
+        rewrite(run / "steps" / step, lambda record: record.update(retention_sha256="0" * 64))
+    status, lines, _ = examine(run)
+    said = "WRONG       weights of the retention: are not those that the run began with"
+    assert (status, said in lines) == (1, True)
+    rewrite(run / "steps/02", lambda record: record.update(retention_sha256="1" * 64))
+    assert any("retention_sha256 is not that of step 0" in line for line in examine(run)[1])
