@@ -14,9 +14,9 @@
                             evaluator.paths.style=DIR/classifiers/style \\
                             evaluator.paths.object=DIR/classifiers/object
 
-Without --device it is the fastest device there is. DIR is one that scripts/make_random_pipeline.py wrote, or a checkpoint. Further settings are given
-as to cu-run. A --request is made by cu-run itself, with empty caches and the whole sequence, and
-stopped when its first request is committed.
+Without --device it is the fastest device there is. DIR is one that scripts/make_random_pipeline.py
+wrote, or a checkpoint. Further settings are given as to cu-run. A --request is made by cu-run
+itself, with empty caches and the whole sequence, and stopped when its first request is committed.
 """
 
 import argparse
@@ -169,7 +169,7 @@ def bench_main_job(overrides: list[str]) -> None:
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = Parser(prog="bench.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="bench.py", description=__doc__)
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="further settings, as cu-run takes them"
     )

@@ -33,7 +33,7 @@ def accuracy_of_halves(runs: dict[str, RunRecord], near: list[str], far: list[st
 def losses(halves: pd.DataFrame, images: dict[str, int]) -> pd.DataFrame:
     """One row per run: both halves before all requests, after them and on the mean over them.
 
-    The points that near lost more.
+    Beside them the points that near lost more.
 
     images: of one request, by half. The same noise comes at every request: the mean rests on no
     more of them than one request.

@@ -1,5 +1,4 @@
-"""What the studies share: the command line, the runs, the look of the pictures, and what is
-written.
+"""What the studies share: command line, runs, the look of the pictures, what is written.
 
 A study is `python scripts/studies/NAME.py [OVERRIDE ...] [--output DIR]`. The overrides are
 appended to every run, so that `experiment=unlearncanvas_style model.path=DIR
@@ -154,7 +153,9 @@ def command(main: Callable[[Study], None], docstring: str) -> None:
 
     What a user can mend becomes one line on stderr and an exit status, as with cu-run.
     """
-    parser = Parser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+    question, _, more = docstring.partition("\n\n")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=question, epilog=more, formatter_class=form)
     parser.add_argument(
         "overrides", nargs="*", metavar="OVERRIDE", help="as of cu-run, for every run of the study"
     )
@@ -164,9 +165,7 @@ def command(main: Callable[[Study], None], docstring: str) -> None:
     given = parser.parse_intermixed_args()
     with one_line_failures(Path(sys.argv[0]).name):
         quiet_libraries()
-        main(
-            Study(Path(sys.argv[0]).stem, docstring.splitlines()[0], given.overrides, given.output)
-        )
+        main(Study(Path(sys.argv[0]).stem, parser.description, given.overrides, given.output))
 
 
 def summary_line(table: pd.DataFrame) -> str:

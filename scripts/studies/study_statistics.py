@@ -1,5 +1,6 @@
-"""Statistics of the studies: correlations with intervals, how near two names are as text, what a
-change of weights does to a text.
+"""Statistics of the studies.
+
+Correlations with intervals, how near two names are as text, what a change of weights does to it.
 
 Shapes: B prompts, L tokens, D text width, out attention width.
 """
