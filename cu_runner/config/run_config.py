@@ -99,7 +99,7 @@ class RunConfig:
 
     @cached_property
     def code(self) -> CodeIdentity:
-        """Return the code that decides its numbers: this package's and what of the user's it names."""
+        """Return the code that decides its numbers: this package's and the user's that it names."""
         shown: list[Node[Any]] = [self.model, self.evaluator, self.sequence]
         shown += [self.retention] if self.retention else []
         trained: list[Node[Any]] = [self.method, *self.regularizers.values()]
