@@ -24,10 +24,10 @@ SCRIPTS = Path(sysconfig.get_path("scripts"))
 ENTRIES = {
     "cu-run": "cu_runner.cli.run",
     "cu-report": "cu_runner.cli.report",
-    "cu-table": "cu_runner.reporting.table_cells",
-    "cu-eval": "cu_runner.runner.remeasure",
+    "cu-table": "cu_runner.cli.table",
+    "cu-eval": "cu_runner.cli.evaluate",
     "cu-doctor": "cu_runner.cli.doctor",
-    "cu-sweep": "cu_runner.sweeps.status",
+    "cu-sweep": "cu_runner.cli.sweep",
 }
 # What a run imports, with the parts of diffusers and transformers that import at their first use.
 WARM = [
@@ -52,6 +52,13 @@ WARM = [
     "transformers.models.resnet.modeling_resnet",
     "transformers.models.auto.modeling_auto",
     *ENTRIES.values(),
+    "cu_runner.cli.fill_table",
+    "cu_runner.reporting.page",
+    "cu_runner.runner.forecast",
+    "cu_runner.runner.preflight",
+    "cu_runner.runner.remeasure",
+    "cu_runner.runner.runner",
+    "cu_runner.sweeps.submission",
 ]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(WARM)

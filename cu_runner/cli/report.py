@@ -1,6 +1,8 @@
-"""cu-report: runs as one HTML page that needs no network: what was forgotten and kept after each request, samples, drift, cost.
+"""cu-report: runs as one HTML page that needs no network: what was forgotten and kept after each
+request, samples, drift, cost.
 
-Exit status: 0 done, 1 a run is damaged, the page cannot be written or W&B failed, 2 paths or options are wrong, 130 interrupted.
+Exit status: 0 done, 1 a run is damaged, the page cannot be written or W&B failed, 2 paths or
+options are wrong, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from cu_runner.store.run_record import RunRecord
 
 def main() -> None:
     """Call `cu-report` with its command line."""
-    parser = Parser(prog="cu-report", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="cu-report", description=__doc__)
     parser.add_argument(
         "paths",
         nargs="+",
@@ -103,7 +105,7 @@ def pack_one(paths: list[Path], target: Path) -> None:
 
 
 def directories_of(paths: list[Path]) -> list[Path]:
-    """Return the run directories among the paths, each once. Raises ValueError if a path has none."""
+    """Return the run directories among the paths, each once; ValueError if a path has none."""
     from cu_runner.schema.errors import StoreError
     from cu_runner.store.run_record import find_runs
 
@@ -126,7 +128,7 @@ def writing_to(place: Path, option: str) -> Iterator[None]:
 
 
 def send_all(runs: list[RunRecord], mode: Literal["online", "offline"]) -> None:
-    """Mirror the runs to W&B, which writes its own files under the outputs folder of their configuration.
+    """Mirror the runs to W&B, which writes its own files under their outputs folder.
 
     Raises:
         MirrorError: a run was not sent, nor were those after it.

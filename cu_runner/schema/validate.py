@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from cu_runner.schema.errors import ConfigError
-from cu_runner.schema.values import ConfigTree
+
+Kind = TypeVar("Kind")
 
 
-def validate(kind: type, value: ConfigTree, path: str) -> object:
-    """Validate one value against a type; ConfigError names the key, the value and what is allowed."""
+def validate(kind: type[Kind], value: object, path: str) -> Kind:
+    """Return a value of this type; ConfigError names the key, the value and what is allowed."""
     try:
-        return TypeAdapter(kind).validate_json(
-            json.dumps(value, default=str), strict=True
-        )  # strict: true is no 1, "2" is no 2
+        # strict: true is no 1, "2" is no 2
+        return TypeAdapter(kind).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(

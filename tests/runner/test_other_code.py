@@ -150,7 +150,10 @@ def test_a_run_of_a_version_that_recorded_no_code_is_refused(in_process, run_cop
         path.write_text(json.dumps(kept | {"record_sha256": hash_json(kept)}), encoding="utf-8")
     status, _, err = in_process(*SMOKE)
     assert (status, err.count("\n")) == (1, 1)
-    assert f"{run_copy.name}: was made by cu_runner 0.1.0, whose runs this one (0.2.0) does not read" in err
+    assert (
+        f"{run_copy.name}: was made by cu_runner 0.1.0, whose runs this one (0.2.0) does not read"
+        in err
+    )
     status, out, _ = in_process(*SMOKE, "fresh=true")
     assert (status, run_directory(out, run_copy.parents[3]).name) == (0, f"{run_copy.name}-2")
 
