@@ -1,3 +1,1 @@
-"""Add-on regularizers: one file and one YAML of the same name in conf/reg each; they combine in
-list order.
-"""
+"""Add-on regularizers: one file and one YAML of conf/reg each; they combine in list order."""
