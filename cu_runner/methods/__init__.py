@@ -1,1 +1,1 @@
-"""Unlearning methods: one file and one YAML of conf/method each; `_name` is shared and holds none."""
+"""Unlearning methods: a file and a YAML of conf/method each; `_name` is shared and holds none."""
