@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         help="evaluator=NAME, retention=NAME, eval.steps=50, 'sequence.seeds=[1,2]', device=...",
     )
     arguments = parser.parse_intermixed_args()

@@ -55,22 +55,26 @@ def main() -> None:
     )
     arguments = parser.parse_intermixed_args()
     with one_line_failures("cu-report"):
+        directories = directories_of(arguments.paths)
         if arguments.pack:
-            pack_one(arguments.paths, arguments.pack)
+            pack_one(directories, arguments.pack)
         else:
-            produce(arguments.paths, arguments.output, arguments.details, arguments.wandb)
+            folder = arguments.output
+            folder = folder or Path("outputs/reports") / report_name(arguments.paths, directories)
+            produce(directories, folder, arguments.details, arguments.wandb)
 
 
 def produce(
-    paths: list[Path], output: Path | None, details: int, wandb: Literal["online", "offline"] | None
+    directories: list[Path],
+    folder: Path,
+    details: int,
+    wandb: Literal["online", "offline"] | None,
 ) -> None:
     """Write the page and its plots, and print where they are; send the runs to W&B if asked to."""
     from cu_runner.reporting.page import write_page
     from cu_runner.reporting.page_data import read_all
     from cu_runner.store.files import write_atomic
 
-    directories = directories_of(paths)
-    folder = output or Path("outputs/reports") / report_name(paths, directories)
     runs, unstarted = read_all(directories)
     remarks = []
     if len(runs) > details:
@@ -90,12 +94,11 @@ def produce(
         sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
-def pack_one(paths: list[Path], target: Path) -> None:
-    """Write the only run among the paths into one file, and print how it is used elsewhere."""
+def pack_one(directories: list[Path], target: Path) -> None:
+    """Write the only one of these runs into a file, and print how it is used elsewhere."""
     from cu_runner.store.archive import pack
     from cu_runner.store.run_record import read_run
 
-    directories = directories_of(paths)
     if len(directories) != 1:
         raise ValueError(f"--pack takes one run, not {len(directories)}; give its directory")
     with writing_to(target, "FILE"):

@@ -25,7 +25,10 @@ def main() -> None:
     parser = Parser(prog="cu-table", description=__doc__)
     parser.add_argument("table", help="name of a file of scripts/tables, or path of your own")
     parser.add_argument(
-        "overrides", nargs="*", help="KEY=VALUE for every run, as for cu-run: model.path=..."
+        "overrides",
+        nargs="*",
+        default=[],
+        help="KEY=VALUE for every run, as for cu-run: model.path=...",
     )
     parser.add_argument(
         "--experiment",

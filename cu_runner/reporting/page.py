@@ -62,7 +62,8 @@ class Plot:
 class Part:
     """Some rows and columns of an accuracy matrix, in percent.
 
-    jpeg: their samples, in base64, or "". kinds: "gone" where a concept is unlearned by then, "blank" where it was not measured, or "".
+    jpeg: their samples, in base64, or "". kinds: "gone" where a concept is unlearned by then,
+    "blank" where it was not measured, or "".
     """
 
     requests: list[int]

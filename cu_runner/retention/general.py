@@ -57,7 +57,7 @@ class GeneralRetention(Retention):
     ) -> None:
         """
         Args:
-            prompts: themselves, a shipped list (cu_runner/lists), a text file with one a line, or a CSV file with a column prompt
+            prompts: themselves, a shipped list (cu_runner/concepts/lists), a text file with one a line, or a CSV file with a column prompt
                 and, for images of its own, a column seed.
             seeds: evaluation noise; one image per prompt and seed. Not used if the CSV file has seeds.
             num_prompts: at most so many, evenly spread over all.
