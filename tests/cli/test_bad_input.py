@@ -8,7 +8,7 @@ import subprocess
 import diffusers
 import pytest
 import torch
-from commands import SCRIPTS, environment
+from commands import SCRIPTS, assert_one_line, environment
 from conftest import SMOKE
 
 CONFIGURATION = [
@@ -82,18 +82,6 @@ CONFIGURATION = [
     ),
     (["=="], ["=="]),
 ]
-
-
-def assert_one_line(result: tuple[int, str, str], status: int, fragments: list[str]) -> str:
-    """Exit status, exactly one line, and every fragment in it."""
-    found, out, err = result
-    assert err.count("\n") == 1, err
-    assert err.startswith("cu-run: ")
-    assert "Traceback" not in out + err
-    assert found == status, err
-    for fragment in fragments:
-        assert fragment in err
-    return err
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import sys
 from contextlib import nullcontext
 
 import pytest
+from commands import assert_one_line
 from conftest import SMOKE, compose, run_directory
 from omegaconf import OmegaConf
-from test_bad_input import assert_one_line
 
 from cu_runner.cli.evaluate import main as cu_eval
 from cu_runner.cli.failures import explain_error

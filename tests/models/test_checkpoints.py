@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from commands import assert_one_line
 from conftest import SMOKE
 from huggingface_hub.utils import filter_repo_objects
 from single_file import original_weights
-from test_bad_input import assert_one_line
 
 from cu_runner.models.checkpoints import find_weights, locate, wanted_files
 from cu_runner.models.diffusion import DiffusionModel, load_model

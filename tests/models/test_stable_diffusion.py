@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import read_conf
-from test_matrix import overrides, run
+from small_runs import overrides, run
 
 from cu_runner.evaluators.classifier import Classifier
 from cu_runner.models.diffusion import DiffusionModel, Text, load_model

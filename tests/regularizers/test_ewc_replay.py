@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMOKE, run_directory
-from test_training import Pull
+from doubles import Pull
 from torch import nn
 
 from cu_runner.methods.conabl import ConAbl

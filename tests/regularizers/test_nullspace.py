@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from conftest import SMOKE, run_directory
-from test_training import Pull
+from doubles import Pull
 
 from cu_runner.methods.conabl import ConAbl
 from cu_runner.models.parameters import assign, snapshot, subtract

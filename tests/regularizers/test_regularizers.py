@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from test_training import Pull
+from doubles import Pull
 from torch import nn
 
 from cu_runner.concepts.entries import read_shipped

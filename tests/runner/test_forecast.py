@@ -97,9 +97,7 @@ def test_settings_that_are_no_part_of_the_experiment_do_not_hide_a_rate(
         "+model.vae_slicing=true",
         "train.save_every=null",
     )
-    assert (
-        measure_rates(compose([*SMOKE, *changes]), read_run(run_copy).records[0].device) == same
-    )
+    assert measure_rates(compose([*SMOKE, *changes]), read_run(run_copy).records[0].device) == same
 
 
 def test_runs_of_other_methods_do_not_hide_an_older_one(run_copy, tmp_path, monkeypatch):

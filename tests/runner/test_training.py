@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import ended_after
+from doubles import Pull
 from torch import Tensor, nn
 
 from cu_runner.methods._forgetting import add_gradient
@@ -14,37 +15,10 @@ from cu_runner.models.diffusion import load_model
 from cu_runner.models.parameters import assign, select_parameters, snapshot, subtract
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.regularizers.gradproj import orthogonal_projector
-from cu_runner.request.scope import Scope
 from cu_runner.runner.early_stop import EarlyStop
 from cu_runner.runner.training import Training, check_composition, erase
 from cu_runner.schema.errors import TrainingError
 from cu_runner.schema.settings import PlanSettings, Sampler
-
-
-class Pull(Method[int]):
-    """Half the squared distance of every weight to 1, times a factor per step; the gradient is factor * (theta - 1)."""
-
-    def __init__(
-        self, events: list[str] | None = None, factors: tuple[float, ...] = (1.0,)
-    ) -> None:
-        self.events, self.factors = events if events is not None else [], factors
-
-    def begin_request(self, scope: Scope) -> None:
-        self.events.append("method.begin")
-
-    def batch(self, scope: Scope, step: int) -> int:
-        self.events.append(f"batch {step}")
-        return step
-
-    def loss(self, scope: Scope, batch: int) -> tuple[Tensor, dict[str, float]]:
-        self.events.append("loss")
-        factor = self.factors[min(batch, len(self.factors) - 1)]
-        return factor * 0.5 * sum(((weight - 1) ** 2).sum() for weight in scope.params.values()), {
-            "factor": factor
-        }
-
-    def on_gradients(self, params) -> None:
-        self.events.append("method.on_gradients")
 
 
 class Recorder(Regularizer):

@@ -11,7 +11,7 @@ from cu_runner.runtime import code_identity
 from cu_runner.runtime.code_identity import (
     PRESENTING,
     TRAINING,
-    agree,
+    CodeIdentity,
     code_files,
     identify,
     spell_changes,
@@ -130,10 +130,10 @@ def test_a_line_names_three_files_at_most():
 
 
 def test_records_agree_where_both_name_a_file():
-    ours, mine = (
-        {"files": files, "libraries": {"torch": "2"}}
-        for files in ({"x": "1"}, {"x": "1", "m": "2"})
-    )
-    assert agree(ours, mine)
-    assert not agree(ours, mine | {"libraries": {"torch": "3"}})
-    assert not agree(ours, {"files": {"x": "0"}, "libraries": {"torch": "2"}})
+    def identity(files: dict[str, str], torch: str = "2") -> CodeIdentity:
+        return CodeIdentity("", "", files, {"torch": torch}, None)
+
+    ours, mine = identity({"x": "1"}), {"x": "1", "m": "2"}
+    assert ours.agrees_with(identity(mine))
+    assert not ours.agrees_with(identity(mine, torch="3"))
+    assert not ours.agrees_with(identity({"x": "0"}))

@@ -212,7 +212,9 @@ def test_another_parent_is_refused(directory):
 
 def test_a_step_of_another_version_is_refused(directory):
     rewrite(directory / "steps/00/step.json", versions={"cu_runner": "0.1.0"})
-    refused(directory, r"run: was made by cu_runner 0.1.0, whose runs this one \(\d+\.\d+\.\d+\) does")
+    refused(
+        directory, r"run: was made by cu_runner 0.1.0, whose runs this one \(\d+\.\d+\.\d+\) does"
+    )
 
 
 def test_a_record_that_lacks_an_entry_or_has_another_is_refused(directory):
