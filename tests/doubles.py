@@ -7,7 +7,9 @@ from cu_runner.request.scope import Scope
 
 
 class Pull(Method[int]):
-    """Half the squared distance of every weight to 1, times a factor per step; the gradient is factor * (theta - 1)."""
+    """Half the squared distance of every weight to 1, times a factor per step; the gradient is
+    factor * (theta - 1).
+    """
 
     def __init__(
         self, events: list[str] | None = None, factors: tuple[float, ...] = (1.0,)

@@ -105,7 +105,10 @@ def test_only_commands_print():
 
 def test_help_does_not_load_torch():
     """`cu-run --help` answers at once: nothing that it imports pulls in torch or hydra."""
-    code = "import sys; sys.argv = ['', '--help']; from cu_runner.cli.run import main; main(); print([*sys.modules], file=sys.stderr)"
+    code = (
+        "import sys; sys.argv = ['', '--help']; from cu_runner.cli.run import main; main(); "
+        "print([*sys.modules], file=sys.stderr)"
+    )
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     ).stderr

@@ -32,7 +32,9 @@ def read_records(path: Path) -> list:
 
 
 def read_run_of_wandb(directory: Path) -> dict:
-    """What an offline run directory holds: id, names, configuration, history rows by step, media files."""
+    """What an offline run directory holds: id, names, configuration, history rows by step, media
+    files.
+    """
     (path,) = directory.glob("*.wandb")
     deadline = (
         time.monotonic() + 20

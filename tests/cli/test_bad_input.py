@@ -1,4 +1,6 @@
-"""Bad input of every kind: one line on stderr that names the value and what is allowed, a non-zero exit, nothing lost."""
+"""Bad input of every kind: one line on stderr that names the value and what is allowed, a non-zero
+exit, nothing lost.
+"""
 
 import json
 import os
@@ -144,7 +146,7 @@ def test_a_file_that_sets_a_whole_group_to_something_else(in_process, tmp_path, 
     )
 
 
-# --------------------------------------------------------------------------------------------------- model directories
+# -------------------------------------------------------------------------------- model directories
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_a_missing_component(in_process, pipeline_copy, component):
     shutil.rmtree(pipeline_copy / component)
@@ -207,7 +209,7 @@ def test_broken_json_and_a_foreign_scheduler(in_process, pipeline_copy):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- places
+# ------------------------------------------------------------------------------------------- places
 def test_outputs_that_are_a_file(in_process, tmp_path):
     (tmp_path / "taken").write_text("mine")
     assert_one_line(in_process(*SMOKE, "paths.outputs=taken"), 1, ["taken", "paths.outputs"])

@@ -1,4 +1,6 @@
-"""Concepts, sequences, methods and regularizers with names that are no good file names: nothing leaves the run directory."""
+"""Concepts, sequences, methods and regularizers with names that are no good file names: nothing
+leaves the run directory.
+"""
 
 import json
 import shutil

@@ -1,6 +1,8 @@
-"""Every method and every regularizer through cu-run: two requests; the second again with an interruption, bitwise.
+"""Every method and every regularizer through cu-run: two requests; the second again with an
+interruption, bitwise.
 
-Each cell is interrupted at the level of erase(), with what its run gave to it; three of them as whole runs too.
+Each cell is interrupted at the level of erase(), with what its run gave to it; three of them as
+whole runs too.
 """
 
 import json
@@ -46,7 +48,7 @@ CELLS = [(method, "none") for method in names("method")] + [
 WHOLE = [("conabl", "none"), ("uce", "none"), ("conabl", "gradproj_merge")]
 
 
-# --------------------------------------------------------------------------------------------------------- one request
+# -------------------------------------------------------------------------------------- one request
 class SecondRequest:
     """The second request of a finished run, to be trained again."""
 
@@ -105,7 +107,9 @@ class SecondRequest:
             erase(*self.begin(), self._plan.spine.train, after_step, undisturbed=stop.deferred)
 
     def resume(self, last: int) -> tuple[dict[str, torch.Tensor], bytes, dict[str, object]]:
-        """Train the rest: the delta, training.csv, and the records of the method and the regularizers."""
+        """Train the rest: the delta, training.csv, and the records of the method and the
+        regularizers.
+        """
         scope, method, regularizers = self.begin()
         state = self._checkpoint().begin({"request": 2})["training"]
         assert len(state["rows"]) == last
@@ -140,7 +144,7 @@ def test_a_request_that_is_interrupted_ends_bitwise_the_same(in_process, tmp_pat
     assert records == {name: recorded[name] for name in records}
 
 
-# --------------------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 @pytest.mark.parametrize(("method", "reg"), WHOLE)
 def test_a_run_that_is_interrupted_ends_bitwise_the_same(
     in_process, tmp_path, monkeypatch, method, reg

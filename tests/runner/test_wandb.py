@@ -1,4 +1,6 @@
-"""An offline W&B run, read back from the file that W&B wrote: configuration, metrics, the grid, the id of a resumed run."""
+"""An offline W&B run, read back from the file that W&B wrote: configuration, metrics, the grid, the
+id of a resumed run.
+"""
 
 import functools
 import itertools
@@ -154,8 +156,9 @@ def test_the_shipped_sweep_composes_for_every_combination_as_an_agent_would_call
     assert sweep["metric"]["name"] in ("UA", "RA_I", "RA_C")
 
 
-# --------------------------------------------------------------------------------------------- online, and no longer so
-# A command that waits for uploads for 5 s. WANDB_FINISH_TIMEOUT would not do: W&B reads it itself, whatever cu-run asks for.
+# ------------------------------------------------------------------------- online, and no longer so
+# A command that waits for uploads for 5 s. WANDB_FINISH_TIMEOUT would not do: W&B reads it itself,
+# whatever cu-run asks for.
 hasty = functools.partial(patch, "cu_runner.runner.tracking", "FINISH_SECONDS", 5.0)
 
 
