@@ -215,7 +215,7 @@ def delta_bytes(path: str, revision: str | None, group: str) -> int | None:
 
 def forecast(plan: RunConfig) -> str:
     """The text that `cu-run dry_run=true` prints. Raises ValueError or StoreError for what the run itself would refuse."""
-    device = device_name(torch.device(choose_device(plan.spine)))
+    device = device_name(choose_device(plan.spine))
     sequence, work = plan.sequence.build(), work_of(plan)
     begun = read_run(plan.directory) if (plan.directory / "steps/00/step.json").exists() else None
     if begun is not None and not plan.spine.allow_other_code:
