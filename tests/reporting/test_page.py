@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -38,6 +39,7 @@ from cu_runner.reporting.page_data import (
     short_layer,
 )
 from cu_runner.reporting.page_plots import COLOURS, line_style
+from cu_runner.runtime.code_identity import CodeIdentity, identify
 from cu_runner.schema.errors import StoreError
 from cu_runner.store.files import hash_json, to_safetensors
 from cu_runner.store.records import Row, StepResult, TrainingRecord
@@ -75,6 +77,7 @@ def make_run(
     seed: int = 0,
     sequence: str = "hand",
     science: int = 0,
+    code: CodeIdentity | None = None,
 ) -> Path:
     """A run directory with the steps 0 to `finished`: retained "kept" and "near", cross concepts
     "tree" and "cup", one seed.
@@ -97,7 +100,7 @@ def make_run(
         outputs / "runs" / sequence / f"{method}-none-sequential-s{seed}-{hash_json(config)[:8]}"
     )
     parent = None
-    with RunStore(directory, config, hash_json) as store:
+    with RunStore(directory, config, hash_json, code=code) as store:
         for index in range(finished + 1):
             concepts = [*(targets[:index] if index else targets), *retain]
             rows = [
@@ -543,6 +546,24 @@ def test_runs_of_one_name_say_what_differs(cu_report, tmp_path):
         (f"conabl [{run.name[-8:-4]}] (1 of 3 requests)", science)
         for run, science in ((one, "3"), (other, "4"))
     )
+
+
+def test_runs_of_other_code_are_named(cu_report, tmp_path):
+    """One's own method in one of them only is no difference; each run shows its digest."""
+    ours = identify()
+    own = replace(ours, sha256="1" * 64, files=ours.files | {"mine": "1"}, dirty=True)
+    other = replace(ours, sha256="2" * 64, files=ours.files | {"methods/base.py": "2"})
+    make_run(tmp_path, "conabl", finished=1, code=ours)
+    make_run(tmp_path, "mine", finished=1, code=own)
+    said = "Made by other code than the first of the runs, or by several (see Configuration): "
+    cu_report(tmp_path / "runs", "--output", "here")
+    assert said not in read_page(tmp_path / "here/index.html").text
+    make_run(tmp_path, "esd", finished=1, code=other)
+    cu_report(tmp_path / "runs", "--output", "here")
+    text = read_page(tmp_path / "here/index.html").text
+    assert f"{said}esd." in text
+    for fact in (ours.sha256, f"{own.sha256} (with uncommitted changes)", other.sha256):
+        assert f"code sha256{fact}" in text
 
 
 def test_many_runs_stand_in_several_tables(cu_report, tmp_path):

@@ -2,15 +2,17 @@
 of orderings, bad input.
 """
 
+import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import yaml
-from conftest import SMOKE
+from conftest import SMOKE, run_directory
 from hydra.core.global_hydra import GlobalHydra
 
 from cu_runner.config.compose import compose
@@ -18,6 +20,7 @@ from cu_runner.reporting import table_cells as tables
 from cu_runner.reporting.intervals import of_sum, over_images, over_seeds
 from cu_runner.reporting.table_spec import read_table
 from cu_runner.runtime.paths import shipped_dir
+from cu_runner.store.files import hash_json
 
 TABLE = {
     "title": "after the last request",
@@ -59,6 +62,18 @@ def own_table(tmp_path):
         return str(path)
 
     return write
+
+
+def change_code(run: Path, steps: Iterable[int], name: str) -> None:
+    """Change what steps record of a file of their code, as if they had been made by that."""
+    for path in sorted(run.glob("steps/*/step.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["index"] in steps:
+            record["code"]["files"][name] = "0" * 64
+            record["code"]["sha256"] = hash_json(record["code"]["files"])
+        del record["record_sha256"]
+        text = json.dumps(record | {"record_sha256": hash_json(record)})
+        path.write_text(text, encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------- statistics
@@ -305,7 +320,9 @@ def test_several_seeds_are_all_needed_for_a_cell(cu_table, own_table, run_copy):
 def test_seeds_become_mean_and_interval_in_every_format(cu_table, own_table, tmp_path, monkeypatch):
     last = [{"UA": 96.0, "RA_I": value, "RA_C": float("nan")} for value in (1.0, 2.0, 3.0)]
     runs = [
-        SimpleNamespace(directory=Path(str(i)), table=pd.DataFrame([row]))
+        SimpleNamespace(
+            directory=Path(str(i)), table=pd.DataFrame([row]), same_code_as=lambda _: True
+        )
         for i, row in enumerate(last)
     ]
     plans = [SimpleNamespace(directory=run.directory, tuned=False) for run in runs]
@@ -330,6 +347,34 @@ def test_seeds_become_mean_and_interval_in_every_format(cu_table, own_table, tmp
     assert (
         "{\\footnotesize 3 seeds: mean and 95\\% interval over them (Student's t).\\par}" in latex
     )
+
+
+def test_other_code_is_marked_in_every_format(cu_table, own_table, run_copy, tmp_path, in_process):
+    """In a cell whose run differs from the first of the table, and in one made by several."""
+    overrides = [*SMOKE, "reg=l2"]
+    status, out, _ = in_process(*overrides)
+    other = run_directory(out, tmp_path)
+    assert status == 0
+    assert "\N{SECTION SIGN}" not in cu_table(own_table())[1]
+    csv = tmp_path / "outputs/tables/mine-smoke.csv"
+    assert not pd.read_csv(csv)["other_code"].any()
+    change_code(other, range(3), "models/sampling.py")
+    status, out, err = cu_table(own_table())
+    assert (status, err) == (0, "")
+    lines = {line.split(" | ")[0]: line for line in out.splitlines() if line.startswith("| ")}
+    assert lines["| L2"].count(" \N{SECTION SIGN} |") == 3
+    assert "\N{SECTION SIGN}" not in lines["| sequential"]
+    assert "- \N{SECTION SIGN} Made by other code than the first run of this table" in out
+    marked = pd.read_csv(csv).groupby("row")["other_code"].all()
+    assert marked.to_dict() == {"L2": True, "sequential": False}
+    latex = (tmp_path / "outputs/tables/mine-smoke.tex").read_text()
+    assert latex.count("$^\\S$") == 4  # three numbers and the note
+    assert "\N{SECTION SIGN}" not in latex
+
+    change_code(run_copy, [2], "methods/conabl.py")  # then the other is the first of one code
+    cu_table(own_table())
+    marked = pd.read_csv(csv).groupby("row")["other_code"].all()
+    assert marked.to_dict() == {"L2": False, "sequential": True}
 
 
 def test_the_longest_runs_are_made_first(cu_table, own_table, monkeypatch):
