@@ -15,6 +15,7 @@ import yaml
 from conftest import SMOKE, run_directory
 from hydra.core.global_hydra import GlobalHydra
 
+from cu_runner.cli import fill_table, table
 from cu_runner.config.compose import compose
 from cu_runner.reporting import table_cells as tables
 from cu_runner.reporting.intervals import of_sum, over_images, over_seeds
@@ -49,7 +50,7 @@ TABLE = {
 @pytest.fixture
 def cu_table(call_command):
     """Returns run(*arguments) -> (exit status, stdout, stderr) of cu-table in tmp_path."""
-    return lambda *arguments: call_command(tables.main, "cu-table", *arguments)
+    return lambda *arguments: call_command(table.main, "cu-table", *arguments)
 
 
 @pytest.fixture
@@ -329,7 +330,7 @@ def test_seeds_become_mean_and_interval_in_every_format(cu_table, own_table, tmp
     cell = tables.Cell(
         "ConAbl", "style", "sequential", [["seed=0"], ["seed=1"], ["seed=2"]], plans, runs
     )
-    monkeypatch.setattr(tables, "make_cells", lambda *_: [cell])
+    monkeypatch.setattr(fill_table, "make_cells", lambda *_: [cell])
     monkeypatch.setattr(tables, "num_images", lambda *_: 96)
     status, out, err = cu_table(own_table(), "--seeds", "0,1,2")
     assert (status, err) == (0, "")
@@ -358,29 +359,29 @@ def test_other_code_is_marked_in_every_format(cu_table, own_table, run_copy, tmp
     assert "\N{SECTION SIGN}" not in cu_table(own_table())[1]
     csv = tmp_path / "outputs/tables/mine-smoke.csv"
     assert not pd.read_csv(csv)["other_code"].any()
-    change_code(other, range(3), "models/sampling.py")
+    change_code(run_copy, range(3), "models/sampling.py")
     status, out, err = cu_table(own_table())
     assert (status, err) == (0, "")
     lines = {line.split(" | ")[0]: line for line in out.splitlines() if line.startswith("| ")}
-    assert lines["| L2"].count(" \N{SECTION SIGN} |") == 3
-    assert "\N{SECTION SIGN}" not in lines["| sequential"]
+    assert lines["| sequential"].count(" \N{SECTION SIGN} |") == 3
+    assert "\N{SECTION SIGN}" not in lines["| L2"]
     assert "- \N{SECTION SIGN} Made by other code than the first run of this table" in out
     marked = pd.read_csv(csv).groupby("row")["other_code"].all()
-    assert marked.to_dict() == {"L2": True, "sequential": False}
+    assert marked.to_dict() == {"L2": False, "sequential": True}
     latex = (tmp_path / "outputs/tables/mine-smoke.tex").read_text()
     assert latex.count("$^\\S$") == 4  # three numbers and the note
     assert "\N{SECTION SIGN}" not in latex
 
-    change_code(run_copy, [2], "methods/conabl.py")  # then the other is the first of one code
+    change_code(other, [2], "methods/conabl.py")  # the other is the first of one code then
     cu_table(own_table())
     marked = pd.read_csv(csv).groupby("row")["other_code"].all()
-    assert marked.to_dict() == {"L2": False, "sequential": True}
+    assert marked.to_dict() == {"L2": True, "sequential": False}
 
 
 def test_the_longest_runs_are_made_first(cu_table, own_table, monkeypatch):
     made = []
     monkeypatch.setattr(
-        tables,
+        fill_table,
         "cu_runs",
         lambda jobs, _: made.extend(jobs) or ["cu-run: training led to nothing"] * len(jobs),
     )
@@ -390,7 +391,7 @@ def test_the_longest_runs_are_made_first(cu_table, own_table, monkeypatch):
 
 
 def test_a_sweep_that_was_not_submitted_is_one_line(cu_table, own_table, monkeypatch, tmp_path):
-    monkeypatch.setattr(tables, "submit", lambda *_: "the launcher says: no")
+    monkeypatch.setattr(fill_table, "submit", lambda *_: "the launcher says: no")
     assert cu_table(own_table(), "--run", "--launcher", "slurm") == (
         1,
         "",
@@ -449,8 +450,8 @@ def test_a_hundred_cells(own_table, run_copy, tmp_path):
         targets=None,
     )
     code = (
-        "import resource, sys, time\nstarted = time.monotonic()\nfrom cu_runner import "
-        "tables\ntables.main()\n"
+        "import resource, sys, time\nstarted = time.monotonic()\nfrom cu_runner.cli "
+        "import table\ntable.main()\n"
     )
     code += (
         "print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss "
