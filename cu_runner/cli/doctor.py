@@ -29,9 +29,10 @@ from cu_runner.retention.base import Retention
 from cu_runner.schema.errors import ModelError, WeightFileError
 from cu_runner.store.archive import unpack
 from cu_runner.store.files import has_intact_header
-from cu_runner.store.layout import STEP
-from cu_runner.store.records import parse_record
-from cu_runner.store.verify import Finding, read_config, verify_configuration, verify_run
+from cu_runner.store.layout import STEP, step_dir
+from cu_runner.store.records import read_record
+from cu_runner.store.run_record import read_config
+from cu_runner.store.verify import Finding, verify_configuration, verify_run
 
 if TYPE_CHECKING:
     from cu_runner.config.run_config import RunConfig
@@ -81,7 +82,7 @@ def examine_run(path: Path, quiet: bool) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         directory = unpack(path, Path(folder)) if path.is_file() else path
-        config = read_config(directory)
+        config, _ = read_config(directory)
         try:
             plan = check_run(filled_in(config), directory.name.partition("-")[0])
             sequence = plan.sequence.build()
@@ -100,8 +101,8 @@ def verify_origin(directory: Path, plan: RunConfig) -> Iterable[Finding]:
 
     That is the model, the evaluator and what measures the retention.
     """
-    record = parse_record(directory / "steps/00" / STEP)
-    if record is None:  # said already
+    record, problem = read_record(step_dir(directory, 0) / STEP)
+    if record is None or problem is not None:  # said already
         return
     parts: dict[str, Node[Any]] = {"model": plan.model, "evaluator": plan.evaluator}
     if plan.retention is not None:
@@ -115,7 +116,7 @@ def verify_origin(directory: Path, plan: RunConfig) -> Iterable[Finding]:
         except (ModelError, WeightFileError, OSError) as error:
             yield Finding(f"weights of the {name}", None, str(error).splitlines()[0])
             continue
-        same = found == record.get(f"{name}_sha256")
+        same = found == vars(record)[f"{name}_sha256"]
         yield Finding(
             f"weights of the {name}", same, "" if same else "are not those that the run began with"
         )

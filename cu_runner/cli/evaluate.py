@@ -80,7 +80,7 @@ def main() -> None:
         ) as store:
             for step in measure_again(run, plan, store, instruments):
                 print(compare(run.records[step.index].row, step.row), flush=True)
-            store.write_metrics([step.row for step in store.finished()])
+            store.write_metrics(store.finished())
         print(f"evaluation: {directory}")
 
 

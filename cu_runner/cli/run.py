@@ -9,7 +9,6 @@ number for another signal.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -101,7 +100,7 @@ def run_job(config: DictConfig) -> None:
         if distributed.is_main()
         else contextlib.nullcontext(),
     ):
-        if is_complete(plan.directory, store):
+        if is_finished(store):
             logger.info("complete already; nothing to do")
         else:
             execute(plan, store, outputs, stop)
@@ -111,89 +110,39 @@ def run_job(config: DictConfig) -> None:
         print(f"run: {plan.directory}", flush=True)
 
 
-def is_complete(directory: Path, store: RunStore) -> bool:
-    """Return whether summary.json stands for the last of the finished, undamaged steps.
+def is_finished(store: RunStore) -> bool:
+    """Tell whether every step is there and undamaged. Raises StoreError on damage.
 
-    Raises:
-        StoreError: a step is damaged.
+    What is derived from the steps is then made anew: it may have been damaged or edited.
     """
+    from cu_runner.store.run_record import is_complete
+
     steps = store.finished()
-    try:
-        summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # missing or damaged: it is derived, the runner writes it again
+    if not is_complete(store.directory):
         return False
-    complete = (
-        bool(steps) and isinstance(summary, dict) and summary.get("sha256") == steps[-1].sha256
-    )
-    if complete:  # what is derived is made anew: it may have been damaged or edited
-        store.write_metrics([step.row for step in steps])
-        store.write_summary(steps)
-    return complete
+    store.write_metrics(steps)
+    store.write_summary(steps)
+    return True
 
 
 def execute(plan: RunConfig, store: RunStore, outputs: Path, stop: StopSignals) -> None:
     """Build every part and make the steps that are missing."""
-    from cu_runner.concepts.requests import plan_requests
-    from cu_runner.runner.runner import Runner, prepare
+    from cu_runner.runner.parts import build_parts
+    from cu_runner.runner.runner import Runner
     from cu_runner.runner.tracking import Tracker
     from cu_runner.runtime import distributed
     from cu_runner.store.cache import Cache
     from cu_runner.store.run_record import read_run
 
     quiet_libraries()
-    spine = plan.spine
-    device = choose_device(spine)
-    sequence = plan.sequence.build()
-    requests = plan_requests(sequence, plan.setting.plan, plan.setting.last_only)
-    method = plan.method.build()
-    regularizers = {name: node.build() for name, node in plan.regularizers.items()}
-    logger.info(
-        "%s: %d requests, method %s, reg %s",
-        sequence.name,
-        len(requests),
-        plan.method_name,
-        "+".join(regularizers) or "none",
-    )
-    if distributed.size() > 1:
-        logger.info("%d processes", distributed.size())
-    if not plan.tuned:
-        logger.info(
-            "no tuned settings for these regularizers in this order (conf/tuned): "
-            "those of their own files hold"
-        )
-    model = plan.model.build(device=device)
-    prepare(model, spine.speed, spine.train)
-    evaluator = plan.evaluator.build(device=device)
-    retention = plan.retention.build(device=device) if plan.retention else None
-    tracker = Tracker(
-        spine.wandb if distributed.is_main() else replace(spine.wandb, mode="disabled"),
-        plan.directory.name,
-        outputs,
-        plan.resolved,
-        group=f"{sequence.name}-{plan.method_name}",
-        job_type="+".join(regularizers) or "none",
-    )
-    runner = Runner(
-        model,
-        evaluator,
-        sequence,
-        method,
-        regularizers,
-        requests,
-        plan.setting,
-        store,
-        Cache(outputs / "cache", plan.code),
-        tracker,
-        spine.train,
-        spine.anchors,
-        spine.eval,
-        spine.seed,
-        plan.training_key,
-        retention,
-        stop,
-    )
+    settings = plan.spine.wandb
+    if not distributed.is_main():
+        settings = replace(settings, mode="disabled")
+    parts = build_parts(plan, choose_device(plan.spine))
+    names = (f"{parts.sequence.name}-{plan.method_name}", "+".join(parts.regularizers) or "none")
+    tracker = Tracker(settings, plan.directory.name, outputs, plan.resolved, *names)
     try:
-        runner.run()
+        Runner(plan, parts, store, Cache(outputs / "cache", plan.code), tracker, stop).run()
         if distributed.is_main():
             tracker.log_accuracy(read_run(plan.directory).accuracy_matrix())
     finally:

@@ -34,7 +34,7 @@ class Request:
         )
 
 
-def plan_requests(sequence: Sequence, setting: PlanName, last_only: bool = False) -> list[Request]:
+def plan_requests(sequence: Sequence, plan: PlanName, last_only: bool = False) -> list[Request]:
     """Return the requests of a run, one per target of the sequence (Lee et al. 2026, Sec. 3).
 
     sequential: request n starts from the weights of request n-1 and unlearns one concept.
@@ -48,5 +48,5 @@ def plan_requests(sequence: Sequence, setting: PlanName, last_only: bool = False
         "independent": lambda n: Request(n, (targets[n - 1],), (targets[n - 1],), "base"),
         "simultaneous": lambda n: Request(n, targets[:n], targets[:n], "base"),
     }
-    requests = [plans[setting](n) for n in range(1, len(targets) + 1)]
+    requests = [plans[plan](n) for n in range(1, len(targets) + 1)]
     return [replace(requests[-1], index=1)] if last_only else requests

@@ -6,6 +6,7 @@ Sequence files are checked here. The values hold no model and no randomness.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -58,14 +59,14 @@ class Sequence:
     retain: tuple[Concept, ...]
     cross_retain: tuple[Concept, ...]
     vocabulary: tuple[str, ...]
-    prompt: str  # evaluation prompt, one {domain} placeholder per domain: "a {object} image in {style} style"
+    # evaluation prompt, one {domain} placeholder per domain: "a {object} image in {style} style"
+    prompt: str
     target_prompt: str  # training prompt of the concept: placeholders {concept}, {caption}
     anchor_prompt: str  # training prompt of its anchor: placeholders {anchor}, {caption}
     captions: tuple[str, ...]  # what {caption} runs through
     seeds: tuple[int, ...]  # evaluation noise seeds; one image per prompt and seed
-    images: tuple[
-        ImagePrompt, ...
-    ] = ()  # evaluation images of one's own, in place of prompt and seeds
+    # evaluation images of one's own, in place of prompt and seeds
+    images: tuple[ImagePrompt, ...] = ()
 
     @property
     def domain(self) -> str:
@@ -156,23 +157,24 @@ def make_sequence(
     cross_retain = read_entries("sequence.cross_retain", cross_retain)
     vocabulary = read_entries("sequence.vocabulary", vocabulary)
     captions = read_entries("sequence.captions", captions)
-    for label, names in {
+    lists: dict[str, list[str] | list[int]] = {
         "targets": targets,
         "retain": retain,
         "cross_retain": cross_retain,
         "captions": captions,
         "seeds": seeds,
-    }.items():
-        repeated = sorted({str(entry) for entry in names if names.count(entry) > 1})
+    }
+    for label, entries in lists.items():
+        repeated = sorted(str(entry) for entry, count in Counter(entries).items() if count > 1)
         if repeated:
             raise ValueError(
                 f"sequence.{label} lists {', '.join(repeated)} more than once; name each entry once"
             )
-        if not names:
+        if not entries:
             raise ValueError(f"sequence.{label} is empty; it needs at least one entry")
         strange = [
             entry
-            for entry in names
+            for entry in entries
             if isinstance(entry, str) and not (entry.strip() and entry.isprintable())
         ]
         if strange:

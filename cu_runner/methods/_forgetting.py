@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 class ForgetBatch:
     """Images of the concepts to unlearn, and images to be kept.
 
-    forget: its first texts are the concepts' own prompts. retain: None where the kept images weigh
-    0.
+    forget: its first texts are the concepts' own prompts. retain: None where they weigh 0.
     """
 
     forget: NoisyBatch
@@ -31,9 +30,7 @@ class ForgetBatch:
 
 
 def target_prompts(scope: Scope) -> list[list[str]]:
-    """Return the prompts of every concept to unlearn, [G][M]; the untouched model makes its images
-    from them.
-    """
+    """Return the prompts of every concept to unlearn, [G][M]; its images are made from them."""
     return [
         [target for target, _ in scope.sequence.training_pairs(concept)]
         for concept in scope.request.targets
@@ -44,7 +41,9 @@ def draw_pair(
     scope: Scope, step: int, forget: CaptionedImages, retain: CaptionedImages | None
 ) -> ForgetBatch:
     """Draw batch number `step`: scope.batch_size images of each kind."""
-    kept = retain and retain.draw(scope.rng.generator("retain", step), scope.batch_size)
+    kept = None
+    if retain is not None:
+        kept = retain.draw(scope.rng.generator("retain", step), scope.batch_size)
     return ForgetBatch(forget.draw(scope.rng.generator("train", step), scope.batch_size), kept)
 
 
@@ -87,8 +86,9 @@ def split(flat: Tensor, params: dict[str, nn.Parameter]) -> list[Tensor]:
 
 
 def add_gradient(params: dict[str, nn.Parameter], flat: Tensor) -> None:
-    """Add a vector [P] to .grad, which gets the strides of its weight: fused optimisers take no
-    others.
+    """Add a vector [P] to .grad.
+
+    .grad gets the strides of its weight: fused optimisers take no others.
     """
     for parameter, part in zip(params.values(), split(flat, params), strict=True):
         total = part if parameter.grad is None else parameter.grad + part

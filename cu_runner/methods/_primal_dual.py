@@ -1,5 +1,4 @@
-"""What the primal-dual methods share: dual ascent, path divergences, samples of the model in
-training, a retain term.
+"""What the primal-dual methods share: dual ascent, path divergences, samples, a retain term.
 
 Constrained unlearning (arXiv 2605.30825) poses three problems with a constraint for each unlearning
 distribution q_i: reverse_kl.py, forward_kl.py and likelihood.py. The problems and minimisers are
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass as checked_dataclass
@@ -33,7 +32,8 @@ Reference = Literal["empty", "anchor"]
 Teacher = Literal["previous", "base"]
 
 
-TOLERANCE = 0.05  # of the initial value: a smaller violation on the fresh samples is the noise of their mean
+# of the initial value: a smaller violation on the fresh samples is the noise of their mean
+TOLERANCE = 0.05
 
 
 def dual_step(lam: Tensor, violation: Tensor, step_size: float) -> Tensor:
@@ -98,8 +98,9 @@ class DualAscent:
 
 
 class Duals(Resumable):
-    """One multiplier per constraint, and the running mean of what it bounds. All tensors are [m] on
-    the CPU.
+    """One multiplier per constraint, and the running mean of what it bounds.
+
+    All tensors are [m] on the CPU.
     """
 
     changing = ("lam", "mean", "cut", "_steps")
@@ -121,13 +122,11 @@ class Duals(Resumable):
         self.settings, self.initial, self.bound, self.limit = settings, initial, bound, limit
         self.sense, self._sign = sense, {"at least": 1, "at most": -1}[sense]
         self.lam = torch.zeros_like(initial)
-        self.measured = torch.full_like(
-            initial, torch.nan
-        )  # by the latest backward pass, in effect only with update()
+        # measured by the latest backward pass, in effect only with update()
+        self.measured = torch.full_like(initial, torch.nan)
         self.mean = self.measured
-        self.cut = torch.zeros(
-            len(initial), dtype=torch.bool
-        )  # whether the last dual step would have left the cap
+        # whether the last dual step would have left the cap
+        self.cut = torch.zeros(len(initial), dtype=torch.bool)
         self._steps = 0
 
     def violation(self, values: Tensor) -> Tensor:
@@ -156,8 +155,9 @@ class Duals(Resumable):
         return moving_average(self.mean, self.measured, self.settings.decay)
 
     def advance(self) -> None:
-        """Update the running mean after a primal step, and on every `settings.every`-th take the
-        dual step.
+        """Update the running mean after a primal step.
+
+        Every `settings.every`-th time the dual step follows.
         """
         self.mean = self.averaged()
         self._steps += 1
@@ -196,12 +196,13 @@ class Duals(Resumable):
         worst = int(self.violation(final).argmax())
         text = (
             f"the constraint on {names[worst]} is violated on fresh samples: {final[worst]:.3g}, "
-            f"must be {self.sense} "
-            f"{self.bound[worst]:.3g}"
+            f"must be {self.sense} {self.bound[worst]:.3g}"
         )
         reasons = {
-            "infeasible": f"infeasible: lambda is stuck at its cap and {text}; loosen method.bound or raise method.cap",
-            "unfinished": f"unfinished: {text} with lambda below its cap; raise train.steps, train.lr or method.dual.step_size",
+            "infeasible": f"infeasible: lambda is stuck at its cap and {text}; "
+            "loosen method.bound or raise method.cap",
+            "unfinished": f"unfinished: {text} with lambda below its cap; "
+            "raise train.steps, train.lr or method.dual.step_size",
         }
         return {"status": status, "constraints": rows} | (
             {"note": reasons[status]} if status in reasons else {}
@@ -227,7 +228,7 @@ class PrimalDual(Method[Batch]):
     def restore(self, state: dict[str, object]) -> None:
         """Take what state() gave."""
         super().restore(state)
-        self.duals.restore(state["duals"])
+        self.duals.restore(cast("dict[str, object]", state["duals"]))
 
     def update(self, scope: Scope, optimizer: Optimizer) -> None:
         """Take the primal step, then move the duals.
@@ -295,8 +296,9 @@ def retain_loss(
     kind: Literal["teacher", "diffusion"],
     weights: dict[str, Tensor],
 ) -> Tensor:
-    """Return E ||e_theta - sg e_q||^2 ("teacher") or the diffusion loss on kept images with their
-    captions.
+    """Return E ||e_theta - sg e_q||^2 ("teacher"), or the diffusion loss.
+
+    Both are on kept images with their own captions.
     """
     (texts,) = batch.texts
     wanted = batch.noise

@@ -1,5 +1,6 @@
-"""What an unlearning method provides. Subclass Method, put a YAML beside it in conf/method, and it
-runs.
+"""What an unlearning method provides.
+
+Subclass Method, put a YAML of its name in conf/method, and it runs.
 
 Shapes: B batch, C latent channels, H W latent size, L tokens, D text width.
 """
@@ -21,16 +22,16 @@ Batch = TypeVar("Batch")
 
 
 class Method(Resumable, ABC, Generic[Batch]):
-    """An unlearning loss and the batches it is computed on, and what else of a step a method does
-    its own way.
-    """
+    """An unlearning loss and its batches, and what else of a step a method does its own way."""
 
     params: ParameterGroup = "kv_xattn"  # which weights are trained
-    closed_form: bool = False  # True: one step sets the weights; there is no loss, and no gradient, for regularizers to change
+    # True: one step sets the weights; there is no loss or gradient for regularizers to change
+    closed_form: bool = False
 
     def begin_request(self, scope: Scope) -> None:
-        """Prepare for a request: anchor sets, teachers, masks. State of an earlier request must not
-        survive it.
+        """Prepare for a request: anchor sets, teachers, masks.
+
+        State of an earlier request must not survive it.
         """
 
     @abstractmethod

@@ -104,17 +104,11 @@ class EraseDiff(Method[EraseDiffBatch]):
         """
         self.multiplier, self.weight, self.eta = multiplier, weight, eta
         self.num_inner, self.inner_optimizer, self.inner_lr = num_inner, inner_optimizer, inner_lr
-        self.unrelated, self.num_images, self.retain, self.params = (
-            unrelated,
-            num_images,
-            retain,
-            params,
-        )
+        self.unrelated, self.num_images = unrelated, num_images
+        self.retain, self.params = retain, params
 
     def begin_request(self, scope: Scope) -> None:
-        """Make images of the concept, with its own prompts and the unrelated ones, and images to be
-        kept.
-        """
+        """Make images of the concept, with both kinds of prompts, and images to be kept."""
         pairs = [scope.sequence.training_pairs(concept) for concept in scope.request.targets]
         other = [
             [anchor if self.unrelated is None else self.unrelated for _, anchor in prompts]
@@ -141,11 +135,10 @@ class EraseDiff(Method[EraseDiffBatch]):
         """
         reached = self._reached(scope, batch)
         forget = matching_loss(scope.model, batch.outer.forget)
+        assert batch.outer.retain is not None  # batch() always draws some
         kept = diffusion_loss(scope.model, batch.outer.retain)
-        g_retain, g_constraint = (
-            flat_gradient(kept, scope.params),
-            flat_gradient(forget, scope.params),
-        )
+        g_retain = flat_gradient(kept, scope.params)
+        g_constraint = flat_gradient(forget, scope.params)
         lam = (
             self.weight
             if self.multiplier == "fixed"

@@ -51,8 +51,9 @@ class Trajectories:
 
 
 class ESD(Method[Trajectories]):
-    """Train the prediction for the concept's prompt towards the teacher's, pushed to the empty
-    prompt's side.
+    """Train the prediction for the concept's prompt towards the teacher's.
+
+    The teacher's is pushed from the concept to the empty prompt's side.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class ESD(Method[Trajectories]):
         self.guidance, self.sampler_steps = guidance, sampler_steps
 
     def batch(self, scope: Scope, step: int) -> Trajectories:
-        """Sample from the current weights for the concepts' prompts, up to a random denoising step."""
+        """Sample from the weights as they are, for the concepts' prompts, up to a random step."""
         captions = scope.sequence.captions if "{caption}" in self.prompt else [""]
         prompts = [
             self.prompt.format(concept=concept.name, caption=caption)
@@ -117,9 +118,10 @@ class ESD(Method[Trajectories]):
             taught = model.predict_noise(
                 torch.cat([batch.noisy] * 2), torch.cat([batch.timesteps] * 2), both, weights
             )
+        empty, concept = taught.chunk(2)
         loss = F.mse_loss(
             model.predict_noise(batch.noisy, batch.timesteps, text),
-            erasing_target(*taught.chunk(2), self.eta),
+            erasing_target(empty, concept, self.eta),
         )
         return loss, {"unlearn_loss": loss.item(), "timestep": batch.timesteps[0].item()}
 

@@ -42,9 +42,7 @@ def forget_weights(lam: Tensor, sizes: Tensor, total: int) -> Tensor:
 
 
 def shorten(ascent: Tensor, descent: Tensor, ratio: float) -> Tensor:
-    """Scale the ascending gradient [P] down where its norm exceeds `ratio` times the descending
-    one's [P].
-    """
+    """Scale the ascending gradient [P] down to at most `ratio` times the norm of the descending."""
     return ascent * (
         ratio * descent.norm() / ascent.norm().clamp(min=torch.finfo(ascent.dtype).tiny)
     ).clamp(max=1)
@@ -103,19 +101,10 @@ class ForwardKL(PrimalDual[DataBatch]):
                 f"method.ascent_stop={ascent_stop}: must exceed method.bound={bound}, which it "
                 "would else put out of reach"
             )
-        self.bound, self.cap, self.ascent_stop, self.ascent_ratio = (
-            bound,
-            cap,
-            ascent_stop,
-            ascent_ratio,
-        )
-        self.num_images, self.num_fresh, self.retain, self.dual, self.params = (
-            num_images,
-            num_fresh,
-            retain,
-            dual,
-            params,
-        )
+        self.bound, self.cap = bound, cap
+        self.ascent_stop, self.ascent_ratio = ascent_stop, ascent_ratio
+        self.num_images, self.num_fresh, self.retain = num_images, num_fresh, retain
+        self.dual, self.params = dual, params
 
     def begin_request(self, scope: Scope) -> None:
         """Make q's data: images of every group and of what is kept, by the untouched model.
@@ -184,7 +173,7 @@ class ForwardKL(PrimalDual[DataBatch]):
         return descent + ascent, logs
 
     def backward(self, scope: Scope, batch: DataBatch) -> dict[str, float]:
-        """Add the loss's gradient, with its ascending part kept from outgrowing the descending one."""
+        """Add the loss's gradient; its ascending part may not outgrow the descending one."""
         descent, ascent, logs = self.terms(scope, batch)
         if ascent.item() == 0:
             descent.backward()

@@ -39,12 +39,8 @@ class GradientAscent(Method[ForgetBatch]):
             retain: what is to be kept.
             params: the weights that are trained.
         """
-        self.retain_weight, self.num_images, self.retain, self.params = (
-            retain_weight,
-            num_images,
-            retain,
-            params,
-        )
+        self.retain_weight, self.num_images = retain_weight, num_images
+        self.retain, self.params = retain, params
 
     def begin_request(self, scope: Scope) -> None:
         """Make images of the concepts, and of what is to be kept."""

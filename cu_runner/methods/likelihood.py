@@ -137,26 +137,12 @@ class Likelihood(PrimalDual[SampledBatch]):
             dual: the dual ascent.
             params: the weights that are trained.
         """
-        self.bound, self.cap, self.clip, self.temperature, self.draws = (
-            bound,
-            cap,
-            clip,
-            temperature,
-            draws,
-        )
-        self.reference, self.teacher, self.sampling_steps, self.guidance = (
-            reference,
-            teacher,
-            sampling_steps,
-            guidance,
-        )
-        self.retain_weight, self.retain_kind, self.retain, self.dual, self.params = (
-            retain_weight,
-            retain_loss,
-            retain,
-            dual,
-            params,
-        )
+        self.bound, self.cap, self.clip = bound, cap, clip
+        self.temperature, self.draws = temperature, draws
+        self.reference, self.teacher = reference, teacher
+        self.sampling_steps, self.guidance = sampling_steps, guidance
+        self.retain_weight, self.retain_kind, self.retain = retain_weight, retain_loss, retain
+        self.dual, self.params = dual, params
 
     def begin_request(self, scope: Scope) -> None:
         """Make the kept images, and measure E[r] on samples of the concepts as they are."""
@@ -169,16 +155,14 @@ class Likelihood(PrimalDual[SampledBatch]):
         )
 
     def batch(self, scope: Scope, step: int) -> SampledBatch:
-        """Sample on-policy images of the concepts' prompts at S noise levels each, B rows in all."""
+        """Sample on-policy images of the concepts' prompts at S noise levels each; B rows."""
         generator = scope.rng.generator("train", step)
         rows = draw_rows(scope, generator, max(1, scope.batch_size // self.draws))
-        retain = self._images and self._images.draw(generator, scope.batch_size)
+        retain = self._images.draw(generator, scope.batch_size) if self._images else None
         return self._draw(scope, generator, *rows, retain)
 
     def loss(self, scope: Scope, batch: SampledBatch) -> tuple[Tensor, dict[str, float]]:
-        """Return E ||e_theta(x_t, c*) - sg e*||^2 + w L_retain on noised samples of the model in
-        training.
-        """
+        """Return E ||e_theta(x_t, c*) - sg e*||^2 + w L_retain on noised samples of the model."""
         model, weights = scope.model, teacher_weights(scope, self.teacher)
         arguments, lam = (batch.noisy, batch.timesteps), self.duals.lam
         concepts, captions = (
@@ -224,13 +208,14 @@ class Likelihood(PrimalDual[SampledBatch]):
         return self._measure(scope, "final")
 
     def end_request(self, scope: Scope) -> dict[str, object]:
-        """Return the final constraints, and whether lam r left the range in which the target is
-        accurate.
-        """
+        """Return the final constraints, and whether lam r left the target's accurate range."""
         record = super().end_request(scope) | {"largest_push": self._largest_push}
         if self._largest_push > 1:
-            warning = f"lambda r reached {self._largest_push:.2g}; the target is first-order and off by 17% at 1: lower method.cap"
-            record["note"] = "; ".join([record["note"], warning] if "note" in record else [warning])
+            warning = (
+                f"lambda r reached {self._largest_push:.2g}; the target is first-order and off by "
+                "17% at 1: lower method.cap"
+            )
+            record["note"] = f"{record['note']}; {warning}" if "note" in record else warning
         return record
 
     def _draw(
@@ -258,14 +243,9 @@ class Likelihood(PrimalDual[SampledBatch]):
         return SampledBatch(noisy, noise, timesteps, concepts, captions, retain)
 
     def _ratios(self, scope: Scope, batch: SampledBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return e_null [B, C, H, W], e_{c_i} [m, B, C, H, W] and r_i [m, images], all by the
-        teacher.
-        """
-        model, weights, elements = (
-            scope.model,
-            teacher_weights(scope, self.teacher),
-            batch.noise[0].numel(),
-        )
+        """Return e_null [B, C, H, W], e_{c_i} [m, B, C, H, W], r_i [m, images] by the teacher."""
+        model, elements = scope.model, batch.noise[0].numel()
+        weights = teacher_weights(scope, self.teacher)
         captions = [caption for caption in batch.captions for _ in range(self.draws)]
         empty = model.encode_prompts([""] * len(captions))
         null = model.predict_noise(batch.noisy, batch.timesteps, empty, weights)

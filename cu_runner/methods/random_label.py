@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class RandomLabel(Method[ForgetBatch]):
-    """Train on images of the concept towards the current model's own prediction for another prompt."""
+    """Train on images of the concept towards the model's own prediction for another prompt."""
 
     def __init__(
         self,
@@ -54,9 +54,7 @@ class RandomLabel(Method[ForgetBatch]):
         self.retain, self.params = retain, params
 
     def begin_request(self, scope: Scope) -> None:
-        """Make images of the concepts, each with its own prompt and a random other one for the
-        request.
-        """
+        """Make images of the concepts, each with its own prompt and a random other one."""
         own = [
             [prompts[i % len(prompts)] for i in range(self.num_images)]
             for prompts in target_prompts(scope)
@@ -65,8 +63,10 @@ class RandomLabel(Method[ForgetBatch]):
         self._kept = self.retain.images_of(scope) if self.retain_weight else None
 
     def _labels(self, scope: Scope) -> list[list[str]]:
-        """Draw one prompt for every image of every concept. Raise ValueError when there is no other
-        name.
+        """Draw one prompt for every image of every concept.
+
+        Raises:
+            ValueError: there is no other name.
         """
         generator, sequence = scope.rng.generator("labels"), scope.sequence
         concepts, captions = len(scope.request.targets), sequence.captions
@@ -94,8 +94,9 @@ class RandomLabel(Method[ForgetBatch]):
         ]
 
     def batch(self, scope: Scope, step: int) -> ForgetBatch:
-        """Draw both kinds of images under noise; the forget batch has the concept's prompts and the
-        labels.
+        """Draw both kinds of images under noise.
+
+        The texts of the forget batch are the concept's prompts and the labels.
         """
         return draw_pair(scope, step, self._forget, self._kept)
 

@@ -73,8 +73,9 @@ def combined_target(reference: Tensor, concepts: Tensor, alpha: Tensor) -> Tenso
 
 @dataclass(frozen=True)
 class OnPolicyBatch:
-    """Partly denoised samples of the model in training. concepts, captions: of each row, as
-    indices.
+    """Partly denoised samples of the model in training.
+
+    concepts, captions: of each row, as indices.
     """
 
     noisy: Tensor  # [B, C, H, W]
@@ -85,8 +86,9 @@ class OnPolicyBatch:
 
 
 class ReverseKL(PrimalDual[OnPolicyBatch]):
-    """Push the concepts' prompts away from what the teacher makes of them, as far as the
-    constraints ask.
+    """Push the concepts' prompts away from what the teacher makes of them.
+
+    The push goes as far as the constraints ask.
     """
 
     def __init__(
@@ -122,21 +124,11 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
             dual: the dual ascent.
             params: the weights that are trained.
         """
-        self.bound, self.cap, self.reference, self.teacher, self.weighting = (
-            bound,
-            cap,
-            reference,
-            teacher,
-            weighting,
-        )
+        self.bound, self.cap, self.reference = bound, cap, reference
+        self.teacher, self.weighting = teacher, weighting
         self.sampling_steps, self.guidance = sampling_steps, guidance
-        self.retain_weight, self.retain_kind, self.retain, self.dual, self.params = (
-            retain_weight,
-            retain_loss,
-            retain,
-            dual,
-            params,
-        )
+        self.retain_weight, self.retain_kind, self.retain = retain_weight, retain_loss, retain
+        self.dual, self.params = dual, params
 
     def begin_request(self, scope: Scope) -> None:
         """Make the kept images, and set b_i from KL(q||q_i) on samples of q."""
@@ -157,11 +149,10 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
         generator = scope.rng.generator("train", step)
         concepts, captions, seeds = draw_rows(scope, generator, scope.batch_size)
         levels = scope.rng.generator("levels", step // self.sampling_steps)
-        stop = torch.randperm(self.sampling_steps, generator=levels)[
-            step % self.sampling_steps
-        ].item()
+        order = torch.randperm(self.sampling_steps, generator=levels)
+        stop = int(order[step % self.sampling_steps])
         noisy, timesteps = self._sample(scope, own_prompts(scope, concepts, captions), seeds, stop)
-        retain = self._images and self._images.draw(generator, scope.batch_size)
+        retain = self._images.draw(generator, scope.batch_size) if self._images else None
         return OnPolicyBatch(noisy, timesteps, concepts, captions, retain)
 
     def loss(self, scope: Scope, batch: OnPolicyBatch) -> tuple[Tensor, dict[str, float]]:

@@ -98,12 +98,8 @@ class RGD(Method[ForgetBatch]):
             ValueError: the templates cannot be read, or one of them does not hold {concept} once.
         """
         self.alpha, self.always, self.truncate_at = alpha, always, truncate_at
-        self.diversity, self.num_images, self.retain, self.params = (
-            diversity,
-            num_images,
-            retain,
-            params,
-        )
+        self.diversity, self.num_images = diversity, num_images
+        self.retain, self.params = retain, params
         self._templates = (
             read_templates(templates, num_prompts) if diversity == "diversified" else []
         )
@@ -132,13 +128,13 @@ class RGD(Method[ForgetBatch]):
         return draw_pair(scope, step, self._forget, self._kept)
 
     def backward(self, scope: Scope, batch: ForgetBatch) -> dict[str, float]:
-        """Add the restricted gradient, or the retained images' alone where the concept is forgotten
-        enough.
+        """Add the restricted gradient.
+
+        Where the concept is forgotten enough, that of the retained images alone is added.
         """
-        forget, kept = (
-            diffusion_loss(scope.model, batch.forget),
-            diffusion_loss(scope.model, batch.retain),
-        )
+        assert batch.retain is not None  # batch() always draws some
+        forget = diffusion_loss(scope.model, batch.forget)
+        kept = diffusion_loss(scope.model, batch.retain)
         g_retain = flat_gradient(kept, scope.params)
         logs = {"forget_loss": forget.item(), "retain_loss": kept.item()}
         if self.truncate_at is not None and forget.item() > self.truncate_at:

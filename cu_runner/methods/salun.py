@@ -19,7 +19,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from cu_runner.methods._forgetting import flat_gradient, split
 from cu_runner.methods.random_label import RandomLabel
-from cu_runner.models.parameters import largest, snapshot
+from cu_runner.models.parameters import gradients, largest, snapshot
 from cu_runner.request.images import RetainSet, diffusion_loss
 from cu_runner.request.scope import Scope
 from cu_runner.runtime.lazy import nn, torch, without_gradients
@@ -65,7 +65,7 @@ class SalUn(RandomLabel):
         The mask takes about one pass over the images: num_images / batch size backward passes.
         """
         super().begin_request(scope)
-        scores = 0.0
+        scores = torch.zeros(())
         for step in range(math.ceil(self.num_images / scope.batch_size)):
             batch = self._forget.draw(scope.rng.generator("saliency", step), scope.batch_size)
             scores = scores + flat_gradient(diffusion_loss(scope.model, batch), scope.params)
@@ -73,8 +73,9 @@ class SalUn(RandomLabel):
 
     def on_gradients(self, params: dict[str, nn.Parameter]) -> None:
         """Mask the gradients as published; clipping then measures only what is trained."""
-        for parameter, kept in zip(params.values(), split(self._mask, params), strict=True):
-            parameter.grad *= kept
+        kept = dict(zip(params, split(self._mask, params), strict=True))
+        for name, gradient in gradients(params).items():
+            gradient *= kept[name]
 
     @without_gradients
     def update(self, scope: Scope, optimizer: Optimizer) -> None:

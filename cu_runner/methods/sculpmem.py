@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from cu_runner.methods.conabl import ConAbl
-from cu_runner.models.parameters import largest, snapshot
+from cu_runner.models.parameters import gradients, largest, snapshot
 from cu_runner.request.scope import Scope
 from cu_runner.runtime.lazy import nn, torch, without_gradients
 from cu_runner.schema.settings import ParameterGroup
@@ -31,9 +31,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class SculpMem(ConAbl):
-    """ConAbl's loss; each tensor moves in its active entries alone, which change as training goes
-    on.
-    """
+    """ConAbl's loss; each tensor moves in its active entries alone, which change in training."""
 
     changing = ("_step", "_exchanges", "_gathered", "_masks")
 
@@ -66,8 +64,10 @@ class SculpMem(ConAbl):
         self.exchanged, self.until = exchanged, until
 
     def begin_request(self, scope: Scope) -> None:
-        """Make anchor images, and no mask yet. Raise ValueError when the warm-up leaves no step for
-        one.
+        """Make anchor images, and no mask yet.
+
+        Raises:
+            ValueError: the warm-up leaves no step for a mask.
         """
         if self.warmup >= scope.steps:
             raise ValueError(
@@ -82,13 +82,11 @@ class SculpMem(ConAbl):
         self._masks: dict[str, Tensor] = {}
 
     def on_gradients(self, params: dict[str, nn.Parameter]) -> None:
-        """Gather the gradients, those of shut entries too, then mask them: clipping counts what
-        moves.
-        """
-        for name, parameter in params.items():
-            self._gathered[name] += parameter.grad
+        """Gather all gradients, then mask them: clipping counts what moves."""
+        for name, gradient in gradients(params).items():
+            self._gathered[name] += gradient
             if self._masks:
-                parameter.grad.mul_(self._masks[name])
+                gradient.mul_(self._masks[name])
 
     @without_gradients
     def update(self, scope: Scope, optimizer: Optimizer) -> None:
@@ -111,11 +109,9 @@ class SculpMem(ConAbl):
             and self._step < self.until * scope.steps
         ):
             fraction = turnover(self.exchanged, self._step / scope.steps)
+            masks = self._masks.items()
             self._change(
-                {
-                    name: exchange(mask, self._gathered[name], fraction)
-                    for name, mask in self._masks.items()
-                }
+                {name: exchange(mask, self._gathered[name], fraction) for name, mask in masks}
             )
             self._exchanges += 1
 
@@ -126,7 +122,7 @@ class SculpMem(ConAbl):
             gathered.zero_()
 
     def end_request(self, scope: Scope) -> dict[str, object]:
-        """Return the share of shut entries, 0 before the first mask, and the number of exchanges."""
+        """Return the share of shut entries (0 without a mask) and the number of exchanges."""
         shut = sum(int((~mask).sum()) for mask in self._masks.values())
         entries = sum(gathered.numel() for gathered in self._gathered.values())
         return {"masked_fraction": shut / entries, "exchanges": self._exchanges}

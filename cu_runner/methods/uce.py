@@ -40,8 +40,9 @@ class TextPairs:
 
 
 class UCE(Method[TextPairs]):
-    """Set keys and values of the concept's prompts to those of the anchor's, and keep those of
-    preserved prompts.
+    """Set keys and values of the concept's prompts to those of the anchor's.
+
+    Those of preserved prompts stay.
     """
 
     closed_form = True

@@ -22,6 +22,7 @@ WITHOUT_EFFECT = (
     "transformers_version",  # names, paths and versions
     "_use_default_values",  # which settings a file left out; their values are there
     "architectures",
+    "model_type",
     "image_processor_type",  # the name of a class, which is hashed as it was chosen
     "dtype",
     "torch_dtype",  # in which the weights were saved; they are hashed themselves

@@ -13,21 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
-from transformers import PreTrainedModel
 
 from cu_runner.models.checkpoints import locate
 from cu_runner.models.hashing import describe, describe_tokenizer, effective, hash_weights, to_bytes
 from cu_runner.models.weight_files import check_pickle
-from cu_runner.runtime.lazy import F, nn, open_clip, torch, without_gradients
+from cu_runner.runtime.lazy import F, nn, open_clip, torch, transformers, without_gradients
 from cu_runner.schema.errors import ModelError
 
 if TYPE_CHECKING:
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
     from torch import Tensor
-
-Tokenizer = SimpleTokenizer | HFTokenizer
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -49,7 +46,11 @@ class ImageTextModel:
     """A loaded model, in fp32, with the size and the normalisation that it was trained with."""
 
     def __init__(
-        self, network: nn.Module, tokenizer: Tokenizer, description: dict[str, object], device: str
+        self,
+        network: nn.Module,
+        tokenizer: SimpleTokenizer | HFTokenizer,
+        description: dict[str, object],
+        device: str,
     ) -> None:
         """description: what of the network is no weight."""
         self._description = description
@@ -124,7 +125,9 @@ def load_image_text(source: ImageTextSource, device: str) -> ImageTextModel:
         raise ModelError(
             f"{source.model}: cannot be loaded by open_clip ({reason or type(error).__name__})"
         ) from error
-    towers = [module for module in network.modules() if isinstance(module, PreTrainedModel)]
+    towers = [
+        module for module in network.modules() if isinstance(module, transformers.PreTrainedModel)
+    ]
     description = {
         "config": effective(open_clip.get_model_config(name)),
         "towers": [describe(tower, tower.config.to_dict()) for tower in towers],
@@ -132,10 +135,10 @@ def load_image_text(source: ImageTextSource, device: str) -> ImageTextModel:
     return ImageTextModel(network, tokenizer, description, device)
 
 
-def describe_reader(tokenizer: Tokenizer) -> list[object]:
+def describe_reader(tokenizer: SimpleTokenizer | HFTokenizer) -> list[object]:
     """What decides which token ids an open_clip tokenizer makes of a text."""
     common = [type(tokenizer).__name__, tokenizer.context_length, tokenizer.clean_fn.__name__]
-    if isinstance(tokenizer, HFTokenizer):
+    if isinstance(tokenizer, open_clip.tokenizer.HFTokenizer):
         return [
             *common,
             tokenizer.strip_sep_token,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -47,12 +47,19 @@ def select_parameters(unet: nn.Module, group: ParameterGroup) -> dict[str, nn.Pa
     return chosen
 
 
-def snapshot(params: dict[str, Tensor]) -> dict[str, Tensor]:
+def snapshot(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies that later training does not change."""
     return {name: parameter.detach().clone() for name, parameter in params.items()}
 
 
-def subtract(params: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
+def gradients(params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return .grad by name, itself and not a copy, of the parameters that have one."""
+    return {
+        name: parameter.grad for name, parameter in params.items() if parameter.grad is not None
+    }
+
+
+def subtract(params: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """theta - theta_base, tensor by tensor."""
     return {name: parameter.detach() - base[name] for name, parameter in params.items()}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-from cu_runner.methods.base import Method
+from cu_runner.methods.base import Batch, Method
 from cu_runner.request.scope import Resumable, Scope
 from cu_runner.runtime.lazy import nn
 
@@ -21,12 +21,11 @@ Stage = Literal["loss", "gradient", "step", "weights"]
 class Regularizer(Resumable):
     """Hooks of one request, in the order in which they are called."""
 
-    acts_on: tuple[
-        Stage, ...
-    ] = ()  # what the hooks change; the loop keeps the weights before a step only for "step"
+    # what the hooks change; the loop keeps the weights before a step only for "step"
+    acts_on: tuple[Stage, ...] = ()
     independent_starts: bool = False  # True: every request must start from the base model (merging)
 
-    def begin_request(self, scope: Scope, method: Method) -> dict[str, object]:
+    def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Prepare for a request.
 
         Return what the run directory should record of it (lists, numbers), or nothing.
@@ -41,7 +40,9 @@ class Regularizer(Resumable):
         """Change the gradients in place, before clipping."""
 
     def on_step(self, params: dict[str, nn.Parameter], before: dict[str, Tensor]) -> None:
-        """Change the weights in place after the optimiser's step; before: their values ahead of it."""
+        """Change the weights in place after the optimiser's step.
+
+        before: their values ahead of it."""
 
     def post_request(
         self, names: list[str], deltas: Callable[[str], Tensor]

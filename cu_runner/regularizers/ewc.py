@@ -6,12 +6,12 @@ Shapes: theta and F as the weights are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import NonNegativeFloat, PositiveInt
 
-from cu_runner.methods.base import Method
+from cu_runner.methods.base import Batch, Method
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.images import NoisyBatch, RetainSet, diffusion_loss
@@ -23,11 +23,9 @@ if TYPE_CHECKING:
 
 
 def ewc_penalty(
-    params: dict[str, Tensor], anchor: dict[str, Tensor], fisher: dict[str, Tensor]
+    params: Mapping[str, Tensor], anchor: dict[str, Tensor], fisher: dict[str, Tensor]
 ) -> Tensor:
-    """Return 1/2 mean_d F_d (theta_d - anchor_d)^2 over all elements of all tensors (eq. 3); a
-    scalar.
-    """
+    """Return 1/2 mean_d F_d (theta_d - anchor_d)^2 over all elements   (eq. 3); a scalar."""
     total = torch.stack(
         [
             (fisher[name] * (parameter - anchor[name]).square()).sum()
@@ -80,15 +78,10 @@ class EWC(Regularizer):
                 the untouched model; F is estimated at the start of the request either way.
             retain: what is to be kept.
         """
-        self.weight, self.num_batches, self.batch_size, self.anchor, self.retain = (
-            weight,
-            num_batches,
-            batch_size,
-            anchor,
-            retain,
-        )
+        self.weight, self.num_batches, self.batch_size = weight, num_batches, batch_size
+        self.anchor, self.retain = anchor, retain
 
-    def begin_request(self, scope: Scope, method: Method) -> dict[str, object]:
+    def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Estimate F at the start of the request."""
         self._reference = scope.start if self.anchor == "previous" else scope.base
         images = self.retain.images_of(scope)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from cu_runner.methods.base import Method
-from cu_runner.models.parameters import is_cross_attention_kv
+from cu_runner.methods.base import Batch, Method
+from cu_runner.models.parameters import gradients, is_cross_attention_kv
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.name_sources import NameSource, earlier_targets, kept_names
 from cu_runner.request.scope import Scope
@@ -109,13 +109,11 @@ class GradProj(Regularizer):
         self.tokens, self.contexts, self.energy = tokens, contexts, energy
         self.acts_on = ("gradient",) if apply == "gradient" else ("step",)
 
-    def begin_request(self, scope: Scope, method: Method) -> dict[str, object]:
+    def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Choose the names, build P, and report the names used."""
         check_projected(scope, "reg.gradproj")
-        targets, earlier = (
-            [concept.name for concept in scope.request.targets],
-            earlier_targets(scope),
-        )
+        targets = [concept.name for concept in scope.request.targets]
+        earlier = earlier_targets(scope)
         candidates = kept_names(scope, self.auxiliary)
         if not candidates and not earlier:
             raise ValueError(
@@ -137,10 +135,8 @@ class GradProj(Regularizer):
                 [concept_vectors(scope.model, names, context) for context in contexts], dim=1
             )
             kept = kept_columns(columns, self.threshold)
-            columns, names = (
-                columns[:, kept],
-                list(dict.fromkeys(names[column % len(names)] for column in kept)),
-            )
+            columns = columns[:, kept]
+            names = list(dict.fromkeys(names[column % len(names)] for column in kept))
         else:
             columns = torch.cat(
                 [prompt_vectors(scope.model, names, context) for context in contexts], dim=1
@@ -159,9 +155,9 @@ class GradProj(Regularizer):
     def on_gradients(self, params: dict[str, nn.Parameter]) -> None:
         """Project the gradients with apply=gradient."""
         if self.apply == "gradient":
-            for name, parameter in params.items():
+            for name, gradient in gradients(params).items():
                 if is_cross_attention_kv(name):
-                    parameter.grad = parameter.grad @ self._projector
+                    params[name].grad = gradient @ self._projector
 
     @without_gradients
     def on_step(self, params: dict[str, nn.Parameter], before: dict[str, Tensor]) -> None:

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from cu_runner.regularizers.l2 import L2, mean_power
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-def penalty(params: dict[str, Tensor], anchor: dict[str, Tensor]) -> Tensor:
-    """mean |d| over all elements, d = theta - anchor, unweighted; a scalar."""
-    return mean_power(params, anchor, 1)
+from cu_runner.regularizers.l2 import L2
 
 
 class L1(L2):
-    """weight * mean |d| over all trainable elements, d = theta - theta_anchor; arguments as for L2."""
+    """weight * mean |d| over all trainable elements, d = theta - theta_anchor, else as L2."""
 
-    mean = staticmethod(penalty)
+    power = 1

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import NonNegativeFloat
 
-from cu_runner.methods.base import Method
+from cu_runner.methods.base import Batch, Method
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.scope import Scope
 from cu_runner.runtime.lazy import nn, torch
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def mean_power(params: dict[str, Tensor], anchor: dict[str, Tensor], power: int) -> Tensor:
+def mean_power(params: Mapping[str, Tensor], anchor: dict[str, Tensor], power: int) -> Tensor:
     """Return mean |theta - anchor|^power over all elements of all tensors together; a scalar."""
     total = torch.stack(
         [(parameter - anchor[name]).abs().pow(power).sum() for name, parameter in params.items()]
@@ -23,16 +24,11 @@ def mean_power(params: dict[str, Tensor], anchor: dict[str, Tensor], power: int)
     return total / sum(parameter.numel() for parameter in params.values())
 
 
-def penalty(params: dict[str, Tensor], anchor: dict[str, Tensor]) -> Tensor:
-    """mean d^2 over all elements, d = theta - anchor, unweighted; a scalar."""
-    return mean_power(params, anchor, 2)
-
-
 class L2(Regularizer):
     """weight * mean d^2 over all trainable elements, d = theta - theta_anchor."""
 
     acts_on = ("loss",)
-    mean = staticmethod(penalty)
+    power = 2
 
     def __init__(
         self, weight: NonNegativeFloat, anchor: Literal["previous", "base"] = "previous"
@@ -45,11 +41,11 @@ class L2(Regularizer):
         """
         self.weight, self.anchor = weight, anchor
 
-    def begin_request(self, scope: Scope, method: Method) -> dict[str, object]:
+    def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Take the weights that the penalty pulls towards."""
         self._reference = scope.start if self.anchor == "previous" else scope.base
         return {}
 
     def penalty(self, params: dict[str, nn.Parameter]) -> Tensor:
         """Return the weighted penalty."""
-        return self.weight * self.mean(params, self._reference)
+        return self.weight * mean_power(params, self._reference, self.power)

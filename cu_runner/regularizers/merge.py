@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
-from cu_runner.methods.base import Method
+from cu_runner.methods.base import Batch, Method
 from cu_runner.models.parameters import largest
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.scope import Scope
@@ -46,7 +46,8 @@ def ties(
         lam: scale of the changes, applied before trimming as in the released code.
         how: "mean", "sum" or largest magnitude ("max") of the elements that have the elected sign.
     """
-    # Yadav et al. 2023, Algorithm 1, with lambda where the released code of Lee et al. has it; row by row, for the sake of memory
+    # Yadav et al. 2023, Algorithm 1, with lambda where the released code of Lee et al. has it;
+    # row by row, for the sake of memory
     count = math.floor(topk * deltas.shape[1])
     kept = torch.stack([largest(row.abs(), count) for row in deltas])
     total = sum(lam * row * mask for row, mask in zip(deltas, kept, strict=True))
@@ -110,7 +111,7 @@ class Merge(Regularizer):
         """
         self.rule, self.lam, self.topk, self.how = rule, lam, topk, how
 
-    def begin_request(self, scope: Scope, method: Method) -> dict[str, object]:
+    def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Refuse a schedule that will not last, before anything is trained."""
         self._check_schedules(len(scope.sequence.targets))
         return {}
@@ -126,9 +127,8 @@ class Merge(Regularizer):
                 "changes are merged"
             )
             return None
-        self._check_schedules(
-            number
-        )  # begin_request is not called for a request whose training was cached
+        # begin_request is not called for a request whose training was cached
+        self._check_schedules(number)
         lam, topk = (
             value[number - 2] if isinstance(value, list) else value
             for value in (self.lam, self.topk)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from cu_runner.concepts.entries import read_file
-from cu_runner.methods.base import Method
+from cu_runner.methods.base import Batch, Method
 from cu_runner.models.parameters import is_cross_attention_kv
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.images import spread
@@ -142,22 +142,12 @@ class NullSpace(Regularizer):
             )
         if contexts is not None:
             check_contexts(contexts, "reg.nullspace.contexts")
-        self.rank, self.energy, self.target_rank, self.scaled, self.earlier = (
-            rank,
-            energy,
-            target_rank,
-            scaled,
-            earlier,
-        )
-        self.sources, self.file, self.names, self.contexts, self.prompts = (
-            sources,
-            file,
-            names,
-            contexts,
-            prompts,
-        )
+        self.rank, self.energy, self.target_rank = rank, energy, target_rank
+        self.scaled, self.earlier = scaled, earlier
+        self.sources, self.file, self.names = sources, file, names
+        self.contexts, self.prompts = contexts, prompts
 
-    def begin_request(self, scope: Scope, method: Method) -> dict[str, object]:
+    def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Build P from the kept prompts and from the text of the targets and the earlier ones.
 
         Return the names used and the sizes.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import NonNegativeFloat, PositiveInt
 
-from cu_runner.methods.base import Method
+from cu_runner.methods.base import Batch, Method
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.images import RetainSet
 from cu_runner.request.scope import Scope
@@ -45,7 +45,7 @@ class Replay(Regularizer):
         """
         self.weight, self.target_of, self.batch_size, self.retain = weight, loss, batch_size, retain
 
-    def begin_request(self, scope: Scope, method: Method) -> dict[str, object]:
+    def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Make images of the kept prompts; the first step of the request draws batch 0."""
         self._scope, self._images, self._step = scope, self.retain.images_of(scope), 0
         return {"prompts": len(self.retain.read(scope))}

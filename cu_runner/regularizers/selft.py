@@ -7,13 +7,14 @@ Shapes: n trainable elements, C latent channels, H W latent size.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveInt
 from tqdm import tqdm
 
-from cu_runner.methods.base import Method
-from cu_runner.models.parameters import largest
+from cu_runner.methods.base import Batch, Method
+from cu_runner.models.parameters import gradients, largest
 from cu_runner.models.sampling import sample_partly
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.scope import Scope
@@ -28,10 +29,9 @@ GUIDANCE = 3.0  # of the trajectory that is scored, as released
 
 @without_gradients
 def topk_mask(
-    params: dict[str, Tensor], grads: dict[str, Tensor], fraction: float
+    params: Mapping[str, Tensor], grads: dict[str, Tensor], fraction: float
 ) -> dict[str, Tensor]:
-    """Choose the elements of the top `fraction` by importance |theta * dL/dtheta| over all tensors
-    together.
+    """Choose the top `fraction` of all elements together by importance |theta * dL/dtheta|.
 
     Args:
         params, grads: by name, of the same shapes.
@@ -118,16 +118,11 @@ class SelFT(Regularizer):
             apply: "gradient" masks before the optimiser, as released: weight decay still shrinks
                 what is masked. "update" puts masked elements back after the step, bitwise.
         """
-        self.fraction, self.scoring, self.num_batches, self.steps, self.apply = (
-            fraction,
-            scoring,
-            num_batches,
-            steps,
-            apply,
-        )
+        self.fraction, self.scoring, self.num_batches = fraction, scoring, num_batches
+        self.steps, self.apply = steps, apply
         self.acts_on = ("gradient",) if apply == "gradient" else ("step",)
 
-    def begin_request(self, scope: Scope, method: Method) -> dict[str, object]:
+    def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Score the weights, make the mask, and return its size."""
         if self.scoring == "trajectory":
             score_trajectory(scope, self.steps)
@@ -140,8 +135,7 @@ class SelFT(Regularizer):
         else:
             for step in range(self.num_batches):
                 method.backward(scope, method.batch(scope, step))
-        grads = {name: parameter.grad for name, parameter in scope.params.items()}
-        self._mask = topk_mask(scope.params, grads, self.fraction)
+        self._mask = topk_mask(scope.params, gradients(scope.params), self.fraction)
         for parameter in scope.params.values():
             parameter.grad = None
         kept = sum(int(mask.sum()) for mask in self._mask.values())
@@ -150,8 +144,8 @@ class SelFT(Regularizer):
     def on_gradients(self, params: dict[str, nn.Parameter]) -> None:
         """Mask the gradients with apply=gradient."""
         if self.apply == "gradient":
-            for name, parameter in params.items():
-                parameter.grad.mul_(self._mask[name])
+            for name, gradient in gradients(params).items():
+                gradient.mul_(self._mask[name])
 
     @without_gradients
     def on_step(self, params: dict[str, nn.Parameter], before: dict[str, Tensor]) -> None:

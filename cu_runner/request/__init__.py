@@ -1,1 +1,1 @@
-"""What one request offers to methods and regularizers: weights, other names, images, text vectors."""
+"""What a request offers to methods and regularizers: weights, other names, images, text vectors."""

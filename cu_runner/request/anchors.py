@@ -1,4 +1,4 @@
-"""Images that the untouched model makes of prompts, as latents, made once and cached across runs."""
+"""Images that the untouched model makes of prompts, as latents, cached across runs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ANCHOR_SEED = 0  # the images of a prompt list are the same for every run
+ENCODED = ("latents", "mirrored")  # what is kept of every image
 
 
 @dataclass(frozen=True)
 class AnchorImages:
-    """Makes images of prompts with the untouched model, or takes them from the cache.
+    """Images of prompts, made by the untouched model or taken from the cache.
 
     params: the weights in training, set to base while images are made. fingerprint: of the
     untouched model.
@@ -50,7 +51,7 @@ class AnchorImages:
             "precision": self.model.precision,
             "device": self.model.device.type,
             "torch": torch.__version__,
-            "encoded": ["latents", "mirrored"],
+            "encoded": list(ENCODED),
         }
         files = self.cache.fetch("anchors", key)
         if files is None:
@@ -69,7 +70,7 @@ class AnchorImages:
                 )
             latents = {
                 name: torch.cat(parts)
-                for name, parts in zip(key["encoded"], zip(*both, strict=True), strict=True)
+                for name, parts in zip(ENCODED, zip(*both, strict=True), strict=True)
             }
             files = {"latents.safetensors": to_safetensors(latents)}
             self.cache.put("anchors", key, files)

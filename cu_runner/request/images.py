@@ -129,7 +129,7 @@ class RetainSet:
                 for _, anchor in sequence.training_pairs(concept)
             ]
             names, captions = kept_names(scope, self.names), sequence.captions
-            # name i meets caption i first, so that a few prompts already hold every name and every caption
+            # name i meets caption i first: a few prompts already hold every name and caption
             named = [
                 sequence.target_prompt.format(
                     concept=name, caption=captions[(i + shift) % len(captions)]
@@ -143,9 +143,8 @@ class RetainSet:
             found = spread(list(dict.fromkeys(anchors)), share)
             if self.source != "anchors":
                 share = self.prompts - len(found)
-                found += spread(
-                    named[: max(len(names), share)], share
-                )  # every name before any comes a second time
+                # every name comes before any comes a second time
+                found += spread(named[: max(len(names), share)], share)
         if not found:
             raise ValueError(
                 "retain: no prompt is left beside the targets and the retained concepts; choose "

@@ -29,7 +29,7 @@ class NameSource:
     retained: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a source that cannot be read, before the diffusion model is loaded."""
+        """Raise ValueError for a source that cannot be read, before a diffusion model is loaded."""
         if self.source == "llm":
             find_model(self.name)
         elif self.source != "vocabulary":
@@ -42,14 +42,12 @@ def read_listed(source: Literal["list", "file"], name: str | None) -> list[str]:
 
 
 def normalized(name: str) -> str:
-    """Return a name for comparison: lower case, single spaces, none of the underscores of label
-    lists.
-    """
+    """Return a name for comparison: lower case, single spaces, no underscores of label lists."""
     return " ".join(name.lower().replace("_", " ").split())
 
 
 def check_template(template: str, key: str) -> None:
-    """Raise ValueError unless a prompt holds {concept}, and no placeholder but {caption} besides."""
+    """Raise ValueError unless a prompt holds {concept}, and at most {caption} besides."""
     try:
         complete = "{concept}" in template and bool(template.format(concept="x", caption="y"))
     except (KeyError, IndexError, ValueError):
@@ -66,7 +64,7 @@ def earlier_targets(scope: Scope) -> list[str]:
     return [concept.name for concept in scope.request.erased if concept.name not in targets]
 
 
-def kept_names(scope: Scope, names: NameSource) -> list[str]:
+def kept_names(scope: Scope, source: NameSource) -> list[str]:
     """Return all candidate names, in order, without the targets and the earlier ones.
 
     The retained concepts are left out too, unless the source lets them in.
@@ -74,14 +72,14 @@ def kept_names(scope: Scope, names: NameSource) -> list[str]:
     Raises:
         ValueError: the source cannot be read.
     """
-    if names.source == "vocabulary":
+    if source.source == "vocabulary":
         candidates = list(scope.sequence.vocabulary)
-    elif names.source == "llm":
-        candidates = ask_for_names(scope, names.name, names.number)
+    elif source.source == "llm":
+        candidates = ask_for_names(scope, source.name, source.number)
     else:
-        candidates = read_listed(names.source, names.name)
+        candidates = read_listed(source.source, source.name)
     banned = [concept.name for concept in (*scope.request.targets, *scope.request.erased)]
-    if not names.retained:
+    if not source.retained:
         banned += [concept.name for concept in scope.sequence.retain]
     shut = {normalized(name) for name in banned}
     return [name for name in candidates if normalized(name) not in shut]

@@ -1,4 +1,4 @@
-"""Text-encoder outputs of names and prompts as columns, and the directions in which they vary most."""
+"""Text-encoder outputs of names and prompts as columns, and their principal directions."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def principal_columns(C: Tensor, energy: float | None = None, *, rank: int | Non
     """
     values, directions = torch.linalg.eigh(C.double() @ C.double().T)  # ascending
     values, directions = values.flip(0).clamp(min=0), directions.flip(1)
-    if rank is None:
-        short = (
-            values.cumsum(0) < (energy - 1e-12) * values.sum()
-        )  # the tolerance keeps ties clear of rounding
+    if rank is None and energy is not None:
+        # the tolerance keeps ties clear of rounding
+        short = values.cumsum(0) < (energy - 1e-12) * values.sum()
         rank = int(short.sum().item()) + 1 if energy > 0 else 0
     numerical = values > max(C.shape) * torch.finfo(torch.float64).eps * values[0]
-    return directions[:, : min(rank, int(numerical.sum().item()))].to(C.dtype)
+    most = int(numerical.sum().item())
+    return directions[:, : most if rank is None else min(rank, most)].to(C.dtype)
 
 
 def concept_vectors(model: DiffusionModel, names: list[str], context: str) -> Tensor:
@@ -81,9 +81,7 @@ def nearest_names(
 
 
 def check_projected(scope: Scope, key: str) -> None:
-    """Raise ValueError when no trained weight can be projected; warn, once a run, of those that
-    cannot.
-    """
+    """Raise ValueError when no trained weight can be projected; warn, once a run, of the rest."""
     free = [name for name in scope.params if not is_cross_attention_kv(name)]
     if len(free) == len(scope.params):
         raise ValueError(

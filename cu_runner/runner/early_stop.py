@@ -10,7 +10,8 @@ from cu_runner.schema.settings import PlanSettings
 class EarlyStop:
     """Ends a request when UA has reached setting.stop_at, measured every setting.interval steps.
 
-    UA comes from the images and the classifier that judge the run afterwards: such a run is tuned on them.
+    UA comes from the images and the classifier that judge the run afterwards: such a run is tuned
+    on them.
     """
 
     def __init__(
@@ -19,11 +20,11 @@ class EarlyStop:
         measure: Callable[[], float],
         seen: Sequence[dict[str, float]] = (),
     ) -> None:
-        """measure: UA of the weights as they are, in percent. seen: what was measured before an interruption."""
+        """Take what measures UA, in percent, and what was seen before an interruption."""
         self._setting, self._measure, self.seen = setting, measure, list(seen)
 
     def __call__(self, step: int) -> bool:
-        """True if the request should end after this step."""
+        """Tell whether the request should end after this step."""
         setting = self._setting
         if setting.stop_at is None or step % setting.interval:
             return False

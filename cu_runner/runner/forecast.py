@@ -66,7 +66,7 @@ def forecast(plan: RunConfig) -> str:
     device, work, spine = planned_device(plan.spine), work_of(plan), plan.spine
     begun = read_run(plan.directory) if (plan.directory / "steps/00/step.json").exists() else None
     if begun is not None and not spine.allow_other_code:
-        refuse_other_code(begun.directory, plan.code, begun.code_records)
+        refuse_other_code(begun.directory, plan.code, begun.codes)
     done = 0 if begun is None else len(begun.records)
     sequence, regularizers = plan.sequence.arguments["name"], "+".join(plan.regularizers)
     lines = [

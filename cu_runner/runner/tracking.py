@@ -1,6 +1,7 @@
-"""W&B as a mirror of the run directory. Nothing is ever read back from it, and a failure of it never stops a run.
+"""W&B as a mirror of the run directory. Nothing is read back from it, and it never stops a run.
 
-Runs are grouped by sequence and method, and their job type is the list of regularizers, so that a sweep reads as a table of both.
+Runs are grouped by sequence and method, and their job type is the list of regularizers, so that a
+sweep reads as a table of both.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import os
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -21,34 +23,44 @@ from cu_runner.schema.settings import WandbSettings
 from cu_runner.store.layout import GRID, TRAINING
 from cu_runner.store.run_record import RunRecord
 
+if TYPE_CHECKING:
+    from cu_runner.schema.values import ConfigTree
+    from cu_runner.store.records import Row
+
 logger = logging.getLogger(__name__)
 
-
-FINISH_SECONDS = 60.0  # for what is not uploaded yet when a run ends; without a limit W&B waits for a lost server for ever
+# For what is not uploaded when a run ends; without a limit W&B waits for a lost server for ever.
+FINISH_SECONDS = 60.0
 
 
 class Tracker:
-    """Logs configuration, metrics per request and the sample grid; the id is the run directory's name, so a resume continues it."""
+    """Logs configuration, metrics per request and sample grids.
+
+    The id is the run directory's name, so that a resume continues it.
+    """
 
     def __init__(
         self,
         settings: WandbSettings,
         name: str,
         outputs: Path,
-        config: dict[str, object],
+        config: ConfigTree,
         group: str,
         job_type: str,
         must: bool = False,
     ) -> None:
-        """
+        """Open the mirror.
+
         Args:
             name: of the run directory; also the id.
             outputs: the folder under which W&B writes its own.
             config: resolved configuration.
             group, job_type: what W&B sorts runs by.
-            must: a failure of W&B is raised as MirrorError; otherwise it is logged, and nothing is mirrored from there on.
+            must: a failure of W&B is raised as MirrorError; otherwise it is logged, and nothing is
+                mirrored from there on.
         """
-        self._run, self._must = None, must
+        self._run: Any = None
+        self._must = must
         if settings.mode == "disabled":
             return
         with warnings.catch_warnings():
@@ -80,23 +92,23 @@ class Tracker:
         except Exception as error:  # W&B fails in many ways; the run goes on without it and says so
             self._give_up(error)
 
-    def log(self, step: int, row: dict[str, object], grid: bytes, training: bytes | None) -> None:
-        """One finished step: its row of metrics.csv, its grid.png, and its training.csv as a table."""
+    def log(self, row: Row, grid: bytes, training: bytes | None) -> None:
+        """Log a finished step: its row of metrics.csv, its grid.png, its training.csv."""
         if self._run is None:
             return
-        numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+        columns = row.flat()
+        numbers = {name: value for name, value in columns.items() if isinstance(value, int | float)}
         try:
             pictures = {"grid": self._wandb.Image(Image.open(io.BytesIO(grid)))}
             if training is not None:
-                pictures["training"] = self._wandb.Table(
-                    dataframe=pd.read_csv(io.BytesIO(training))
-                )
-            self._run.log({**numbers, "concept": row["concept"], **pictures}, step=step)
+                table = pd.read_csv(io.BytesIO(training))
+                pictures["training"] = self._wandb.Table(dataframe=table)
+            self._run.log({**numbers, "concept": row.concept, **pictures}, step=row.request)
         except Exception as error:
             self._give_up(error)
 
     def log_accuracy(self, matrix: pd.DataFrame) -> None:
-        """The accuracy of every concept after every request, as a table; rows concepts, columns requests, percent."""
+        """Log the accuracy of every concept (rows) after every request (columns), in percent."""
         if self._run is None:
             return
         table = (
@@ -114,6 +126,7 @@ class Tracker:
             self._give_up(error)
 
     def finish(self) -> None:
+        """Close the mirror when all is uploaded."""
         if self._run is not None:
             try:
                 self._run.finish()
@@ -125,13 +138,16 @@ class Tracker:
         if self._must:
             raise MirrorError(reason) from error
         logger.warning(
-            "W&B is not written from here on: %s (the run directory is complete; cu-report RUN --wandb online sends it later)",
+            "W&B is not written from here on: %s "
+            "(the run directory is complete; cu-report RUN --wandb online sends it later)",
             reason,
         )
 
 
 def send(run: RunRecord, settings: WandbSettings, outputs: Path) -> None:
-    """Mirror a run after the fact, as if it had been mirrored while it ran (without system metrics, which nobody kept).
+    """Mirror a run after the fact, as if it had been mirrored while it ran.
+
+    System metrics are lacking: nobody kept them.
 
     Raises:
         MirrorError: W&B did not take all of it.
@@ -146,12 +162,8 @@ def send(run: RunRecord, settings: WandbSettings, outputs: Path) -> None:
         must=True,
     )
     for index, record in enumerate(run.records):
-        training = run.step_dir(index) / TRAINING
-        tracker.log(
-            index,
-            record["row"],
-            (run.step_dir(index) / GRID).read_bytes(),
-            training.read_bytes() if training.exists() else None,
-        )
+        folder = run.step_dir(index)
+        training = (folder / TRAINING).read_bytes() if TRAINING in record.files else None
+        tracker.log(record.row, (folder / GRID).read_bytes(), training)
     tracker.log_accuracy(run.accuracy_matrix())
     tracker.finish()

@@ -1,4 +1,4 @@
-"""The inner loop of one request: loss and penalties, gradients, optimiser, in an order that is the same for every method."""
+"""The inner loop of one request: loss, penalties, gradients, optimiser, in one order for all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 from tqdm import tqdm
 
@@ -30,53 +31,55 @@ class TrainingReport:
     regularizers: dict[str, dict[str, object]]
 
 
-def check_composition(method: Method, regularizers: dict[str, Regularizer]) -> None:
-    """A method without a loss leaves nothing to regularizers of the loss or the gradient. Raises ValueError."""
+def check_composition(method: Method[Any], regularizers: dict[str, Regularizer]) -> None:
+    """Raise ValueError for a regularizer of the loss or gradient, and a method that has none."""
     for name, regularizer in regularizers.items():
         idle = [stage for stage in regularizer.acts_on if stage in ("loss", "gradient")]
         if method.closed_form and idle:
             raise ValueError(
-                f"reg={name} acts on the {idle[0]}, and the method sets the weights in closed form without one; "
-                "choose a regularizer of the step (apply=update where it has that option) or another method"
+                f"reg={name} acts on the {idle[0]}, and the method sets the weights in closed form "
+                "without one; choose a regularizer of the step (apply=update where it has that "
+                "option) or another method"
             )
 
 
 class Training:
     """One request being unlearned, in place in scope.params, step by step.
 
-    A step: loss -> backward, penalties -> backward, on_gradients (method, then regularizers), clip, update (method), on_step
-    (regularizers).
+    A step: loss -> backward, penalties -> backward, on_gradients (method, then regularizers), clip,
+    update (method), on_step (regularizers).
     """
 
     def __init__(
         self,
         scope: Scope,
-        method: Method,
+        method: Method[Any],
         regularizers: dict[str, Regularizer],
         settings: TrainSettings,
+        stage: Callable[[str], None] = lambda name: None,
     ) -> None:
-        """
+        """Begin the request: the method and the regularizers prepare.
+
         Args:
             scope: the weights to train, as they are at the start of the request, and the request.
             regularizers: by name, in hook order.
+            stage: is told what begins: "method", "reg.NAME", "training".
         """
-        self._scope, self._method, self._regularizers, self._settings = (
-            scope,
-            method,
-            regularizers,
-            settings,
-        )
+        self._scope, self._method = scope, method
+        self._regularizers, self._settings = regularizers, settings
         self._params = list(scope.params.values())
         self._rows: list[dict[str, float]] = []
         self.steps = 1 if method.closed_form else settings.steps  # how many there will be at most
         self.ended = False  # whether it is to end before them
         for parameter in self._params:
             parameter.requires_grad_(True)
+        stage("method")
         method.begin_request(scope)
-        self._records = {
-            name: regularizer.begin_request(scope, method)
-            for name, regularizer in regularizers.items()
-        }
+        self._records = {}
+        for name, regularizer in regularizers.items():
+            stage(f"reg.{name}")
+            self._records[name] = regularizer.begin_request(scope, method)
+        stage("training")
         self._edits_step = any(
             "step" in regularizer.acts_on for regularizer in regularizers.values()
         )
@@ -84,11 +87,11 @@ class Training:
 
     @property
     def done(self) -> int:
-        """How many steps are made."""
+        """Return how many steps are made."""
         return len(self._rows)
 
     def step(self) -> None:
-        """One step. Raises TrainingError when the loss is not finite; the weights are then of no use."""
+        """Make a step. Raises TrainingError for a loss that is not finite: the weights are lost."""
         scope, method, regularizers = self._scope, self._method, self._regularizers.values()
         logs = method.backward(scope, method.batch(scope, self.done))
         for name, regularizer in self._regularizers.items():
@@ -114,7 +117,7 @@ class Training:
         self._rows.append({"step": self.done + 1, **logs})
 
     def finish(self) -> TrainingReport:
-        """What was logged. Raises TrainingError when a weight is not finite."""
+        """Return what was logged. Raises TrainingError when a weight is not finite."""
         for parameter in self._params:
             parameter.requires_grad_(False)
         if not all(parameter.isfinite().all() for parameter in self._params):
@@ -123,8 +126,8 @@ class Training:
             )
         return TrainingReport(self._rows, self._method.end_request(self._scope), self._records)
 
-    def state(self) -> dict[str, object]:
-        """All that restore() needs to go on from here: weights, moments, multipliers, masks, what was logged."""
+    def state(self) -> dict[str, Any]:
+        """Return what restore() needs: weights, moments, multipliers, masks, what was logged."""
         return {
             "rows": self._rows,
             "ended": self.ended,
@@ -136,8 +139,8 @@ class Training:
             },
         }
 
-    def restore(self, state: dict[str, object]) -> None:
-        """Go on from what state() gave, which an equal request returned after some of its steps."""
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what state() gave of an equal request, after some of its steps."""
         self._rows, self.ended = state["rows"], state["ended"]
         assign(self._scope.params, state["params"])
         self._optimizer.load_state_dict(state["optimizer"])
@@ -154,26 +157,28 @@ class Training:
 
 def erase(
     scope: Scope,
-    method: Method,
+    method: Method[Any],
     regularizers: dict[str, Regularizer],
     settings: TrainSettings,
     on_step: Callable[[Training], None] = lambda training: None,
-    state: dict[str, object] | None = None,
-    undisturbed: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    state: dict[str, Any] | None = None,
+    undisturbed: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    stage: Callable[[str], None] = lambda name: None,
 ) -> TrainingReport:
     """Unlearn one request, in place in scope.params.
 
     Args:
-        scope, method, regularizers, settings: as for Training.
+        scope, method, regularizers, settings, stage: as for Training.
         on_step: called after every step; it may set training.ended.
         state: of a Training that was interrupted; None begins with the first step.
-        undisturbed: entered for the steps, but not for what the method and the regularizers prepare before the first one.
+        undisturbed: entered for the steps, but not for what the method and the regularizers prepare
+            before the first one.
 
     Raises:
         TrainingError: the loss or a weight is not finite; the weights in scope are then of no use.
     """
     with distributed.averaged_gradients(list(scope.params.values())):
-        training = Training(scope, method, regularizers, settings)
+        training = Training(scope, method, regularizers, settings, stage)
         if state is not None:
             training.restore(state)
         with (
@@ -196,7 +201,7 @@ def erase(
 
 
 def make_optimizer(params: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
-    """A fresh optimiser for one request."""
+    """Return a fresh optimiser for one request."""
     if settings.optimizer == "sgd":
         return torch.optim.SGD(params, lr=settings.lr, weight_decay=settings.weight_decay)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[settings.optimizer]
@@ -211,8 +216,8 @@ def make_optimizer(params: list[nn.Parameter], settings: TrainSettings) -> torch
 
 
 def diverged(what: str, request: Request, step: int, steps: int) -> str:
-    """The line for a training that went astray."""
+    """Return the line for a training that went astray."""
     return (
-        f"training led to {what} at request {request.index} ({request.label}), step {step} of {steps}; "
-        "lower train.lr or a regularizer's weight. Finished requests are kept"
+        f"training led to {what} at request {request.index} ({request.label}), "
+        f"step {step} of {steps}; lower train.lr or a regularizer's weight. Finished requests are kept"
     )

@@ -8,12 +8,13 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from cu_runner.runtime.paths import PACKAGE
@@ -51,11 +52,12 @@ NAMED = 3  # changed files that a line names
 
 @dataclass(frozen=True)
 class CodeIdentity:
-    """The code that decides the numbers of a run.
+    """The code that decides the numbers of a run, as step.json records it.
 
-    sha256: over files and libraries. images_sha256: over those that images of the untouched model and their judgement depend on.
-    files: sha256 by path in the package ("methods/conabl.py"), or by module of the user's ("my_methods.helper"). libraries: their
-    versions. dirty: whether the checkout has uncommitted changes of the package; None for an installed one.
+    sha256: over files and libraries. images_sha256: over those that images of the untouched model
+    and what is seen in them depend on. files: sha256 by path in the package ("methods/conabl.py"),
+    or by module of the user's ("my_methods.helper"). libraries: their versions. dirty: whether the
+    checkout has uncommitted changes of the package; None for an installed one.
     """
 
     sha256: str
@@ -64,25 +66,23 @@ class CodeIdentity:
     libraries: dict[str, str]
     dirty: bool | None
 
-    def changes(self, recorded: Mapping[str, object]) -> list[str]:
-        """Name the files and libraries that differ from those of an earlier record(), were added, or are gone."""
-        now, then = parts_of(self.record()), parts_of(recorded)
+    @property
+    def parts(self) -> dict[str, str]:
+        """Return the files and the libraries by name."""
+        return self.files | self.libraries
+
+    def changes(self, earlier: CodeIdentity) -> list[str]:
+        """Name the files and libraries that differ from earlier ones, were added, or are gone."""
+        now, then = self.parts, earlier.parts
         return sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
 
-    def record(self) -> dict[str, object]:
-        """Return the entry `code` of step.json."""
-        return asdict(self)
+    def agrees_with(self, other: CodeIdentity) -> bool:
+        """Tell whether every file and library that both name is the same.
 
-
-def parts_of(record: Mapping[str, object]) -> dict[str, str]:
-    """Return the files and the libraries of a record by name."""
-    return {**record["files"], **record["libraries"]}
-
-
-def agree(first: Mapping[str, object], second: Mapping[str, object]) -> bool:
-    """Tell whether two records hold the same of every file and library that both name: one's own method is in one of them only."""
-    one, other = parts_of(first), parts_of(second)
-    return all(one[name] == other[name] for name in one.keys() & other.keys())
+        One's own method is in one of them only.
+        """
+        own, others = self.parts, other.parts
+        return all(own[name] == others[name] for name in own.keys() & others.keys())
 
 
 def spell_changes(names: list[str]) -> str:

@@ -1,41 +1,50 @@
-"""What a number was made on: device, memory, library versions, commit."""
+"""What a number was made on: device, library versions, commit."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
 import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from cu_runner import __version__
 from cu_runner.runtime.devices import device_name
-from cu_runner.runtime.lazy import torch
 from cu_runner.runtime.paths import PACKAGE
 
+if TYPE_CHECKING:
+    import torch
 
-def versions() -> dict[str, str]:
-    names = ("torch", "diffusers", "transformers", "numpy", "cu_runner")
-    return {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
-    }
+LIBRARIES = ("torch", "diffusers", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The machine and the code that made a step.
+
+    versions: of Python, the libraries and cu_runner. git_commit: None for an installed package.
+    """
+
+    versions: dict[str, str]
+    device: str
+    git_commit: str | None
+
+
+def made_with(device: torch.device) -> Provenance:
+    """Return what step.json records of the machine and the code."""
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    whole = {"python": platform.python_version(), **versions, "cu_runner": __version__}
+    return Provenance(whole, device_name(device), git_commit())
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this code runs from; None for an installed package."""
+    """Return the commit of the checkout that this code runs from; None for an installed package."""
     root = PACKAGE.parent
     if not (root / ".git").exists():
         return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:  # no git on this machine
         return None
     return found.stdout.strip() or None
-
-
-def made_with(device: torch.device) -> dict[str, object]:
-    """What step.json records of the machine and the code."""
-    return {"versions": versions(), "device": device_name(device), "git_commit": git_commit()}

@@ -1,1 +1,1 @@
-"""Files that survive a kill: run directories, caches, checkpoints; written whole, read back checked."""
+"""Files that survive a kill: run directories, caches, checkpoints; written whole, read checked."""

@@ -1,4 +1,4 @@
-"""A finished run as one file: configuration, metrics, predictions, grids, weights, and the sha256 of each of them."""
+"""A finished run as one file: configuration, metrics, predictions, grids, weights, and hashes."""
 
 from __future__ import annotations
 
@@ -8,22 +8,30 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from cu_runner.schema.errors import StoreError
+from cu_runner.schema.errors import StoreError, one_line
 from cu_runner.schema.validate import validate
 from cu_runner.store.files import sha256_of, to_json
-from cu_runner.store.layout import STEP
+from cu_runner.store.layout import CONFIG, STEP, SUMMARY, TABLE
 from cu_runner.store.run_record import RunRecord
 
 MANIFEST = "manifest.json"
+TEXTS = (CONFIG, TABLE, SUMMARY)
 
-
-TEXTS = ("config.yaml", "metrics.csv", "summary.json")
+# All that zipfile raises.
+ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    ValueError,
+    EOFError,
+    OSError,
+    RuntimeError,
+)
 
 
 def pack(run: RunRecord, target: Path) -> None:
-    """Write a zip archive that holds `<sequence>/<run>/...`, so that unpacked into outputs/runs it is the run again.
+    """Write a zip archive of `<sequence>/<run>/...`: unpacked into outputs/runs it is the run.
 
-    What is only of use where the run was made is left out: its log, its lock, what cu-eval measured.
+    What is only of use where it was made is left out: its log, its lock, what cu-eval measured.
 
     Raises:
         StoreError: the run is not finished, or a file is not the one that its step names.
@@ -31,14 +39,15 @@ def pack(run: RunRecord, target: Path) -> None:
     if not run.complete:
         done = len(run.records) - 1
         raise StoreError(
-            f"{run.directory}: {done} of {run.num_requests} requests are done; finish the run before it is packed"
+            f"{run.directory}: {done} of {run.num_requests} requests are done; "
+            "finish the run before it is packed"
         )
     files = {name: run.directory / name for name in TEXTS}
     hashes: dict[str, str] = {}
     for index, record in enumerate(run.records):
         place = run.step_dir(index)
         files[f"steps/{place.name}/{STEP}"] = place / STEP
-        for name, expected in record["files"].items():
+        for name, expected in record.files.items():
             files[f"steps/{place.name}/{name}"] = place / name
             hashes[f"steps/{place.name}/{name}"] = expected
     root = f"{run.sequence}/{run.directory.name}"
@@ -50,7 +59,8 @@ def pack(run: RunRecord, target: Path) -> None:
                 found = sha256_of(path) if path.is_file() else None
                 if found is None or hashes.get(name, found) != found:
                     raise StoreError(
-                        f"{path}: is missing or damaged; `cu-doctor {run.directory}` says what else is"
+                        f"{path}: is missing or damaged; "
+                        f"`cu-doctor {run.directory}` says what else is"
                     )
                 hashes[name] = found
                 archive.write(path, f"{root}/{name}")
@@ -61,9 +71,10 @@ def pack(run: RunRecord, target: Path) -> None:
 
 
 def unpack(source: Path, folder: Path) -> Path:
-    """The run directory that a packed run becomes below a folder. Raises StoreError for another file or a damaged one.
+    """Unpack a run below a folder, and return the run directory.
 
-    Every file is checked before it is written, and nothing is written outside the folder, whatever the archive says.
+    Every file is checked before it is written, and nothing is written outside the folder, whatever
+    the archive says. Raises StoreError for another file or a damaged one.
     """
     try:
         with zipfile.ZipFile(source) as archive:
@@ -73,18 +84,11 @@ def unpack(source: Path, folder: Path) -> Path:
             root = manifests[0].removesuffix(f"/{MANIFEST}")
             hashes = validate(dict[str, str], json.loads(archive.read(manifests[0])), MANIFEST)
             for name in (root, *hashes):
-                if (
-                    not set(name.split("/")).isdisjoint(("", ".", ".."))
-                    or "\\" in name
-                    or "\0" in name
-                ):
+                if set(name.split("/")) & {"", ".", ".."} or "\\" in name or "\0" in name:
                     raise StoreError(f"{source}: {name!r} in it is no name of a packed file")
             for name, expected in hashes.items():
-                content = (
-                    archive.read(f"{root}/{name}")
-                    if f"{root}/{name}" in archive.namelist()
-                    else b""
-                )
+                there = f"{root}/{name}" in archive.namelist()
+                content = archive.read(f"{root}/{name}") if there else b""
                 if hashlib.sha256(content).hexdigest() != expected:
                     raise StoreError(
                         f"{source}: {name} in it is missing or is not the one that was packed"
@@ -94,15 +98,6 @@ def unpack(source: Path, folder: Path) -> Path:
                 path.write_bytes(content)
     except StoreError:
         raise
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        ValueError,
-        EOFError,
-        OSError,
-        RuntimeError,
-    ) as error:  # all that zipfile raises
-        raise StoreError(
-            f"{source}: cannot be read as a packed run ({' '.join(str(error).split())})"
-        ) from None
+    except ZIP_ERRORS as error:
+        raise StoreError(f"{source}: cannot be read as a packed run ({one_line(error)})") from None
     return folder / root

@@ -1,4 +1,4 @@
-"""Things that many runs need, made once."""
+"""outputs/cache: what many runs need and one of them made, each under the code that made it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,19 @@ from cu_runner.runtime import distributed
 from cu_runner.runtime.code_identity import CodeIdentity
 from cu_runner.store.files import hash_json, to_json, write_atomic
 
-IMAGES = (
-    "anchors",
-    "base_eval",
-    "retention",
-)  # kinds that hold images of the untouched model, or what was seen in them
+# Kinds that hold images of the untouched model, or what was seen in them.
+IMAGES = ("anchors", "base_eval", "retention")
 
 
 class Cache:
-    """outputs/cache/<kind>/<sig8>/: things that many runs need, made once. A broken entry is made again, and one of other code."""
+    """outputs/cache/<kind>/<sig8>/. A broken entry is made again, and one of other code."""
 
     def __init__(self, root: Path, code: CodeIdentity) -> None:
-        """code: that makes the entries; those of IMAGES depend on a part of it."""
+        """Take the code that makes the entries; those of IMAGES depend on a part of it."""
         self.root, self._code = root, code
 
     def fetch(self, kind: str, key: Mapping[str, object]) -> dict[str, bytes] | None:
-        """The files of an entry by name, or None if there is none or it is damaged."""
+        """Return the files of an entry by name, or None if there is none or it is damaged."""
         return distributed.from_main(lambda: self._read(kind, self._whole(kind, key)))
 
     def _read(self, kind: str, key: Mapping[str, object]) -> dict[str, bytes] | None:
@@ -46,11 +43,11 @@ class Cache:
         return files if same and whole else None
 
     def put(self, kind: str, key: Mapping[str, object], files: Mapping[str, bytes]) -> None:
-        """Write an entry; its index is written last. Two runs may write the same entry, with the same contents."""
+        """Write an entry, its index last. Two runs may write the same one, with one content."""
         distributed.from_main(lambda: self._write(kind, self._whole(kind, key), files))
 
     def _whole(self, kind: str, key: Mapping[str, object]) -> dict[str, object]:
-        """The key with the code that the entry depends on."""
+        """Return the key with the code that the entry depends on."""
         return {**key, "code": self._code.images_sha256 if kind in IMAGES else self._code.sha256}
 
     def _write(self, kind: str, key: Mapping[str, object], files: Mapping[str, bytes]) -> None:

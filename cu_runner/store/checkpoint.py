@@ -1,4 +1,4 @@
-"""The state of a request in the middle of its training, on disk: one file, replaced whenever it is saved, gone with the commit."""
+"""The state of a request in the middle of its training: one file, gone with the commit."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import torch
@@ -19,16 +20,16 @@ logger = logging.getLogger(__name__)
 
 
 FILE = "checkpoint.pt"
-
-
-WORTH = 30.0  # seconds of training that are saved when a request's training ends: its evaluation may be cut short
+# Seconds of training that are saved when it ends: the evaluation may be cut short.
+WORTH = 30.0
 
 
 class Checkpoint:
-    """checkpoint.pt of a run: a line of JSON (what it belongs to, a sha256) and a state as torch.save writes it."""
+    """checkpoint.pt of a run: a line of JSON (its key, a sha256), and a state by torch.save."""
 
     def __init__(self, directory: Path, every: SaveEvery, device: torch.device) -> None:
-        """
+        """Take the place and the rhythm of the file; nothing is read or written yet.
+
         Args:
             directory: of the run.
             every: steps, or minutes as "10min"; None never saves on its own.
@@ -39,15 +40,16 @@ class Checkpoint:
         self._seconds = 60 * float(every.removesuffix("min")) if isinstance(every, str) else None
         self._saved = time.monotonic()
 
-    def begin(self, key: Mapping[str, object]) -> dict[str, object] | None:
-        """Begin or go on with the request that the key names: its saved state, None if there is none or it is damaged."""
+    def begin(self, key: Mapping[str, object]) -> dict[str, Any] | None:
+        """Return the saved state of the request that the key names, or None; what follows is its.
+
+        None is returned where there is no state of this request, or it is damaged.
+        """
         self._key, self._saved = hash_json(key), time.monotonic()
         content = distributed.from_main(self._read)
-        return (
-            None
-            if content is None
-            else torch.load(io.BytesIO(content), map_location=self._place, weights_only=True)
-        )
+        if content is None:
+            return None
+        return torch.load(io.BytesIO(content), map_location=self._place, weights_only=True)
 
     def _read(self) -> bytes | None:
         try:
@@ -67,17 +69,19 @@ class Checkpoint:
             return None
         return content
 
-    def _place(self, storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+    def _place(self, storage: Any, location: str) -> Any:
         return storage if location == "cpu" else storage.cuda(self._device.index)
 
     def is_due(self, step: int, last: bool) -> bool:
-        """Whether to save after this step, of which `last` says whether training ends with it."""
+        """Tell whether to save after this step. last: whether training ends with it."""
+        elapsed = time.monotonic() - self._saved
         if self._steps is None and self._seconds is None:
             return False
-        elapsed = time.monotonic() - self._saved
         if last:
             return elapsed >= WORTH
-        return step % self._steps == 0 if self._steps else elapsed >= self._seconds
+        if self._steps is not None:
+            return step % self._steps == 0
+        return self._seconds is not None and elapsed >= self._seconds
 
     def save(self, state: Mapping[str, object]) -> None:
         """Replace the file."""
@@ -89,11 +93,11 @@ class Checkpoint:
         self._saved = time.monotonic()
 
     def remove(self) -> None:
-        """The request is committed."""
+        """Delete the file: the request is committed."""
         if distributed.is_main():
             self.path.unlink(missing_ok=True)
 
 
 def seal(key: object, content: bytes) -> str:
-    """sha256 of a state and of what it belongs to."""
+    """Return the sha256 of a state and of what it belongs to."""
     return hashlib.sha256(str(key).encode() + content).hexdigest()

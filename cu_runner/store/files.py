@@ -37,28 +37,35 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def with_header(content: bytes) -> bytes:
-    """A text file behind a comment that holds its sha256."""
+    """Return a text file behind a comment that holds its sha256."""
     return HEADER + hashlib.sha256(content).hexdigest().encode() + b"\n" + content
 
 
 def has_intact_header(content: bytes) -> bool:
-    """Whether the comment holds the sha256 of the rest; true of a file without one, as older versions wrote it."""
+    """Tell whether a file begins with a comment that holds the sha256 of the rest."""
     header, _, rest = content.partition(b"\n")
-    if not header.startswith(HEADER[:2]):
-        return True
     return header == HEADER + hashlib.sha256(rest).hexdigest().encode()
 
 
+def command_in(text: str) -> str | None:
+    """Return the command that a config.yaml records below its sha256; None if it has none."""
+    line = next(iter(text.split("\n")[1:2]), "")
+    return line.removeprefix("# ") if line.startswith("# cu-") else None
+
+
 def to_csv(table: pd.DataFrame) -> bytes:
+    """Return a table as a CSV file without its index."""
     return table.to_csv(index=False).encode()
 
 
 def to_json(value: object) -> bytes:
+    """Return a value as a JSON file for people to read."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -73,14 +80,16 @@ def read_delta(path: Path, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     shapes = {name: tuple(tensor.shape) for name, tensor in delta.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in params.items()}
     if shapes != wanted:
-        name = next(iter(sorted(set(shapes.items()) ^ set(wanted.items()))))[0]
+        name = min(set(shapes.items()) ^ set(wanted.items()))[0]
         raise StoreError(
-            f"{path}: holds other weights than this run trains (e.g. {name}); it belongs to another model or method.params"
+            f"{path}: holds other weights than this run trains (e.g. {name}); "
+            "it belongs to another model or method.params"
         )
     return delta
 
 
 def to_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return tensors as a safetensors file."""
     import safetensors.torch
 
     return safetensors.torch.save(
@@ -96,11 +105,11 @@ def from_safetensors(content: bytes) -> dict[str, Tensor]:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor of a delta, without reading the others."""
+    """Read one tensor of a delta, and none of the others."""
     with safetensors.safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
 
 
 def hash_json(value: object) -> str:
-    """sha256 of a value's canonical JSON."""
+    """Return the sha256 of a value's canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

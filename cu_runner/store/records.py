@@ -3,63 +3,221 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, field
 from pathlib import Path
+from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from cu_runner import __version__
+from cu_runner.runtime.code_identity import CodeIdentity
 from cu_runner.schema.errors import StoreError
 from cu_runner.store.files import hash_json
-from cu_runner.store.layout import STEP
+from cu_runner.store.layout import STEP, finished_steps, step_dir
+
+STRICT = ConfigDict(extra="forbid")
+Metrics = dict[str, float | int | None]  # columns of metrics.csv by name, accuracies in percent
+# Entries that are written only where they say something.
+OPTIONAL = ("retention_sha256", "allowed_other_code", "run_sha256", "weights", "run_code")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Row:
+    """A step's row of metrics.csv.
+
+    metrics: UA, RA_I, RA_C, ... in percent, and what the retention measures. The drifts are those
+    of the weights that were measured; step_l2 is the length of the request's own step.
+    """
+
+    request: int
+    concept: str
+    metrics: Metrics
+    drift_l2: float = 0.0
+    drift_l1: float = 0.0
+    drift_fraction: float = 0.0
+    step_l2: float = 0.0
+    train_steps: int = 0
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    peak_memory_mb: int = 0
+
+    def flat(self) -> dict[str, float | int | str | None]:
+        """Return the columns in the order of metrics.csv."""
+        entries = asdict(self)
+        metrics = entries.pop("metrics")
+        first = {name: entries.pop(name) for name in ("request", "concept")}
+        return first | metrics | entries
+
+    @staticmethod
+    def of(columns: Mapping[str, Any]) -> Row:
+        """Return the row of such columns; what is none of its own is a metric."""
+        own = {name: columns[name] for name in ROW if name in columns}
+        metrics = {name: value for name, value in columns.items() if name not in ROW}
+        return Row(**own, metrics=metrics)
+
+
+ROW = tuple(name for name in Row.__dataclass_fields__ if name != "metrics")
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainingRecord:
+    """How a request was trained.
+
+    method, regularizers: their own records, the latter by name. early_stop: the measurements of UA
+    that could end it. cached: whether its weights came from the cache.
+    """
+
+    steps: int = 0
+    method: dict[str, Any] = field(default_factory=dict)
+    regularizers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    early_stop: list[dict[str, float]] = field(default_factory=list)
+    cached: bool = False
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class StepResult:
+    """What a step made, before it is linked to the one before.
+
+    index: 0 for the untouched model, n after request n. files: contents by name. seconds: of
+    training and evaluation, and from the start of the process to its first training step.
+    run_sha256, weights, run_code: of an evaluation, the step that it measured, where they lie
+    and what trained them.
+    """
+
+    index: int
+    files: dict[str, bytes]
+    row: Row
+    targets: list[str]
+    model_sha256: str
+    evaluator_sha256: str
+    retention_sha256: str | None = None
+    training: TrainingRecord = TrainingRecord()
+    seconds: dict[str, float | None] = field(default_factory=dict)
+    versions: dict[str, str]
+    device: str
+    git_commit: str | None
+    run_sha256: str | None = None
+    weights: str | None = None
+    run_code: CodeIdentity | None = None
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class StepRecord:
+    """A finished step, as step.json holds it; its entries are those of StepResult.
+
+    sha256: over the parent's and those of the files, what the next step must name. files: sha256 by
+    name. code: that made it. allowed_other_code: whether it went on with steps of other code.
+    """
+
+    index: int
+    signature: str
+    parent_sha256: str
+    sha256: str
+    files: dict[str, str]
+    targets: list[str]
+    model_sha256: str
+    evaluator_sha256: str
+    training: TrainingRecord
+    seconds: dict[str, float | None]
+    versions: dict[str, str]
+    device: str
+    git_commit: str | None
+    retention_sha256: str | None = None
+    run_sha256: str | None = None
+    weights: str | None = None
+    run_code: CodeIdentity | None = None
+    code: CodeIdentity
+    allowed_other_code: bool = False
+    row: Row
+    record_sha256: str = ""
+
+    def entries(self) -> dict[str, Any]:
+        """Return what step.json holds, its own sha256 last."""
+        training = asdict(self.training) if self.training != TrainingRecord() else {}
+        if not self.training.cached:
+            training.pop("cached", None)
+        entries = asdict(self) | {"row": self.row.flat(), "training": training}
+        for name in OPTIONAL:
+            if not entries[name]:
+                del entries[name]
+        del entries["record_sha256"]
+        return entries | {"record_sha256": hash_json(entries)}
 
 
 @dataclass(frozen=True)
-class Step:
-    """A finished step: its number, directory, the sha256 that the next step must name, its metrics row, the code that made it."""
+class Link:
+    """A place in the chain of steps.
 
-    index: int
-    directory: Path
-    sha256: str
-    row: dict[str, object]
-    code: dict[str, object]
+    path: of step.json, or the folder of a step that is missing. record: None where it cannot be
+    read. problem: why the chain ends here; None where it goes on.
+    """
 
-
-def read_record(directory: Path) -> dict[str, object]:
-    """step.json of a step directory, checked against its own sha256. Raises StoreError; the files that it names are not read."""
-    path = directory / STEP
-    record = parse_record(path)
-    if record is None:
-        raise StoreError(f"{path}: cannot be read")
-    if not is_intact(record):
-        raise StoreError(f"{path}: does not match its own sha256")
-    return record
+    path: Path
+    record: StepRecord | None
+    problem: str | None = None
 
 
-def parse_record(path: Path) -> dict[str, object] | None:
-    """A step.json as it stands; None if it is missing, no JSON or lacks an entry."""
+def read_chain(run: Path) -> Iterator[Link]:
+    """Yield the finished steps of a run in order; the first that is damaged is the last.
+
+    Each is checked against its own sha256 and the step before. Files that it names are not read.
+
+    Raises:
+        StoreError: the run was made by another version, whose records this one does not read.
+    """
+    parent: str | None = None
+    for position, index in enumerate(finished_steps(run)):
+        if index != position:
+            missing = f"step {position} is missing but step {index} is there"
+            yield Link(step_dir(run, position), None, missing)
+            return
+        path = step_dir(run, index) / STEP
+        record, problem = read_record(path)
+        if record is not None and problem is None:
+            above = record.model_sha256 if parent is None else parent
+            if record.index != index or record.parent_sha256 != above:
+                problem = "does not continue the step before it"
+            parent = record.sha256
+        yield Link(path, record, problem)
+        if problem is not None:
+            return
+
+
+def read_record(path: Path) -> tuple[StepRecord | None, str | None]:
+    """Read a step.json: the record, or None if it is none; and what is wrong with it, or None.
+
+    Raises:
+        StoreError: it was made by another version, whose records this one does not read.
+    """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        dict(record["files"]), dict(record["row"])
-        record["sha256"], record["parent_sha256"], record["signature"], record["index"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return record
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        written = {name: value for name, value in entries.items() if name != "record_sha256"}
+        whole = entries["record_sha256"] == hash_json(written)
+        if whole:
+            refuse_other_version(path, entries)
+        content = entries | {"row": Row.of(entries["row"])}
+        record = TypeAdapter(StepRecord).validate_python(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, "cannot be read"
+    whole = whole and record.sha256 == chain(record.parent_sha256, record.files)
+    return record, None if whole else "does not match its own sha256"
 
 
-def is_intact(record: dict[str, object]) -> bool:
-    """Whether a record is the one that was written: its own sha256 holds, and so does that of the step over its files."""
-    entries = {key: value for key, value in record.items() if key != "record_sha256"}
-    return record["sha256"] == chain(record["parent_sha256"], record["files"]) and record.get(
-        "record_sha256"
-    ) == hash_json(entries)
-
-
-def continues(record: Mapping[str, object], parent: str | None) -> bool:
-    """Whether a record names its parent: the sha256 of the step before, and step 0 that of the base model."""
-    if parent is None:  # older versions began with nothing
-        return record["parent_sha256"] in (None, record.get("model_sha256"))
-    return record["parent_sha256"] == parent
+def refuse_other_version(path: Path, entries: Mapping[str, Any]) -> None:
+    """Refuse with StoreError the record of a version that writes others."""
+    version = str(entries["versions"].get("cu_runner", "of unknown version"))
+    if version.split(".")[:2] != __version__.split(".")[:2]:
+        raise StoreError(
+            f"{path.parent.parent.parent}: was made by cu_runner {version}, whose runs this one "
+            f"({__version__}) does not read; move it away and make it again"
+        )
 
 
 def chain(parent: str | None, files: Mapping[str, str]) -> str:
-    """sha256 of a step: over its parent's and those of its files, so that it stands for all from the base model on."""
+    """Return the sha256 of a step: over its parent's and those of its files.
+
+    It stands for all steps from the base model on.
+    """
     return hash_json([parent, sorted(files.items())])

@@ -1,4 +1,4 @@
-"""What makes two runs the same experiment: the hash of the scientific part of their configuration."""
+"""What makes two runs the same experiment: a hash of the scientific part of their configuration."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ WITH_FILES = ("sequence", "method", "reg", "retention")  # groups whose settings
 
 
 def signature(resolved: ConfigTree) -> str:
-    """sha256 of the scientific part of a configuration, so that the same experiment is the same directory.
+    """Return the sha256 of the scientific part of a configuration: it names the run's directory.
 
-    Devices, threads, memory, paths of outputs, W&B and the evaluation batch are left out. Numbers are compared by value: 5 is 5.0.
-    The order of regularizers counts (it is the order of their hooks); the order of other keys does not. Text files that the
-    sequence, the method, a regularizer or the retention reads count by their content.
+    Devices, threads, memory, paths of outputs, W&B and the evaluation batch are left out. Numbers
+    are compared by value: 5 is 5.0. The order of regularizers counts (it is the order of their
+    hooks); the order of other keys does not. Text files that the sequence, the method, a
+    regularizer or the retention reads count by their content.
     """
     science = without_paths(resolved, NOT_SCIENTIFIC)
     science["reg"] = [[name, node] for name, node in resolved["reg"].items()]
@@ -47,18 +48,12 @@ def signature(resolved: ConfigTree) -> str:
 
 
 def file_hashes(resolved: ConfigTree) -> dict[str, str]:
-    """sha256 of every file that a setting of the sequence, the method, a regularizer or the retention names."""
-    leaves = [
-        value
-        for group in WITH_FILES
-        for _, value in walk_leaves(resolved.get(group, {}))
-        if isinstance(value, str)
-    ]
-    paths = {
-        value: os.path.expanduser(value) for value in leaves if "/" in value or "." in value
-    }  # any text: pathlib may raise
-    return {
-        value: hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        for value, path in paths.items()
-        if os.path.isfile(path)
-    }
+    """Return the sha256 of every file that a setting of WITH_FILES names, by its value."""
+    found = {}
+    for group in WITH_FILES:
+        for _, value in walk_leaves(resolved.get(group, {})):
+            if isinstance(value, str) and ("/" in value or "." in value):
+                path = os.path.expanduser(value)  # any text: pathlib may raise
+                if os.path.isfile(path):
+                    found[value] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return found

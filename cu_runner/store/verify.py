@@ -1,6 +1,7 @@
-"""Is a run directory what it says? The chain of hashes from the base model to the last step, and the numbers from their sources.
+"""Is a run directory what it says? The chain of hashes, and the numbers from their sources.
 
-Unlike the runner, which stops at the first thing that is wrong, this looks at everything and changes nothing.
+Unlike the runner, which stops at the first thing that is wrong, this looks at everything and
+changes nothing.
 """
 
 from __future__ import annotations
@@ -12,65 +13,56 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
-import yaml
 
 from cu_runner.concepts.sequence import Sequence
 from cu_runner.evaluators.metrics import read_predictions, step_metrics
 from cu_runner.models.parameters import drift
 from cu_runner.runtime.lazy import pd
-from cu_runner.schema.errors import StoreError
+from cu_runner.schema.values import ConfigTree
 from cu_runner.store.directories import first_name
 from cu_runner.store.files import has_intact_header, read_tensor, sha256_of, to_csv
-from cu_runner.store.layout import METRICS, PREDICTIONS, STEP
-from cu_runner.store.records import continues, is_intact, parse_record
+from cu_runner.store.layout import CONFIG, METRICS, PREDICTIONS, STEP, TABLE, step_dir
+from cu_runner.store.records import StepRecord, read_chain
 from cu_runner.store.run_record import RunRecord
 from cu_runner.store.signature import signature
 
 ROUNDING = 1e-5  # relative; a sum over millions of weights depends on its order in the last digits
+AGAIN = "the run's own command writes it anew"
+PARTS = ("model_sha256", "evaluator_sha256", "retention_sha256")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check. ok: None where it could not be made. detail: what differs, or why there is nothing to compare."""
+    """One check. ok: None where it could not be made. detail: what differs, or why it was not."""
 
     what: str
     ok: bool | None
     detail: str = ""
 
 
-def verify_run(directory: Path, sequence: Sequence, config: dict[str, object]) -> Iterator[Finding]:
-    """Every check of a run directory that needs neither its model nor its evaluator.
+def verify_run(directory: Path, sequence: Sequence, config: ConfigTree) -> Iterator[Finding]:
+    """Yield every check of a run directory that needs neither its model nor its evaluator.
 
     Args:
         sequence: of the run; its configuration, as config.yaml holds it.
     """
     yield from verify_configuration(directory, config)
-    records = []
-    for path in sorted((directory / "steps").glob(f"[0-9]*/{STEP}")):
-        index = int(path.parent.name)
-        record = parse_record(path)
-        if record is None or not is_intact(record):
-            yield Finding(
-                f"steps/{path.parent.name}/{STEP}",
-                False,
-                "is unreadable or does not match its own sha256",
-            )
+    records: list[StepRecord] = []
+    for index, link in enumerate(read_chain(directory)):
+        place, record = f"steps/{index:02d}", link.record
+        if record is None or link.problem in ("cannot be read", "does not match its own sha256"):
+            what = f"{place}/{STEP}" if link.path.name == STEP else place
+            yield Finding(what, False, str(link.problem))
             return
-        parent = records[-1]["sha256"] if records else None
-        linked = record["index"] == index == len(records) and continues(record, parent)
-        same = record["signature"] == signature(config)
-        wrong = [] if linked else ["does not continue the step before it"]
-        wrong += [] if same else ["belongs to another configuration"]
+        wrong = [link.problem] if link.problem else []
+        if record.signature != signature(config):
+            wrong.append("belongs to another configuration")
         begun = records[0] if records else record
-        names = [
-            name
-            for name in ("model_sha256", "evaluator_sha256", "retention_sha256")
-            if record.get(name) != begun.get(name)
-        ]
-        wrong += [f"{name} is not that of step 0" for name in names]
-        yield Finding(f"steps/{path.parent.name}: chain", not wrong, "; ".join(wrong))
-        yield from verify_files(path.parent, record)
-        if not linked:
+        differing = [name for name in PARTS if getattr(record, name) != getattr(begun, name)]
+        wrong += [f"{name} is not that of step 0" for name in differing]
+        yield Finding(f"{place}: chain", not wrong, "; ".join(wrong))
+        yield from verify_files(step_dir(directory, index), record)
+        if link.problem:
             return
         records.append(record)
     if not records:
@@ -82,43 +74,32 @@ def verify_run(directory: Path, sequence: Sequence, config: dict[str, object]) -
     yield verify_table(run)
 
 
-def verify_configuration(directory: Path, config: dict[str, object]) -> Iterator[Finding]:
-    """config.yaml against its own hash and against the name of the directory."""
-    intact = has_intact_header((directory / "config.yaml").read_bytes())
-    yield Finding(
-        "config.yaml", intact, "" if intact else "does not match the sha256 in its first line"
-    )
-    named = first_name(directory.name).rpartition("-")[2]
-    found = signature(config)[:8]
-    detail = (
-        "" if named == found else f"the name ends in {named}, the configuration hashes to {found}"
-    )
-    yield Finding("name of the directory", named == found, detail)
+def verify_configuration(directory: Path, config: ConfigTree) -> Iterator[Finding]:
+    """Hold config.yaml against its own hash and against the name of the directory."""
+    intact = has_intact_header((directory / CONFIG).read_bytes())
+    yield Finding(CONFIG, intact, "" if intact else "does not match the sha256 in its first line")
+    named, found = first_name(directory.name).rpartition("-")[2], signature(config)[:8]
+    detail = f"the name ends in {named}, the configuration hashes to {found}"
+    yield Finding("name of the directory", named == found, "" if named == found else detail)
 
 
-def verify_files(directory: Path, record: dict[str, object]) -> Iterator[Finding]:
-    """Every file that a step names against its sha256, and no file besides."""
-    for name, expected in record["files"].items():
-        path = directory / name
-        found = sha256_of(path) if path.is_file() else None
-        detail = (
-            ""
-            if found == expected
-            else "is missing"
-            if found is None
-            else "is damaged: another sha256 than in step.json"
-        )
-        yield Finding(f"steps/{directory.name}/{name}", found == expected, detail)
-    more = sorted({path.name for path in directory.iterdir()} - set(record["files"]) - {STEP})
-    if more:
-        yield Finding(
-            f"steps/{directory.name}", False, f"holds files that no step names: {', '.join(more)}"
-        )
+def verify_files(directory: Path, record: StepRecord) -> Iterator[Finding]:
+    """Hold every file that a step names against its sha256, and look for others."""
+    for name, expected in record.files.items():
+        path, detail = directory / name, ""
+        if not path.is_file():
+            detail = "is missing"
+        elif sha256_of(path) != expected:
+            detail = f"is damaged: another sha256 than in {STEP}"
+        yield Finding(f"steps/{directory.name}/{name}", not detail, detail)
+    if more := sorted({path.name for path in directory.iterdir()} - set(record.files) - {STEP}):
+        strangers = f"holds files that no step names: {', '.join(more)}"
+        yield Finding(f"steps/{directory.name}", False, strangers)
 
 
 def verify_numbers(run: RunRecord, index: int, sequence: Sequence) -> Iterator[Finding]:
-    """The metrics of a step from its predictions, its drift from its weights."""
-    row, place = run.records[index]["row"], f"steps/{index:02d}"
+    """Compute the metrics of a step from its predictions, its drift from its weights."""
+    row, place = run.records[index].row, f"steps/{index:02d}"
     try:
         predictions = read_predictions(run.step_dir(index) / PREDICTIONS)
         found = step_metrics(predictions, run.unlearned(index) if index else [], sequence)
@@ -129,11 +110,12 @@ def verify_numbers(run: RunRecord, index: int, sequence: Sequence) -> Iterator[F
         yield Finding(f"{place}: metrics", False, f"cannot be computed: {error}")
     else:
         wrong = [
-            f"{name} is {row.get(name)} in step.json, {stored.get(name)} in {METRICS}, {value} from the predictions"
+            f"{name} is {row.metrics.get(name)} in {STEP}, {stored.get(name)} in {METRICS}, "
+            f"{value} from the predictions"
             for name, value in found.items()
-            if not value == row.get(name) == stored.get(name)
+            if not value == row.metrics.get(name) == stored.get(name)
         ]
-        yield Finding(f"{place}: metrics from predictions.csv", not wrong, "; ".join(wrong))
+        yield Finding(f"{place}: metrics from {PREDICTIONS}", not wrong, "; ".join(wrong))
     if not index:
         return
     path = run.weights(index)
@@ -144,36 +126,16 @@ def verify_numbers(run: RunRecord, index: int, sequence: Sequence) -> Iterator[F
     except (OSError, safetensors.SafetensorError) as error:
         yield Finding(f"{place}: drift", False, f"cannot be computed: {error}")
         return
-    same = math.isclose(size, row["drift_l2"], rel_tol=ROUNDING)
-    yield Finding(
-        f"{place}: drift from {path.name}",
-        same,
-        "" if same else f"{row['drift_l2']} in step.json, {size} from it",
-    )
+    same = math.isclose(size, row.drift_l2, rel_tol=ROUNDING)
+    detail = "" if same else f"{row.drift_l2} in {STEP}, {size} from it"
+    yield Finding(f"{place}: drift from {path.name}", same, detail)
 
 
 def verify_table(run: RunRecord) -> Finding:
-    """metrics.csv against the rows of the steps."""
+    """Hold metrics.csv against the rows of the steps."""
+    rows = to_csv(pd.DataFrame([record.row.flat() for record in run.records]))
     try:
-        same = (run.directory / "metrics.csv").read_bytes() == to_csv(
-            pd.DataFrame([record["row"] for record in run.records])
-        )
+        same = (run.directory / TABLE).read_bytes() == rows
     except OSError:
-        return Finding("metrics.csv", False, "is missing; the run's own command writes it anew")
-    return Finding(
-        "metrics.csv",
-        same,
-        "" if same else "differs from the steps; the run's own command writes it anew",
-    )
-
-
-def read_config(directory: Path) -> dict[str, object]:
-    """config.yaml. Raises StoreError."""
-    try:
-        config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-        config["sequence"]["name"], config["reg"], config["method"]
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
-        raise StoreError(
-            f"{directory}: holds no readable config.yaml; give a run directory or a packed run"
-        ) from None
-    return config
+        return Finding(TABLE, False, f"is missing; {AGAIN}")
+    return Finding(TABLE, same, "" if same else f"differs from the steps; {AGAIN}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import getpass
-import json
 import os
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from typing import Literal, get_args
 
 from cu_runner.schema.errors import SweepError
 from cu_runner.store.layout import JOB
+from cu_runner.store.run_record import is_complete
 from cu_runner.sweeps.job_note import JobNote, read_job_note, read_sweep_note
 
 # folder of hydra/launcher=slurm and local_processes: logs and pickles by job id
@@ -91,7 +91,7 @@ def state_of(
     """Return what became of a job, and why if it failed."""
     run = None if note.run is None else Path(note.run)
     noted = path.stat().st_mtime
-    if run is not None and is_done(run):
+    if run is not None and is_complete(run):
         later = (run / "summary.json").stat().st_mtime >= noted
         if note.error is None or later:
             return "done", ""
@@ -125,16 +125,6 @@ def submitit_folder(root: Path, note: JobNote, number: str, alone: bool) -> Path
         if (alone and entry.name.isdecimal()) or entry.name.endswith(f"_{number}"):
             return entry
     return None
-
-
-def is_done(run: Path) -> bool:
-    """Return whether summary.json stands for the run's last step."""
-    try:
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-        last = max((run / "steps").glob("*/step.json"), key=lambda path: int(path.parent.name))
-        return summary["sha256"] == json.loads(last.read_text(encoding="utf-8"))["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def is_locked(path: Path) -> bool:

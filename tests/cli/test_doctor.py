@@ -3,13 +3,16 @@
 import hashlib
 import json
 import random
+import re
 import shutil
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
+from conftest import SMOKE, run_directory
 
 from cu_runner.cli import doctor, report
 from cu_runner.config.compose import compose
@@ -18,11 +21,12 @@ from cu_runner.models.checkpoints import locate
 from cu_runner.runner import preflight as checkup
 from cu_runner.runner.runner import Runner
 from cu_runner.runner.training import Training
+from cu_runner.runner.weights import TrainedWeights
 from cu_runner.schema.errors import ModelError, StoreError
 from cu_runner.store.archive import unpack
 from cu_runner.store.files import hash_json
 from cu_runner.store.records import chain
-from cu_runner.store.verify import read_config
+from cu_runner.store.run_record import read_config
 
 
 @pytest.fixture
@@ -133,15 +137,16 @@ def test_the_chain_begins_with_the_base_model(examine, run_copy, monkeypatch):
     assert examine(run_copy)[0] == 1  # the step after it names another
 
 
-def test_a_run_of_an_older_version_whose_chain_began_with_nothing(examine, run_copy):
-    parent = None
-    for step in ("00", "01", "02"):
-        rewrite(
-            run_copy / "steps" / step,
-            lambda record, parent=parent: record.update(parent_sha256=parent),
+def test_a_run_of_an_older_version_is_refused_in_one_line_that_names_it(call_command, run_copy):
+    rewrite(run_copy / "steps/00", lambda record: record["versions"].update(cu_runner="0.1.0"))
+    for command, main in (("cu-doctor", doctor.main), ("cu-report", report.main)):
+        status, _, err = call_command(main, command, run_copy)
+        assert status == 1
+        assert re.fullmatch(
+            rf"{command}: \S+: was made by cu_runner 0\.1\.0, whose runs this one \(0\.2\.0\) does "
+            r"not read; move it away and make it again\n",
+            err,
         )
-        parent = json.loads((run_copy / "steps" / step / "step.json").read_text())["sha256"]
-    assert examine(run_copy)[0] == 0
 
 
 @pytest.mark.parametrize("content", ["", "5", "[]", "null", "{"])
@@ -173,7 +178,7 @@ def test_any_byte_of_the_configuration_may_be_damaged(examine, run_copy):
 def yaml_of(path) -> dict | None:
     """What the file holds; None if that is no configuration, which has a line of its own."""
     try:
-        return read_config(path.parent)
+        return read_config(path.parent)[0]
     except StoreError:
         return None
 
@@ -355,28 +360,21 @@ def test_a_plan_that_would_run_is_well(check, tmp_path):
 
 def test_a_plan_with_everything_is_well(check, monkeypatch):
     seen = []
-    timed = checkup.time_step
+    step = Training.step
 
-    def time_step(plan, scope, method, regularizers):
+    def watched(training):
+        scope = training._scope
         unet = scope.model.unet
         names = {"trained": next(iter(scope.params)), "frozen": "conv_in.weight"}
-        seen.append(
-            (
-                unet.is_gradient_checkpointing,
-                *(dict(unet.named_parameters())[name].dtype for name in names.values()),
-            )
-        )
-        seen.append(
-            (
-                scope.request.index,
-                scope.model._caches_text,
-                type(method).__name__,
-                list(regularizers),
-            )
-        )
-        return timed(plan, scope, method, regularizers)
+        kinds = [dict(unet.named_parameters())[name].dtype for name in names.values()]
+        seen.append((scope.request.index, scope.steps, training.done))
+        assert (unet.is_gradient_checkpointing, kinds) == (True, [torch.float32, torch.bfloat16])
+        assert scope.model._caches_text
+        assert type(training._method).__name__ == "SculpMem"
+        assert list(training._regularizers) == ["l2", "nullspace"]
+        step(training)
 
-    monkeypatch.setattr(checkup, "time_step", time_step)
+    monkeypatch.setattr(Training, "step", watched)
     status, found = check(
         "train.gradient_checkpointing=true",
         "model.precision=bf16",
@@ -387,10 +385,8 @@ def test_a_plan_with_everything_is_well(check, monkeypatch):
         "retention.num_prompts=5",
     )
     assert (status, {mark for mark, _ in found.values()}) == (0, {"ok"})
-    assert seen == [
-        (True, torch.float32, torch.bfloat16),
-        (2, True, "SculpMem", ["l2", "nullspace"]),
-    ]
+    # two steps of the first and the last request, of the 60 that they would have
+    assert seen == [(1, 60, 0), (1, 60, 1), (2, 60, 0), (2, 60, 1)]
     assert {"retention", "reg.l2", "reg.nullspace"} <= set(found)
     assert (
         " for 37 images (15 of them of general prompts) " in found["time"][1]
@@ -506,8 +502,9 @@ def test_every_part_that_is_missing_is_named_at_once(check, tmp_path):
     assert found["evaluator"][0] == "WRONG"
     assert found["images"] == (
         "not checked",
-        "needs the model, and a method that takes these regularizers",
+        "needs every part of the run, and its schedulers",
     )
+    assert found["disk"][0] == "not checked"
 
 
 def test_labels_in_another_order_show_in_the_base_accuracy(check, tmp_path):
@@ -560,12 +557,26 @@ def test_the_peak_of_gpu_memory_is_that_of_the_request(monkeypatch):
         raise InterruptedError
 
     for device in ("cuda:1", "cpu"):
+        weights = TrainedWeights({}, {}, torch.device(device))
+        store = SimpleNamespace(step_dir=lambda index: Path())
         runner = SimpleNamespace(
-            model=SimpleNamespace(device=torch.device(device)),
-            _params={},
-            _base={},
-            _unlearn=unlearn,
+            device=torch.device(device), weights=weights, store=store, _unlearn=unlearn
         )
         with pytest.raises(InterruptedError):
             Runner._serve(runner, SimpleNamespace(start="base"), [SimpleNamespace(index=0)])
     assert calls == [torch.device("cuda:1"), "unlearn", "unlearn"]
+
+
+def test_what_judges_the_retention_is_checked(examine, in_process, tmp_path):
+    status, out, _ = in_process(*SMOKE, "retention=shapecanvas", "retention.num_prompts=4")
+    assert status == 0
+    run = run_directory(out, tmp_path)
+    status, lines, _ = examine(run, "--all")
+    assert (status, "ok          weights of the retention" in lines) == (0, True)
+    for step in ("00", "01", "02"):
+        rewrite(run / "steps" / step, lambda record: record.update(retention_sha256="0" * 64))
+    status, lines, _ = examine(run)
+    said = "WRONG       weights of the retention: are not those that the run began with"
+    assert (status, said in lines) == (1, True)
+    rewrite(run / "steps/02", lambda record: record.update(retention_sha256="1" * 64))
+    assert any("retention_sha256 is not that of step 0" in line for line in examine(run)[1])

@@ -18,6 +18,7 @@ import wandb
 from conftest import SMOKE
 from PIL import Image
 
+from cu_runner import __version__
 from cu_runner.cli import report
 from cu_runner.config.compose import compose
 from cu_runner.evaluators.grid import draw_grid
@@ -37,6 +38,7 @@ from cu_runner.reporting.page_data import (
 from cu_runner.reporting.page_plots import COLOURS, line_style
 from cu_runner.schema.errors import StoreError
 from cu_runner.store.files import hash_json, to_safetensors
+from cu_runner.store.records import Row, StepResult, TrainingRecord
 from cu_runner.store.run_directory import RunStore
 from cu_runner.store.run_record import RunRecord, read_run
 
@@ -137,23 +139,19 @@ def make_run(
                 "eval_seconds": 4.0,
                 "peak_memory_mb": 1000 + 10 * index,
             }
-            record = {
-                "targets": [row["concept"]] if index else [],
-                "model_sha256": "m" * 64,
-                "evaluator_sha256": "e" * 64,
-                "training": {"steps": 60} if index else {},
-                "seconds": {},
-                "versions": {"python": "3", "torch": "2"},
-                "device": "cpu (abacus)" if index < 2 else "cpu (quipu)",
-                "git_commit": "c" * 40,
-            }
-            parent = store.save_step(
-                index,
-                files | ({"delta.safetensors": to_safetensors(delta)} if index else {}),
-                record,
-                row,
-                parent,
+            result = StepResult(
+                index=index,
+                files=files | ({"delta.safetensors": to_safetensors(delta)} if index else {}),
+                row=Row.of(row),
+                targets=[row["concept"]] if index else [],
+                model_sha256="m" * 64,
+                evaluator_sha256="e" * 64,
+                training=TrainingRecord(steps=60 if index else 0),
+                versions={"python": "3", "torch": "2", "cu_runner": __version__},
+                device="cpu (abacus)" if index < 2 else "cpu (quipu)",
+                git_commit="c" * 40,
             )
+            parent = store.save_step(result, parent)
     return directory
 
 
@@ -428,7 +426,7 @@ def test_the_page_of_two_runs(cu_report, by_hand, tmp_path):
     assert page.tables["Cost of all finished requests"][2][1] == "2 of 3"
     directory = only(by_hand, "conabl").run.directory
     assert (directory / "config.yaml").read_text() in page.text
-    assert f"{directory}signature{read_run(directory).records[0]['signature']}" in page.text
+    assert f"{directory}signature{read_run(directory).records[0].signature}" in page.text
 
     images = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
     assert len(images) == 2
@@ -511,7 +509,7 @@ def test_the_page_has_the_command_that_makes_a_run_again(cu_report, finished_run
     assert overrides == [
         each for each in SMOKE if each not in ("wandb.mode=disabled", "num_threads=1")
     ]
-    assert compose(overrides).signature == read_run(directory).records[0]["signature"]
+    assert compose(overrides).signature == read_run(directory).records[0].signature
 
 
 def test_a_run_of_the_python_interface_has_no_command(cu_report, tmp_path):

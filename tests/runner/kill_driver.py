@@ -47,6 +47,7 @@ def watched(name: str, function: Callable) -> Callable:
 
 
 def watch() -> None:
+    from cu_runner.runner.measure import Instruments
     from cu_runner.runner.runner import Runner
     from cu_runner.store.cache import Cache
     from cu_runner.store.run_directory import RunStore
@@ -55,7 +56,7 @@ def watch() -> None:
         (Runner, "_evaluate_base", "base evaluation"),
         (Runner, "_unlearn", "training"),
         (Runner, "_merge", "merging"),
-        (Runner, "_sample", "evaluation"),
+        (Instruments, "measure", "evaluation"),
         (RunStore, "save_step", "commit"),
         (Cache, "put", "cache writing"),
     ):

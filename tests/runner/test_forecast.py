@@ -73,7 +73,7 @@ def test_time_left():
 def test_rates_come_from_runs_of_the_same_kind(run_copy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = read_run(run_copy)
-    device, table = run.records[0]["device"], run.table
+    device, table = run.records[0].device, run.table
     same = measure_rates(compose([*SMOKE, "seed=7"]), device)
     assert same.num_runs == 1
     per_step = sorted(table["train_seconds"][1:] / table["train_steps"][1:])
@@ -91,15 +91,13 @@ def test_settings_that_are_no_part_of_the_experiment_do_not_hide_a_rate(
     run_copy, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    same = measure_rates(compose(list(SMOKE)), read_run(run_copy).records[0]["device"])
+    same = measure_rates(compose(list(SMOKE)), read_run(run_copy).records[0].device)
     changes = (
         "eval.batch_size=7",
         "+model.vae_slicing=true",
         "train.save_every=null",
     )
-    assert (
-        measure_rates(compose([*SMOKE, *changes]), read_run(run_copy).records[0]["device"]) == same
-    )
+    assert measure_rates(compose([*SMOKE, *changes]), read_run(run_copy).records[0].device) == same
 
 
 def test_runs_of_other_methods_do_not_hide_an_older_one(run_copy, tmp_path, monkeypatch):
@@ -117,11 +115,11 @@ def test_runs_of_other_methods_do_not_hide_an_older_one(run_copy, tmp_path, monk
         (other / "config.yaml").write_text(yaml.safe_dump(config))
         os.utime(other, (2e9 + number, 2e9 + number))  # newer
     monkeypatch.setattr("cu_runner.runner.forecast.SIMILAR_RUNS", 1)
-    rates = measure_rates(compose(list(SMOKE)), read_run(run_copy).records[0]["device"])
+    rates = measure_rates(compose(list(SMOKE)), read_run(run_copy).records[0].device)
     assert (rates.step is not None, rates.image is not None, rates.num_runs) == (True, True, 2)
     nothing = measure_rates(
         compose([*SMOKE[:3], "method=uce", *SMOKE[4:], "eval.steps=9"]),
-        read_run(run_copy).records[0]["device"],
+        read_run(run_copy).records[0].device,
     )
     assert nothing == Rates(None, None, 0)
 
@@ -147,7 +145,7 @@ def test_the_retention_of_an_earlier_run_is_in_its_rate(run_copy, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     plan = compose([*SMOKE, "retention=shapecanvas", "retention.num_prompts=4"])
     run = read_run(run_copy)
-    device, seconds = run.records[0]["device"], run.table["eval_seconds"]
+    device, seconds = run.records[0].device, run.table["eval_seconds"]
     without = measure_rates(plan, device).image
     assert without == pytest.approx(
         sum(seconds[index] / len(run.predictions(index)) for index in (1, 2)) / 2

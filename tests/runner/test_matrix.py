@@ -22,7 +22,8 @@ from cu_runner.models.parameters import assign, select_parameters, snapshot, sub
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.anchors import AnchorImages
 from cu_runner.request.scope import Scope
-from cu_runner.runner.runner import Runner, prepare
+from cu_runner.runner.parts import prepare
+from cu_runner.runner.runner import Runner
 from cu_runner.runner.training import Training, erase
 from cu_runner.runtime.paths import config_dir
 from cu_runner.runtime.seeding import RandomSource

@@ -223,7 +223,7 @@ def test_a_step_of_another_run_is_refused(in_process, run_copy):
     shutil.copytree(other / "steps/02", run_copy / "steps/02")
     status, _, err = in_process(*SMOKE)
     assert status == 1
-    assert "steps/02/step.json: belongs to another run or step" in err
+    assert "steps/02/step.json: does not continue the step before it" in err
 
 
 # -------------------------------------------------------------------------------------------------- locks and signals
@@ -393,7 +393,7 @@ def test_help_lists_every_file_and_every_setting(cu_run):
 def test_version(cu_run):
     done = cu_run("--version")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "cu-run 0.1.0\n"
+    assert done.stdout == "cu-run 0.2.0\n"
 
 
 def test_a_sweep_goes_on_after_a_job_that_fails(in_process, tmp_path):

@@ -108,7 +108,7 @@ def test_a_step_that_is_missing_between_others_is_no_unfinished_run(run_copy, lo
     (run_copy / f"steps/{lost:02d}/step.json").unlink()
     with pytest.raises(
         StoreError,
-        match=rf"steps/{lost:02d}/step\.json: is missing, and step 2 is there; restore it",
+        match=rf"steps/{lost:02d}: step {lost} is missing but step {lost + 1} is there",
     ):
         read_run(run_copy)
 

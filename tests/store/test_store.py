@@ -8,11 +8,12 @@ import pytest
 import safetensors.torch
 import torch
 
+from cu_runner import __version__
 from cu_runner.runtime.code_identity import identify
 from cu_runner.schema.errors import StoreError
 from cu_runner.store.cache import Cache
-from cu_runner.store.files import read_delta, write_atomic
-from cu_runner.store.records import chain
+from cu_runner.store.files import hash_json, read_delta, with_header, write_atomic
+from cu_runner.store.records import Row, StepResult, chain, read_record
 from cu_runner.store.run_directory import RunStore
 
 FILES = {
@@ -31,6 +32,21 @@ def make_store(directory, science: int = 1) -> RunStore:
     return RunStore(directory, {"science": science, "device": "cpu"}, signature_of)
 
 
+def result(index: int, files: dict[str, bytes]) -> StepResult:
+    """What a step made."""
+    return StepResult(
+        index=index,
+        files=files,
+        row=Row(request=index, concept="a", metrics={"UA": 50.5}),
+        targets=["a"],
+        model_sha256="m" * 64,
+        evaluator_sha256="e" * 64,
+        versions={"cu_runner": __version__},
+        device="cpu",
+        git_commit=None,
+    )
+
+
 @pytest.fixture
 def directory(tmp_path):
     """A run directory with steps 0, 1 and 2."""
@@ -38,9 +54,7 @@ def directory(tmp_path):
         parent = None
         for index in range(3):
             files = {name: content + bytes([index]) for name, content in FILES.items()}
-            parent = store.save_step(
-                index, files, {"targets": ["a"]}, {"request": index, "UA": 50.5}, parent
-            )
+            parent = store.save_step(result(index, files), parent)
     return tmp_path / "run"
 
 
@@ -84,7 +98,7 @@ def test_a_step_without_its_commit_is_not_there_and_is_made_again(directory):
     with make_store(directory) as store:
         steps = store.finished()
         assert [step.index for step in steps] == [0, 1]
-        store.save_step(2, FILES, {}, {"request": 2}, steps[-1])
+        store.save_step(result(2, FILES), steps[-1])
     assert sorted(entry.name for entry in (directory / "steps/02").iterdir()) == sorted(
         [*FILES, "step.json"]
     )
@@ -95,8 +109,11 @@ def test_a_step_without_its_commit_is_not_there_and_is_made_again(directory):
 def test_steps_come_back_with_their_rows(directory):
     steps = finished(directory)
     assert [step.index for step in steps] == [0, 1, 2]
-    assert [step.row for step in steps] == [{"request": index, "UA": 50.5} for index in range(3)]
-    assert steps[1].directory == directory / "steps" / "01"
+    rows = [step.row.flat() for step in steps]
+    assert [(row["request"], row["concept"], row["UA"]) for row in rows] == [
+        (index, "a", 50.5) for index in range(3)
+    ]
+    assert steps[1] == read_record(directory / "steps/01/step.json")[0]
 
 
 def test_every_step_names_its_parent(directory):
@@ -104,7 +121,7 @@ def test_every_step_names_its_parent(directory):
         json.loads((directory / f"steps/0{index}/step.json").read_text()) for index in range(3)
     ]
     assert [record["parent_sha256"] for record in records] == [
-        None,
+        "m" * 64,
         records[0]["sha256"],
         records[1]["sha256"],
     ]
@@ -114,7 +131,9 @@ def test_every_step_names_its_parent(directory):
     }
     assert records[0]["files"] == hashes
     assert (
-        records[0]["sha256"] == chain(None, hashes) == chain(None, dict(reversed(hashes.items())))
+        records[0]["sha256"]
+        == chain("m" * 64, hashes)
+        == chain("m" * 64, dict(reversed(hashes.items())))
     )
     assert len({record["sha256"] for record in records}) == 3
 
@@ -173,17 +192,45 @@ def test_a_broken_commit_is_refused(directory, content):
     refused(directory, r"steps/01/step.json: cannot be read; restore it, or delete")
 
 
+def rewrite(path, **changes) -> None:
+    """Change entries of a step.json, and sign it anew."""
+    record = json.loads(path.read_text()) | changes
+    record["sha256"] = chain(record["parent_sha256"], record["files"])
+    del record["record_sha256"]
+    path.write_text(json.dumps(record | {"record_sha256": hash_json(record)}))
+
+
 def test_another_parent_is_refused(directory):
     path = directory / "steps/01/step.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"parent_sha256": "0" * 64}))
-    refused(directory, r"steps/01/step.json: names another parent than step 0")
+    content = path.read_text()
+    path.write_text(json.dumps(json.loads(content) | {"parent_sha256": "0" * 64}))
+    refused(directory, r"steps/01/step.json: does not match its own sha256")
+    path.write_text(content)
+    rewrite(path, parent_sha256="0" * 64)
+    refused(directory, r"steps/01/step.json: does not continue the step before it")
+
+
+def test_a_step_of_another_version_is_refused(directory):
+    rewrite(directory / "steps/00/step.json", versions={"cu_runner": "0.1.0"})
+    refused(
+        directory, r"run: was made by cu_runner 0.1.0, whose runs this one \(\d+\.\d+\.\d+\) does"
+    )
+
+
+def test_a_record_that_lacks_an_entry_or_has_another_is_refused(directory):
+    path = directory / "steps/01/step.json"
+    content = path.read_text()
+    for changes in ({"device": 5}, {"stranger": 1}, {"training": []}, {"row": {"request": "1"}}):
+        path.write_text(content)
+        rewrite(path, **changes)
+        refused(directory, r"steps/01/step.json: cannot be read")
 
 
 def test_a_step_made_again_breaks_its_children(directory):
     with make_store(directory) as store:
         parent = store.finished()[0]
-        store.save_step(1, FILES | {"delta.safetensors": b"other"}, {}, {}, parent)
-    refused(directory, r"steps/02/step.json: names another parent than step 1")
+        store.save_step(result(1, FILES | {"delta.safetensors": b"other"}), parent)
+    refused(directory, r"steps/02/step.json: does not continue the step before it")
 
 
 def test_a_gap_is_refused(directory):
@@ -197,9 +244,11 @@ def test_a_gap_is_refused(directory):
 def test_a_step_of_another_place_or_run_is_refused(directory):
     path = directory / "steps/01/step.json"
     content = path.read_text()
-    for change in ({"index": 2}, {"signature": "0" * 64}):
-        path.write_text(json.dumps(json.loads(content) | change))
-        refused(directory, r"steps/01/step.json: belongs to another run or step")
+    rewrite(path, index=2)
+    refused(directory, r"steps/01/step.json: does not continue the step before it")
+    path.write_text(content)
+    rewrite(path, signature="0" * 64)
+    refused(directory, r"steps/01/step.json: belongs to another run")
 
 
 def test_a_foreign_directory_among_the_steps_does_not_confuse(directory):
@@ -233,7 +282,7 @@ def test_damage_outside_the_science_is_refused_too(directory, damaged):
 
 
 def test_what_is_not_science_may_change(directory):
-    (directory / "config.yaml").write_text("science: 1\ndevice: cuda\n")
+    (directory / "config.yaml").write_bytes(with_header(b"science: 1\ndevice: cuda\n"))
     assert len(finished(directory)) == 3
 
 

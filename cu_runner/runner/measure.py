@@ -1,0 +1,141 @@
+"""What a step is measured with: images of some weights, what is seen in them, and what follows."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+from typing import TypedDict
+
+from cu_runner.concepts.sequence import Concept, Sequence
+from cu_runner.evaluators.base import Evaluator
+from cu_runner.evaluators.evaluate import Evaluation, check_labels, evaluate
+from cu_runner.evaluators.grid import draw_grid
+from cu_runner.evaluators.metrics import read_predictions, step_metrics
+from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.request.anchors import sampler_key
+from cu_runner.retention.base import Retention
+from cu_runner.runtime.lazy import torch
+from cu_runner.schema.errors import StoreError
+from cu_runner.schema.settings import EvalSettings
+from cu_runner.store.cache import Cache
+from cu_runner.store.files import to_csv, to_json
+from cu_runner.store.layout import GRID, METRICS, PREDICTIONS
+from cu_runner.store.records import Metrics, StepRecord
+from cu_runner.store.run_directory import RunStore
+
+
+class Hashes(TypedDict):
+    """Of what measures a step, as step.json records them."""
+
+    model_sha256: str
+    evaluator_sha256: str
+    retention_sha256: str | None
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What measures weights: the model that has them, and what looks at its images.
+
+    model_sha256, evaluator_sha256: their fingerprints. The retention has begun.
+    """
+
+    model: DiffusionModel
+    evaluator: Evaluator
+    sequence: Sequence
+    retention: Retention | None
+    settings: EvalSettings
+    model_sha256: str
+    evaluator_sha256: str
+
+    @staticmethod
+    def begin(
+        model: DiffusionModel,
+        evaluator: Evaluator,
+        sequence: Sequence,
+        retention: Retention | None,
+        settings: EvalSettings,
+        cache: Cache,
+    ) -> Instruments:
+        """Take the fingerprints of the untouched model and of what judges, and begin the retention.
+
+        Raises:
+            ValueError: the sequence names a concept that the evaluator cannot predict.
+        """
+        check_labels(sequence, evaluator)
+        own = model.fingerprint()
+        if retention:
+            retention.begin(model, own, settings, cache)
+        judge = evaluator.fingerprint()
+        return Instruments(model, evaluator, sequence, retention, settings, own, judge)
+
+    def hashes(self) -> Hashes:
+        """Return the fingerprints of everything that measures."""
+        return {
+            "model_sha256": self.model_sha256,
+            "evaluator_sha256": self.evaluator_sha256,
+            "retention_sha256": self.retention.fingerprint() if self.retention else None,
+        }
+
+    def check_begun(self, base: StepRecord, store: RunStore) -> None:
+        """Raise StoreError unless a run was begun with the same model, evaluator and retention."""
+        recorded = vars(base)
+        for name, now in self.hashes().items():
+            if recorded[name] != now:
+                raise StoreError(
+                    f"{store.directory}: was begun with another {name.removesuffix('_sha256')}; "
+                    "restore it or move the run away"
+                )
+
+    def sample(self, concepts: list[Concept], index: int) -> Evaluation:
+        """Make and judge the images of some concepts with the weights as they are."""
+        return evaluate(self.model, self.evaluator, self.sequence, concepts, index, self.settings)
+
+    def measure(
+        self, index: int, unlearned: Ordered[Concept], label: str, cache: Cache | None = None
+    ) -> tuple[dict[str, bytes], Metrics]:
+        """Measure the weights as they are.
+
+        Args:
+            index: of the step; 0 is the untouched model, of which every target is measured.
+            unlearned: the concepts that the weights have unlearned, in order of request.
+            label: of the request.
+            cache: where images of the untouched model are looked for, and kept.
+
+        Returns:
+            predictions.csv, grid.png and metrics.json, and the metrics of the step.
+        """
+        concepts = [*(unlearned if index else self.sequence.targets), *self.sequence.retain]
+        names = [concept.name for concept in unlearned]
+        key = self._key(concepts) if cache else {}
+        files = cache.fetch("base_eval", key) if cache else None
+        if files is None:
+            seen = self.sample(concepts, index)
+            title = f"after request {index}: {label}" if index else "the untouched model"
+            files = {
+                PREDICTIONS: to_csv(seen.predictions),
+                GRID: draw_grid(seen.thumbnails, names, title),
+            }
+            if cache:
+                cache.put("base_eval", key, files)
+        table = read_predictions(io.BytesIO(files[PREDICTIONS]))
+        metrics: Metrics = dict(step_metrics(table, names, self.sequence))
+        metrics |= self.retention.measure(index) if self.retention else {}
+        return files | {METRICS: to_json(metrics)}, metrics
+
+    def _key(self, concepts: list[Concept]) -> dict[str, object]:
+        """Return what the images of the untouched model, and what is seen in them, depend on."""
+        sequence, model = self.sequence, self.model
+        return {
+            "model": self.model_sha256,
+            "evaluator": self.evaluator_sha256,
+            "precision": model.precision,
+            "domains": [sequence.domain, sequence.cross_domain],
+            "images": [
+                [image.prompt, image.seed, image.concept, image.cross]
+                for image in sequence.evaluation_images(concepts)
+            ],
+            "sampler": sampler_key(model, self.settings),
+            "device": model.device.type,
+            "torch": torch.__version__,
+        }

@@ -1,0 +1,62 @@
+"""The parts of a run, built from its checked configuration."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from cu_runner.concepts.requests import Request, plan_requests
+from cu_runner.concepts.sequence import Sequence
+from cu_runner.config.run_config import RunConfig
+from cu_runner.evaluators.base import Evaluator
+from cu_runner.methods.base import Method
+from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.regularizers.base import Regularizer
+from cu_runner.retention.base import Retention
+from cu_runner.runtime import distributed
+from cu_runner.schema.settings import Speed, TrainSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """What a run is made of. regularizers: by name, in hook order. retention: None if it is off."""
+
+    model: DiffusionModel
+    evaluator: Evaluator
+    retention: Retention | None
+    sequence: Sequence
+    requests: list[Request]
+    method: Method[Any]
+    regularizers: dict[str, Regularizer]
+
+
+def build_parts(plan: RunConfig, device: str) -> RunParts:
+    """Build every part of a run, what is quick first. Raises ValueError or OSError."""
+    sequence = plan.sequence.build()
+    requests = plan_requests(sequence, plan.setting.plan, plan.setting.last_only)
+    method = plan.method.build()
+    regularizers = {name: node.build() for name, node in plan.regularizers.items()}
+    names = (plan.method_name, "+".join(regularizers) or "none")
+    logger.info("%s: %d requests, method %s, reg %s", sequence.name, len(requests), *names)
+    if distributed.size() > 1:
+        logger.info("%d processes", distributed.size())
+    if not plan.tuned:
+        logger.info(
+            "no tuned settings for these regularizers in this order (conf/tuned): "
+            "those of their own files hold"
+        )
+    model = plan.model.build(device=device)
+    prepare(model, plan.spine.speed, plan.spine.train)
+    evaluator = plan.evaluator.build(device=device)
+    retention = plan.retention.build(device=device) if plan.retention else None
+    return RunParts(model, evaluator, retention, sequence, requests, method, regularizers)
+
+
+def prepare(model: DiffusionModel, speed: Speed, train: TrainSettings) -> None:
+    """Make a loaded model as fast, and as small in memory, as the settings of a run say."""
+    model.speed_up(speed)
+    if train.gradient_checkpointing:
+        model.checkpoint_gradients()
