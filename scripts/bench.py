@@ -36,7 +36,7 @@ from cu_runner.cli.failures import one_line_failures
 from cu_runner.config.compose import compose
 from cu_runner.models.diffusion import DTYPES
 from cu_runner.runner.forecast import work_of
-from cu_runner.runtime.devices import choose_device
+from cu_runner.runtime.devices import choose_device, limit_threads
 from cu_runner.runtime.paths import config_dir
 from cu_runner.store.layout import STEP
 from cu_runner.store.run_record import RunRecord, read_run
@@ -247,6 +247,7 @@ def main() -> None:
             return
         quiet_libraries()
         device = choose_device(plan.spine)
+        limit_threads(plan.spine.num_threads)
         if arguments.methods is not None:
             bench_methods(arguments.methods, overrides, device)
             return

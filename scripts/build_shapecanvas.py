@@ -52,7 +52,9 @@ from cu_runner.evaluators.evaluate import evaluate
 from cu_runner.evaluators.open_clip import OpenClip
 from cu_runner.models.diffusion import load_model
 from cu_runner.schema.settings import EvalSettings, Sampler
-from cu_runner.shapecanvas.render import IMAGE_SIZE, OBJECTS, STYLES, render
+from cu_runner.shapecanvas.objects import OBJECTS
+from cu_runner.shapecanvas.render import IMAGE_SIZE, render
+from cu_runner.shapecanvas.styles import STYLES
 
 TEXT_WIDTH, NUM_TOKENS = 128, 16
 LATENTS_PER_PAIR = 16  # renders of each (object, style) pair whose latents the UNet trains on

@@ -21,7 +21,7 @@ from cu_runner import __version__
 from cu_runner.cli.console import logging_to, quiet_libraries
 from cu_runner.cli.failures import one_line_failures
 from cu_runner.cli.help import help_text
-from cu_runner.runtime.devices import choose_device
+from cu_runner.runtime.devices import choose_device, limit_threads
 from cu_runner.runtime.signals import StopSignals
 from cu_runner.store.run_directory import RunStore
 from cu_runner.sweeps.job_note import note_job
@@ -138,6 +138,7 @@ def execute(plan: RunConfig, store: RunStore, outputs: Path, stop: StopSignals) 
     settings = plan.spine.wandb
     if not distributed.is_main():
         settings = replace(settings, mode="disabled")
+    limit_threads(plan.spine.num_threads)
     parts = build_parts(plan, choose_device(plan.spine))
     names = (f"{parts.sequence.name}-{plan.method_name}", "+".join(parts.regularizers) or "none")
     tracker = Tracker(settings, plan.directory.name, outputs, plan.resolved, *names)

@@ -21,9 +21,8 @@ from cu_runner.config.run_config import RunConfig
 from cu_runner.models.checkpoints import HUB_ID, find_weights, locate
 from cu_runner.models.parameters import belongs
 from cu_runner.runtime.devices import choose_device, device_name
-from cu_runner.runtime.lazy import torch
 from cu_runner.schema.errors import ModelError, StoreError
-from cu_runner.schema.settings import ParameterGroup, Spine
+from cu_runner.schema.settings import ParameterGroup
 from cu_runner.schema.values import ConfigTree, numbers_by_value, without_paths
 from cu_runner.store.run_directory import refuse_other_code
 from cu_runner.store.run_record import RunRecord, read_run
@@ -63,7 +62,7 @@ def forecast(plan: RunConfig) -> str:
     Raises:
         ValueError, StoreError: what the run itself would refuse.
     """
-    device, work, spine = planned_device(plan.spine), work_of(plan), plan.spine
+    device, work, spine = device_name(choose_device(plan.spine)), work_of(plan), plan.spine
     begun = read_run(plan.directory) if (plan.directory / "steps/00/step.json").exists() else None
     if begun is not None and not spine.allow_other_code:
         refuse_other_code(begun.directory, plan.code, begun.codes)
@@ -102,11 +101,6 @@ def forecast(plan: RunConfig) -> str:
         f"run: {plan.directory} (not touched)",
     ]
     return "\n".join(lines)
-
-
-def planned_device(spine: Spine) -> str:
-    """Return the name of the device that a run would have. Raises ValueError if it is not there."""
-    return device_name(torch.device(choose_device(spine)))
 
 
 def work_lines(work: list[Work], done: int) -> list[str]:

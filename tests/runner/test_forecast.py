@@ -1,4 +1,6 @@
-"""dry_run=true: the work by hand, rates from earlier runs only, the size of the weights, and that nothing is touched."""
+"""dry_run=true: the work by hand, rates from earlier runs only, the size of the weights, and that
+nothing is touched.
+"""
 
 import os
 import shutil
@@ -184,9 +186,9 @@ def test_a_dry_run_touches_nothing(in_process, tmp_path):
         " ".join(line.split()) for line in out.splitlines()
     ]
     assert (
-        "to do: 13 of 13 evaluations, 720 training steps of batch 8, 1968 images (10 denoising steps, guidance 2.5)"
-        in out
-    )
+        "to do: 13 of 13 evaluations, 720 training steps of batch 8, 1968 images (10 "
+        "denoising steps, guidance 2.5)"
+    ) in out
     assert "time: unknown: no earlier run under outputs measured evaluation" in out
     assert out.splitlines()[-1].startswith(
         "run: outputs/runs/shapecanvas_style/conabl-none-sequential-s0-"
