@@ -316,7 +316,7 @@ def test_cost_counts_requests_and_names_devices(by_hand):
     facts = provenance(only(by_hand, "conabl").run)
     assert facts["device"] == "cpu (abacus) (requests 0 to 1), cpu (quipu) (requests 2 to 3)"
     assert facts["git commit"] == "c" * 40
-    assert facts["versions"] == "python 3, torch 2"
+    assert facts["versions"] == f"python 3, torch 2, cu_runner {__version__}"
 
 
 def test_samples_are_the_first_cross_concept_over_time(by_hand):
