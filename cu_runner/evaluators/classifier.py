@@ -20,7 +20,8 @@ from cu_runner.evaluators.base import Evaluator, Prediction
 from cu_runner.evaluators.faces import FaceDetector, FaceSettings
 from cu_runner.evaluators.labels import read_labels
 from cu_runner.evaluators.open_clip import OpenClip
-from cu_runner.models.checkpoints import load_weights, locate
+from cu_runner.models.checkpoint_files import locate
+from cu_runner.models.checkpoints import load_weights
 from cu_runner.models.hashing import describe, describe_timm, hash_weights, to_bytes
 from cu_runner.models.weight_files import load_tensors
 from cu_runner.runtime.lazy import F, nn, torch, transformers, without_gradients

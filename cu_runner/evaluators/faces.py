@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from cu_runner.models.checkpoints import load_weights, locate
+from cu_runner.models.checkpoint_files import locate
+from cu_runner.models.checkpoints import load_weights
 from cu_runner.models.hashing import describe, hash_weights, to_bytes
 from cu_runner.runtime.lazy import transformers, without_gradients
 from cu_runner.schema.errors import ModelError

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from cu_runner.models.checkpoints import locate
+from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.hashing import describe_timm, hash_weights, to_bytes
 from cu_runner.models.image_text import ImageTextModel, ImageTextSource, load_image_text
 from cu_runner.models.weight_files import check_pickle, load_tensors
