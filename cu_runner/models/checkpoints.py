@@ -190,7 +190,6 @@ def read_single_file(file: Path, config: str | None, allow_pickle: Sequence[str]
         raise ModelError(
             f"{file}: {reason} ({first_line(error)}); give model.config a local diffusers "
             "directory of the same kind of model (its weights are not read)"
-            "of the same kind of model (its weights are not read)"
         ) from error
     second = "text_encoder_2" in pipe.components
     texts = (pipe.text_encoder, pipe.text_encoder_2) if second else (pipe.text_encoder,)
