@@ -22,7 +22,7 @@ from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.hashing import describe, describe_tokenizer, effective, hash_weights, to_bytes
 from cu_runner.models.weight_files import check_pickle
 from cu_runner.runtime.lazy import F, open_clip, torch, transformers, without_gradients
-from cu_runner.schema.errors import ModelError
+from cu_runner.schema.errors import ModelError, one_line
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
@@ -117,10 +117,8 @@ def load_image_text(source: ImageTextSource, device: str) -> ImageTextModel:
             open_clip.load_checkpoint(network, str(weights), weights_only=True)
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, torch and transformers raise many types
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"{source.model}: cannot be loaded by open_clip ({reason or type(error).__name__})"
-        ) from error
+        reason = one_line(error)[:300]
+        raise ModelError(f"{source.model}: cannot be loaded by open_clip ({reason})") from error
     towers = [
         module for module in network.modules() if isinstance(module, transformers.PreTrainedModel)
     ]
@@ -156,7 +154,7 @@ def find_parts(source: ImageTextSource) -> tuple[str, Path]:
         try:
             weights = Path(open_clip.pretrained.download_pretrained_from_hf(hub))
         except Exception as error:  # network, hub and cache errors of several libraries
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise ModelError(
                 f"{name}: cannot be downloaded ({reason}); give a local open_clip directory"
             ) from error
