@@ -14,7 +14,7 @@ from cu_runner.runtime.lazy import nn, timm, torch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Keys of configurations that change no image and no judgement.
+# Keys of configurations that change no image and nothing that is seen in one.
 WITHOUT_EFFECT = (
     # names, paths and versions
     "_name_or_path",
