@@ -3,7 +3,8 @@
 A fork behaves as the script does: its own process, directory, environment, arguments and signals,
 nothing on stdin, its output captured, its exit status. It costs a fork where the script costs
 seconds of imports. `multiprocessing` keeps the process that is forked; the first command of a test
-session starts it, it imports WARM and computes nothing.
+session starts it, it imports WARM and computes nothing: a fork of a process in which torch has
+started threads would hang.
 """
 
 import atexit
@@ -24,35 +25,12 @@ SCRIPTS = Path(sysconfig.get_path("scripts"))
 ENTRIES = {
     "cu-run": "cu_runner.cli.run",
     "cu-report": "cu_runner.cli.report",
-    "cu-table": "cu_runner.reporting.table_cells",
-    "cu-eval": "cu_runner.runner.remeasure",
+    "cu-table": "cu_runner.cli.table",
+    "cu-eval": "cu_runner.cli.evaluate",
     "cu-doctor": "cu_runner.cli.doctor",
-    "cu-sweep": "cu_runner.sweeps.status",
+    "cu-sweep": "cu_runner.cli.sweep",
 }
-# What a run imports, with the parts of diffusers and transformers that import at their first use.
-WARM = [
-    "torch",
-    "torchvision",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "hydra",
-    "submitit",
-    "pandas",
-    "scipy.stats",
-    "matplotlib.pyplot",
-    "pydantic",
-    "wandb",
-    "diffusers.models.unets.unet_2d_condition",
-    "diffusers.models.autoencoders.autoencoder_kl",
-    "diffusers.schedulers.scheduling_dpmsolver_multistep",
-    "diffusers.schedulers.scheduling_ddpm",
-    "transformers.models.clip.modeling_clip",
-    "transformers.models.clip.tokenization_clip",
-    "transformers.models.resnet.modeling_resnet",
-    "transformers.models.auto.modeling_auto",
-    *ENTRIES.values(),
-]
+WARM = ["warm_imports", *ENTRIES.values()]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(WARM)
 
@@ -192,3 +170,15 @@ def run_script(
         timeout=timeout,
         check=False,
     )
+
+
+def assert_one_line(result: tuple[int, str, str], status: int, fragments: list[str]) -> str:
+    """Exit status, exactly one line, and every fragment in it."""
+    found, out, err = result
+    assert err.count("\n") == 1, err
+    assert err.startswith("cu-run: ")
+    assert "Traceback" not in out + err
+    assert found == status, err
+    for fragment in fragments:
+        assert fragment in err
+    return err

@@ -1,4 +1,6 @@
-"""The loaded embedded model, scopes of real requests, finished runs, and the commands in forks and in this process."""
+"""The loaded embedded model, scopes of real requests, finished runs, and the commands in forks and
+in this process.
+"""
 
 import importlib
 import json
@@ -54,7 +56,7 @@ def read_conf(name: str) -> dict:
     return {key: value for key, value in content.items() if key != "_target_"}
 
 
-# --------------------------------------------------------------------------------------------------------- objects
+# ------------------------------------------------------------------------------------------ objects
 @pytest.fixture(scope="session")
 def loaded_model():
     return load_model("package:shapecanvas/weights/pipeline", 64, Sampler(2, 2.5))
@@ -98,7 +100,9 @@ def settings():
 
 @pytest.fixture
 def make_scope(model, sequence):
-    """Returns make(request=1, group="kv_xattn", seed=0, batch_size=2, steps=3) -> Scope on the embedded model."""
+    """Returns make(request=1, group="kv_xattn", seed=0, batch_size=2, steps=3) -> Scope on the
+    embedded model.
+    """
 
     def make(
         request: int = 1,
@@ -167,9 +171,11 @@ def ended_after(step: int):
     return on_step
 
 
-# ------------------------------------------------------------------------------------------------------- commands
+# ----------------------------------------------------------------------------------------- commands
 def compose(*overrides: str):
-    """The configuration that cu-run would compose, without its hydra node; the `choice` resolver works on it."""
+    """The configuration that cu-run would compose, without its hydra node; the `choice` resolver
+    works on it.
+    """
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = hydra.compose("config", list(overrides), return_hydra_config=True)
@@ -182,7 +188,9 @@ def compose(*overrides: str):
 
 @pytest.fixture
 def cu_run(tmp_path):
-    """Returns run(*overrides, cwd, env) -> CompletedProcess of the command as a user types it, in a fork."""
+    """Returns run(*overrides, cwd, env) -> CompletedProcess of the command as a user types it, in a
+    fork.
+    """
 
     def run(
         *overrides: str, cwd: Path = tmp_path, env: dict[str, str] | None = None
@@ -209,7 +217,9 @@ def start(tmp_path):
 
 @pytest.fixture
 def in_process(tmp_path, monkeypatch, capsys):
-    """Returns run(*overrides) -> (exit status, stdout, stderr) of cu_runner.cli.run.main in this process, in tmp_path."""
+    """Returns run(*overrides) -> (exit status, stdout, stderr) of cu_runner.cli.run.main in this
+    process, in tmp_path.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -236,7 +246,9 @@ def in_process(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def call_command(tmp_path, monkeypatch, capsys):
-    """Returns call(main, name, *arguments) -> (exit status, stdout, stderr) of a command's main in this process, in tmp_path."""
+    """Returns call(main, name, *arguments) -> (exit status, stdout, stderr) of a command's main in
+    this process, in tmp_path.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
 
@@ -263,7 +275,9 @@ def run_directory(stdout: str, cwd: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory, worker_id):
-    """Returns shared(name, make) -> what make(folder) returns, of JSON, and the folder; made once for all workers."""
+    """Returns shared(name, make) -> what make(folder) returns, of JSON, and the folder; made once
+    for all workers.
+    """
     root = tmp_path_factory.getbasetemp()
 
     def get(name: str, make: Callable[[Path], object]) -> tuple[object, Path]:
@@ -282,7 +296,9 @@ def shared(tmp_path_factory, worker_id):
 
 @pytest.fixture(scope="session")
 def finished_run(shared):
-    """A finished smoke run, made by the installed script: its outputs' parent, its directory, and the finished process."""
+    """A finished smoke run, made by the installed script: its outputs' parent, its directory, and
+    the finished process.
+    """
 
     def make(folder: Path) -> tuple[list[str], int, str, str]:
         (folder / "place").mkdir()
@@ -297,7 +313,9 @@ def finished_run(shared):
 
 @pytest.fixture
 def run_copy(finished_run, tmp_path):
-    """A copy of the finished smoke run under tmp_path, which is also where in_process runs; its run directory."""
+    """A copy of the finished smoke run under tmp_path, which is also where in_process runs; its run
+    directory.
+    """
     cwd, directory, _ = finished_run
     shutil.copytree(cwd / "outputs", tmp_path / "outputs")
     return tmp_path / directory.relative_to(cwd)

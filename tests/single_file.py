@@ -1,4 +1,6 @@
-"""The original layout of Stable Diffusion 1 and SDXL: a diffusers directory's weights in one file, under their names there."""
+"""The original layout of Stable Diffusion 1 and SDXL: a diffusers directory's weights in one file,
+under their names there.
+"""
 
 import re
 from pathlib import Path
@@ -27,7 +29,9 @@ ENDS = {
 
 
 def original_unet_name(name: str, layers: int, attending: set[int]) -> str:
-    """The name of a UNet weight; layers: resnets of a down block. attending: up blocks with attention."""
+    """The name of a UNet weight; layers: resnets of a down block. attending: up blocks with
+    attention.
+    """
     for new, old in ENDS.items():
         if name.startswith(f"{new}."):
             return name.replace(new, old, 1)
@@ -77,7 +81,9 @@ def original_vae_name(name: str, levels: int) -> str:
 
 
 def original_open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """SDXL's second text encoder under the names of open_clip, which has queries, keys and values in one matrix."""
+    """SDXL's second text encoder under the names of open_clip, which has queries, keys and values
+    in one matrix.
+    """
     found = {"positional_embedding": weights["text_model.embeddings.position_embedding.weight"]}
     found["text_projection"] = weights["text_projection.weight"].T.contiguous()
     found["token_embedding.weight"] = weights["text_model.embeddings.token_embedding.weight"]

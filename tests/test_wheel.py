@@ -1,4 +1,6 @@
-"""The wheel holds the configuration, the weights and the lists, and its cu-run works from another directory."""
+"""The wheel holds the configuration, the weights and the lists, and its cu-run works from another
+directory.
+"""
 
 import os
 import subprocess
@@ -53,7 +55,7 @@ def test_the_wheel_holds_everything_and_nothing_else(wheel):
     for name in (
         "cu_runner/shapecanvas/weights/pipeline/unet/diffusion_pytorch_model.safetensors",
         "cu_runner/shapecanvas/weights/style_classifier/model.safetensors",
-        "cu_runner/lists/painting_styles.txt",
+        "cu_runner/concepts/lists/painting_styles.txt",
         "cu_runner/conf/config.yaml",
         "hydra_plugins/cu_runner_jobs/__init__.py",
     ):
@@ -84,7 +86,10 @@ def test_the_installed_package_runs_from_another_directory(wheel, tmp_path):
     where = [
         sys.executable,
         "-c",
-        "import cu_runner, cu_runner.cli.help; print(cu_runner.__file__); print(cu_runner.runtime.paths.config_dir())",
+        (
+            "import cu_runner, cu_runner.cli.help; print(cu_runner.__file__); "
+            "print(cu_runner.runtime.paths.config_dir())"
+        ),
     ]
     found = subprocess.run(
         where, cwd=elsewhere, env=env, capture_output=True, text=True, check=True, timeout=60

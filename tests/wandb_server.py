@@ -1,4 +1,6 @@
-"""A W&B server in miniature: answers what the client asks to begin, log and end a run, keeps what it was sent, can be shut."""
+"""A W&B server in miniature: answers what the client asks to begin, log and end a run, keeps what
+it was sent, can be shut.
+"""
 
 import gzip
 import json
@@ -35,7 +37,9 @@ ANSWER = {
 
 
 class WandbServer:
-    """Listens on a port of its own until it is shut. after: called with the path of every request once it is answered."""
+    """Listens on a port of its own until it is shut. after: called with the path of every request
+    once it is answered.
+    """
 
     def __init__(
         self, after: Callable[["WandbServer", str], None] = lambda server, path: None

@@ -1,4 +1,6 @@
-"""Bad input of every kind: one line on stderr that names the value and what is allowed, a non-zero exit, nothing lost."""
+"""Bad input of every kind: one line on stderr that names the value and what is allowed, a non-zero
+exit, nothing lost.
+"""
 
 import json
 import os
@@ -8,7 +10,7 @@ import subprocess
 import diffusers
 import pytest
 import torch
-from commands import SCRIPTS, environment
+from commands import SCRIPTS, assert_one_line, environment
 from conftest import SMOKE
 
 CONFIGURATION = [
@@ -84,18 +86,6 @@ CONFIGURATION = [
 ]
 
 
-def assert_one_line(result: tuple[int, str, str], status: int, fragments: list[str]) -> str:
-    """Exit status, exactly one line, and every fragment in it."""
-    found, out, err = result
-    assert err.count("\n") == 1, err
-    assert err.startswith("cu-run: ")
-    assert "Traceback" not in out + err
-    assert found == status, err
-    for fragment in fragments:
-        assert fragment in err
-    return err
-
-
 @pytest.mark.parametrize(
     ("overrides", "fragments"), CONFIGURATION, ids=lambda value: " ".join(value)[:60]
 )
@@ -156,7 +146,7 @@ def test_a_file_that_sets_a_whole_group_to_something_else(in_process, tmp_path, 
     )
 
 
-# --------------------------------------------------------------------------------------------------- model directories
+# -------------------------------------------------------------------------------- model directories
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_a_missing_component(in_process, pipeline_copy, component):
     shutil.rmtree(pipeline_copy / component)
@@ -219,7 +209,7 @@ def test_broken_json_and_a_foreign_scheduler(in_process, pipeline_copy):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- places
+# ------------------------------------------------------------------------------------------- places
 def test_outputs_that_are_a_file(in_process, tmp_path):
     (tmp_path / "taken").write_text("mine")
     assert_one_line(in_process(*SMOKE, "paths.outputs=taken"), 1, ["taken", "paths.outputs"])

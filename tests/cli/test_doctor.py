@@ -84,9 +84,9 @@ def test_a_forged_number_is_found_though_its_hashes_fit(examine, run_copy):
     rewrite(run_copy / "steps/02", lambda record: record["row"].update(RA_I=99.0))
     _, lines, _ = examine(run_copy)
     assert (
-        f"WRONG       steps/02: metrics from predictions.csv: RA_I is 99.0 in step.json, {true} in metrics.json, {true} from"
-        in lines[0]
-    )
+        "WRONG       steps/02: metrics from predictions.csv: RA_I is 99.0 in step.json, "
+        f"{true} in metrics.json, {true} from"
+    ) in lines[0]
 
 
 def test_a_forged_drift_is_found(examine, run_copy):
@@ -108,7 +108,10 @@ def test_a_broken_chain_and_another_base_model_are_found(examine, run_copy):
     assert examine(run_copy)[:2] == (
         1,
         [
-            "WRONG       steps/02: chain: does not continue the step before it; evaluator_sha256 is not that of step 0"
+            (
+                "WRONG       steps/02: chain: does not continue the step before it; "
+                "evaluator_sha256 is not that of step 0"
+            )
         ],
     )
     rewrite(run_copy / "steps/00", lambda record: record.update(model_sha256="0" * 64))
@@ -198,13 +201,13 @@ def test_a_changed_configuration_is_found(examine, run_copy):
 def test_what_is_no_run_gets_one_line(call_command, tmp_path):
     status, out, err = call_command(doctor.main, "cu-doctor", tmp_path)
     assert (status, out) == (1, "")
-    assert (
-        err
-        == f"cu-doctor: {tmp_path}: holds no readable config.yaml; give a run directory or a packed run\n"
+    assert err == (
+        f"cu-doctor: {tmp_path}: holds no readable config.yaml; give a run directory or a "
+        "packed run\n"
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- packing
+# ------------------------------------------------------------------------------------------ packing
 def test_a_packed_run_is_verified_and_is_a_run_again(
     call_command, examine, run_copy, tmp_path, in_process
 ):
@@ -305,7 +308,7 @@ def test_an_unfinished_or_damaged_run_is_not_packed(call_command, run_copy, tmp_
     assert not list(tmp_path.glob("*.zip*")) + list(tmp_path.glob(".*.tmp"))
 
 
-# ------------------------------------------------------------------------------------------------------------- a plan
+# ------------------------------------------------------------------------------------------- a plan
 PLAN = (
     "sequence=smoke",
     "wandb.mode=disabled",
@@ -463,8 +466,10 @@ def test_memory_that_does_not_suffice(check, monkeypatch):
     mark, detail = found["memory"]
     assert (status, mark) == (1, "WRONG")
     assert detail.endswith(
-        "0.0 GB were free; a long run needs 1.1 times that; train.gradient_checkpointing=true and eval.batch_size=24 for less "
-        "memory and the same results; model.precision=bf16 and train.batch_size=1 for less memory in another experiment"
+        "0.0 GB were free; a long run needs 1.1 times that; "
+        "train.gradient_checkpointing=true and eval.batch_size=24 for less "
+        "memory and the same results; model.precision=bf16 and train.batch_size=1 for less "
+        "memory in another experiment"
     )
 
 
@@ -497,7 +502,10 @@ def test_every_part_that_is_missing_is_named_at_once(check, tmp_path):
     assert status == 1
     assert found["model"] == (
         "WRONG",
-        f"{tmp_path}: no readable model_index.json; it must be a diffusers directory (save_pretrained)",
+        (
+            f"{tmp_path}: no readable model_index.json; it must be a diffusers directory "
+            "(save_pretrained)"
+        ),
     )
     assert found["evaluator"][0] == "WRONG"
     assert found["images"] == (

@@ -1,8 +1,9 @@
-"""Random command lines and damaged configuration files: a plan that can run, or one line and exit status 2; never a traceback.
+"""Random command lines and damaged configuration files: a plan that can run, or one line and exit
+status 2; never a traceback.
 
 A third of the examples; `make test-all` has them all.
 
-CU_FUZZ=20 pytest tests/test_fuzz.py    # twenty times as many as these, drawn anew each time
+CU_FUZZ=20 pytest tests/cli/test_fuzz.py    # twenty times as many as these, drawn anew each time
 """
 
 import os
@@ -38,7 +39,9 @@ def fuzz(examples: int) -> settings:
 
 
 def assert_plan_or_complaint(arguments: list[str]) -> None:
-    """What cu-run does before it loads a model: in `main`, in `run_job` and at the start of `execute`."""
+    """What cu-run does before it loads a model: in `main`, in `run_job` and at the start of
+    `execute`.
+    """
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     try:
         check_command(arguments)
@@ -58,7 +61,7 @@ def assert_plan_or_complaint(arguments: list[str]) -> None:
     assert len(plan.signature) == 64
 
 
-# ------------------------------------------------------------------------------------------------------- command lines
+# ------------------------------------------------------------------------------------ command lines
 KEYS = sorted(
     {path for path, _ in walk_leaves(compose(["sequence=smoke", "reg=[l2,gradproj]"]).resolved)}
     | {f"{group}{end}" for group in GROUPS for end in ("", "._target_", ".x", "@x", "._args_")}
@@ -174,7 +177,7 @@ def test_command_lines(overrides):
     assert_plan_or_complaint(["sequence=smoke", *overrides])
 
 
-# ------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 FILES = sorted(path for group in GROUPS for path in (config_dir() / group).glob("*.yaml"))
 JUNK = [
     ":",
@@ -261,7 +264,9 @@ def damaged_text(draw: st.DrawFn, path: Path) -> str:
 
 @st.composite
 def damaged_tree(draw: st.DrawFn, path: Path) -> str:
-    """A file's text after one to three of its values, at any depth, became something else, were dropped or got company."""
+    """A file's text after one to three of its values, at any depth, became something else, were
+    dropped or got company.
+    """
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     for _ in range(draw(st.integers(1, 3))):
         place = content
@@ -302,7 +307,7 @@ KEYS_OF_FILES = [*WHOLE, "tuned", "defaults", "nokey"]
 
 @pytest.mark.parametrize("key", KEYS_OF_FILES)
 def test_a_file_that_replaces_a_whole_key(tmp_path, key):
-    """Every key of the composed configuration, and each kind of node in its place, or every third."""
+    """Every key of the composed configuration, each kind of node in its place, or every third."""
     (tmp_path / "experiment").mkdir()
     every = 3 if TIMES < 1 else 1
     for node in NODES[KEYS_OF_FILES.index(key) % every :: every]:

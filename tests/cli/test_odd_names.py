@@ -1,4 +1,6 @@
-"""Concepts, sequences, methods and regularizers with names that are no good file names: nothing leaves the run directory."""
+"""Concepts, sequences, methods and regularizers with names that are no good file names: nothing
+leaves the run directory.
+"""
 
 import json
 import shutil
@@ -6,9 +8,9 @@ import shutil
 import pandas as pd
 import pytest
 import yaml
+from commands import assert_one_line
 from conftest import SMOKE, compose, run_directory
-from test_bad_input import assert_one_line
-from test_wandb import read_run_of_wandb
+from wandb_records import read_run_of_wandb
 
 from cu_runner.cli.report import main as cu_report
 from cu_runner.config.compose import parse

@@ -11,8 +11,8 @@ from hydra.core.hydra_config import HydraConfig
 from cu_runner.config.command import recorded_command, words_of
 from cu_runner.config.compose import compose
 from cu_runner.runner import remeasure as reevaluate
-from cu_runner.store.files import has_intact_header, hash_json
-from cu_runner.store.run_directory import RunStore, command_in
+from cu_runner.store.files import command_in, has_intact_header, hash_json
+from cu_runner.store.run_directory import RunStore
 from cu_runner.store.run_record import read_run
 
 ODD = [

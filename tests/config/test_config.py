@@ -45,7 +45,9 @@ LABELS = {
 
 
 def compose_complete(*overrides: str):
-    """compose, with the embedded model's parts for paths that only a user can give, and their labels."""
+    """compose, with the embedded model's parts for paths that only a user can give, and their
+    labels.
+    """
     config = compose(*overrides)
     missing = sorted(OmegaConf.missing_keys(config))
     given = [f"{key}={EMBEDDED[key]}" for key in missing]
@@ -67,7 +69,7 @@ def signature(*overrides: str) -> str:
     return parse(compose("sequence=smoke", *overrides)).signature
 
 
-# -------------------------------------------------------------------------------------------------------- every file
+# --------------------------------------------------------------------------------------- every file
 @pytest.mark.parametrize("file", FILES)
 def test_every_file_composes_and_every_node_builds(file):
     plan = parse(compose_complete(*choose(file)))
@@ -100,7 +102,7 @@ def test_every_file_begins_with_a_comment(file):
     assert (config_dir() / file).read_text(encoding="utf-8").startswith("# ")
 
 
-# --------------------------------------------------------------------------------------------------------- signature
+# ---------------------------------------------------------------------------------------- signature
 def test_numbers_count_by_value():
     assert signature("reg=l2", "reg.l2.weight=5") == signature("reg=l2", "reg.l2.weight=5.0")
     assert signature("reg=l2", "reg.l2.weight=5") != signature("reg=l2", "reg.l2.weight=5.5")
@@ -145,7 +147,9 @@ def test_science_counts(override):
 
 
 def test_retention_that_is_off_is_no_part_of_a_run():
-    """A run that was made before there was any keeps its directory, and cu-eval reads its configuration."""
+    """A run that was made before there was any keeps its directory, and cu-eval reads its
+    configuration.
+    """
     plan = parse(compose("method=conabl", "reg=gradproj"))
     assert plan.signature[:8] == "6e2c7941"
     assert plan.retention is None
@@ -178,7 +182,7 @@ def test_directory_follows_the_contract():
     assert parse(compose("sequence=smoke")).directory.name.startswith("conabl-none-sequential-s0-")
 
 
-# ------------------------------------------------------------------------------------------------------------- tuned
+# -------------------------------------------------------------------------------------------- tuned
 @pytest.fixture
 def tuned_tree(tmp_path):
     """A configuration tree with tuned settings of the smoke sequence; the override that adds it."""

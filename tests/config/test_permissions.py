@@ -1,13 +1,15 @@
-"""What a shared configuration file cannot do: run code that nobody allowed, configure Hydra, or take a secret along."""
+"""What a shared configuration file cannot do: run code that nobody allowed, configure Hydra, or
+take a secret along.
+"""
 
 import json
 import sys
 from contextlib import nullcontext
 
 import pytest
+from commands import assert_one_line
 from conftest import SMOKE, compose, run_directory
 from omegaconf import OmegaConf
-from test_bad_input import assert_one_line
 
 from cu_runner.cli.evaluate import main as cu_eval
 from cu_runner.cli.failures import explain_error
@@ -35,7 +37,7 @@ def planted(monkeypatch):
 
 @pytest.fixture
 def modules(tmp_path, monkeypatch):
-    """Modules of a user on the path, each of which leaves a file when it is imported; their folder."""
+    """Modules of a user on the path, each of which leaves a file when imported; their folder."""
     source = "from pathlib import Path\nPath(__file__).with_suffix('.imported').touch()\n"
     klass = (
         "from cu_runner.regularizers.base import Regularizer\nclass Mine(Regularizer):\n    pass\n"
@@ -63,7 +65,7 @@ def complaint(*overrides: str) -> str:
     return message
 
 
-# ----------------------------------------------------------------------------------------------------------- _target_
+# ----------------------------------------------------------------------------------------- _target_
 @pytest.mark.parametrize(
     ("target", "said"),
     [
@@ -212,7 +214,7 @@ def test_cu_eval_asks_again_for_pickles_that_a_run_or_a_file_allows(
     assert "retention.features.allow_pickle: evil.pt is allowed by a file only" in err
 
 
-# ------------------------------------------------------------------------------------------------------- Hydra's own node
+# --------------------------------------------------------------------------------- Hydra's own node
 @pytest.mark.parametrize(
     "text",
     [
@@ -278,7 +280,7 @@ def test_no_line_of_a_jobs_script_can_be_added(in_process, override, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name != "outputs"] == []
 
 
-# ---------------------------------------------------------------------------------------------------------------- secrets
+# ------------------------------------------------------------------------------------------ secrets
 def test_names_of_secrets():
     for name in (
         *SECRETS,

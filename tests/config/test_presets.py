@@ -1,4 +1,6 @@
-"""The published experiments compose to the published numbers: every released setting, sequences, lists, missing paths."""
+"""The published experiments compose to the published numbers: every released setting, sequences,
+lists, missing paths.
+"""
 
 import re
 
@@ -43,8 +45,9 @@ def value(plan: RunConfig, key: str) -> object:
     return node
 
 
-# ------------------------------------------------------------------------------------------------- the released settings
-# (experiment, method): steps, L1, L2, SelFT, the list of projection, and the tuned combination; None where the table has a dash
+# ---------------------------------------------------------------------------- the released settings
+# (experiment, method): steps, L1, L2, SelFT, the list of projection, and the tuned combination;
+# None where the table has a dash
 TABLE = {
     (STYLE, "conabl"): (
         1000,
@@ -181,7 +184,7 @@ def test_simultaneous(experiment, method, steps, interval):
     assert plan.spine.train.steps == steps
 
 
-# -------------------------------------------------------------------------------------------------- common settings
+# ---------------------------------------------------------------------------------- common settings
 @pytest.mark.parametrize(
     ("experiment", "method"), [row for row in TABLE if row[1] != "esd"], ids=lambda part: part
 )
@@ -263,7 +266,7 @@ def test_the_command_line_beats_a_preset():
     assert (value(plan, "reg.l1.weight"), plan.spine.train.steps, plan.spine.seed) == (3, 7, 1)
 
 
-# -------------------------------------------------------------------------------------------------------- sequences
+# ---------------------------------------------------------------------------------------- sequences
 def sequence_of(experiment: str, *overrides: str):
     return preset(experiment, *overrides).sequence.build()
 
@@ -272,7 +275,10 @@ def names(concepts) -> str:
     return " ".join(concept.name for concept in concepts)
 
 
-RETAINED_STYLES = "Blossom_Season Rust Crayon Fauvism Superstring Red_Blue_Ink Gorgeous_Love French Joy Greenfield Expressionism Impressionism"
+RETAINED_STYLES = (
+    "Blossom_Season Rust Crayon Fauvism Superstring Red_Blue_Ink Gorgeous_Love French Joy "
+    "Greenfield Expressionism Impressionism"
+)
 RETAINED_OBJECTS = "Architectures Butterfly Flame Flowers Horses Human Sea Trees"
 
 
@@ -287,7 +293,10 @@ def images_of(sequence) -> list[int]:
 
 def test_styles():
     sequence = sequence_of(STYLE)
-    targets = "Abstractionism Byzantine Cartoon Cold_Warm Ukiyoe Van_Gogh Neon_Lines Picasso On_Fire Magic_Cube Winter Vibrant_Flow"
+    targets = (
+        "Abstractionism Byzantine Cartoon Cold_Warm Ukiyoe Van_Gogh Neon_Lines Picasso On_Fire "
+        "Magic_Cube Winter Vibrant_Flow"
+    )
     assert names(sequence.targets) == targets
     assert names(sequence.retain) == RETAINED_STYLES
     assert names(sequence.cross_retain) == RETAINED_OBJECTS
@@ -378,7 +387,7 @@ def test_the_order_of_requests_is_sweepable():
         preset(STYLE, "sequence.order=random")
 
 
-# ------------------------------------------------------------------------------------------------- lists in sequences
+# ------------------------------------------------------------------------------- lists in sequences
 def test_captions_come_from_a_list_a_file_or_the_configuration(tmp_path):
     (tmp_path / "mine.txt").write_text("# mine\nfirst\nsecond\n", encoding="utf-8")
     smoke = read_conf("sequence/smoke.yaml")
@@ -437,9 +446,13 @@ def test_labels_of_unlearncanvas():
 
 
 def words_of(label: str) -> str:
-    """A pattern for a label of UnlearnCanvas in running text: On_Fire, on fire; Bears, bear; Butterfly, butterflies."""
+    """A pattern for a label of UnlearnCanvas in running text: On_Fire, on fire; Bears, bear;
+    Butterfly, butterflies.
+    """
     stem = label.replace("_", "[ _]")
-    return rf"\b{stem.removesuffix('ies').removesuffix('es').removesuffix('s').removesuffix('y')}(s|es|y|ies|e)?\b"
+    for ending in ("ies", "es", "s", "y"):
+        stem = stem.removesuffix(ending)
+    return rf"\b{stem}(s|es|y|ies|e)?\b"
 
 
 @pytest.mark.parametrize(
@@ -475,7 +488,7 @@ def test_people_in_lists():
         assert not [concept for concept in concepts if concept.split()[-1] in text.split()]
 
 
-# -------------------------------------------------------------------------------------------- on the embedded model
+# ---------------------------------------------------------------------------- on the embedded model
 def test_the_released_settings_run(in_process):
     settings = (
         "experiment=released",
@@ -493,7 +506,7 @@ def test_the_released_settings_run(in_process):
     assert "-s42-" in out.splitlines()[-1]
 
 
-# ------------------------------------------------------------------------------------------------------ missing paths
+# ------------------------------------------------------------------------------------ missing paths
 def test_a_path_that_only_the_user_can_give(in_process):
     status, out, err = in_process(f"experiment={STYLE}", "method=sculpmem", "reg=l1")
     assert (status, out, err.count("\n")) == (2, "", 1)

@@ -1,4 +1,6 @@
-"""Sequential, independent and simultaneous requests: their plans, their runs, the deltas that they share."""
+"""Sequential, independent and simultaneous requests: their plans, their runs, the deltas that they
+share.
+"""
 
 import json
 
@@ -154,7 +156,9 @@ def test_simultaneous_requests_train_on_all_concepts_so_far(in_process, tmp_path
 
 
 def test_all_concepts_in_one_request(in_process, tmp_path):
-    """A run of one request: finished, read, measured again, and in the report as a run that unlearned both."""
+    """A run of one request: finished, read, measured again, and in the report as a run that
+    unlearned both.
+    """
     chosen = (*SMOKE, "setting=simultaneous", "setting.last_only=true")
     status, out, err = in_process(*chosen)
     assert (status, err) == (0, "")
@@ -180,9 +184,9 @@ def test_all_concepts_in_one_request(in_process, tmp_path):
 def test_last_only_belongs_to_simultaneous_requests(in_process):
     status, _, err = in_process(*SMOKE, "+setting.last_only=true")
     assert status == 2
-    assert (
-        err
-        == "cu-run: setting.last_only: requests are sequential, and each needs its own; use setting=simultaneous\n"
+    assert err == (
+        "cu-run: setting.last_only: requests are sequential, and each needs its own; use "
+        "setting=simultaneous\n"
     )
 
 
@@ -197,7 +201,9 @@ def test_last_only_is_no_part_of_the_other_simultaneous_runs(compose_run):
 
 
 def test_early_stop_on_ua(in_process, tmp_path):
-    """With this short schedule UA is 50 from the start: the stop comes after `patience` measurements."""
+    """With this short schedule UA is 50 from the start: the stop comes after `patience`
+    measurements.
+    """
     chosen = (
         "setting=simultaneous",
         "setting.stop_at=0.1",

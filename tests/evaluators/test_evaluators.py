@@ -1,4 +1,6 @@
-"""Judges from files: transformers, timm and open_clip, their labels, faces; and metrics where some images show no face."""
+"""Judges from files: transformers, timm and open_clip, their labels, faces; and metrics where some
+images show no face.
+"""
 
 import dataclasses
 import json
@@ -55,7 +57,7 @@ def judge(
     return Classifier({"style": path}, **PREPROCESSING, **settings | more)
 
 
-# ------------------------------------------------------------------------------------------------------------ timm
+# --------------------------------------------------------------------------------------------- timm
 @pytest.fixture(scope="module")
 def resnet():
     torch.manual_seed(0)
@@ -165,7 +167,7 @@ def test_settings_of_a_domain_without_a_path_are_refused(resnet_file):
         )
 
 
-# ---------------------------------------------------------------------------------------------------- transformers
+# ------------------------------------------------------------------------------------- transformers
 @pytest.fixture
 def directory_with(tmp_path):
     """Returns write(names) -> a transformers directory whose config.json names its outputs so."""
@@ -248,7 +250,7 @@ def test_the_imagenet_list_has_a_thousand_names():
     ) == (21, 8)
 
 
-# ---------------------------------------------------------------------------------------------------- transformers
+# ------------------------------------------------------------------------------------- transformers
 def test_a_given_list_is_held_against_a_transformers_directory():
     path = "package:shapecanvas/weights/object_classifier"
     kept = Classifier({"object": path}, **PREPROCESSING, labels={"object": list(OBJECTS)})
@@ -269,7 +271,7 @@ def test_the_fingerprint_of_the_shipped_judges_is_the_one_that_runs_have_recorde
     )
 
 
-# ------------------------------------------------------------------------------------------------------- open_clip
+# ---------------------------------------------------------------------------------------- open_clip
 @pytest.fixture(scope="module")
 def zero_shot():
     return OpenClip(**read_conf("evaluator/shapecanvas_clip.yaml"))
@@ -324,7 +326,9 @@ def test_one_domain_by_open_clip_and_one_by_a_classifier(zero_shot, evaluator, i
 
 
 def test_a_configuration_and_a_weight_file_of_ones_own(tmp_path):
-    """A .json with a weight file gives the same vectors as the directory; the tokenizer is named by the configuration."""
+    """A .json with a weight file gives the same vectors as the directory; the tokenizer is named by
+    the configuration.
+    """
     folder = locate(CLIP)
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = str(folder)
@@ -376,10 +380,12 @@ def test_bad_templates(templates):
         OpenClip(CLIP, {"object": list(OBJECTS)}, templates=templates)
 
 
-# ------------------------------------------------------------------------------------------------------------ faces
+# -------------------------------------------------------------------------------------------- faces
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
-    """A tiny real YOLOS that finds an object of class "face" in every image: only the bias of its class head is not random."""
+    """A tiny real YOLOS that finds an object of class "face" in every image: only the bias of its
+    class head is not random.
+    """
     torch.manual_seed(0)
     config = transformers.YolosConfig(
         hidden_size=16,
@@ -425,7 +431,9 @@ def test_an_image_without_a_face_has_no_label(detector, evaluator, images):
 
 @pytest.mark.parametrize(("classes", "face"), [(("face",), 1), (("cat",), 0)])
 def test_faceless_images_are_no_success(detector, model, sequence, classes, face):
-    """Through the real path: a model that draws no face at all has forgotten nothing that can be seen."""
+    """Through the real path: a model that draws no face at all has forgotten nothing that can be
+    seen.
+    """
     judge, settings = (
         with_faces(detector, classes=classes),
         EvalSettings(2, 2.5, None, batch_size=8),
@@ -479,7 +487,7 @@ def test_unlearning_accuracy_is_over_images_with_a_face(tmp_path):
         metrics(rows, ["b", "q"], ["r"], ["hall"])
 
 
-# -------------------------------------------------------------------------------------------- images of one's own
+# ------------------------------------------------------------------------------ images of one's own
 def test_without_a_cross_domain_only_the_concepts_are_judged(model, sequence, evaluator, tmp_path):
     names = [concept.name for concept in (*sequence.targets, *sequence.retain)]
     lines = [f'"a {name} thing, {i}",{name},{i}' for name in names for i in (3, 4)]
@@ -530,7 +538,10 @@ def test_without_a_cross_domain_only_the_concepts_are_judged(model, sequence, ev
             "holds no image of glacier dot, blaze slash, fog ray",
         ),
         (
-            "prompt,concept,seed,object\nx,ember stripe,1,tree\nx,glacier dot,1,cow\nx,blaze slash,1,tree\nx,fog ray,1,tree\n",
+            (
+                "prompt,concept,seed,object\nx,ember stripe,1,tree\nx,glacier "
+                "dot,1,cow\nx,blaze slash,1,tree\nx,fog ray,1,tree\n"
+            ),
             "object 'cow' is not in sequence.cross_retain",
         ),
         (

@@ -1,4 +1,6 @@
-"""Gradient ascent, random labels, SalUn: losses by hand, labels, the mask; what every method of this kind must do."""
+"""Gradient ascent, random labels, SalUn: losses by hand, labels, the mask; what every method of
+this kind must do.
+"""
 
 import csv
 import dataclasses
@@ -65,7 +67,7 @@ def recording(scope):
     return dataclasses.replace(scope, anchors=anchors), asked
 
 
-# ----------------------------------------------------------------------------------- every method on the concept's images
+# ------------------------------------------------------------- every method on the concept's images
 @pytest.mark.parametrize("name", METHODS)
 def test_runs_from_the_command_with_a_projection(in_process, tmp_path, name):
     small = [
@@ -135,7 +137,7 @@ def test_every_weight_of_the_unet_gets_a_gradient(make_scope, name):
     assert all(torch.equal(parameter, before[key]) for key, parameter in scope.params.items())
 
 
-# -------------------------------------------------------------------------------------------------------- gradient ascent
+# ---------------------------------------------------------------------------------- gradient ascent
 def test_gradient_ascent_is_minus_the_diffusion_loss_and_makes_no_retained_images(scope):
     scope, asked = recording(scope)
     method = GradientAscent(num_images=6)
@@ -171,7 +173,7 @@ def test_a_step_of_gradient_ascent_raises_the_diffusion_loss(scope):
         assert diffusion(scope, batch.forget).item() > before
 
 
-# ------------------------------------------------------------------------------------------------------------ random label
+# ------------------------------------------------------------------------------------- random label
 def test_labels_are_other_names_in_the_images_own_prompt(make_scope):
     scope = make_scope()
     method = RandomLabel(num_images=60)
@@ -222,7 +224,9 @@ def test_random_label_loss_closed_form_and_no_gradient_reaches_the_label(scope):
 
 
 def test_an_image_keeps_its_own_prompt_and_its_label(make_scope):
-    """Rows of one image carry one pair of texts in every batch; the number of names in use is bounded by names.number."""
+    """Rows of one image carry one pair of texts in every batch; the number of names in use is
+    bounded by names.number.
+    """
     scope = make_scope(batch_size=16)
     retain = RetainSet(names=NameSource(number=3))
     method = RandomLabel(retain_weight=0.0, num_images=6, retain=retain)
@@ -242,7 +246,7 @@ def test_an_image_keeps_its_own_prompt_and_its_label(make_scope):
     assert len({label.split(" in ")[1] for label in labels}) <= 3
 
 
-# ------------------------------------------------------------------------------------------------------------------ SalUn
+# -------------------------------------------------------------------------------------------- SalUn
 def test_saliency_mask_is_exact():
     scores = torch.tensor([0.1, -5.0, 3.0, 0.0, -0.2, 1.0, 2.0])
     assert saliency_mask(scores, 0.5).tolist() == [

@@ -51,7 +51,7 @@ def by_hand(scope, batch, wanted: str) -> torch.Tensor:
     return (predicted - target).pow(2).mean()
 
 
-# --------------------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 @pytest.mark.parametrize("teacher", ["current", "previous", "base"])
 def test_model_loss_closed_form(scope, teacher):
     method = ConAbl(teacher=teacher, num_anchors=NUM_ANCHORS)
@@ -97,7 +97,7 @@ def test_preservation_adds_the_diffusion_loss_of_the_anchor(scope, loss):
 
 
 def test_no_gradient_reaches_the_teacher(scope):
-    """With a current teacher the gradient is that of mse(e(c*), constant), not of mse(e(c*), e(c))."""
+    """With a current teacher: the gradient of mse(e(c*), constant), not of mse(e(c*), e(c))."""
     method = ConAbl(num_anchors=NUM_ANCHORS)
     batch = first_batch(method, scope)
     params = list(scope.params.values())
@@ -131,7 +131,7 @@ def test_a_frozen_teacher_leaves_weights_and_gradients_alone(scope, teacher):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 def stream(scope, number: int, **options) -> list:
     method = ConAbl(num_anchors=NUM_ANCHORS, **options)
     method.begin_request(scope)

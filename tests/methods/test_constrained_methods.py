@@ -1,4 +1,6 @@
-"""Constrained unlearning on the embedded model: losses worked out from predict_noise, samples, duals through a request, runs."""
+"""Constrained unlearning on the embedded model: losses worked out from predict_noise, samples,
+duals through a request, runs.
+"""
 
 import dataclasses
 import json
@@ -39,7 +41,7 @@ EACH = pytest.mark.parametrize("name", MAKE)
 
 @pytest.fixture
 def scope(make_scope):
-    """A scope whose weights in training differ from those at the start, and these from the base's."""
+    """A scope whose weights differ from those at the start, and these from the base's."""
     scope = make_scope(batch_size=4)
     return shift(scope, start=0.05, now=0.1)
 
@@ -88,7 +90,7 @@ def retained(scope, batch, weights) -> torch.Tensor:
     return F.mse_loss(scope.model.predict_noise(*arguments), wanted)
 
 
-# ---------------------------------------------------------------------------------------------------------- reverse KL
+# --------------------------------------------------------------------------------------- reverse KL
 @pytest.mark.parametrize(
     ("teacher", "reference", "kind"),
     [("previous", "empty", "teacher"), ("base", "anchor", "diffusion")],
@@ -186,7 +188,7 @@ def test_reverse_kl_samples_are_the_models_own_and_visit_every_level(scope):
     ]  # pure noise is the same for all weights
 
 
-# ---------------------------------------------------------------------------------------------------------- forward KL
+# --------------------------------------------------------------------------------------- forward KL
 def forget_terms(scope, batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Diffusion losses [B] on the forget rows, of the current weights and of those at the start."""
     forget = batch.forget
@@ -273,7 +275,7 @@ def test_forward_kl_ends_on_images_that_were_not_trained_on(scope):
         )
 
 
-# ---------------------------------------------------------------------------------------------------------- likelihood
+# --------------------------------------------------------------------------------------- likelihood
 @pytest.mark.parametrize(("teacher", "reference"), [("previous", "empty"), ("base", "anchor")])
 def test_likelihood_loss(scope, teacher, reference):
     method = begin(
@@ -331,7 +333,7 @@ def test_likelihood_says_when_the_target_is_no_longer_accurate(scope):
     assert "; lambda r reached" in record["note"]
 
 
-# ------------------------------------------------------------------------------------------------------------ all three
+# ---------------------------------------------------------------------------------------- all three
 @EACH
 def test_scoring_with_backward_does_not_move_the_duals(scope, name):
     method = begin(MAKE[name](), scope)

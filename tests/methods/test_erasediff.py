@@ -26,7 +26,7 @@ def gradients(scope):  # noqa: F811
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------- multiplier
+# --------------------------------------------------------------------------------------- multiplier
 @pytest.mark.parametrize(
     ("g_retain", "expected"),
     [
@@ -60,7 +60,7 @@ def test_bome_makes_the_constraint_fall_at_the_rate_eta():
     assert 10 < active < 50
 
 
-# --------------------------------------------------------------------------------------------------------------- the step
+# ----------------------------------------------------------------------------------------- the step
 @pytest.mark.parametrize(("multiplier", "expected"), [("fixed", 0.7), ("bome", None)])
 def test_gradient_and_logs_by_hand(scope, multiplier, expected):  # noqa: F811
     method = EraseDiff(multiplier, 0.7, 0.5, **SMALL)
@@ -92,10 +92,12 @@ def test_the_gradient_is_added_to_what_is_there(scope):  # noqa: F811
     assert all(torch.equal(found, 1 + alone[name]) for name, found in gradients(scope).items())
 
 
-# ------------------------------------------------------------------------------------------------------------ inner passes
+# ------------------------------------------------------------------------------------- inner passes
 @pytest.mark.parametrize("inner_optimizer", ["adam", "sgd"])
 def test_inner_passes_leave_no_trace(scope, inner_optimizer):  # noqa: F811
-    """Weights bitwise as they were; no optimiser state from one step to the next; the same gradient whatever K."""
+    """Weights bitwise as they were; no optimiser state from one step to the next; the same gradient
+    whatever K.
+    """
     before = snapshot(scope.params)
     seen = []
     for num_inner in (0, 2):
@@ -151,7 +153,7 @@ def test_qhat_is_positive_where_the_passes_lower_the_loss(scope):  # noqa: F811
     assert 0 < logs["qhat"] < logs["forget_loss"]
 
 
-# --------------------------------------------------------------------------------------------------------------- the texts
+# ---------------------------------------------------------------------------------------- the texts
 @pytest.mark.parametrize(
     ("unrelated", "expected"), [(None, "a {} image"), ("", ""), ("a blue thing", "a blue thing")]
 )

@@ -37,7 +37,9 @@ def scope(make_scope):
 
 
 def late_batch(scope):
-    """One that is not pure noise: there a v-model's noise prediction is the noise itself, whatever the text."""
+    """One that is not pure noise: there a v-model's noise prediction is the noise itself, whatever
+    the text.
+    """
     return min(stream(scope, 4), key=lambda batch: batch.timesteps[0].item())
 
 
@@ -53,7 +55,7 @@ def equal(a, b) -> bool:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- target
+# ------------------------------------------------------------------------------------------- target
 def test_target_closed_form():
     empty, concept = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.5])
     assert erasing_target(empty, concept, 0.0).tolist() == [1.0, -2.0]
@@ -107,7 +109,7 @@ def test_no_gradient_reaches_the_teacher(scope):
     assert not any(weight.requires_grad for weight in (*scope.start.values(), *scope.base.values()))
 
 
-# ------------------------------------------------------------------------------------------------------------ samples
+# ------------------------------------------------------------------------------------------ samples
 def test_a_batch_is_a_partly_denoised_sample_of_the_current_weights(scope):
     model = scope.model
     timesteps = set()
@@ -167,7 +169,7 @@ def test_a_prompt_that_cannot_be_filled_in_is_refused(prompt):
         ESD(prompt=prompt)
 
 
-# ----------------------------------------------------------------------------------------------------------- variants
+# ----------------------------------------------------------------------------------------- variants
 @pytest.mark.parametrize(
     ("variant", "group"),
     [("esd-x", "xattn"), ("esd-x-strict", "kv_xattn"), ("esd-u", "non_xattn"), ("esd-all", "full")],

@@ -1,4 +1,6 @@
-"""Constrained unlearning, the formulas: dual ascent, targets against one-dimensional densities, sample weights, ratios."""
+"""Constrained unlearning, the formulas: dual ascent, targets against one-dimensional densities,
+sample weights, ratios.
+"""
 
 import math
 
@@ -33,7 +35,7 @@ def score(density: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.gradient(density.log(), spacing=(x,))[0]
 
 
-# ---------------------------------------------------------------------------------------------------------- dual ascent
+# -------------------------------------------------------------------------------------- dual ascent
 def test_dual_step_goes_up_with_a_violation_and_stops_at_zero():
     moved = dual_step(tensor(0.2, 0.1, 0.0), tensor(1.5, -2.0, 0.0), 0.1)
     torch.testing.assert_close(moved, tensor(0.35, 0.0, 0.0))
@@ -122,7 +124,7 @@ def test_status_tells_a_cap_from_too_few_steps():
     assert "note" not in state.record(["ember stripe", "fog ray"], tensor(3.5, 5.5))
 
 
-# --------------------------------------------------------------------------------------------------------- reverse KL
+# --------------------------------------------------------------------------------------- reverse KL
 def test_alpha_from_lambda():
     torch.testing.assert_close(alpha_from_lambda(tensor(0.5)), tensor(1.0))
     torch.testing.assert_close(alpha_from_lambda(tensor(0.2, 0.3)), tensor(0.4, 0.6))
@@ -141,7 +143,9 @@ def test_limit_keeps_alpha_under_its_cap_and_lambda_in_its_domain(lam):
 
 
 def test_the_minimiser_of_reverse_kl_has_the_combined_score():
-    """p ~ q prod (q/q_i)^alpha_i against -sigma s = e* on a grid, and p stationary for the Lagrangian with lam."""
+    """p ~ q prod (q/q_i)^alpha_i against -sigma s = e* on a grid, and p stationary for the
+    Lagrangian with lam.
+    """
     x = torch.linspace(-6, 6, 4001, dtype=torch.float64)
     q, q_1, q_2 = normal(x, 0, 1), normal(x, 1, 1.4), normal(x, -0.5, 1.3)
     lam = tensor(0.2, 0.3)
@@ -187,7 +191,7 @@ def test_snr_weighted_errors_add_up_to_the_divergence_of_gaussians():
     )
 
 
-# --------------------------------------------------------------------------------------------------------- forward KL
+# --------------------------------------------------------------------------------------- forward KL
 def test_forget_weights():
     weights = forget_weights(tensor(0.0, 0.1, 0.3), tensor(20, 20, 30), 100)
     torch.testing.assert_close(weights, tensor(0.01, 0.005, 0.0))
@@ -195,7 +199,7 @@ def test_forget_weights():
 
 
 def test_at_the_cap_the_minimiser_is_retraining_without_the_group():
-    """Least squares on a Gaussian's mean: sum_j v_j (x_j - m)^2 over 30 forget and 70 kept samples."""
+    """Least squares on a Gaussian's mean: sum_j v_j (x_j - m)^2; 30 forget and 70 kept samples."""
     draw = torch.Generator().manual_seed(0)
     forget = 3 + torch.randn(30, generator=draw, dtype=torch.float64)
     kept = torch.randn(70, generator=draw, dtype=torch.float64)
@@ -228,7 +232,7 @@ def test_ascent_needs_a_stop_out_of_the_bounds_way():
     assert ForwardKL(cap=1.5, ascent_stop=0.6).cap == 1.5
 
 
-# --------------------------------------------------------------------------------------------------------- likelihood
+# --------------------------------------------------------------------------------------- likelihood
 def test_density_ratio():
     null, concept = (
         torch.tensor([[5.0, 3.0], [1.0, 1.0], [1.0, 3.0]]),
@@ -252,7 +256,9 @@ def test_repelled_target():
 
 @pytest.mark.parametrize(("lam", "error"), [(0.2, 0.0085), (1.0, 0.171), (4.0, 1.17)])
 def test_first_order_error_of_the_likelihood_target(lam, error):
-    """q has modes at -2.8 and 2.8, c is the upper one; at ab = 1/2 the exact score of p ~ q exp(-lam r) against the target's."""
+    """q has modes at -2.8 and 2.8, c is the upper one; at ab = 1/2 the exact score of p ~ q
+    exp(-lam r) against the target's.
+    """
     x = torch.linspace(-12, 12, 3001, dtype=torch.float64)
     y = torch.linspace(-8, 8, 801, dtype=torch.float64)
     spread = normal(y[:, None] - math.sqrt(0.5) * x, 0, math.sqrt(0.5))  # x_t = y given x_0 = x

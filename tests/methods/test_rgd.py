@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import SMOKE, compose
 from omegaconf import OmegaConf
-from test_baselines import SMALL, diffusion, first_batch, recording, scope  # noqa: F401, scope is a fixture
+from test_baselines import SMALL, diffusion, first_batch, recording, scope  # noqa: F401
 
 from cu_runner.concepts.entries import read_shipped
 from cu_runner.concepts.sequence import make_sequence
@@ -22,11 +22,12 @@ def vector(*entries: float) -> torch.Tensor:
     return torch.tensor(entries, dtype=torch.float64)
 
 
-# ---------------------------------------------------------------------------------------------------- restricted gradient
+# ------------------------------------------------------------------------------ restricted gradient
 @pytest.mark.parametrize(
     ("g_forget", "g_retain", "alpha", "always", "expected"),
     [
-        # g_f.g_r = -1, ||g_f||^2 = 1, ||g_r||^2 = 2: d_f = (1, 0) + (-1, 1) / 2, d_r = (-1, 1) + (1, 0)
+        # g_f.g_r = -1, ||g_f||^2 = 1, ||g_r||^2 = 2: d_f = (1, 0) + (-1, 1) / 2, d_r = (-1, 1) +
+        # (1, 0)
         ((1, 0), (-1, 1), 1.0, False, (0.5, 1.5)),
         ((1, 0), (-1, 1), 2.0, False, (0.5, 2.5)),
         ((1, 0), (-1, 1), 0.0, True, (0.5, 0.5)),
@@ -63,7 +64,9 @@ def test_neither_loss_rises_to_first_order(always):
 
 
 def test_both_projections_are_from_the_original_gradients():
-    """<d_f, g_r> = <d_r, g_f> = 0; d_f itself keeps a component along d_r, which a second projection after the first would not."""
+    """<d_f, g_r> = <d_r, g_f> = 0; d_f itself keeps a component along d_r, which a second
+    projection after the first would not.
+    """
     g_forget, g_retain = vector(1, 0, 0), vector(-1, 2, 0)
     d_forget = restricted_gradient(g_forget, g_retain, 0.0)
     d_retain = restricted_gradient(g_forget, g_retain, 1.0) - d_forget
@@ -79,7 +82,7 @@ def test_gradients_too_small_to_square_in_float32():
     torch.testing.assert_close(found / scale, vector(0.5, 1.5).float())
 
 
-# --------------------------------------------------------------------------------------------------------------- the step
+# ----------------------------------------------------------------------------------------- the step
 def gradients(scope):  # noqa: F811
     return torch.cat([parameter.grad.flatten() for parameter in scope.params.values()])
 
@@ -134,7 +137,7 @@ def test_above_the_truncation_the_retain_gradient_is_alone(scope):  # noqa: F811
         assert close == bool(truncated)
 
 
-# --------------------------------------------------------------------------------------------------------------- diversity
+# ---------------------------------------------------------------------------------------- diversity
 def prompts(make_scope, **options) -> tuple[list[str], list[str]]:
     """The prompts of the images to forget and to keep."""
     scope, asked = recording(make_scope())  # noqa: F811

@@ -14,7 +14,7 @@ from cu_runner.runner.training import erase
 OPTIONS = {"num_anchors": 4, "warmup": 2, "interval": 2}
 
 
-# -------------------------------------------------------------------------------------------------------------- masks
+# -------------------------------------------------------------------------------------------- masks
 def test_keep_top_takes_the_largest_magnitudes():
     gathered = torch.tensor([[-4.0, 1.0, 0.5], [3.0, -2.0, 0.0]])
     assert keep_top(gathered, 0.5).tolist() == [[True, False, False], [True, True, False]]
@@ -66,9 +66,11 @@ def test_turnover_falls_along_a_cosine():
     assert turnover(0.2, 1.0) == pytest.approx(0.0)
 
 
-# ------------------------------------------------------------------------------------------------------------- update
+# ------------------------------------------------------------------------------------------- update
 class Watched(SculpMem):
-    """Notes the weights before and after every step, the gradients gathered, and the mask of the step."""
+    """Notes the weights before and after every step, the gradients gathered, and the mask of the
+    step.
+    """
 
     def begin_request(self, scope):
         super().begin_request(scope)
@@ -92,7 +94,9 @@ class Watched(SculpMem):
 
 @pytest.fixture
 def watched(make_scope, settings):
-    """A request of 10 steps with AdamW: 2 dense ones, exchanges after 4 and 6 (not 8: until is 0.8)."""
+    """A request of 10 steps with AdamW: 2 dense ones, exchanges after 4 and 6 (not 8: until is
+    0.8).
+    """
     method = Watched(exchanged=0.4, **OPTIONS)
     report = erase(make_scope(steps=10), method, {}, settings(steps=10, weight_decay=0.1))
     return method, report

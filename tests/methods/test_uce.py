@@ -1,4 +1,6 @@
-"""UCE: the closed form on small matrices, which tokens it edits, what it does to the embedded model."""
+"""UCE: the closed form on small matrices, which tokens it edits, what it does to the embedded
+model.
+"""
 
 import dataclasses
 
@@ -26,9 +28,11 @@ def drawn():
     )
 
 
-# -------------------------------------------------------------------------------------------------------- closed form
+# -------------------------------------------------------------------------------------- closed form
 def test_one_orthogonal_edit_by_hand():
-    """c = 2 e_1, v* = (3, 5): S = 4 e_1 e_1^T + lam I, so the first column goes to (2 v* + lam w_1) / (4 + lam)."""
+    """c = 2 e_1, v* = (3, 5): S = 4 e_1 e_1^T + lam I, so the first column goes to (2 v* + lam w_1)
+    / (4 + lam).
+    """
     weight, edited, values = (
         torch.tensor([[1.0, 7.0], [1.0, 7.0]]),
         torch.tensor([[2.0, 0.0]]),
@@ -99,7 +103,9 @@ def test_nothing_to_edit_changes_nothing(drawn):
 
 
 def test_single_precision_weights_are_solved_in_double(drawn):
-    """Nearly equal rows, one preserved and one edited: in single precision their difference would be lost."""
+    """Nearly equal rows, one preserved and one edited: in single precision their difference would
+    be lost.
+    """
     weight = drawn[0]
     kept = torch.ones(1, WIDTH)
     edited = kept + torch.tensor([[1e-3, 0, 0, 0, 0, 0]])
@@ -109,7 +115,7 @@ def test_single_precision_weights_are_solved_in_double(drawn):
     torch.testing.assert_close(edited @ found.T, torch.zeros(1, OUT), rtol=0, atol=1e-2)
 
 
-# ------------------------------------------------------------------------------------------------------------- tokens
+# ------------------------------------------------------------------------------------------- tokens
 def test_positions_from_the_concept_on_go_to_those_of_the_anchor_and_the_others_stay(make_scope):
     scope = make_scope()
     model = scope.model
@@ -146,10 +152,10 @@ def test_earlier_targets_are_preserved_and_all_targets_edited(make_scope, sequen
     assert len(together.preserved) == captions * length
 
 
-# ------------------------------------------------------------------------------------------------------------ request
+# ------------------------------------------------------------------------------------------ request
 @torch.no_grad()
 def test_an_exact_fit_makes_the_concept_act_like_its_anchor(make_scope, settings):
-    """One caption, nothing preserved, hardly a ridge: the model's prediction becomes the anchor's."""
+    """One caption, nothing preserved, hardly a ridge: the prediction becomes the anchor's."""
     scope = make_scope()
     sequence = dataclasses.replace(
         scope.sequence, captions=("tree",), target_prompt="a {caption} image {concept}"

@@ -1,4 +1,6 @@
-"""Where checkpoints come from: directories with safetensors, fp16 files, shards, pickles; single files; the hub's local cache."""
+"""Where checkpoints come from: directories with safetensors, fp16 files, shards, pickles; single
+files; the hub's local cache.
+"""
 
 import json
 import shutil
@@ -7,10 +9,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from commands import assert_one_line
 from conftest import SMOKE
 from huggingface_hub.utils import filter_repo_objects
 from single_file import original_weights
-from test_bad_input import assert_one_line
 
 from cu_runner.models.checkpoint_files import find_weights, locate, wanted_files
 from cu_runner.models.diffusion import DiffusionModel, load_model
@@ -45,7 +47,7 @@ def to_pickle(path: Path) -> Path:
     return pickle
 
 
-# -------------------------------------------------------------------------------------------------------- directories
+# -------------------------------------------------------------------------------------- directories
 def test_fp16_files_are_read_where_there_are_no_others(pipelines, pipeline_of):
     directory, plain = pipeline_of("sdxl"), load(pipelines["sdxl"])
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
@@ -143,7 +145,10 @@ def test_a_pickle_that_would_run_code_does_not(pipeline_of, tmp_path):
         (
             "model_index.json",
             {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]},
-            "the scheduler FlowMatchEulerDiscreteScheduler has no noise schedule of a diffusion model",
+            (
+                "the scheduler FlowMatchEulerDiscreteScheduler has no noise schedule of a "
+                "diffusion model"
+            ),
         ),
     ],
 )
@@ -175,7 +180,7 @@ def test_a_second_text_encoder_without_its_tokenizer(pipeline_of):
         load(directory)
 
 
-# -------------------------------------------------------------------------------------------------------- single files
+# ------------------------------------------------------------------------------------- single files
 @pytest.fixture
 def original(pipelines, tmp_path) -> Path:
     """The sd15 directory as one file in the original layout."""
@@ -263,10 +268,12 @@ def test_files_that_are_no_checkpoint(original, pipelines, tmp_path):
         load(original, config=str(pipelines["sd15"]))
 
 
-# --------------------------------------------------------------------------------------------------------------- the hub
+# ------------------------------------------------------------------------------------------ the hub
 @pytest.fixture
 def hub(pipelines, tmp_path, monkeypatch) -> Path:
-    """A local cache of the hub, as its client keeps one, that holds some/model; there is no network."""
+    """A local cache of the hub, as its client keeps one, that holds some/model; there is no
+    network.
+    """
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -288,7 +295,10 @@ def test_a_repository_in_the_cache_is_used_without_network(hub, pipelines):
     )
     with pytest.raises(
         ModelError,
-        match=r"^model.revision=main: .*sd15 is on this machine; only a repository of the hub has rev",
+        match=(
+            r"^model.revision=main: .*sd15 is on this machine; only a repository of the hub "
+            r"has rev"
+        ),
     ):
         load(pipelines["sd15"], revision="main")
     for revision in ("no-such", None):
@@ -301,7 +311,9 @@ def test_a_repository_in_the_cache_is_used_without_network(hub, pipelines):
 
 
 def test_what_is_fetched_from_a_repository():
-    """One precision of safetensors, of the parts that are used; not the other formats that repositories hold too."""
+    """One precision of safetensors, of the parts that are used; not the other formats that
+    repositories hold too.
+    """
     parts, stem = ("unet", "vae", "text_encoder"), {"text_encoder": "model"}
     present = [
         "model_index.json",

@@ -1,4 +1,6 @@
-"""Stable Diffusion 1, 2 and SDXL at their full size, with random weights: one training step and one image in bf16. Minutes each."""
+"""Stable Diffusion 1, 2 and SDXL at their full size, with random weights: one training step and one
+image in bf16. Minutes each.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""What saves memory changes nothing else: frozen weights in bf16, recomputed activations, images decoded one by one."""
+"""What saves memory changes nothing else: frozen weights in bf16, recomputed activations, images
+decoded one by one.
+"""
 
 import dataclasses
 
@@ -166,7 +168,7 @@ def test_a_precision_that_the_gpu_lacks(monkeypatch, pipelines):
         load(pipelines["sd15"], precision="bf16", device="cuda:1")
 
 
-# -------------------------------------------------------------------------------------------------------------- speed
+# -------------------------------------------------------------------------------------------- speed
 def output_of(model) -> torch.Tensor:
     noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

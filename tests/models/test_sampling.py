@@ -32,7 +32,7 @@ PROMPTS = [
 SEEDS = [188, 188, 188, 188, 288, 288, 288, 288]
 
 
-# --------------------------------------------------------------------------------------------------------------- noise
+# -------------------------------------------------------------------------------------------- noise
 def test_an_images_noise_is_its_own_whatever_the_batch():
     together = image_noise(PROMPTS, SEEDS, (4, 16, 16))
     for i, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
@@ -69,7 +69,7 @@ def test_random_source_names_its_generators():
     assert torch.rand(3, generator=RandomSource(0, 1).generator("train")).tolist() == draws[0]
 
 
-# -------------------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 def images(model, batch_size: int, prompts=PROMPTS, seeds=SEEDS, guidance: float = 2.5):
     return torch.cat(
         list(generate(model, prompts, seeds, Sampler(2, guidance), batch_size=batch_size, label=""))
@@ -107,7 +107,7 @@ def test_batches_come_in_the_order_of_the_prompts(model):
     assert sizes == [3, 3, 2]
 
 
-# ------------------------------------------------------------------------------------------------------------ guidance
+# ----------------------------------------------------------------------------------------- guidance
 @pytest.fixture
 def rows(model):
     """The number of rows of every forward pass of the UNet."""
@@ -146,7 +146,9 @@ def test_guidance_closed_form(model):
 
 @pytest.mark.parametrize("scheduler", [None, "DDIMScheduler", "EulerDiscreteScheduler"])
 def test_a_partly_denoised_sample_goes_on_to_the_whole(model, scheduler):
-    """Without a step it is noise; the prediction at its timestep is nearly that of clean latents noised to it."""
+    """Without a step it is noise; the prediction at its timestep is nearly that of clean latents
+    noised to it.
+    """
     sampler = Sampler(4, 1, scheduler)
     noise, first = sample_partly(model, PROMPTS[:2], SEEDS[:2], sampler, 0)
     assert torch.allclose(
@@ -166,7 +168,10 @@ def test_a_partly_denoised_sample_goes_on_to_the_whole(model, scheduler):
 def test_an_unknown_scheduler_is_refused(model):
     with pytest.raises(
         ValueError,
-        match=r"^scheduler=Foo: diffusers has no such scheduler; give a class such as DDIMScheduler$",
+        match=(
+            r"^scheduler=Foo: diffusers has no such scheduler; give a class such as "
+            r"DDIMScheduler$"
+        ),
     ):
         sample_latents(model, PROMPTS[:1], SEEDS[:1], Sampler(2, 1, "Foo"))
 
@@ -181,7 +186,7 @@ def test_sampling_leaves_the_models_scheduler_as_it_was(model):
     )
 
 
-# -------------------------------------------------------------------------------------------------- other schedulers
+# --------------------------------------------------------------------------------- other schedulers
 def with_scheduler(model, scheduler) -> DiffusionModel:
     parts = dataclasses.replace(model.components, scheduler=scheduler)
     return DiffusionModel(
@@ -199,7 +204,9 @@ def test_a_scheduler_without_the_noise_of_a_diffusion_model_is_one_line(model, n
 
 
 def test_v_prediction_identity(model):
-    """The UNet's output read as v gives an eps and an x_0 whose velocity is v and whose noised image is x_t."""
+    """The UNet's output read as v gives an eps and an x_0 whose velocity is v and whose noised
+    image is x_t.
+    """
     scheduler = diffusers.DDIMScheduler.from_config(
         model.scheduler.config, prediction_type="v_prediction"
     )
@@ -256,7 +263,7 @@ def test_weights_given_for_a_prediction_do_not_stay(model):
     assert (changed - plain).abs().max() > 1e-5
 
 
-# --------------------------------------------------------------------------------------------------------- GPU memory
+# --------------------------------------------------------------------------------------- GPU memory
 @pytest.fixture
 def any_batch(model):
     """The embedded model, which forgets at the end that memory ran out."""
@@ -265,7 +272,9 @@ def any_batch(model):
 
 
 def scarce_memory(monkeypatch, model, most: int) -> tuple[list[int], list]:
-    """Sampling runs out of memory with more than `most` images; the sizes that were tried, and what then became of the tensors."""
+    """Sampling runs out of memory with more than `most` images; the sizes that were tried, and what
+    then became of the tensors.
+    """
     real, sizes, held = sampling.sample_latents, [], []
 
     def scarce(model, prompts, seeds, sampler):
@@ -432,7 +441,7 @@ def test_memory_that_runs_out_while_images_are_classified_halves_the_batch_too(
         evaluate(model, evaluator, sequence, concepts, 1, settings)
 
 
-# -------------------------------------------------------------------------------------------------------------- speed
+# -------------------------------------------------------------------------------------------- speed
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_remembered_keys_and_values_give_the_same_bits(model, guidance):
     sampler = Sampler(3, guidance)

@@ -1,4 +1,6 @@
-"""Stable Diffusion 1, 2 and SDXL in miniature, with random weights: the same images as diffusers' own pipelines make."""
+"""Stable Diffusion 1, 2 and SDXL in miniature, with random weights: the same images as diffusers'
+own pipelines make.
+"""
 
 import dataclasses
 import json
@@ -11,7 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import read_conf
-from test_matrix import overrides, run
+from small_runs import overrides, run
 
 from cu_runner.evaluators.classifier import Classifier
 from cu_runner.models.diffusion import DiffusionModel, load_model
@@ -65,7 +67,7 @@ def batch_of(model: DiffusionModel) -> tuple[torch.Tensor, torch.Tensor, Text]:
     return noise, torch.tensor([10, 900]), model.encode_prompts(PROMPTS)
 
 
-# ------------------------------------------------------------------------------------------- against diffusers' own
+# --------------------------------------------------------------------------- against diffusers' own
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_images_as_the_pipeline(pipelines, kind, prediction_type):
@@ -85,7 +87,9 @@ def test_the_same_images_as_the_pipeline(pipelines, kind, prediction_type):
 @pytest.mark.parametrize("scheduler", [None, "DDIMScheduler", "DDPMScheduler"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_scheduler_leaves_to_defaults(pipeline_of, kind, scheduler):
-    """Old checkpoints do not name clip_sample and steps_offset: the images are those of checkpoints that do."""
+    """Old checkpoints do not name clip_sample and steps_offset: the images are those of checkpoints
+    that do.
+    """
     directory = pipeline_of(kind)
     whole = our_images(load(directory), scheduler=scheduler)
     path = directory / "scheduler/scheduler_config.json"
@@ -192,7 +196,7 @@ def test_text_of_stable_diffusion_2_is_the_normed_last_layer(pipelines):
     assert model.encode_prompts(PROMPTS).pooled is None
 
 
-# ------------------------------------------------------------------------------------------------- the written files
+# -------------------------------------------------------------------------------- the written files
 def test_the_tokenizer_is_open_clips(pipelines):
     ours = transformers.AutoTokenizer.from_pretrained(pipelines["sd15"] / "tokenizer")
     theirs = open_clip.get_tokenizer("ViT-L-14")
@@ -250,7 +254,7 @@ def test_classifiers_fit_the_evaluator(random_pipeline, tmp_path):
     }
 
 
-# ------------------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 @pytest.mark.parametrize(
     ("kind", "method", "reg"),
     [

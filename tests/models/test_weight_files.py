@@ -1,4 +1,6 @@
-"""Weight files: safetensors always, pickles only by name and never with code, and one line for everything else."""
+"""Weight files: safetensors always, pickles only by name and never with code, and one line for
+everything else.
+"""
 
 import os
 

@@ -1,4 +1,6 @@
-"""EWC: its Fisher and penalty in closed form. Replay: its loss by hand, its batches. Both: resume, composition."""
+"""EWC: its Fisher and penalty in closed form. Replay: its loss by hand, its batches. Both: resume,
+composition.
+"""
 
 import dataclasses
 import json
@@ -7,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMOKE, run_directory
-from test_training import Pull
+from doubles import Pull
 from torch import nn
 
 from cu_runner.methods.conabl import ConAbl
@@ -36,7 +38,7 @@ def batches(scope, purpose: str, number: int, batch_size: int = 1) -> list:
     return [images.draw(scope.rng.generator(purpose, step), batch_size) for step in range(number)]
 
 
-# ------------------------------------------------------------------------------------------------------------------ EWC
+# ---------------------------------------------------------------------------------------------- EWC
 def test_ewc_penalty_closed_form():
     """d = (1, 2), -4 with F = (0, 3), 1: half the mean of 0, 12, 16; its gradient is F d / n."""
     params = {
@@ -100,7 +102,9 @@ def test_ewc_anchors(make_scope, anchor):
 
 
 def test_ewc_holds_back_the_weights_that_matter(make_scope, settings):
-    """Under the same pull, the weights of large F move less than those of small F; without EWC they move the same."""
+    """Under the same pull, the weights of large F move less than those of small F; without EWC they
+    move the same.
+    """
     ratios = {}
     for weight in (0.0, 1e10):
         scope = make_scope()
@@ -123,10 +127,10 @@ def test_ewc_holds_back_the_weights_that_matter(make_scope, settings):
     assert ratios[1e10] < 0.8 * ratios[0.0]
 
 
-# --------------------------------------------------------------------------------------------------------------- replay
+# ------------------------------------------------------------------------------------------- replay
 @pytest.mark.parametrize("loss", ["model", "noise"])
 def test_replay_closed_form(make_scope, loss):
-    """Step n is 1.5 times the loss of batch n, computed with the base weights in the UNet itself."""
+    """Step n is 1.5 times the loss of batch n, with the base weights in the UNet itself."""
     scope = trained(make_scope())
     regularizer = Replay(1.5, loss, batch_size=3, retain=RETAIN)
     assert regularizer.begin_request(scope, Pull()) == {"prompts": 8}
@@ -182,7 +186,7 @@ def test_replay_draws_different_batches_and_begins_anew_with_each_request(make_s
     assert losses(used, 2, 1) != first[:1]
 
 
-# ------------------------------------------------------------------------------------------------------------------ both
+# --------------------------------------------------------------------------------------------- both
 @pytest.mark.parametrize(
     "make", [lambda: EWC(1e4, num_batches=2, retain=RETAIN), lambda: Replay(1.0, retain=RETAIN)]
 )

@@ -15,7 +15,7 @@ from cu_runner.regularizers.merge import Merge, ties
 ROWS = torch.tensor([[1.0, -2.0, 3.0, 0.0], [-1.0, -4.0, 1.0, 2.0], [2.0, 3.0, -1.0, 0.0]])
 
 
-# --------------------------------------------------------------------------------------------------------------- ties
+# --------------------------------------------------------------------------------------------- ties
 @pytest.mark.parametrize(
     ("how", "merged"),
     [
@@ -25,7 +25,9 @@ ROWS = torch.tensor([[1.0, -2.0, 3.0, 0.0], [-1.0, -4.0, 1.0, 2.0], [2.0, 3.0, -
     ],
 )
 def test_without_trimming(how, merged):
-    """The sums are 2, -3, 3, 2: what has the other sign is left out, and zeros do not count in a mean."""
+    """The sums are 2, -3, 3, 2: what has the other sign is left out, and zeros do not count in a
+    mean.
+    """
     assert ties(ROWS, 1.0, how=how).tolist() == merged
 
 
@@ -131,7 +133,7 @@ def test_against_brute_force(how, topk):
     )
 
 
-# --------------------------------------------------------------------------------------------------------- post_request
+# ------------------------------------------------------------------------------------- post_request
 def stacks(number: int) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(1)
     return {
@@ -161,7 +163,10 @@ def test_the_first_request_is_used_as_it_is_and_the_run_says_what_merging_does(c
     with caplog.at_level("INFO", logger="cu_runner"):
         assert Merge(lam=3.0, topk=0.1).post_request(list(deltas), deltas.get) is None
     assert caplog.messages == [
-        "merge: every request starts from the untouched model; from the second on their changes are merged"
+        (
+            "merge: every request starts from the untouched model; from the second on their "
+            "changes are merged"
+        )
     ]
 
 
@@ -189,7 +194,7 @@ def test_a_schedule_that_is_too_short_is_refused_before_training(make_scope):
         Merge(lam=[1.0]).post_request(list(deltas), deltas.get)
 
 
-# ---------------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 def finish(in_process, tmp_path, *overrides: str):
     """Runs to the end; the run directory."""
     status, out, err = in_process(*SMOKE, *overrides)

@@ -1,4 +1,6 @@
-"""Null-space projection: the projector's closed forms, the target's own directions, the kept prompts, resume."""
+"""Null-space projection: the projector's closed forms, the target's own directions, the kept
+prompts, resume.
+"""
 
 import dataclasses
 import json
@@ -7,7 +9,7 @@ import logging
 import pytest
 import torch
 from conftest import SMOKE, run_directory
-from test_training import Pull
+from doubles import Pull
 
 from cu_runner.methods.conabl import ConAbl
 from cu_runner.models.parameters import assign, snapshot, subtract
@@ -23,7 +25,7 @@ def rows(
     return torch.randn(number, width, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------- projector
+# ---------------------------------------------------------------------------------------- projector
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("number", "rank"), [(100, 5), (6, 5), (6, 6), (1, 1)])
 def test_projector_is_symmetric_idempotent_and_removes_the_top_directions(number, rank, dtype):
@@ -44,7 +46,9 @@ def test_projector_is_symmetric_idempotent_and_removes_the_top_directions(number
 
 
 def test_projector_is_that_of_the_uncentred_covariance():
-    """Rows around (10, 0): the mean itself is the top direction; centred, it would be the second axis."""
+    """Rows around (10, 0): the mean itself is the top direction; centred, it would be the second
+    axis.
+    """
     X = torch.tensor([[10.0, 1.0], [10.0, -1.0]])
     torch.testing.assert_close(
         null_space_projector(X, rank=1), torch.diag(torch.tensor([0.0, 1.0]))
@@ -126,13 +130,15 @@ def test_own_directions_lie_in_the_range_of_the_projector_and_groups_do_not_shar
     assert own_directions(P, [], 2).shape == (12, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------- regularizer
+# -------------------------------------------------------------------------------------- regularizer
 def begun(regularizer: NullSpace, scope) -> dict:
     return regularizer.begin_request(scope, Pull())
 
 
 def relative_change(scope, prompts: list[str]) -> float:
-    """Largest ||dW t|| / (||dW|| ||t||) over keys and values and every token vector t of the prompts."""
+    """Largest ||dW t|| / (||dW|| ||t||) over keys and values and every token vector t of the
+    prompts.
+    """
     T = text_vectors(scope.model, prompts)
     changes = subtract(scope.params, scope.base).values()
     return max(
@@ -284,7 +290,9 @@ def test_earlier_targets_stay_as_unlearned_as_they_are(make_scope):
 
 
 def test_a_scaled_step_moves_the_targets_text_as_much_as_an_unprojected_one(make_scope):
-    """||T P|| = ||T|| over all positions of its prompts: every target is moved alike by one step size."""
+    """||T P|| = ||T|| over all positions of its prompts: every target is moved alike by one step
+    size.
+    """
     for request, name in ((1, "ember stripe"), (2, "glacier dot")):
         scope, regularizer = make_scope(request=request), NullSpace()
         begun(regularizer, scope)

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from test_training import Pull
+from doubles import Pull
 from torch import nn
 
 from cu_runner.concepts.entries import read_shipped
@@ -21,9 +21,11 @@ from cu_runner.runner.training import erase
 METHOD = ConAbl(num_anchors=4)
 
 
-# ----------------------------------------------------------------------------------------------------------- L1 and L2
+# ---------------------------------------------------------------------------------------- L1 and L2
 def penalised(regularizer, make_scope):
-    """The penalty and its gradients at theta = (1, 2, -3), start (1, 1, 1), base (0, 0, 0), in two tensors."""
+    """The penalty and its gradients at theta = (1, 2, -3), start (1, 1, 1), base (0, 0, 0), in two
+    tensors.
+    """
     params = {
         "a": nn.Parameter(torch.tensor([1.0, 2.0])),
         "b": nn.Parameter(torch.tensor([[-3.0]])),
@@ -61,7 +63,7 @@ def test_penalty_is_zero_at_the_start_of_a_request(make_scope):
         assert regularizer.penalty(scope.params).item() == 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------- projector
+# ---------------------------------------------------------------------------------------- projector
 def random_columns(width: int, count: int, seed: int = 0):
     return torch.randn(width, count, generator=torch.Generator().manual_seed(seed))
 
@@ -114,7 +116,9 @@ def test_projector_of_columns_of_very_different_size():
 
 
 def test_columns_are_kept_exactly():
-    """Cosines to the first column: 1, 0.95 +- 0.001, 0; kept in order, compared with kept columns only."""
+    """Cosines to the first column: 1, 0.95 +- 0.001, 0; kept in order, compared with kept columns
+    only.
+    """
     angles = torch.tensor([0.0, 0.949, 0.951], dtype=torch.float64)
     columns = [torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)]
     columns += [
@@ -131,7 +135,7 @@ def test_columns_are_kept_exactly():
     assert kept_columns(torch.empty(3, 0), 0.95) == []
 
 
-# ----------------------------------------------------------------------------------------------------------- GradProj
+# ----------------------------------------------------------------------------------------- GradProj
 def names_of(regularizer, scope) -> list[str]:
     return regularizer.begin_request(scope, METHOD)["auxiliary"]
 
@@ -210,7 +214,9 @@ def test_principal_columns_hold_the_energy_with_the_fewest_directions():
 
 
 def test_all_tokens_protect_the_prompts_that_share_words_with_the_target(make_scope, settings):
-    """With every position in the subspace a step leaves the begin token and the words of other prompts alone."""
+    """With every position in the subspace a step leaves the begin token and the words of other
+    prompts alone.
+    """
     scope = make_scope()
     shared = scope.model.encode_prompts(["a tree image"]).hidden[0, :4].T  # begin, a, tree, image
     moved = {}
@@ -290,7 +296,10 @@ def test_a_group_without_keys_and_values_is_refused(make_scope):
     outside = {"conv_in.weight": scope.model.unet.conv_in.weight}
     with pytest.raises(
         ValueError,
-        match=r"^reg.gradproj projects cross-attention keys and values, and method.params trains none",
+        match=(
+            r"^reg.gradproj projects cross-attention keys and values, and method.params trains "
+            r"none"
+        ),
     ):
         GradProj().begin_request(dataclasses.replace(scope, params=outside), METHOD)
 
@@ -320,7 +329,9 @@ def test_gradients_of_keys_and_values_are_projected(make_scope, group):
 
 
 def text_change(scope, names: list[str]) -> float:
-    """Largest change of W t over all keys and values and the text vectors t of some names, against the change of W times |t|."""
+    """Largest change of W t over all keys and values and the text vectors t of some names, against
+    the change of W times |t|.
+    """
     C = concept_vectors(scope.model, names, "{concept}")
     steps = {
         name: parameter.detach() - scope.start[name] for name, parameter in scope.params.items()

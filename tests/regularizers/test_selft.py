@@ -36,7 +36,7 @@ def size(scope) -> int:
     return sum(parameter.numel() for parameter in scope.params.values())
 
 
-# ---------------------------------------------------------------------------------------------------------- topk_mask
+# ---------------------------------------------------------------------------------------- topk_mask
 def listed(mask: dict) -> dict:
     return {name: values.tolist() for name, values in mask.items()}
 
@@ -101,7 +101,7 @@ def test_a_gradient_that_is_not_finite_is_refused(value):
         topk_mask({"a": torch.ones(3)}, {"a": torch.tensor([0.0, value, 1.0])}, 0.5)
 
 
-# ------------------------------------------------------------------------------------------------------------- scoring
+# ------------------------------------------------------------------------------------------ scoring
 def test_loss_scoring_is_the_gradient_of_the_methods_first_batches(make_scope):
     scope = trainable(make_scope())
     before = snapshot(scope.params)
@@ -125,7 +125,9 @@ def test_loss_scoring_is_the_gradient_of_the_methods_first_batches(make_scope):
 
 
 def test_trajectory_scoring_by_hand(make_scope):
-    """Three DDIM steps: fresh noise for each, c* with guidance 3, the summed squared distance to the anchor's prediction."""
+    """Three DDIM steps: fresh noise for each, c* with guidance 3, the summed squared distance to
+    the anchor's prediction.
+    """
     scope = trainable(make_scope())
     before = snapshot(scope.params)
     score_trajectory(scope, 3)
@@ -219,7 +221,7 @@ def test_a_method_in_closed_form_has_no_loss_to_score_by(make_scope, settings):
     assert moved == report.regularizers["selft"]["kept"] == math.floor(TENTH * size(scope))
 
 
-# --------------------------------------------------------------------------------------------------------- what moves
+# --------------------------------------------------------------------------------------- what moves
 @pytest.mark.parametrize(("apply", "stage"), [("gradient", "gradient"), ("update", "step")])
 def test_stage(apply, stage):
     assert SelFT(TENTH, apply=apply).acts_on == (stage,)
@@ -298,7 +300,7 @@ def test_nothing_of_a_request_is_left_for_the_next(make_scope, settings):
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-# -------------------------------------------------------------------------------------------------------- combinations
+# ------------------------------------------------------------------------------------- combinations
 def test_only_the_last_of_mask_and_projection_is_exact(make_scope, settings):
     scope = make_scope()
     for order in (("selft", "gradproj"), ("gradproj", "selft")):

@@ -1,4 +1,6 @@
-"""cu-report: its page and plots against numbers worked out by hand, from small run directories and from a real one."""
+"""cu-report: its page and plots against numbers worked out by hand, from small run directories and
+from a real one.
+"""
 
 import base64
 import io
@@ -23,7 +25,7 @@ from cu_runner.cli import report
 from cu_runner.config.compose import compose
 from cu_runner.evaluators.grid import draw_grid
 from cu_runner.models.parameters import drift
-from cu_runner.reporting.page import parts_of
+from cu_runner.reporting.page_tables import parts_of
 from cu_runner.reporting.page_data import (
     Shown,
     costs,
@@ -49,9 +51,11 @@ KEY, VALUE = (
 ODD = '<b>"x"& \N{GREEK SMALL LETTER PI} $a_1$'  # a concept that must stay text
 
 
-# ------------------------------------------------------------------------------------------------------ a run by hand
+# ------------------------------------------------------------------------------------ a run by hand
 def wrong(concept: str, cross: str, index: int) -> bool:
-    """Which images of a step are not recognised: "new" on the tree from its request on, "old" everywhere but after request 3."""
+    """Which images of a step are not recognised: "new" on the tree from its request on, "old"
+    everywhere but after request 3.
+    """
     return (concept == "new" and index >= 2 and cross == "tree") or (
         concept == "old" and index in (1, 2)
     )
@@ -72,7 +76,9 @@ def make_run(
     sequence: str = "hand",
     science: int = 0,
 ) -> Path:
-    """A run directory with the steps 0 to `finished`: retained "kept" and "near", cross concepts "tree" and "cup", one seed."""
+    """A run directory with the steps 0 to `finished`: retained "kept" and "near", cross concepts
+    "tree" and "cup", one seed.
+    """
     retain, crosses = ["kept", "near"], ["tree", "cup"]
     names = {
         "targets": list(targets),
@@ -162,7 +168,9 @@ def cu_report(call_command):
 
 
 class Page(HTMLParser):
-    """A page read strictly: every element that is opened is closed, in order. tables: cell texts of each table; text: all text."""
+    """A page read strictly: every element that is opened is closed, in order. tables: cell texts of
+    each table; text: all text.
+    """
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -235,7 +243,7 @@ def only(folder: Path, method: str) -> Shown:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- the numbers
+# -------------------------------------------------------------------------------------- the numbers
 def test_labels_tell_runs_apart(tmp_path):
     runs = [read_run(make_run(tmp_path, method, finished=1)) for method in ("conabl", "esd")]
     assert label_runs(runs) == ["conabl", "esd"]
@@ -356,7 +364,7 @@ def test_line_styles_differ_and_are_visible():
         )
 
 
-# ------------------------------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------------------- the page
 def test_the_page_of_two_runs(cu_report, by_hand, tmp_path):
     status, out, err = cu_report(by_hand)
     assert (status, err) == (0, "")
@@ -454,7 +462,10 @@ def test_every_plot_has_words_and_a_table(cu_report, by_hand):
     assert len(figures) == 4 + 2 + 2
     for figure in figures:
         assert re.match(
-            r'<figure class="plot"><svg role="img" aria-label="[^"]+; the table below has the numbers"',
+            (
+                r'<figure class="plot"><svg role="img" aria-label="[^"]+; the table below has '
+                r'the numbers"'
+            ),
             figure,
         )
         assert "<table>" in figure
@@ -535,7 +546,7 @@ def test_runs_of_one_name_say_what_differs(cu_report, tmp_path):
 
 
 def test_many_runs_stand_in_several_tables(cu_report, tmp_path):
-    """Six of them side by side, so that a printed page holds them; a hundred requests in parts too."""
+    """Six side by side, so that a printed page holds them; a hundred requests in parts too."""
     for number in range(8):
         make_run(
             tmp_path, science=number, targets=tuple(f"concept {n}" for n in range(20)), finished=20
@@ -575,7 +586,10 @@ def test_many_requests_come_in_parts_that_fit_a_printed_page(cu_report, tmp_path
 
 def test_details_are_for_the_first_runs(cu_report, by_hand, tmp_path):
     status, out, _ = cu_report(by_hand, "--details", 1, "--output", "some/where")
-    note = "Accuracy matrix, samples and configuration are given for the first 1 of 2 runs (--details)."
+    note = (
+        "Accuracy matrix, samples and configuration are given for the first 1 of 2 runs "
+        "(--details)."
+    )
     assert status == 0
     assert out.splitlines() == [note, "report: some/where/index.html"]
     page = read_page(tmp_path / "some/where/index.html")
@@ -588,7 +602,9 @@ def test_details_are_for_the_first_runs(cu_report, by_hand, tmp_path):
 
 
 def test_a_run_that_has_just_begun(cu_report, tmp_path):
-    """Only the untouched model is measured; another run has not got so far and is left out, with a word."""
+    """Only the untouched model is measured; another run has not got so far and is left out, with a
+    word.
+    """
     first = make_run(tmp_path, finished=0)
     second = make_run(tmp_path, "esd", finished=0)
     (second / "steps" / "00" / "step.json").unlink()
@@ -610,7 +626,7 @@ def test_the_same_runs_make_the_same_page(cu_report, by_hand):
         assert path.read_bytes() == (Path("two") / path.relative_to("one")).read_bytes(), path
 
 
-# --------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 def refused(result: tuple[int, str, str], status: int, pattern: str) -> None:
     assert result[0] == status
     assert result[1] == ""
@@ -686,7 +702,7 @@ def test_weights_are_checked_against_the_record(tmp_path):
         drift_by_layer(read_run(run))
 
 
-# -------------------------------------------------------------------------------------------------------------- the cost
+# ----------------------------------------------------------------------------------------- the cost
 def test_help_does_not_load_torch():
     code = "import sys; from cu_runner.cli.report import main; sys.argv = ['', '--help']\n"
     code += "try: main()\nfinally: print('torch' in sys.modules)"
@@ -699,7 +715,9 @@ def test_help_does_not_load_torch():
 
 @pytest.mark.slow
 def test_a_hundred_runs(tmp_path):
-    """12 requests each: within a minute, and less than 200 MB beside what torch and the libraries need."""
+    """12 requests each: within a minute, and less than 200 MB beside what torch and the libraries
+    need.
+    """
     targets = tuple(f"concept {number}" for number in range(12))
     for number in range(100):
         make_run(tmp_path, "conabl" if number % 2 else "esd", targets, finished=12, seed=number)
@@ -741,6 +759,9 @@ def test_a_run_that_wandb_does_not_take_is_not_sent(cu_report, run_copy, monkeyp
     status, out, err = cu_report(run_copy, "--wandb", "online")
     assert status == 1
     assert [line.partition(":")[0] for line in out.splitlines()] == ["report"]
-    said = f"cu-report: {run_copy.name}: not sent to W&B (online): No API key configured. Use wandb login;"
+    said = (
+        f"cu-report: {run_copy.name}: not sent to W&B (online): No API key configured. Use "
+        "wandb login;"
+    )
     assert err.startswith(said)
     assert err.count("\n") == 1

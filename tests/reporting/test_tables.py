@@ -1,4 +1,6 @@
-"""cu-table: statistics by hand, cells that open exactly their own run, the three formats, the check of orderings, bad input."""
+"""cu-table: statistics by hand, cells that open exactly their own run, the three formats, the check
+of orderings, bad input.
+"""
 
 import subprocess
 import sys
@@ -59,7 +61,7 @@ def own_table(tmp_path):
     return write
 
 
-# -------------------------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
 def test_mean_and_interval_over_seeds_by_hand():
     assert over_seeds([42.0]) == (42.0, None)
     mean, half = over_seeds([1.0, 2.0, 3.0])  # s = 1, t(.975, 2) = 4.302653
@@ -169,7 +171,7 @@ def test_forgetting_itself_is_comparable_below_95():
     assert tables.orderings(low.assign(metric="UA"), tolerance=2.0).loc[0, "comparable"]
 
 
-# ------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 def test_every_shipped_table_reads_and_all_its_cells_compose(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = sorted(path.stem for path in shipped_dir("tables").glob("*.yaml"))
@@ -211,7 +213,7 @@ def test_the_targets_of_table2_are_the_published_ones():
     assert len(carried) == 39
 
 
-# ----------------------------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------------------ command
 def test_a_finished_run_fills_its_cell_and_a_missing_one_gives_its_command(
     cu_table, own_table, run_copy, tmp_path
 ):
@@ -221,9 +223,9 @@ def test_a_finished_run_fills_its_cell_and_a_missing_one_gives_its_command(
     cells = [f"{last[name]:.1f}" for name in ("UA", "RA_I", "RA_C")]
     dagger = "" if last["UA"] >= 95 else " \N{DAGGER}"
     line = next(line for line in out.splitlines() if line.startswith("| sequential |"))
-    assert (
-        line
-        == f"| sequential | {cells[0]}{dagger} | 100 | {cells[1]}{dagger} | 15 | {cells[2]}{dagger} | 45.5 |"
+    assert line == (
+        f"| sequential | {cells[0]}{dagger} | 100 | {cells[1]}{dagger} | 15 | "
+        f"{cells[2]}{dagger} | 45.5 |"
     )
     assert "| regularizer | UA, ShapeCanvas | UA, paper | RA-I, ShapeCanvas | RA-I, paper |" in out
     assert "| L2 | - | - | - | - | - | - |" in out
@@ -261,9 +263,9 @@ def test_a_run_that_was_moved_to_the_place_of_another_is_refused(cu_table, own_t
     run_copy.rename(place)
     status, _, err = cu_table(own_table())
     assert status == 1
-    assert (
-        err
-        == f"cu-table: {place}: holds a run of another configuration; move it back to where it was made\n"
+    assert err == (
+        f"cu-table: {place}: holds a run of another configuration; move it back to where "
+        "it was made\n"
     )
 
 
@@ -273,7 +275,8 @@ def test_a_damaged_file_of_a_run_is_refused(cu_table, own_table, run_copy):
     status, _, err = cu_table(own_table())
     assert status == 1
     assert err.endswith(
-        "steps/02/predictions.csv: is missing or damaged (its sha256 is not the one in step.json); restore it\n"
+        "steps/02/predictions.csv: is missing or damaged (its sha256 is not the one in "
+        "step.json); restore it\n"
     )
     assert err.count("\n") == 1
 
@@ -313,7 +316,10 @@ def test_seeds_become_mean_and_interval_in_every_format(cu_table, own_table, tmp
     monkeypatch.setattr(tables, "num_images", lambda *_: 96)
     status, out, err = cu_table(own_table(), "--seeds", "0,1,2")
     assert (status, err) == (0, "")
-    marked = "96.0 \N{PLUS-MINUS SIGN} 0.0 \N{DOUBLE DAGGER} | 100 | 2.0 \N{PLUS-MINUS SIGN} 2.5 \N{DOUBLE DAGGER} | 15 | - | 45.5 |"
+    marked = (
+        "96.0 \N{PLUS-MINUS SIGN} 0.0 \N{DOUBLE DAGGER} | 100 | 2.0 \N{PLUS-MINUS SIGN} 2.5 "
+        "\N{DOUBLE DAGGER} | 15 | - | 45.5 |"
+    )
     assert f"| sequential | {marked}" in out
     assert "3 seeds: mean and 95% interval" in out
     assert "were not searched" in out
@@ -397,8 +403,14 @@ def test_a_hundred_cells(own_table, run_copy, tmp_path):
         rows={f"row {number}": ["reg=none", f"seed={number}"] for number in range(100)},
         targets=None,
     )
-    code = "import resource, sys, time\nstarted = time.monotonic()\nfrom cu_runner import tables\ntables.main()\n"
-    code += "print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, file=sys.stderr)"
+    code = (
+        "import resource, sys, time\nstarted = time.monotonic()\nfrom cu_runner import "
+        "tables\ntables.main()\n"
+    )
+    code += (
+        "print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss "
+        "/ 1024, file=sys.stderr)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, path],
         cwd=tmp_path,
@@ -431,7 +443,10 @@ def test_a_hundred_cells(own_table, run_copy, tmp_path):
         ),
         (
             ["table2", "reg=l2"],
-            "reg=l2: rows, columns and model are the table's own; leave it out, or write a table of yours",
+            (
+                "reg=l2: rows, columns and model are the table's own; leave it out, or write a "
+                "table of yours"
+            ),
         ),
         (
             ["table2", "--run", "dry_run=true"],

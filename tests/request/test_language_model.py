@@ -16,7 +16,7 @@ from cu_runner.request.language_model import ask, load_language_model, parse_ans
 from cu_runner.request.name_sources import NameSource, kept_names
 
 
-# -------------------------------------------------------------------------------------------------------------- answers
+# ------------------------------------------------------------------------------------------ answers
 @pytest.mark.parametrize(
     ("answer", "names"),
     [
@@ -27,7 +27,10 @@ from cu_runner.request.name_sources import NameSource, kept_names
         ("1. Monet, Van Gogh; Pop Art", ["Monet", "Van Gogh", "Pop Art"]),
         ("Monet\nVan  Gogh\n\nPop Art\n", ["Monet", "Van Gogh", "Pop Art"]),
         (
-            "Sure, here are some names:\n\n1. **Monet**\n2. *Van Gogh*\n\nI hope this helps, ask for more!",
+            (
+                "Sure, here are some names:\n\n1. **Monet**\n2. *Van Gogh*\n\nI hope this "
+                "helps, ask for more!"
+            ),
             ["Monet", "Van Gogh"],
         ),
         (
@@ -37,7 +40,10 @@ from cu_runner.request.name_sources import NameSource, kept_names
         ("1. Monet\n2. monet\n3. MONET\n4. Van Gogh", ["Monet", "Van Gogh"]),
         ("<think>1. Dada, perhaps</think>\n1. Monet", ["Monet"]),
         (
-            "1. art d\u00e9co\n2. \u65e5\u672c\u753b\n3. Arts/Crafts\n4. Children's drawing\n5. Post-Impressionism",
+            (
+                "1. art d\u00e9co\n2. \u65e5\u672c\u753b\n3. Arts/Crafts\n4. Children's "
+                "drawing\n5. Post-Impressionism"
+            ),
             [
                 "art d\u00e9co",
                 "\u65e5\u672c\u753b",
@@ -65,10 +71,12 @@ def test_the_question_names_domain_targets_and_number():
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ tiny GPT-2
+# --------------------------------------------------------------------------------------- tiny GPT-2
 @pytest.fixture(scope="module")
 def answering(tmp_path_factory):
-    """Returns make(answer, chat) -> directory of a one-layer GPT-2 that was trained to continue the question with the answer."""
+    """Returns make(answer, chat) -> directory of a one-layer GPT-2 that was trained to continue the
+    question with the answer.
+    """
 
     def make(answer: str, chat: bool = False) -> str:
         directory = tmp_path_factory.mktemp("gpt2")
@@ -91,7 +99,10 @@ def answering(tmp_path_factory):
         tokenizer.decoder = decoders.ByteLevel()
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
         if chat:
-            fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}{{ '\n' }}assistant:"
+            fast.chat_template = (
+                "{% for message in messages %}{{ message['content'] }}{% endfor %}{{ '\n' "
+                "}}assistant:"
+            )
         torch.manual_seed(0)
         config = GPT2Config(
             vocab_size=len(fast),
@@ -164,7 +175,7 @@ def test_the_model_is_loaded_once(good):
     assert load_language_model.cache_info().hits == 2
 
 
-# ---------------------------------------------------------------------------------------------------------- bad folders
+# -------------------------------------------------------------------------------------- bad folders
 def refused(path: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         load_language_model(path, "cpu")

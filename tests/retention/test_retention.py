@@ -1,4 +1,6 @@
-"""CLIP score, FID and KID: their formulas, their prompts and pictures, their judges, and a real run."""
+"""CLIP score, FID and KID: their formulas, their prompts and pictures, their judges, and a real
+run.
+"""
 
 import json
 
@@ -35,7 +37,7 @@ def features(count: int, seed: int, shift: float = 0.0) -> torch.Tensor:
     )
 
 
-# -------------------------------------------------------------------------------------------------------- formulas
+# ----------------------------------------------------------------------------------------- formulas
 def test_frechet_distance():
     one, other = features(40, 0), features(30, 1, shift=0.5)
     a, b = one.numpy(), other.numpy()
@@ -69,7 +71,7 @@ def test_kernel_distance():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-# ------------------------------------------------------------------------------------------------------------ judges
+# ------------------------------------------------------------------------------------------- judges
 def test_a_timm_tower_without_its_head(tmp_path):
     torch.manual_seed(0)
     network = timm.create_model("test_resnet", num_classes=3).eval()
@@ -132,7 +134,7 @@ def test_presets_of_published_scores_have_the_activation_of_their_weights():
         assert config | open_clip.get_model_config("ViT-L-14") == config  # nothing else differs
 
 
-# ----------------------------------------------------------------------------------------------- prompts and pictures
+# ----------------------------------------------------------------------------- prompts and pictures
 def test_prompts_from_every_source(tmp_path):
     assert read_images(["a", "b"], [1, 2], 9) == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
     assert read_images("general_captions", [0], 2) == [
@@ -186,7 +188,7 @@ def test_nothing_to_measure_is_refused(tmp_path):
         GeneralRetention(["a", "b"], [0], features=tower, reference=str(tmp_path))
 
 
-# --------------------------------------------------------------------------------------------------- on the real model
+# -------------------------------------------------------------------------------- on the real model
 def test_the_numbers_are_those_of_the_images(model, tmp_path):
     prompts = read_shipped("shapecanvas_captions")[:6]
     retention = GeneralRetention(

@@ -1,7 +1,10 @@
-"""Starts cu-run again and again as a forked child and kills it; test_kill.py runs it in a fork, with one JSON argument.
+"""Starts cu-run again and again as a forked child and kills it; test_kill.py runs it in a fork,
+with one JSON argument.
 
-Every life of the run is a fork of a process that has imported the libraries: a life costs a second, not eight.
-Works in its working directory: outputs calm (undisturbed), killed0, killed1, ... Prints as JSON what was on disk at every kill, and
+Every life of the run is a fork of a process that has imported the libraries: a life costs a second,
+not eight.
+Works in its working directory: outputs calm (undisturbed), killed0, killed1, ... Prints as JSON
+what was on disk at every kill, and
 what the run was doing: a number in memory that the child shares says so.
 """
 
@@ -112,7 +115,9 @@ def live(overrides: list[str], outputs: Path) -> None:
 
 
 def die(overrides: list[str], outputs: Path, target: str, wait: float) -> dict:
-    """One life that is killed `wait` seconds after it has come into the target phase; it may end before."""
+    """One life that is killed `wait` seconds after it has come into the target phase; it may end
+    before.
+    """
     phase.value, reached = 0, None
     stage, process = commits(outputs), child(overrides, outputs)
     while (status := ended(process)) is None:

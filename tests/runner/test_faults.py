@@ -1,4 +1,5 @@
-"""What a run survives: damage of any of its files, a disk that fills up at any write, odd places, a clock that runs backwards.
+"""What a run survives: damage of any of its files, a disk that fills up at any write, odd places, a
+clock that runs backwards.
 
 The exhaustive ones are of `make test-faults`; they print the counts that the README quotes.
 """
@@ -54,7 +55,7 @@ def damage(path: Path, how: str, draw: random.Random) -> None:
         path.write_bytes(content)
 
 
-# ------------------------------------------------------------------------------------------------------------ damage
+# ------------------------------------------------------------------------------------------- damage
 @pytest.mark.faults
 @pytest.mark.timeout(3000)
 def test_damage_of_any_file_of_a_run_is_found(in_process, finished_run, tmp_path, capsys):
@@ -156,7 +157,7 @@ def show(capsys, counts: Counter) -> None:
             print(f"{name:<28} {how:<12} {outcome:<12} {number}")
 
 
-# --------------------------------------------------------------------------------------------------------- a full disk
+# -------------------------------------------------------------------------------------- a full disk
 @pytest.mark.faults
 @pytest.mark.timeout(3000)
 def test_a_disk_that_is_full_at_any_write_loses_nothing(
@@ -180,7 +181,8 @@ def test_a_disk_that_is_full_at_any_write_loses_nothing(
         failures += 1
         assert status == 1
         assert err == (
-            "cu-run: No space left on device; mend that or choose another paths.outputs, then run the same command to resume\n"
+            "cu-run: No space left on device; mend that or choose another paths.outputs, "
+            "then run the same command to resume\n"
         )
         assert not list((tmp_path / "outputs").rglob(".*.tmp"))
         status, out, err = in_process(*SMOKE)
@@ -191,7 +193,7 @@ def test_a_disk_that_is_full_at_any_write_loses_nothing(
         print(f"\n{failures} writes, each with a full disk once: each resumed to the same bits")
 
 
-# --------------------------------------------------------------------------------------------------------- odd places
+# --------------------------------------------------------------------------------------- odd places
 @pytest.mark.parametrize(
     "name",
     ["with spaces", "mit-Umlaut-\N{LATIN SMALL LETTER U WITH DIAERESIS}", "\N{SNOWMAN}'$(x)"],

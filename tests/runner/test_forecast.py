@@ -1,4 +1,6 @@
-"""dry_run=true: the work by hand, rates from earlier runs only, the size of the weights, and that nothing is touched."""
+"""dry_run=true: the work by hand, rates from earlier runs only, the size of the weights, and that
+nothing is touched.
+"""
 
 import os
 import shutil
@@ -97,9 +99,7 @@ def test_settings_that_are_no_part_of_the_experiment_do_not_hide_a_rate(
         "+model.vae_slicing=true",
         "train.save_every=null",
     )
-    assert (
-        measure_rates(compose([*SMOKE, *changes]), read_run(run_copy).records[0].device) == same
-    )
+    assert measure_rates(compose([*SMOKE, *changes]), read_run(run_copy).records[0].device) == same
 
 
 def test_runs_of_other_methods_do_not_hide_an_older_one(run_copy, tmp_path, monkeypatch):
@@ -186,9 +186,9 @@ def test_a_dry_run_touches_nothing(in_process, tmp_path):
         " ".join(line.split()) for line in out.splitlines()
     ]
     assert (
-        "to do: 13 of 13 evaluations, 720 training steps of batch 8, 1968 images (10 denoising steps, guidance 2.5)"
-        in out
-    )
+        "to do: 13 of 13 evaluations, 720 training steps of batch 8, 1968 images (10 "
+        "denoising steps, guidance 2.5)"
+    ) in out
     assert "time: unknown: no earlier run under outputs measured evaluation" in out
     assert out.splitlines()[-1].startswith(
         "run: outputs/runs/shapecanvas_style/conabl-none-sequential-s0-"

@@ -1,6 +1,8 @@
-"""kill -9 at random moments of a two-request run: what comes out is bitwise what an undisturbed run makes.
+"""kill -9 at random moments of a two-request run: what comes out is bitwise what an undisturbed run
+makes.
 
-Two dozen in `make test`, two hundred in `make test-faults`; a request's state is saved every other step.
+Two dozen in `make test`, two hundred in `make test-faults`; a request's state is saved every other
+step.
 """
 
 import json
@@ -62,7 +64,8 @@ def test_the_kills_hit_every_stage(report, record_property, capsys):
     phases = Counter(kill["phase"] for kill in found["kills"])
     with capsys.disabled():
         print(
-            f"\n{len(found['kills'])} kills of {found['runs']} runs: {', '.join(f'{n} {name}' for name, n in phases.items())}"
+            f"\n{len(found['kills'])} kills of {found['runs']} runs: "
+            f"{', '.join(f'{n} {name}' for name, n in phases.items())}"
         )
     assert len(found["kills"]) == wanted
     assert {kill[end] for kill in found["kills"] for end in ("from", "to")} >= {

@@ -1,6 +1,8 @@
-"""Every method and every regularizer through cu-run: two requests; the second again with an interruption, bitwise.
+"""Every method and every regularizer through cu-run: two requests; the second again with an
+interruption, bitwise.
 
-Each cell is interrupted at the level of erase(), with what its run gave to it; three of them as whole runs too.
+Each cell is interrupted at the level of erase(), with what its run gave to it; three of them as
+whole runs too.
 """
 
 import json
@@ -13,7 +15,7 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from conftest import SMOKE, read_conf, run_directory
+from small_runs import names, overrides, run
 
 from cu_runner.concepts.requests import plan_requests
 from cu_runner.config.compose import compose
@@ -25,60 +27,11 @@ from cu_runner.request.scope import Scope
 from cu_runner.runner.parts import prepare
 from cu_runner.runner.runner import Runner
 from cu_runner.runner.training import Training, erase
-from cu_runner.runtime.paths import config_dir
 from cu_runner.runtime.seeding import RandomSource
 from cu_runner.runtime.signals import Stopped, StopSignals
 from cu_runner.store.cache import Cache
 from cu_runner.store.checkpoint import FILE, Checkpoint
 from cu_runner.store.files import to_csv, to_json
-
-# Small sizes for the settings that methods and regularizers have.
-SMALL = {
-    "num_anchors": 4,
-    "num_images": 4,
-    "num_fresh": 4,
-    "retain.images": 4,
-    "retain.prompts": 4,
-    "sampler_steps": 2,
-    "sampling_steps": 2,
-    "dual.rounds": 1,
-    "dual.every": 1,
-    "warmup": 1,
-    "interval": 1,
-    "num_batches": 2,
-}
-
-
-def names(group: str) -> list[str]:
-    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
-
-
-def shrink(prefix: str, options: dict) -> list[str]:
-    """Overrides that make what has a size small."""
-    found = []
-    for key, value in SMALL.items():
-        group, _, last = key.rpartition(".")
-        if last in (options.get(group, {}) if group else options):
-            found.append(f"{prefix}.{key}={value}")
-    return found
-
-
-def overrides(method: str, reg: str) -> list[str]:
-    chosen = [
-        f"method={method}",
-        f"reg={reg}",
-        *shrink("method", read_conf(f"method/{method}.yaml")),
-    ]
-    for name in reg.split("_"):  # a combination is a file named after its parts
-        chosen += shrink(f"reg.{name}", read_conf(f"reg/{name}.yaml").get(name, {}))
-    return [*(override for override in SMOKE if not override.startswith("method.")), *chosen]
-
-
-def run(in_process, tmp_path, chosen):
-    status, out, err = in_process(*chosen)
-    assert (status, err) == (0, ""), err
-    directory = run_directory(out, tmp_path)
-    return directory, safetensors.torch.load_file(directory / "steps/02/delta.safetensors")
 
 
 def assert_trained(directory: Path) -> pd.DataFrame:
@@ -95,7 +48,7 @@ CELLS = [(method, "none") for method in names("method")] + [
 WHOLE = [("conabl", "none"), ("uce", "none"), ("conabl", "gradproj_merge")]
 
 
-# --------------------------------------------------------------------------------------------------------- one request
+# -------------------------------------------------------------------------------------- one request
 class SecondRequest:
     """The second request of a finished run, to be trained again."""
 
@@ -154,7 +107,9 @@ class SecondRequest:
             erase(*self.begin(), self._plan.spine.train, after_step, undisturbed=stop.deferred)
 
     def resume(self, last: int) -> tuple[dict[str, torch.Tensor], bytes, dict[str, object]]:
-        """Train the rest: the delta, training.csv, and the records of the method and the regularizers."""
+        """Train the rest: the delta, training.csv, and the records of the method and the
+        regularizers.
+        """
         scope, method, regularizers = self.begin()
         state = self._checkpoint().begin({"request": 2})["training"]
         assert len(state["rows"]) == last
@@ -189,7 +144,7 @@ def test_a_request_that_is_interrupted_ends_bitwise_the_same(in_process, tmp_pat
     assert records == {name: recorded[name] for name in records}
 
 
-# --------------------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 @pytest.mark.parametrize(("method", "reg"), WHOLE)
 def test_a_run_that_is_interrupted_ends_bitwise_the_same(
     in_process, tmp_path, monkeypatch, method, reg

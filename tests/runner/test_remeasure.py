@@ -1,4 +1,6 @@
-"""cu-eval: stored weights measured again give the run's own numbers, another seed gives others, and training cannot be changed."""
+"""cu-eval: stored weights measured again give the run's own numbers, another seed gives others, and
+training cannot be changed.
+"""
 
 import shutil
 
@@ -111,14 +113,20 @@ def test_an_evaluation_moves_with_its_run(cu_eval, run_copy, tmp_path, monkeypat
     [
         (
             "train.lr=1",
-            "train.lr: shaped the training and cannot change here; allowed: evaluator, retention, eval, ",
+            (
+                "train.lr: shaped the training and cannot change here; allowed: evaluator, "
+                "retention, eval, "
+            ),
         ),
         ("method=esd", "method: shaped the training"),
         ("eval.stps=3", "unknown key eval.stps; the run's config.yaml holds every key"),
         ("eval.steps=0", "eval.steps"),
         (
             "evaluator=nix",
-            "evaluator=nix: no such file; allowed: celebrity, classifier, imagenet, open_clip, shapecanvas, ",
+            (
+                "evaluator=nix: no such file; allowed: celebrity, classifier, imagenet, "
+                "open_clip, shapecanvas, "
+            ),
         ),
         ("evaluator=unlearncanvas", "not set, and without a default: evaluator.paths.style"),
         ("sequence.retain=[nobody]", "the evaluator has no style 'nobody'"),

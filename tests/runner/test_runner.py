@@ -1,4 +1,6 @@
-"""The command and its run directory: the contract, resume, damage, locks, a full disk, ctrl-C, NaN, the terminal."""
+"""The command and its run directory: the contract, resume, damage, locks, a full disk, ctrl-C, NaN,
+the terminal.
+"""
 
 import errno
 import functools
@@ -42,7 +44,7 @@ COLUMNS = [
 STEP = {"predictions.csv", "metrics.json", "grid.png", "step.json"}
 
 
-# ------------------------------------------------------------------------------------------------------- the contract
+# ------------------------------------------------------------------------------------- the contract
 def test_a_run_writes_the_files_of_the_contract(finished_run):
     cwd, directory, done = finished_run
     assert directory.parent == cwd / "outputs/runs/smoke"
@@ -136,7 +138,7 @@ def test_the_grid_has_a_row_per_concept_and_a_column_per_object(finished_run):
     assert sizes[0][1] - sizes[1][1] == 64 + 2  # one row of thumbnails less, and the gap
 
 
-# ------------------------------------------------------------------------------------------------------------- resume
+# ------------------------------------------------------------------------------------------- resume
 def contents(directory) -> dict[str, bytes]:
     return {
         path.name: path.read_bytes()
@@ -190,7 +192,7 @@ def test_another_batch_size_or_device_setting_is_the_same_run(in_process, run_co
     assert "complete already" in out
 
 
-# ------------------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 def test_a_flipped_bit_in_a_delta_is_refused(in_process, run_copy):
     path = run_copy / "steps/01/delta.safetensors"
     content = bytearray(path.read_bytes())
@@ -226,7 +228,7 @@ def test_a_step_of_another_run_is_refused(in_process, run_copy):
     assert "steps/02/step.json: does not continue the step before it" in err
 
 
-# -------------------------------------------------------------------------------------------------- locks and signals
+# -------------------------------------------------------------------------------- locks and signals
 def wait_for(path, process, pattern: str) -> None:
     """Until a file of the run directory appears."""
     deadline = time.monotonic() + 120
@@ -274,10 +276,12 @@ def test_ctrl_c_and_resume_is_bitwise_an_undisturbed_run(start, in_process, tmp_
         assert (directory / name).read_bytes() == (finished_run[1] / name).read_bytes()
 
 
-# ---------------------------------------------------------------------------------------------------------- full disk
+# ---------------------------------------------------------------------------------------- full disk
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 400 kB where root may mount one, else a limit of 20 kB a file: (directory, what sets it, release)."""
+    """A file system of 400 kB where root may mount one, else a limit of 20 kB a file: (directory,
+    what sets it, release).
+    """
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -319,7 +323,7 @@ def test_a_full_disk_gives_one_line_and_the_run_resumes(
     assert last.read_bytes() == (finished_run[1] / "steps/02/delta.safetensors").read_bytes()
 
 
-# ---------------------------------------------------------------------------------------------------------------- NaN
+# ---------------------------------------------------------------------------------------------- NaN
 def test_a_loss_that_turns_nan_stops_and_keeps_the_finished_steps(in_process, tmp_path):
     status, out, err = in_process(*SMOKE, "train.lr=1e30")
     assert status == 1
@@ -360,7 +364,7 @@ def test_weights_that_the_last_step_ruins_are_not_kept(in_process, tmp_path):
     assert not list(tmp_path.glob("outputs/runs/smoke/*/steps/01/step.json"))
 
 
-# ----------------------------------------------------------------------------------------------------------- terminal
+# ----------------------------------------------------------------------------------------- terminal
 def test_help_lists_every_file_and_every_setting(cu_run):
     done = cu_run("--help")
     assert (done.returncode, done.stderr) == (0, "")
@@ -410,5 +414,8 @@ def test_a_sweep_goes_on_after_a_job_that_fails(in_process, tmp_path):
 )
 def test_a_place_that_cannot_be_written_names_its_setting(arguments, setting):
     error = PermissionError(errno.EACCES, "Permission denied", "/etc/x")
-    said = f"/etc/x: Permission denied; mend that or choose another {setting}, then run the same command to resume"
+    said = (
+        f"/etc/x: Permission denied; mend that or choose another {setting}, then run the same "
+        "command to resume"
+    )
     assert explain_error(error, arguments) == (1, said)

@@ -1,4 +1,6 @@
-"""The inner loop: order of hooks, AdamW, a loss that is not finite, regularizers that do not commute."""
+"""The inner loop: order of hooks, AdamW, a loss that is not finite, regularizers that do not
+commute.
+"""
 
 import dataclasses
 import math
@@ -6,6 +8,7 @@ import math
 import pytest
 import torch
 from conftest import ended_after
+from doubles import Pull
 from torch import Tensor, nn
 
 from cu_runner.methods._forgetting import add_gradient
@@ -14,37 +17,10 @@ from cu_runner.models.diffusion import load_model
 from cu_runner.models.parameters import assign, select_parameters, snapshot, subtract
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.regularizers.gradproj import orthogonal_projector
-from cu_runner.request.scope import Scope
 from cu_runner.runner.early_stop import EarlyStop
 from cu_runner.runner.training import Training, check_composition, erase
 from cu_runner.schema.errors import TrainingError
 from cu_runner.schema.settings import PlanSettings, Sampler
-
-
-class Pull(Method[int]):
-    """Half the squared distance of every weight to 1, times a factor per step; the gradient is factor * (theta - 1)."""
-
-    def __init__(
-        self, events: list[str] | None = None, factors: tuple[float, ...] = (1.0,)
-    ) -> None:
-        self.events, self.factors = events if events is not None else [], factors
-
-    def begin_request(self, scope: Scope) -> None:
-        self.events.append("method.begin")
-
-    def batch(self, scope: Scope, step: int) -> int:
-        self.events.append(f"batch {step}")
-        return step
-
-    def loss(self, scope: Scope, batch: int) -> tuple[Tensor, dict[str, float]]:
-        self.events.append("loss")
-        factor = self.factors[min(batch, len(self.factors) - 1)]
-        return factor * 0.5 * sum(((weight - 1) ** 2).sum() for weight in scope.params.values()), {
-            "factor": factor
-        }
-
-    def on_gradients(self, params) -> None:
-        self.events.append("method.on_gradients")
 
 
 class Recorder(Regularizer):
@@ -93,7 +69,7 @@ class Project(Mask):
             parameter.copy_(before[name] + (parameter - before[name]) @ self.mask)
 
 
-# -------------------------------------------------------------------------------------------------------------- hooks
+# -------------------------------------------------------------------------------------------- hooks
 def test_order_of_hooks(make_scope, settings):
     events: list[str] = []
     regularizers = {"b": Recorder("b", events), "a": Recorder("a", events)}
@@ -231,7 +207,10 @@ def test_a_closed_form_takes_one_step_that_regularizers_may_edit(make_scope, set
 def test_a_closed_form_has_no_loss_for_a_penalty():
     with pytest.raises(
         ValueError,
-        match=r"^reg=soft acts on the loss, and the method sets the weights in closed form without one; ",
+        match=(
+            r"^reg=soft acts on the loss, and the method sets the weights in closed form "
+            r"without one; "
+        ),
     ):
         check_composition(Solve(), {"mask": Mask(torch.ones(1)), "soft": Recorder("soft", [])})
     check_composition(Pull(), {"soft": Recorder("soft", [])})
@@ -251,7 +230,7 @@ def test_only_the_weights_in_scope_change_and_no_gradient_is_left(make_scope, se
     assert all(weight.grad is None for weight in scope.params.values())
 
 
-# -------------------------------------------------------------------------------------------------------------- AdamW
+# -------------------------------------------------------------------------------------------- AdamW
 def adamw(
     weight: Tensor, factors, lr: float, betas: tuple[float, float], decay: float, clip: float = 0.0
 ) -> Tensor:
@@ -284,12 +263,13 @@ def test_adamw_by_hand(make_scope, settings, clip):
     assert (found - flat).abs().mean() > 0.05
 
 
-# --------------------------------------------------------------------------------------------------------- not finite
+# --------------------------------------------------------------------------------------- not finite
 @pytest.mark.parametrize(("factor", "word"), [(math.nan, "nan"), (math.inf, "inf")])
 def test_a_loss_that_is_not_finite_stops_and_says_where(make_scope, settings, factor, word):
     scope = make_scope(request=2)
     message = (
-        rf"^training led to a loss of {word} at request 2 \(glacier dot\), step 3 of 5; lower train.lr or a regularizer's weight. "
+        rf"^training led to a loss of {word} at request 2 \(glacier dot\), step 3 of 5; "
+        rf"lower train.lr or a regularizer's weight. "
         "Finished requests are kept$"
     )
     with pytest.raises(TrainingError, match=message):
@@ -308,7 +288,7 @@ def test_weights_that_the_last_step_ruins_are_refused(make_scope, settings):
         erase(make_scope(), Pull(), {"ruin": Ruin()}, settings(steps=1))
 
 
-# -------------------------------------------------------------------------------------------------------------- order
+# -------------------------------------------------------------------------------------------- order
 def test_masking_and_projecting_do_not_commute(make_scope, settings):
     """One step d of AdamW becomes (d M) P or (d P) M, by the order of the list."""
     width = 128
@@ -329,10 +309,12 @@ def test_masking_and_projecting_do_not_commute(make_scope, settings):
         assert projected_first[:, M == 0].abs().max() == 0
 
 
-# ------------------------------------------------------------------------------------------------------- memory layout
+# ------------------------------------------------------------------------------------ memory layout
 @pytest.fixture
 def channels_last(make_scope):
-    """A scope whose weights are all of a UNet in the layout that a GPU's convolutions are fastest in."""
+    """A scope whose weights are all of a UNet in the layout that a GPU's convolutions are fastest
+    in.
+    """
     model = load_model("package:shapecanvas/weights/pipeline", 64, Sampler(2, 2.5))
     model.unet.to(memory_format=torch.channels_last)
     params = select_parameters(model.unet, "full")

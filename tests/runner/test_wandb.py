@@ -1,14 +1,14 @@
-"""An offline W&B run, read back from the file that W&B wrote: configuration, metrics, the grid, the id of a resumed run."""
+"""An offline W&B run, read back from the file that W&B wrote: configuration, metrics, the grid, the
+id of a resumed run.
+"""
 
 import functools
 import itertools
 import json
 import re
 import shutil
-import struct
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +16,7 @@ import pytest
 from commands import environment, patch, run_forked
 from conftest import SMOKE, run_directory
 from PIL import Image
+from wandb_records import read_run_of_wandb
 from wandb_server import WandbServer
 
 from cu_runner import __version__
@@ -23,71 +24,6 @@ from cu_runner.config.compose import compose
 from cu_runner.runner.tracking import send
 from cu_runner.schema.settings import WandbSettings
 from cu_runner.store.run_record import read_run
-
-BLOCK, HEADER = 32768, 7  # of the LevelDB log format in which W&B writes
-FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
-
-
-def read_records(path: Path) -> list:
-    """Every record of a .wandb file, through W&B's own message type."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    content, position, records, part = path.read_bytes(), HEADER, [], b""
-    assert content[:4] in (b":W&B", b"")
-    while position + HEADER <= len(content):
-        if BLOCK - position % BLOCK < HEADER:  # the rest of a block that holds no header is padding
-            position += BLOCK - position % BLOCK
-            continue
-        _, length, kind = struct.unpack("<IHB", content[position : position + HEADER])
-        assert kind in (FULL, FIRST, MIDDLE, LAST)
-        part += content[position + HEADER : position + HEADER + length]
-        position += HEADER + length
-        if kind in (FULL, LAST):
-            record = Record()
-            record.ParseFromString(part)
-            records.append(record)
-            part = b""
-    return records
-
-
-def read_run_of_wandb(directory: Path) -> dict:
-    """What an offline run directory holds: id, names, configuration, history rows by step, media files."""
-    (path,) = directory.glob("*.wandb")
-    deadline = (
-        time.monotonic() + 20
-    )  # W&B's service, which lives as long as this process, closes the file a moment later
-    while not [
-        record for record in read_records(path) if record.WhichOneof("record_type") == "exit"
-    ]:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    records, history, config = read_records(path), {}, {}
-    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
-    for update in [
-        run.config,
-        *[record.config for record in records if record.WhichOneof("record_type") == "config"],
-    ]:
-        for item in update.update:
-            config[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
-    for record in records:
-        if record.WhichOneof("record_type") == "history":
-            row = {
-                item.key or ".".join(item.nested_key): json.loads(item.value_json)
-                for item in record.history.item
-            }
-            history[
-                record.history.step.num if record.history.HasField("step") else row["_step"]
-            ] = row
-    return {
-        "id": run.run_id,
-        "name": run.display_name,
-        "group": run.run_group,
-        "job_type": run.job_type,
-        "project": run.project,
-        "config": config,
-        "history": history,
-    }
-
 
 OFFLINE = [override for override in SMOKE if not override.startswith("wandb.")]
 
@@ -220,8 +156,9 @@ def test_the_shipped_sweep_composes_for_every_combination_as_an_agent_would_call
     assert sweep["metric"]["name"] in ("UA", "RA_I", "RA_C")
 
 
-# --------------------------------------------------------------------------------------------- online, and no longer so
-# A command that waits for uploads for 5 s. WANDB_FINISH_TIMEOUT would not do: W&B reads it itself, whatever cu-run asks for.
+# ------------------------------------------------------------------------- online, and no longer so
+# A command that waits for uploads for 5 s. WANDB_FINISH_TIMEOUT would not do: W&B reads it itself,
+# whatever cu-run asks for.
 hasty = functools.partial(patch, "cu_runner.runner.tracking", "FINISH_SECONDS", 5.0)
 
 

@@ -1,4 +1,6 @@
-"""Two CPU processes as one: the metrics of a single process, and its deltas up to the order of sums."""
+"""Two CPU processes as one: the metrics of a single process, and its deltas up to the order of
+sums.
+"""
 
 import socket
 import subprocess
@@ -15,7 +17,8 @@ from conftest import SMOKE, run_directory
 
 from cu_runner.runtime import distributed
 
-# --multi_gpu is what makes accelerate start more than one process, on CPUs too; with --cpu it starts a single one
+# --multi_gpu is what makes accelerate start more than one process, on CPUs too; with --cpu it
+# starts a single one
 ACCELERATE = [
     sys.executable,
     "-m",
@@ -92,7 +95,7 @@ def launch(cwd, *overrides: str) -> subprocess.CompletedProcess:
 
 
 def fork_two(cwd, *overrides: str) -> subprocess.CompletedProcess:
-    """Two forks of cu-run with the variables that accelerate's launcher sets; the outputs of both."""
+    """Two forks of cu-run with the variables of accelerate's launcher; the outputs of both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -124,11 +127,17 @@ def fork_two(cwd, *overrides: str) -> subprocess.CompletedProcess:
         ),
         (
             "auto",
-            "device=auto: 3 processes and 2 CUDA devices; start at most one process for each, or use device=cpu",
+            (
+                "device=auto: 3 processes and 2 CUDA devices; start at most one process for "
+                "each, or use device=cpu"
+            ),
         ),
         (
             "cuda",
-            "device=cuda: 3 processes and 2 CUDA devices; start at most one process for each, or use device=cpu",
+            (
+                "device=cuda: 3 processes and 2 CUDA devices; start at most one process for "
+                "each, or use device=cpu"
+            ),
         ),
     ],
 )

@@ -13,7 +13,9 @@ RATES = r"[\d.]+ images/s, \d+% of the matrix product's rate"
 
 @pytest.fixture
 def bench(call_command, monkeypatch):
-    """Returns run(*arguments) -> (exit status, lines of stdout, stderr) of the script in this process."""
+    """Returns run(*arguments) -> (exit status, lines of stdout, stderr) of the script in this
+    process.
+    """
     monkeypatch.syspath_prepend(str(SCRIPTS))
     module = importlib.import_module("bench")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -33,7 +35,9 @@ def number(pattern: str, line: str) -> float:
 
 
 def test_a_request_is_measured_with_the_whole_sequence_and_the_rest_projected(bench):
-    """12 images of the untouched model: its two targets and its retained concept; 8 after request 1."""
+    """12 images of the untouched model: its two targets and its retained concept; 8 after request
+    1.
+    """
     status, (one, whole), err = bench(
         "--request", *SMOKE, "sequence.seeds=[1,2]", "sequence.retain=[blaze slash]"
     )
@@ -47,7 +51,9 @@ def test_a_request_is_measured_with_the_whole_sequence_and_the_rest_projected(be
 
 
 def test_a_request_of_celebrities_with_random_judges(bench, random_pipeline, pipelines, tmp_path):
-    """Its sequence names anchors; its judges are a classifier, open_clip, and a detector that finds a face in every image."""
+    """Its sequence names anchors; its judges are a classifier, open_clip, and a detector that finds
+    a face in every image.
+    """
     judges = tmp_path / "judges"
     random_pipeline.make_classifiers(judges, "celebrity", tiny=True)
     paths = [f"evaluator.paths.{domain}={judges / domain}" for domain in ("celebrity", "scene")]
@@ -91,7 +97,10 @@ def model_lines(lines: list[str]) -> None:
     assert number(rf"^sampling with .*: {RATES}, ([\d.]+) times diffusers' loop$", lines[2]) > 0
     assert (
         number(
-            r"^training with .*: [\d.]+ steps/s, ([\d.]+) GFLOP per step, \d+% of the matrix product's rate$",
+            (
+                r"^training with .*: [\d.]+ steps/s, ([\d.]+) GFLOP per step, \d+% of the "
+                r"matrix product's rate$"
+            ),
             lines[3],
         )
         > 0
@@ -120,14 +129,19 @@ def test_the_fast_path_is_judged_beside_plain_fp32(bench):
     model_lines(lines[2:])
     for domain, line in zip(("style", "object"), lines[7:], strict=True):
         share = number(
-            rf"^accuracy, {domain}, 8 images: plain fp32 [\d.]+% .*; bf16 with kv_cache ([\d.]+)%, (?:in|OUT)side it$",
+            (
+                rf"^accuracy, {domain}, 8 images: plain fp32 [\d.]+% .*; bf16 with kv_cache "
+                rf"([\d.]+)%, (?:in|OUT)side it$"
+            ),
             line,
         )
         assert share > 50
 
 
 def test_work_is_counted_both_ways_and_per_step(bench, pipelines):
-    """The frozen part behind the first trained layer costs a forward pass twice and a backward pass once; so does each image."""
+    """The frozen part behind the first trained layer costs a forward pass twice and a backward pass
+    once; so does each image.
+    """
     module, work = importlib.import_module("bench_model"), {}
     for batch in (1, 2):
         made = module.load(

@@ -1,4 +1,6 @@
-"""The studies: their statistics by hand, the runs that they ask for, their analyses on small tables, their complaints."""
+"""The studies: their statistics by hand, the runs that they ask for, their analyses on small
+tables, their complaints.
+"""
 
 import importlib
 import shlex
@@ -56,9 +58,10 @@ def metrics_table(**columns: list[float]) -> pd.DataFrame:
     return pd.DataFrame({"request": range(number), **columns})
 
 
-# ------------------------------------------------------------------------------------------------------ statistics
+# --------------------------------------------------------------------------------------- statistics
 def test_pearson_and_its_interval_by_hand():
-    # deviations -2 -1 0 1 2 and -1 -2 1 0 2: r = 8 / 10; z = atanh 0.8 = 1.09861 -+ 1.95996 / sqrt 2 = 1.38590
+    # deviations -2 -1 0 1 2 and -1 -2 1 0 2: r = 8 / 10; z = atanh 0.8 = 1.09861 -+ 1.95996 / sqrt
+    # 2 = 1.38590
     found = pearson(pd.Series([1, 2, 3, 4, 5]), pd.Series([2, 1, 4, 3, 5]))
     assert found.number == 5
     assert (found.value, found.low, found.high) == pytest.approx((0.8, -0.27964, 0.98620), abs=1e-5)
@@ -128,7 +131,7 @@ def test_output_change_of_the_model(model):
     ) == pytest.approx(1)
 
 
-# ------------------------------------------------------------------------------------------------------------ runs
+# --------------------------------------------------------------------------------------------- runs
 @pytest.mark.parametrize(
     "overrides", [[], STABLE_DIFFUSION], ids=["shapecanvas", "stable_diffusion"]
 )
@@ -253,7 +256,7 @@ def test_thresholds_are_tried_on_own_tokens(script, tmp_path):
         assert plan.spine.train.lr == pytest.approx(lr)
 
 
-# -------------------------------------------------------------------------------------------------------- analyses
+# ----------------------------------------------------------------------------------------- analyses
 def test_a_finding_stands_in_the_page_and_survives_the_next_one(script, tmp_path, capsys):
     study = make_study(script, tmp_path)
     page, finding = (study.output / f"a_study.{kind}" for kind in ("md", "finding.md"))
@@ -267,7 +270,8 @@ def test_a_finding_stands_in_the_page_and_survives_the_next_one(script, tmp_path
     for _ in range(2):
         study.write(table, script("study").panels(1, 1)[0], "Table.", "model.path=DIR")
         assert page.read_text().startswith(
-            "# a_study\n\nWhat it asks.\n\nNothing is kept.\n\n    python scripts/studies/a_study.py"
+            "# a_study\n\nWhat it asks.\n\nNothing is kept.\n\n    python "
+            "scripts/studies/a_study.py"
         )
         assert (
             "    python scripts/studies/a_study.py model.path=DIR  # on Stable Diffusion\n"
@@ -384,7 +388,7 @@ def test_sensitivity_per_concept_of_a_finished_run(script, run_copy, model):
     assert found["paper, none", "relative change of K/V outputs"] == 0.835
 
 
-# --------------------------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------------------ command
 def test_markdown(script):
     table = pd.DataFrame({"run": ["a|b", "c"], "UA": [99.96, np.nan], "n": [12, 3]})
     assert script("study").as_markdown(table).splitlines() == [
@@ -427,7 +431,9 @@ def test_labels_of_one_run_share_it_and_a_diverged_run_is_shown(
 
 @pytest.fixture
 def call(script, tmp_path, monkeypatch, capsys):
-    """Returns call(name, *arguments) -> (exit status, stdout, stderr) of a study in this process, in tmp_path."""
+    """Returns call(name, *arguments) -> (exit status, stdout, stderr) of a study in this process,
+    in tmp_path.
+    """
     monkeypatch.chdir(tmp_path)
 
     def run(name: str, *arguments: str) -> tuple[int, str, str]:
@@ -490,7 +496,6 @@ def test_a_study_is_a_script(tmp_path):
         timeout=300,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert (
-        done.stderr
-        == "order.py: sequence.order: this study sets it itself; leave it out, or run cu-run with it\n"
+    assert done.stderr == (
+        "order.py: sequence.order: this study sets it itself; leave it out, or run cu-run with it\n"
     )

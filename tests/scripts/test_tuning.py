@@ -1,4 +1,6 @@
-"""scripts/tune_shapecanvas.py: conf/tuned is what its rule chooses from docs/tuning.csv; its rule by hand, its bad input."""
+"""scripts/tune_shapecanvas.py: conf/tuned is what its rule chooses from docs/tuning.csv; its rule
+by hand, its bad input.
+"""
 
 import importlib
 from pathlib import Path
@@ -53,7 +55,9 @@ def test_the_rule_by_hand(tuning):
 
 @pytest.mark.parametrize("domain", ["style", "object"])
 def test_what_is_reported_was_not_tuned_on(domain):
-    """Other styles; of the 20 objects those that are retained in one are unlearned in the other. Other noise in both."""
+    """Other styles; of the 20 objects those that are retained in one are unlearned in the other.
+    Other noise in both.
+    """
     tuned = compose(f"sequence=shapecanvas_tune{'' if domain == 'style' else '_object'}").sequence
     reported = compose(f"sequence=shapecanvas_{domain}").sequence
     assert not set(tuned.targets) & set(reported.targets)

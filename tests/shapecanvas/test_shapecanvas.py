@@ -25,7 +25,7 @@ def draw(objects, styles, seed: int = 0):
     return render(list(objects), list(styles), torch.Generator().manual_seed(seed))
 
 
-# ------------------------------------------------------------------------------------------------------------ renderer
+# ----------------------------------------------------------------------------------------- renderer
 def test_names():
     assert len(STYLES) == len(set(STYLES)) == 120
     assert len(OBJECTS) == len(set(OBJECTS)) == 20
@@ -61,7 +61,9 @@ def test_every_style_and_every_object_has_its_own_look():
 
 
 def test_edges_are_anti_aliased():
-    """A misty background and object change slowly; most steps between neighbours at the edge are not full jumps."""
+    """A misty background and object change slowly; most steps between neighbours at the edge are
+    not full jumps.
+    """
     image = draw(["box"], ["lead mist"])[0].mean(0)
     low, high = image.quantile(0.1), image.quantile(0.9)
     between = (
@@ -81,7 +83,7 @@ def test_styles_of_one_palette_are_nearer_in_colour_than_styles_of_others():
     assert within < across / 3
 
 
-# ------------------------------------------------------------------------------------------------------ shipped weights
+# ---------------------------------------------------------------------------------- shipped weights
 def test_the_shipped_directory_is_a_stable_diffusion_pipeline():
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
         WEIGHTS / "pipeline", local_files_only=True
@@ -138,7 +140,7 @@ def test_the_saved_base_accuracy():
     assert found["all_styles"]["style_percent"] >= 95
 
 
-# ----------------------------------------------------------------------------------------------------------- sequences
+# ---------------------------------------------------------------------------------------- sequences
 def resolved(name: str) -> dict:
     """A sequence file over the one that its defaults list names."""
     content = read_conf(f"sequence/{name}.yaml")
@@ -187,7 +189,7 @@ def test_the_shipped_lists_are_those_of_the_renderer():
     assert len(read_shipped("common_objects")) >= 100
 
 
-# ---------------------------------------------------------------------------------------------------------------- slow
+# --------------------------------------------------------------------------------------------- slow
 @pytest.mark.slow
 def test_generated_images_show_what_their_prompts_say(in_process, tmp_path):
     """960 images of the benchmark's concepts with the default sampler."""

@@ -1,4 +1,6 @@
-"""The state of a request in the middle of its training: what is saved, when, and what a run does with it."""
+"""The state of a request in the middle of its training: what is saved, when, and what a run does
+with it.
+"""
 
 import io
 import json
@@ -44,7 +46,7 @@ def checkpoint(tmp_path):
     return make
 
 
-# ---------------------------------------------------------------------------------------------------------- the file
+# ----------------------------------------------------------------------------------------- the file
 def test_what_is_saved_comes_back(checkpoint):
     checkpoint().save(STATE)
     found = checkpoint().begin(KEY)
@@ -95,7 +97,7 @@ def test_no_code_can_hide_in_it(checkpoint, tmp_path):
     assert not (tmp_path / "evil").exists()
 
 
-# ------------------------------------------------------------------------------------------------------ when it saves
+# ------------------------------------------------------------------------------------ when it saves
 def test_every_so_many_steps_or_minutes(checkpoint, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr("cu_runner.store.checkpoint.time.monotonic", lambda: clock[0])
@@ -127,9 +129,11 @@ def test_other_values_are_refused(in_process, value):
     assert err.count("\n") == 1
 
 
-# ------------------------------------------------------------------------------------------------------------ the loop
+# ----------------------------------------------------------------------------------------- the loop
 RETAIN, DUAL = RetainSet("anchors", images=4), DualAscent(step_size=0.5, every=2, rounds=1)
-MAKE = {  # with what changes from step to step: masks and gathered gradients, multipliers and running means, a count
+# with what changes from step to step: masks and gathered gradients, multipliers and running means,
+# a count
+MAKE = {
     "conabl, replay": lambda: (ConAbl(num_anchors=4), {"replay": Replay(0.5, retain=RETAIN)}),
     "sculpmem": lambda: (SculpMem(num_anchors=4, warmup=2, interval=2, until=1.0), {}),
     "reverse_kl": lambda: (ReverseKL(sampling_steps=2, retain=RETAIN, dual=DUAL), {}),
@@ -169,7 +173,7 @@ def test_training_goes_on_bitwise_from_every_step(make_scope, settings, name):
         )  # a NaN is no NaN's equal
 
 
-# ---------------------------------------------------------------------------------------------------------- the signals
+# -------------------------------------------------------------------------------------- the signals
 def test_a_signal_waits_for_what_must_be_whole():
     done = []
 
@@ -213,7 +217,7 @@ def test_the_launcher_requeues_for_a_warning_and_not_for_a_kill(sent, requeued):
     assert calls == requeued
 
 
-# ------------------------------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------------------ the run
 def kill_after(monkeypatch, step: int, how) -> None:
     """The step-th call after a training step ends the process as `how` does."""
     seen = iter(range(1, step))

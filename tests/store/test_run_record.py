@@ -1,4 +1,6 @@
-"""Run directories read back: names, metrics from step.json, the accuracy matrix, what is refused; sweeps that name their runs."""
+"""Run directories read back: names, metrics from step.json, the accuracy matrix, what is refused;
+sweeps that name their runs.
+"""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The run directory: atomic writes, the chain of steps, every kind of damage, the lock, the cache."""
+"""The run directory: atomic writes, the chain of steps, every damage, the lock, the cache."""
 
 import hashlib
 import json
@@ -69,7 +69,7 @@ def refused(directory, pattern: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------------ writing
+# ------------------------------------------------------------------------------------------ writing
 def test_write_atomic_replaces_the_whole_file(tmp_path):
     path = tmp_path / "file"
     write_atomic(path, b"long content")
@@ -105,7 +105,7 @@ def test_a_step_without_its_commit_is_not_there_and_is_made_again(directory):
     assert [step.index for step in finished(directory)] == [0, 1, 2]
 
 
-# -------------------------------------------------------------------------------------------------------------- chain
+# -------------------------------------------------------------------------------------------- chain
 def test_steps_come_back_with_their_rows(directory):
     steps = finished(directory)
     assert [step.index for step in steps] == [0, 1, 2]
@@ -138,13 +138,16 @@ def test_every_step_names_its_parent(directory):
     assert len({record["sha256"] for record in records}) == 3
 
 
-# ------------------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 @pytest.mark.parametrize("name", FILES)
 def test_a_deleted_file_is_refused(directory, name):
     (directory / "steps/01" / name).unlink()
     refused(
         directory,
-        rf"steps/01/{re.escape(name)}: is missing; restore it, or delete .*/steps/01 and all later steps",
+        (
+            rf"steps/01/{re.escape(name)}: is missing; restore it, or delete .*/steps/01 and "
+            rf"all later steps"
+        ),
     )
 
 
@@ -212,7 +215,9 @@ def test_another_parent_is_refused(directory):
 
 def test_a_step_of_another_version_is_refused(directory):
     rewrite(directory / "steps/00/step.json", versions={"cu_runner": "0.1.0"})
-    refused(directory, r"run: was made by cu_runner 0.1.0, whose runs this one \(\d+\.\d+\.\d+\) does")
+    refused(
+        directory, r"run: was made by cu_runner 0.1.0, whose runs this one \(\d+\.\d+\.\d+\) does"
+    )
 
 
 def test_a_record_that_lacks_an_entry_or_has_another_is_refused(directory):
@@ -235,7 +240,10 @@ def test_a_gap_is_refused(directory):
     (directory / "steps/01/step.json").unlink()
     refused(
         directory,
-        r"steps/01: step 1 is missing but step 2 is there; restore it, or delete .*/steps/01 and all later steps",
+        (
+            r"steps/01: step 1 is missing but step 2 is there; restore it, or delete "
+            r".*/steps/01 and all later steps"
+        ),
     )
 
 
@@ -255,9 +263,12 @@ def test_a_foreign_directory_among_the_steps_does_not_confuse(directory):
     assert [step.index for step in finished(directory)] == [0, 1, 2]
 
 
-# ------------------------------------------------------------------------------------------------------ configuration
+# ------------------------------------------------------------------------------------ configuration
 def test_a_changed_configuration_is_refused(directory):
-    pattern = r"config.yaml: was changed after the run began .*; restore it, or move the directory away to start anew"
+    pattern = (
+        r"config.yaml: was changed after the run began .*; restore it, or move the directory "
+        r"away to start anew"
+    )
     with pytest.raises(StoreError, match=pattern), make_store(directory, science=2):
         pass
     (directory / "config.yaml").write_text("science: 5\n")
@@ -284,7 +295,7 @@ def test_what_is_not_science_may_change(directory):
     assert len(finished(directory)) == 3
 
 
-# --------------------------------------------------------------------------------------------------------------- lock
+# --------------------------------------------------------------------------------------------- lock
 def test_a_second_holder_is_refused_until_the_first_lets_go(directory):
     with (
         make_store(directory),
@@ -301,7 +312,7 @@ def test_the_lock_is_let_go_when_the_configuration_is_refused(directory):
     assert len(finished(directory)) == 3
 
 
-# -------------------------------------------------------------------------------------------------------------- delta
+# -------------------------------------------------------------------------------------------- delta
 def test_read_delta_checks_names_and_shapes(tmp_path):
     path = tmp_path / "delta.safetensors"
     safetensors.torch.save_file({"a": torch.tensor([[1.0, 2.0]])}, path)
@@ -321,7 +332,7 @@ def test_read_delta_checks_names_and_shapes(tmp_path):
         read_delta(path, {"a": torch.zeros(1, 2)})
 
 
-# -------------------------------------------------------------------------------------------------------------- cache
+# -------------------------------------------------------------------------------------------- cache
 KEY = {"model": "m", "prompts": ["a", "b"], "guidance": 2.5}
 
 

@@ -1,4 +1,6 @@
-"""Sweeps on a real SLURM of one node: submitted, pre-empted, out of time, submitted again. `make test-slurm`; minutes."""
+"""Sweeps on a real SLURM of one node: submitted, pre-empted, out of time, submitted again. `make
+test-slurm`; minutes.
+"""
 
 import json
 import os
@@ -178,7 +180,8 @@ def test_a_pre_empted_job_goes_on_and_ends_bitwise_the_same(submit, slurm, tmp_p
 
 @pytest.mark.timeout(2000)
 def test_a_job_out_of_time_requeues_itself_and_ends_bitwise_the_same(submit, tmp_path, calm):
-    # SLURM looks at limits every half minute: the warning comes after 45 to 75 s, and a job that is loading then gets no further
+    # SLURM looks at limits every half minute: the warning comes after 45 to 75 s, and a job that is
+    # loading then gets no further
     process = submit("reg=none", *LONG, "cluster.timeout_min=2", "cluster.warn_seconds=75")
     ended(process, tmp_path, 1500)
     (directory,) = tmp_path.glob("outputs/runs/smoke/*")

@@ -1,4 +1,6 @@
-"""cu-sweep status: what became of every job of a sweep, and the notes that a sweep leaves before its jobs begin."""
+"""cu-sweep status: what became of every job of a sweep, and the notes that a sweep leaves before
+its jobs begin.
+"""
 
 import json
 import os
@@ -30,7 +32,9 @@ def status(call_command):
 
 @pytest.fixture
 def make_sweep(tmp_path):
-    """Returns make(number, launcher) -> folder of a sweep whose jobs were submitted and have not begun."""
+    """Returns make(number, launcher) -> folder of a sweep whose jobs were submitted and have not
+    begun.
+    """
 
     def make(number: int, launcher: str = "basic.BasicLauncher") -> Path:
         folder = tmp_path / "sweep"
@@ -65,9 +69,9 @@ def test_a_real_sweep_with_a_job_that_cannot_run(in_process, run_copy, status, t
     assert (code, err) == (1, "")
     lines = out.splitlines()
     assert lines[0] == f"   0  done     {shlex.join(SMOKE)} seed=0"
-    assert (
-        lines[1]
-        == f"   1  failed   {shlex.join(SMOKE)} seed=-1  (seed=-1: input should be greater than or equal to 0)"
+    assert lines[1] == (
+        f"   1  failed   {shlex.join(SMOKE)} seed=-1  (seed=-1: input should be greater "
+        "than or equal to 0)"
     )
     assert lines[2] == "2 jobs: 1 done, 1 failed"
     assert lines[5] == f"  cu-run {shlex.join(SMOKE)} seed=-1"
@@ -88,7 +92,10 @@ def test_jobs_in_processes_of_their_own_that_fail_are_no_success(run_copy, tmp_p
         "cu-run", "-m", "hydra/launcher=local_processes", *SMOKE, "seed=0,-1", cwd=tmp_path
     )
     (folder,) = (tmp_path / "outputs/sweeps").iterdir()
-    said = "1 of 2 jobs did not end well, the first: seed=-1: input should be greater than or equal to 0"
+    said = (
+        "1 of 2 jobs did not end well, the first: seed=-1: input should be greater than or "
+        "equal to 0"
+    )
     assert done.stderr == f"cu-run: {said}; see `cu-sweep status {folder.relative_to(tmp_path)}`\n"
     assert done.returncode == 1
 
@@ -175,7 +182,10 @@ def test_a_queue_that_does_not_answer(make_sweep, status, tmp_path, monkeypatch)
     monkeypatch.setattr("cu_runner.sweeps.status.subprocess.run", hang)
     assert status(folder)[::2] == (
         2,
-        "cu-sweep: squeue: gave no answer within a minute; try again when SLURM's controller is well\n",
+        (
+            "cu-sweep: squeue: gave no answer within a minute; try again when SLURM's "
+            "controller is well\n"
+        ),
     )
 
 
@@ -243,7 +253,8 @@ def test_jobs_in_slurms_queue(make_sweep, tmp_path, monkeypatch):
     jobs = read_sweep(folder)
     assert [job.state for job in jobs] == ["queued", "running", "failed", "pending"]
     assert jobs[2].why.endswith(
-        "last line of 77_2_0_log.err: slurmstepd: error: *** JOB 79 ON node CANCELLED AT 2026 DUE TO TIME LIMIT ***"
+        "last line of 77_2_0_log.err: slurmstepd: error: *** JOB 79 ON node CANCELLED AT "
+        "2026 DUE TO TIME LIMIT ***"
     )
     (tmp_path / "bin/squeue").write_text(
         "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact controller' >&2\nexit 1\n"
@@ -273,7 +284,7 @@ def test_a_folder_that_is_no_sweep(status, make_sweep, tmp_path):
         assert f"{folder}/sweep.json: cannot be read" in err
     folder = make_sweep(1)
     (folder / "0" / JOB).write_text("[")
-    assert (
-        status(folder)[2]
-        == f"cu-sweep: {folder}/0/job.json: cannot be read; give the folder of a sweep, outputs/sweeps/DATE\n"
+    assert status(folder)[2] == (
+        f"cu-sweep: {folder}/0/job.json: cannot be read; give the folder of a sweep, "
+        "outputs/sweeps/DATE\n"
     )

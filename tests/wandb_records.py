@@ -1,0 +1,72 @@
+"""The file that W&B writes of an offline run, read back."""
+
+import json
+import struct
+import time
+from pathlib import Path
+
+BLOCK, HEADER = 32768, 7  # of the LevelDB log format in which W&B writes
+FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+def read_records(path: Path) -> list:
+    """Every record of a .wandb file, through W&B's own message type."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, position, records, part = path.read_bytes(), HEADER, [], b""
+    assert content[:4] in (b":W&B", b"")
+    while position + HEADER <= len(content):
+        if BLOCK - position % BLOCK < HEADER:  # the rest of a block that holds no header is padding
+            position += BLOCK - position % BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", content[position : position + HEADER])
+        assert kind in (FULL, FIRST, MIDDLE, LAST)
+        part += content[position + HEADER : position + HEADER + length]
+        position += HEADER + length
+        if kind in (FULL, LAST):
+            record = Record()
+            record.ParseFromString(part)
+            records.append(record)
+            part = b""
+    return records
+
+
+def read_run_of_wandb(directory: Path) -> dict:
+    """What an offline run directory holds: id, names, configuration, history rows by step, media
+    files.
+    """
+    (path,) = directory.glob("*.wandb")
+    deadline = (
+        time.monotonic() + 20
+    )  # W&B's service, which lives as long as this process, closes the file a moment later
+    while not [
+        record for record in read_records(path) if record.WhichOneof("record_type") == "exit"
+    ]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    records, history, config = read_records(path), {}, {}
+    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    for update in [
+        run.config,
+        *[record.config for record in records if record.WhichOneof("record_type") == "config"],
+    ]:
+        for item in update.update:
+            config[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            row = {
+                item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
+            history[
+                record.history.step.num if record.history.HasField("step") else row["_step"]
+            ] = row
+    return {
+        "id": run.run_id,
+        "name": run.display_name,
+        "group": run.run_group,
+        "job_type": run.job_type,
+        "project": run.project,
+        "config": config,
+        "history": history,
+    }

@@ -1,0 +1,53 @@
+"""What a run imports, so that the forks of the process that imports this begin warm.
+
+A name of diffusers or transformers imports its module when it is first asked for.
+"""
+
+import importlib
+import pkgutil
+
+LIBRARIES = {
+    "torch": [],
+    "torchvision.transforms.v2": [],
+    "torch.utils.data": [],
+    "diffusers": [
+        "AutoencoderKL",
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "EulerDiscreteScheduler",
+        "PNDMScheduler",
+        "StableDiffusionPipeline",
+        "UNet2DConditionModel",
+    ],
+    "transformers": [
+        "AutoImageProcessor",
+        "AutoModelForImageClassification",
+        "AutoTokenizer",
+        "CLIPTextModel",
+        "CLIPTokenizer",
+        "PreTrainedModel",
+        "PreTrainedTokenizerBase",
+        "ResNetForImageClassification",
+    ],
+    "timm": ["create_model"],
+    "open_clip": ["create_model_and_transforms"],
+    "accelerate": [],
+    "hydra": [],
+    "submitit": [],
+    "pandas": [],
+    "scipy.stats": [],
+    "matplotlib.pyplot": [],
+    "pydantic": [],
+    "jinja2": [],
+    "wandb": [],
+}
+for library, parts in LIBRARIES.items():
+    module = importlib.import_module(library)
+    for part in parts:
+        getattr(module, part)
+import cu_runner  # noqa: E402, after the libraries
+
+for found in pkgutil.walk_packages(cu_runner.__path__, "cu_runner."):
+    if not found.name.endswith("__main__"):
+        importlib.import_module(found.name)
