@@ -27,7 +27,7 @@ from cu_runner.cli.run import main
 from cu_runner.concepts.requests import plan_requests
 from cu_runner.concepts.sequence import make_sequence
 from cu_runner.evaluators.classifier import Classifier
-from cu_runner.models.checkpoints import locate
+from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.diffusion import load_model
 from cu_runner.models.parameters import select_parameters, snapshot
 from cu_runner.request.scope import Scope

@@ -1,1 +1,1 @@
-"""Evaluators name the content of images: one file and one YAML each; with them, what is measured."""
+"""Evaluators name the content of images, one file and one YAML each; and what is measured."""

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 class Prediction:
     """Of B images in one domain: labels, and the score (probability) of each label [B].
 
-    faces: whether each image shows a face, where labels are only worth something on faces; the label of one without is "".
+    faces: whether each image shows a face, where labels are only worth something on faces; the
+    label of one without is "".
     """
 
     labels: list[str]
@@ -23,16 +24,19 @@ class Prediction:
 
 
 class Evaluator(ABC):
-    """Names the content of images in each domain it knows. Metrics are computed from the saved predictions, never from it."""
+    """What names the content of images in each domain it knows.
+
+    Metrics are computed from the saved predictions, never from it.
+    """
 
     @abstractmethod
     def predict(self, images: Tensor) -> dict[str, Prediction]:
-        """Images [B, 3, S, S] in 0..1 to one Prediction per domain."""
+        """Map images [B, 3, S, S] in 0..1 to one Prediction per domain."""
 
     @abstractmethod
     def labels(self) -> dict[str, list[str]]:
-        """The labels that can be predicted, per domain."""
+        """Return the labels that can be predicted, per domain."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """sha256 over the weights: two evaluators with one fingerprint judge alike."""
+        """Return the sha256 over the weights: two evaluators with one fingerprint predict alike."""

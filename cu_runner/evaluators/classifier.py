@@ -1,18 +1,16 @@
-"""One image classifier per domain: a transformers directory, a timm architecture with a weight file, or open_clip without training.
+"""One image classifier per domain.
+
+It is a transformers directory, a timm architecture with a weight file, or open_clip without
+training.
 
 Shapes: B batch, S image side, K labels of a domain.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 import hashlib
 import re
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import PositiveInt
 
@@ -20,11 +18,15 @@ from cu_runner.evaluators.base import Evaluator, Prediction
 from cu_runner.evaluators.faces import FaceDetector, FaceSettings
 from cu_runner.evaluators.labels import read_labels
 from cu_runner.evaluators.open_clip import OpenClip
-from cu_runner.models.checkpoints import load_weights, locate
+from cu_runner.models.checkpoint_files import locate
+from cu_runner.models.checkpoints import load_weights
 from cu_runner.models.hashing import describe, describe_timm, hash_weights, to_bytes
 from cu_runner.models.weight_files import load_tensors
-from cu_runner.runtime.lazy import F, nn, torch, transformers, without_gradients
-from cu_runner.schema.errors import ModelError
+from cu_runner.runtime.lazy import F, nn, timm, torch, transformers, without_gradients
+from cu_runner.schema.errors import ModelError, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Classifier(Evaluator):
@@ -47,20 +49,24 @@ class Classifier(Evaluator):
     ) -> None:
         """
         Args:
-            paths: domain -> classifier directory or weight file; `package:...` is one inside the installed package.
-            size: image side that the classifiers read, in pixels; other sizes are resized with anti-aliasing.
+            paths: domain -> classifier directory or weight file; `package:...` is one inside the
+                installed package.
+            size: image side that the classifiers read, in pixels; other sizes are resized with
+                anti-aliasing.
             mean, std: of each colour channel, for images in 0..1.
-            architectures: domain -> what a weight file belongs to, `timm:NAME` or `open_clip:NAME`, or `open_clip` for an open_clip
-                directory. Any other directory is one of transformers. open_clip has a size and a normalisation of its own.
-            labels: domain -> the labels in the order of the outputs: themselves, a shipped list, a text file, or imagenet. A
-                transformers directory may bring its own.
-            templates: domain -> prompts with {label}, where open_clip judges.
+            architectures: domain -> what a weight file belongs to, `timm:NAME` or `open_clip:NAME`,
+                or `open_clip` for an open_clip directory. Any other directory is one of
+                transformers. open_clip has a size and a normalisation of its own.
+            labels: domain -> the labels in the order of the outputs: themselves, a shipped list, a
+                text file, or imagenet. A transformers directory may bring its own.
+            templates: domain -> prompts with {label}, where open_clip predicts.
             allow_pickle: weight files other than safetensors that may be read.
             faces: finds the images whose labels count in one domain; None: all count.
 
         Raises:
-            ModelError: a directory or file is missing, incomplete, or does not fit its architecture or labels. WeightFileError: a
-                pickle that allow_pickle does not name. ValueError: a setting for a domain that is not in paths.
+            ModelError: a directory or file is missing, incomplete, or does not fit its architecture
+                or labels. WeightFileError: a pickle that allow_pickle does not name. ValueError: a
+                setting for a domain that is not in paths.
         """
         architectures, labels = architectures or {}, labels or {}
         for key, domains in (
@@ -71,7 +77,8 @@ class Classifier(Evaluator):
         ):
             if strangers := [domain for domain in domains if domain not in paths]:
                 raise ValueError(
-                    f"evaluator.{key}: {strangers[0]} is no domain of evaluator.paths ({', '.join(paths)})"
+                    f"evaluator.{key}: {strangers[0]} is no domain of evaluator.paths "
+                    f"({', '.join(paths)})"
                 )
         named = {
             domain: read_labels(f"evaluator.labels.{domain}", source)
@@ -86,122 +93,101 @@ class Classifier(Evaluator):
                 kind = "transformers"
             if kind not in ("transformers", "timm", "open_clip") or (kind == "timm" and not name):
                 raise ValueError(
-                    f"evaluator.architectures.{domain}={architectures[domain]}: allowed: timm:NAME, open_clip:NAME, open_clip; a "
-                    "transformers directory needs none"
+                    f"evaluator.architectures.{domain}={architectures[domain]}: allowed: "
+                    "timm:NAME, open_clip:NAME, open_clip; a transformers directory needs none"
                 )
             if kind != "transformers" and domain not in named:
                 raise ValueError(
-                    f"evaluator.labels.{domain} is not set; {kind} weights do not name their outputs"
+                    f"evaluator.labels.{domain} is not set; {kind} weights do not name their "
+                    "outputs"
                 )
-            if kind == "open_clip":
-                self._zero_shot[domain] = zero_shot(
-                    domain, name, path, named[domain], templates, allow_pickle, device
+            if kind == "open_clip":  # without an architecture, path is a directory
+                model, weights = (name, path) if name else (str(locate(path)), None)
+                self._zero_shot[domain] = OpenClip(
+                    model,
+                    {domain: named[domain]},
+                    path=weights,
+                    templates=templates,
+                    allow_pickle=allow_pickle,
+                    device=device,
                 )
+                continue
+            if kind == "timm":
+                network = load_timm(name, path, len(named[domain]), allow_pickle or [])
+                self._descriptions[domain] = describe_timm(name)
             else:
-                if kind == "timm":
-                    network = load_timm(name, path, len(named[domain]), allow_pickle or [])
-                    self._descriptions[domain] = describe_timm(name)
-                else:
-                    network = load_weights(
-                        transformers.AutoModelForImageClassification, locate(path)
-                    )
-                    self._descriptions[domain] = describe(network, network.config.to_dict())
-                self._networks[domain] = (
-                    network.to(device).eval(),
-                    check_outputs(path, network, named.get(domain)),
-                )
+                network = load_weights(transformers.AutoModelForImageClassification, locate(path))
+                self._descriptions[domain] = describe(network, network.config.to_dict())
+            outputs = check_outputs(path, network, named.get(domain))
+            self._networks[domain] = (network.to(device).eval(), outputs)
         self._size, self._interpolation = size, interpolation
         self._mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
         self._std = torch.tensor(std, device=device).view(1, -1, 1, 1)
-        self._faces = faces
         self._detector = FaceDetector(faces, device) if faces else None
 
     @without_gradients
     def predict(self, images: Tensor) -> dict[str, Prediction]:
+        """Map images [B, 3, S, S] in 0..1 to one Prediction per domain."""
         predictions = {
-            domain: judge.predict(images)[domain] for domain, judge in self._zero_shot.items()
+            domain: zero_shot.predict(images)[domain]
+            for domain, zero_shot in self._zero_shot.items()
         }
         resized = images
         if images.shape[-1] != self._size:
-            resized = F.interpolate(
-                images, size=(self._size, self._size), mode=self._interpolation, antialias=True
-            )
+            side = (self._size, self._size)
+            resized = F.interpolate(images, size=side, mode=self._interpolation, antialias=True)
         inputs = (resized - self._mean) / self._std
         for domain, (network, names) in self._networks.items():
             output = network(inputs)
-            best = (
-                (output if isinstance(output, torch.Tensor) else output.logits)
-                .float()
-                .softmax(1)
-                .max(1)
-            )
+            logits = output if isinstance(output, torch.Tensor) else output.logits
+            best = logits.float().softmax(1).max(1)
             predictions[domain] = Prediction(
                 [names[index] for index in best.indices.tolist()], best.values.tolist()
             )
         if self._detector:
-            domain = self._faces.domain
+            domain = self._detector.domain
             predictions[domain] = only_faces(predictions[domain], self._detector.find(images))
         return predictions
 
     def labels(self) -> dict[str, list[str]]:
+        """Return the labels that can be predicted, per domain."""
         labels = {domain: names for domain, (_, names) in self._networks.items()}
-        return labels | {
-            domain: judge.labels()[domain] for domain, judge in self._zero_shot.items()
-        }
+        for zero_shot in self._zero_shot.values():
+            labels |= zero_shot.labels()
+        return labels
 
     def fingerprint(self) -> str:
+        """Return the sha256 over all networks, their labels, and what else decides predictions."""
         digest = hashlib.sha256(
             to_bytes([self._size, self._mean.tolist(), self._std.tolist(), self._interpolation])
         )
         for domain, (network, names) in sorted(self._networks.items()):
             digest.update(to_bytes([domain, names, self._descriptions[domain]]))
             hash_weights(digest, network)
-        for domain, judge in sorted(self._zero_shot.items()):
-            digest.update(f"{domain}{judge.fingerprint()}".encode())
+        for domain, zero_shot in sorted(self._zero_shot.items()):
+            digest.update(f"{domain}{zero_shot.fingerprint()}".encode())
         if self._detector:
-            digest.update(f"{self._faces.domain}{self._detector.fingerprint()}".encode())
+            digest.update(f"{self._detector.domain}{self._detector.fingerprint()}".encode())
         return digest.hexdigest()
 
 
-def zero_shot(
-    domain: str,
-    architecture: str,
-    path: str,
-    labels: list[str],
-    templates: dict[str, list[str]] | None,
-    allow_pickle: list[str] | None,
-    device: str,
-) -> OpenClip:
-    """A judge of one domain by open_clip; without an architecture, path is a directory."""
-    from cu_runner.evaluators.open_clip import (
-        OpenClip,  # importing open_clip takes seconds, and most evaluators do without
-    )
-
-    model, weights = (architecture, path) if architecture else (str(locate(path)), None)
-    return OpenClip(
-        model,
-        {domain: labels},
-        path=weights,
-        templates=templates,
-        allow_pickle=allow_pickle,
-        device=device,
-    )
-
-
 def only_faces(prediction: Prediction, faces: list[bool]) -> Prediction:
-    """The same without labels where there is no face."""
+    """Return the same without labels where there is no face."""
     labels = [label if face else "" for label, face in zip(prediction.labels, faces, strict=True)]
     scores = [score if face else 0.0 for score, face in zip(prediction.scores, faces, strict=True)]
     return Prediction(labels, scores, faces)
 
 
 def check_outputs(path: str, network: nn.Module, labels: list[str] | None) -> list[str]:
-    """The labels of a network's outputs in order; those in a transformers directory must not contradict a given list.
+    """Return the labels of a network's outputs in order.
 
-    A directory may spell labels otherwise, or not know them (LABEL_0); it contradicts a list that has one of its labels elsewhere.
+    Those in a transformers directory must not contradict a given list. A directory may spell labels
+    otherwise, or not know them (LABEL_0); it contradicts a list that has one of its labels
+    elsewhere.
 
     Raises:
-        ModelError: another number of labels than of outputs, or the directory has a label at another output.
+        ModelError: another number of labels than of outputs, or the directory has a label at
+            another output.
     """
     if not isinstance(network, transformers.PreTrainedModel):
         assert labels is not None
@@ -211,7 +197,8 @@ def check_outputs(path: str, network: nn.Module, labels: list[str] | None) -> li
         return own
     if len(labels) != len(own):
         raise ModelError(
-            f"{path}: has {len(own)} outputs and the label list {len(labels)} labels; they must be as many"
+            f"{path}: has {len(own)} outputs and the label list {len(labels)} labels; they must be "
+            "as many"
         )
     theirs, ours = (
         [" ".join(re.split(r"[\s_-]+", label.casefold().strip())) for label in names]
@@ -220,21 +207,25 @@ def check_outputs(path: str, network: nn.Module, labels: list[str] | None) -> li
     for index, (their, our) in enumerate(zip(theirs, ours, strict=True)):
         if our != their and our in theirs:
             raise ModelError(
-                f"{path}: output {index} is {own[index]!r} in its config.json and {labels[index]!r} in the label list, which is "
-                f"its output {theirs.index(our)}; put the list in its order"
+                f"{path}: output {index} is {own[index]!r} in its config.json and "
+                f"{labels[index]!r} in the label list, which is its output {theirs.index(our)}; "
+                "put the list in its order"
             )
     return labels
 
 
 def load_timm(architecture: str, path: str, num_labels: int, allow_pickle: list[str]) -> nn.Module:
-    """A timm network with the weights of a file. Raises ModelError, or WeightFileError for the file."""
-    import timm  # takes seconds, and most evaluators do without
+    """Load a timm network with the weights of a file.
 
+    Raises:
+        ModelError: an unknown architecture, or weights that do not fit it. WeightFileError: a file
+            that cannot be read.
+    """
     try:
         network = timm.create_model(architecture, pretrained=False, num_classes=num_labels)
     except RuntimeError as error:
         raise ModelError(
-            f"timm:{architecture}: {' '.join(str(error).split())}; timm.list_models() has all names"
+            f"timm:{architecture}: {one_line(error)}; timm.list_models() has all names"
         ) from None
     weights, wanted = load_tensors(locate(path), allow_pickle), network.state_dict()
     head = f"{network.pretrained_cfg['classifier']}."
@@ -245,15 +236,18 @@ def load_timm(architecture: str, path: str, num_labels: int, allow_pickle: list[
             )
         if weights[name].shape != tensor.shape and name.startswith(head):
             raise ModelError(
-                f"{path}: has {len(weights[name])} outputs and the label list {num_labels} labels; they must be as many"
+                f"{path}: has {len(weights[name])} outputs and the label list {num_labels} labels; "
+                "they must be as many"
             )
         if weights[name].shape != tensor.shape:
             raise ModelError(
-                f"{path}: {name} is {list(weights[name].shape)}, that of {architecture} is {list(tensor.shape)}"
+                f"{path}: {name} is {list(weights[name].shape)}, that of {architecture} is "
+                f"{list(tensor.shape)}"
             )
     if strangers := sorted(set(weights) - set(wanted)):
         raise ModelError(
-            f"{path}: holds {strangers[0]}, which {architecture} has not; the file belongs to another architecture"
+            f"{path}: holds {strangers[0]}, which {architecture} has not; the file belongs to "
+            "another architecture"
         )
     network.load_state_dict(weights)
     return network

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def check_labels(sequence: Sequence, evaluator: Evaluator) -> None:
-    """Raise ValueError unless every concept whose accuracy is measured is a label of the evaluator."""
+    """Raise ValueError unless the evaluator knows every concept whose accuracy is measured."""
     labels = evaluator.labels()
     for concept in (*sequence.targets, *sequence.retain, *sequence.cross_retain):
         if concept.domain in sequence.measured_domains and concept.name not in labels.get(

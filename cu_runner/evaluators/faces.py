@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from cu_runner.models.checkpoints import load_weights, locate
+from cu_runner.models.checkpoint_files import locate
+from cu_runner.models.checkpoints import load_weights
 from cu_runner.models.hashing import describe, hash_weights, to_bytes
 from cu_runner.runtime.lazy import transformers, without_gradients
-from cu_runner.schema.errors import ModelError
+from cu_runner.schema.errors import ModelError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 class FaceSettings:
     """How faces are found.
 
-    path: a transformers object-detection directory that knows faces. domain: whose labels need a face ("celebrity").
-    threshold: least score of a face, 0..1. classes: the detector's classes that are faces; None: all of them.
+    path: a transformers object-detection directory that knows faces. domain: whose labels need a
+    face ("celebrity"). threshold: least score of a face, 0..1. classes: the detector's classes that
+    are faces; None: all of them.
     """
 
     path: str
@@ -38,7 +40,13 @@ class FaceDetector:
     """A transformers object detector with its own image processor."""
 
     def __init__(self, settings: FaceSettings, device: str) -> None:
-        """Raises ModelError for a directory that cannot be loaded, or without the classes that are asked for."""
+        """Load the detector and its image processor.
+
+        Raises:
+            ModelError: a directory that cannot be loaded, or without the classes that are asked
+                for.
+        """
+        self.domain = settings.domain
         directory = locate(settings.path)
         self.network = (
             load_weights(transformers.AutoModelForObjectDetection, directory).to(device).eval()
@@ -48,7 +56,7 @@ class FaceDetector:
                 directory, local_files_only=True
             )
         except (OSError, ValueError, ImportError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise ModelError(
                 f"{settings.path}: its image processor cannot be read ({reason})"
             ) from error
@@ -57,27 +65,26 @@ class FaceDetector:
         if unknown := [name for name in wanted if name not in names.values()]:
             known = ", ".join(list(names.values())[:5])
             raise ModelError(
-                f"{settings.path}: detects no class {unknown[0]!r} (it knows {known}); correct evaluator.faces.classes"
+                f"{settings.path}: detects no class {unknown[0]!r} (it knows {known}); correct "
+                "evaluator.faces.classes"
             )
         self._faces = [index for index, name in names.items() if name in wanted]
         self._threshold, self._device = settings.threshold, device
 
     def fingerprint(self) -> str:
-        """sha256 over weights and configurations, of the network and of the image processor, and which faces count."""
+        """Return the sha256 over weights, configurations, and which faces count.
+
+        Configurations are of the network and of the image processor.
+        """
+        network = describe(self.network, self.network.config.to_dict())
         processor = describe(self._processor, self._processor.to_dict())
-        parts = [
-            describe(self.network, self.network.config.to_dict()),
-            processor,
-            self._faces,
-            self._threshold,
-        ]
-        digest = hashlib.sha256(to_bytes(parts))
+        digest = hashlib.sha256(to_bytes([network, processor, self._faces, self._threshold]))
         hash_weights(digest, self.network)
         return digest.hexdigest()
 
     @without_gradients
     def find(self, images: Tensor) -> list[bool]:
-        """Of images [B, 3, S, S] in 0..1: whether each shows a face."""
+        """Tell of each of the images [B, 3, S, S] in 0..1 whether it shows a face."""
         inputs = self._processor(
             images=list(images.cpu()), do_rescale=False, return_tensors="pt"
         ).to(self._device)

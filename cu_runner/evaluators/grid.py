@@ -12,25 +12,24 @@ from cu_runner.runtime.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Pixels of a grid: margin for the labels of rows and of columns, space between images.
+GRID_LEFT, GRID_TOP, GRID_GAP = 132, 44, 2
+
 
 def to_picture(image: Tensor, largest: int = 128) -> Image.Image:
-    """An image [3, S, S] in 0..1 as a picture of at most `largest` pixels a side."""
+    """Return an image [3, S, S] in 0..1 as a picture of at most `largest` pixels a side."""
     picture = Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
     picture.thumbnail((largest, largest))
     return picture
 
 
-GRID_LEFT, GRID_TOP, GRID_GAP = (
-    132,
-    44,
-    2,
-)  # pixels of a grid: margin for the labels of rows and of columns, space between images
-
-
 def draw_grid(
     thumbnails: dict[tuple[str, str], Image.Image], unlearned: list[str], title: str
 ) -> bytes:
-    """PNG of thumbnails: rows concepts, columns cross concepts; the rows of unlearned concepts have a red bar and label."""
+    """Draw a PNG of thumbnails: rows are concepts, columns cross concepts.
+
+    The rows of unlearned concepts have a red bar and label.
+    """
     rows = list(dict.fromkeys(row for row, _ in thumbnails))
     columns = list(dict.fromkeys(column for _, column in thumbnails))
     side = next(iter(thumbnails.values())).width
@@ -71,7 +70,12 @@ def draw_grid(
 def read_grid(
     png: bytes, rows: list[str], columns: list[str]
 ) -> dict[tuple[str, str], Image.Image]:
-    """The thumbnails of a grid that draw_grid made. rows: its concepts from the top; columns: its cross concepts from the left."""
+    """Cut a grid that draw_grid made into its thumbnails.
+
+    Args:
+        rows: its concepts from the top.
+        columns: its cross concepts from the left.
+    """
     picture = Image.open(io.BytesIO(png)).convert("RGB")
     side = (picture.width - GRID_LEFT) // len(columns) - GRID_GAP
     cells = [(row, column, x, y) for y, row in enumerate(rows) for x, column in enumerate(columns)]

@@ -8,7 +8,11 @@ IMAGENET = "imagenet"  # the 1000 classes in their usual order, as open_clip spe
 
 
 def read_labels(key: str, source: str | list[str]) -> list[str]:
-    """The labels themselves, those of a shipped list (cu_runner/concepts/lists), of a text file with one a line, or "imagenet".
+    """Return the labels of a network.
+
+    Args:
+        source: the labels themselves, the name of a shipped list (cu_runner/concepts/lists), a text
+            file with one a line, or "imagenet".
 
     Raises:
         ValueError: there is no such list or file, a label is there twice, or fewer than two are.
@@ -22,7 +26,10 @@ def read_labels(key: str, source: str | list[str]) -> list[str]:
 
 
 def imagenet_classes() -> list[str]:
-    """The 1000 names of open_clip; of two with one name (missile, sunglasses) the second has its number behind it."""
+    """Return the 1000 names of open_clip.
+
+    Of two with one name (missile, sunglasses) the second has its number behind it.
+    """
     from open_clip import IMAGENET_CLASSNAMES  # takes seconds, and most evaluators do without
 
     names = list(IMAGENET_CLASSNAMES)

@@ -1,6 +1,7 @@
-"""Generate -> classify -> predictions.csv; metrics are a pure function of that file (Lee et al. 2026, Sec. 4).
+"""Metrics, a pure function of predictions.csv (Lee et al. 2026, Sec. 4).
 
-Accuracies are in percent. A prediction counts as right when it equals the concept that the prompt names.
+Accuracies are in percent. A prediction counts as right when it equals the concept that the prompt
+names.
 """
 
 from __future__ import annotations
@@ -11,29 +12,38 @@ from typing import BinaryIO
 from cu_runner.concepts.sequence import Sequence
 from cu_runner.runtime.lazy import pd
 
-ENOUGH_UA = 95.0  # percent; a run below it has forgotten too little for its retention to be compared with that of others
+# Percent; a run below it has forgotten too little for its retention to be compared with that of
+# others.
+ENOUGH_UA = 95.0
 
 
 def read_predictions(file: Path | BinaryIO) -> pd.DataFrame:
-    """predictions.csv. Names stay text, also "NA" and "007"; step and seed are whole numbers, scores are floats."""
+    """Read predictions.csv.
+
+    Names stay text, also "NA" and "007"; step and seed are whole numbers, scores are floats.
+    """
     rows = pd.read_csv(file, dtype=str, keep_default_na=False)
-    return rows.astype(
-        {
-            name: float if name.startswith("score_") else int
-            for name in rows
-            if name.startswith(("step", "seed", "face", "score_"))
-        }
-    )
+    names = [str(name) for name in rows]
+    numbers = [name for name in names if name.startswith(("step", "seed", "face", "score_"))]
+    return rows.astype({name: float if name.startswith("score_") else int for name in numbers})
 
 
 def accuracy_per_concept(predictions: pd.DataFrame, domain: str) -> dict[str, float]:
-    """Percent of images of each concept that are recognised as it, in order of first appearance."""
+    """Return the percentage of images of each concept that are recognised as it.
+
+    Concepts come in the order of their first appearance.
+    """
     right = predictions[domain] == predictions[f"predicted_{domain}"]
-    return (100.0 * right.groupby(predictions[domain], sort=False).mean()).to_dict()
+    percent = 100.0 * right.groupby(predictions[domain], sort=False).mean()
+    return {str(concept): accuracy for concept, accuracy in percent.to_dict().items()}
 
 
 def mean_accuracy(predictions: pd.DataFrame, domain: str, concepts: list[str]) -> float:
-    """Percent, every concept with the same weight. Raises ValueError when one of them has no image."""
+    """Return the mean accuracy in percent, every concept with the same weight.
+
+    Raises:
+        ValueError: one of them has no image.
+    """
     accuracy = accuracy_per_concept(predictions, domain)
     missing = [name for name in concepts if name not in accuracy]
     if missing:
@@ -49,37 +59,38 @@ def metrics(
     retain: list[str],
     cross_retain: list[str] | None,
 ) -> dict[str, float | None]:
-    """UA, RA_I, RA_C and RA_C_retained of one step, in percent (released code of Lee et al. 2026).
+    """Compute UA, RA_I, RA_C and RA_C_retained of one step, in percent.
 
-    UA: 100 - mean accuracy over the unlearned concepts; None when there is none. RA_I: mean accuracy over the retained concepts of
-    their domain. RA_C: cross-domain accuracy over all images of the cross_retain concepts, those prompted with unlearned concepts
-    included; RA_C_retained: over those prompted with retained concepts only.
+    They are those of the released code of Lee et al. 2026. UA: 100 - mean accuracy over the
+    unlearned concepts; None when there is none. RA_I: mean accuracy over the retained concepts of
+    their domain. RA_C: cross-domain accuracy over all images of the cross_retain concepts, those
+    prompted with unlearned concepts included; RA_C_retained: over those prompted with retained
+    concepts only.
 
-    Where the rows say whether an image shows a face, UA is over the images that do, and None when none does: an image without one
-    is neither a success nor a failure of unlearning. Retained concepts are not recognised in such an image.
+    Where the rows say whether an image shows a face, UA is over the images that do, and None when
+    none does: an image without one is neither a success nor a failure of unlearning. Retained
+    concepts are not recognised in such an image.
 
     Args:
-        predictions: rows of predictions.csv. The domain is the column that holds the retained concepts, the cross domain the one
-            that holds the cross_retain concepts.
-        cross_retain: None if the images name no concept of another domain; RA_C and RA_C_retained are then None.
+        predictions: rows of predictions.csv. The domain is the column that holds the retained
+            concepts, the cross domain the one that holds the cross_retain concepts.
+        cross_retain: None if the images name no concept of another domain; RA_C and RA_C_retained
+            are then None.
 
     Raises:
         ValueError: a concept has no image, or a list of retained concepts is empty.
     """
     if not retain or cross_retain == []:
         raise ValueError("metrics: retain and cross_retain need at least one concept each")
-    domain, shown, across = (
-        domain_of(predictions, retain),
-        predictions,
-        {"RA_C": None, "RA_C_retained": None},
-    )
+    domain, shown = domain_of(predictions, retain), predictions
+    across: dict[str, float | None] = {"RA_C": None, "RA_C_retained": None}
     if cross_retain is not None:
         cross_domain = domain_of(predictions, cross_retain)
         shown = predictions[predictions[cross_domain].isin(cross_retain)]
         right = shown[cross_domain] == shown[f"predicted_{cross_domain}"]
         across = {
-            "RA_C": 100.0 * right.mean().item(),
-            "RA_C_retained": 100.0 * right[shown[domain].isin(retain)].mean().item(),
+            "RA_C": 100.0 * float(right.mean()),
+            "RA_C_retained": 100.0 * float(right[shown[domain].isin(retain)].mean()),
         }
     return {
         "UA": unlearning_accuracy(shown, domain, unlearned),
@@ -90,7 +101,9 @@ def metrics(
 def unlearning_accuracy(
     predictions: pd.DataFrame, domain: str, unlearned: list[str]
 ) -> float | None:
-    """UA in percent: 100 - mean accuracy over the concepts, on images with a face where the rows tell. None without any image.
+    """Compute UA in percent: 100 - mean accuracy over the concepts.
+
+    Where the rows tell, it is that on images with a face. None without any image.
 
     Raises:
         ValueError: a concept has no image at all.
@@ -108,17 +121,18 @@ def unlearning_accuracy(
 
 
 def count_faceless(predictions: pd.DataFrame, domain: str, concepts: list[str]) -> int:
-    """How many images of the concepts show no face."""
+    """Count the images of the concepts that show no face."""
     return int((predictions["face"] == 0)[predictions[domain].isin(concepts)].sum())
 
 
 def step_metrics(
     predictions: pd.DataFrame, unlearned: list[str], sequence: Sequence
 ) -> dict[str, float | None]:
-    """The metrics of one step of a run, in percent, to a thousandth.
+    """Compute the metrics of one step of a run, in percent, to a thousandth.
 
-    Those of metrics(), and UA_current: UA of the concept unlearned last; UA_previous: of the others (their rebound). Where faces
-    are looked for: faceless_unlearned and faceless_retained, the numbers of images without one.
+    They are those of metrics(), and UA_current: UA of the concept unlearned last; UA_previous: of
+    the others (their rebound). Where faces are looked for: faceless_unlearned and
+    faceless_retained, the numbers of images without one.
     """
     retain, cross_retain = (
         [concept.name for concept in concepts]
@@ -139,7 +153,7 @@ def step_metrics(
 
 
 def domain_of(predictions: pd.DataFrame, concepts: list[str]) -> str:
-    """The column of predictions that holds every one of the concepts."""
+    """Find the column of predictions that holds every one of the concepts."""
     domains = [
         name.removeprefix("predicted_")
         for name in predictions.columns

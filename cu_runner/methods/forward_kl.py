@@ -23,7 +23,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from cu_runner.methods._forgetting import add_gradient, target_prompts
 from cu_runner.methods._primal_dual import DualAscent, Duals, PrimalDual, group_means, squared_error
-from cu_runner.models.diffusion import Text
+from cu_runner.models.text import Text
 from cu_runner.request.images import CaptionedImages, NoisyBatch, RetainSet, diffusion_loss
 from cu_runner.request.scope import Scope
 from cu_runner.runtime.lazy import torch

@@ -1,23 +1,24 @@
-"""A text-to-image diffusion model as the unlearning code sees it: encode prompts, predict noise, encode and decode images.
+"""A text-to-image diffusion model as the unlearning code sees it.
 
-The embedded ShapeCanvas model, Stable Diffusion 1 and 2, and SDXL differ in their files only.
+It encodes prompts, predicts noise, encodes and decodes images. The embedded ShapeCanvas model,
+Stable Diffusion 1 and 2, and SDXL differ in their files only.
 
-Shapes: B batch, C latent channels, H W latent size, L tokens, D text width, P pooled text width, S image side.
+Shapes: B batch, C latent channels, H W latent size, S image side.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
-from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Container, Iterator
+from typing import TYPE_CHECKING, Any
 
 from pydantic import PositiveInt
 
-from cu_runner.models.checkpoints import Components, PredictionType, locate, read_components
+from cu_runner.models.checkpoint_files import locate
+from cu_runner.models.checkpoints import Components, PredictionType, read_components
 from cu_runner.models.hashing import describe, describe_tokenizer, hash_weights, to_bytes
+from cu_runner.models.text import PromptEncoder, Text
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import nn, torch, without_gradients
 from cu_runner.schema.errors import ModelError
@@ -26,36 +27,7 @@ from cu_runner.schema.settings import Precision, Sampler, Speed
 if TYPE_CHECKING:
     from torch import Tensor
 
-logger = logging.getLogger(__name__)
-
-
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # names in torch
-
-
-@dataclass(frozen=True)
-class Text:
-    """Encoded prompts, as the UNet reads them."""
-
-    hidden: Tensor  # [B, L, D], at every token position; keys and values of cross-attention are linear in it
-    pooled: Tensor | None = None  # [B, P], of SDXL
-
-    def __len__(self) -> int:
-        return len(self.hidden)
-
-    def __getitem__(self, rows: slice | list[int]) -> Text:
-        return Text(self.hidden[rows], None if self.pooled is None else self.pooled[rows])
-
-    def to(self, device: torch.device | str) -> Text:
-        """The same on another device."""
-        return Text(self.hidden.to(device), None if self.pooled is None else self.pooled.to(device))
-
-    @staticmethod
-    def cat(parts: Sequence[Text]) -> Text:
-        """The rows of all parts, in order."""
-        pooled = [part.pooled for part in parts if part.pooled is not None]
-        return Text(
-            torch.cat([part.hidden for part in parts]), torch.cat(pooled) if pooled else None
-        )
 
 
 class Remembered:
@@ -99,37 +71,38 @@ class DiffusionModel:
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         if resolution % factor:
             raise ModelError(
-                f"model.resolution={resolution}: not a multiple of {factor}, the autoencoder's factor"
+                f"model.resolution={resolution}: not a multiple of {factor}, "
+                "the autoencoder's factor"
             )
-        self.latent_shape = (
-            self.unet.config.in_channels,
-            resolution // factor,
-            resolution // factor,
-        )
-        self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
-        self.batch_limit: int | None = (
-            None  # the most images of a batch, once more of them did not fit into GPU memory
-        )
-        self._embeddings: dict[str, Text] = {}
-        self._forward: Callable = self.unet
+        side = resolution // factor
+        self.latent_shape: tuple[int, int, int] = (self.unet.config.in_channels, side, side)
+        self.alphas_cumprod: Tensor = self.scheduler.alphas_cumprod.to(device)
+        # the most images of a batch, once more of them did not fit into GPU memory
+        self.batch_limit: int | None = None
+        self._prompts = PromptEncoder(components, device)
+        self._forward: Callable[..., Any] = self.unet
         self._caches_text = False
 
     def speed_up(self, speed: Speed) -> None:
-        """Choose what gives the same results faster, up to rounding; on a CPU without compilation, the same bits."""
+        """Choose what gives the same results faster, up to rounding.
+
+        On a CPU without compilation they are the same bits.
+        """
         self._caches_text = speed.kv_cache and not speed.compile
-        layout = (
-            torch.channels_last
-            if speed.channels_last and self.device.type == "cuda"
-            else torch.contiguous_format
-        )
+        last = speed.channels_last and self.device.type == "cuda"
+        layout = torch.channels_last if last else torch.contiguous_format
         self.unet.to(memory_format=layout)
         self.vae.to(memory_format=layout)
-        # only keys and values change between requests, and in place: one compilation per shape and process
+        # only keys and values change between requests, and in place: one compilation per shape and
+        # process
         self._forward = torch.compile(self.unet, dynamic=False) if speed.compile else self.unet
 
     @contextlib.contextmanager
     def constant_text(self) -> Iterator[None]:
-        """Here the UNet runs without gradients on one text, again and again: its keys and values are computed once."""
+        """Compute keys and values of a text once where the UNet runs on it again and again.
+
+        It runs without gradients here, on one text.
+        """
         if not self._caches_text:
             yield
             return
@@ -148,60 +121,24 @@ class DiffusionModel:
 
     @property
     def num_train_timesteps(self) -> int:
+        """Return the number of steps of the noise schedule."""
         return len(self.alphas_cumprod)
 
     def autocast(self) -> torch.autocast:
-        """The precision of forward passes. Training in fp16 would need loss scaling: with gradients on, fp16 runs as fp32."""
-        enabled = self.precision == "bf16" or (
-            self.precision == "fp16" and not torch.is_grad_enabled()
-        )
+        """Set the precision of forward passes.
+
+        Training in fp16 would need loss scaling: with gradients on, fp16 runs as fp32.
+        """
+        enabled = self.precision == "bf16"
+        enabled |= self.precision == "fp16" and not torch.is_grad_enabled()
         return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
-    @without_gradients
     def encode_prompts(self, prompts: list[str]) -> Text:
-        """The text of B prompts; each distinct prompt is encoded once per process, in fp32, and kept on the CPU."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
-        for start in range(0, len(new), 256):
-            chunk = new[start : start + 256]
-            text = self._encode(chunk).to("cpu")
-            for row, prompt in enumerate(chunk):
-                encoded = Text.cat(
-                    [text[row : row + 1]]
-                )  # a copy: a view would keep the whole chunk
-                if prompt == "" and self.components.zero_empty_prompt:
-                    encoded = Text(
-                        torch.zeros_like(encoded.hidden), torch.zeros_like(encoded.pooled)
-                    )
-                self._embeddings[prompt] = encoded
-        return Text.cat([self._embeddings[prompt] for prompt in prompts]).to(self.device)
-
-    def _encode(self, prompts: list[str]) -> Text:
-        """One encoder: its last hidden states. SDXL: the last but one of both, side by side, and the second's projection."""
-        ids = []
-        for tokenizer in self.components.tokenizers:
-            tokens = tokenizer(
-                prompts, padding="max_length", truncation=True, return_tensors="pt"
-            ).input_ids
-            longest, limit = (
-                max(len(tokenizer(prompt).input_ids) for prompt in prompts),
-                tokens.shape[1],
-            )
-            if longest > limit and not ids:
-                logger.warning(
-                    "a prompt of %d tokens is cut to the %d that the model reads", longest, limit
-                )
-            ids.append(tokens.to(self.device))
-        if len(ids) == 1:
-            return Text(self.text_encoders[0](ids[0])[0].float())
-        outputs = [
-            encoder(rows, output_hidden_states=True)
-            for encoder, rows in zip(self.text_encoders, ids, strict=True)
-        ]
-        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        return Text(hidden.float(), outputs[1].text_embeds.float())
+        """Return the text of B prompts; each distinct one is encoded once per process, in fp32."""
+        return self._prompts(prompts)
 
     def token_span(self, text: str, inside: str) -> slice:
-        """The token positions of `text` in the prompt `inside`, counting the begin-of-text token as position 0."""
+        """Return the token positions of `text` in the prompt `inside`; begin-of-text has 0."""
         whole = self.tokenizer(inside).input_ids
         part = self.tokenizer(text).input_ids[1:-1]
         for start in range(1, len(whole) - len(part)):
@@ -210,25 +147,29 @@ class DiffusionModel:
         raise ValueError(f"{text!r} is not a run of whole tokens in the prompt {inside!r}")
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = sqrt(ab_t) x_0 + sqrt(1 - ab_t) eps   (Ho et al. 2020, eq. 4); all [B, C, H, W], timesteps [B]."""
+        """Noise clean latents x_0 to x_t, all [B, C, H, W], at timesteps [B]."""
+        # x_t = sqrt(ab_t) x_0 + sqrt(1 - ab_t) eps   (Ho et al. 2020, eq. 4)
         alpha_bar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         return alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
 
     def unet_output(
         self, noisy: Tensor, timesteps: Tensor, text: Text, weights: dict[str, Tensor] | None = None
     ) -> Tensor:
-        """What the UNet says [B, C, H, W], fp32, as the scheduler's prediction type means it.
+        """Run the UNet.
 
         Args:
             noisy: [B, C, H, W]. timesteps: [B], or one for all.
-            weights: values to use in place of some UNet parameters (a frozen teacher); the UNet itself is not changed.
+            weights: values to use in place of some UNet parameters (a frozen teacher); the UNet
+                itself is not changed.
+
+        Returns:
+            [B, C, H, W], fp32, as the scheduler's prediction type means it.
         """
         rows = distributed.share(len(noisy))
         if rows is not None:  # several processes: each runs its share
             timesteps = timesteps[rows] if timesteps.ndim else timesteps
-            return distributed.gather(
-                self._run_unet(noisy[rows], timesteps, text[rows], weights), len(noisy)
-            )
+            own = self._run_unet(noisy[rows], timesteps, text[rows], weights)
+            return distributed.gather(own, len(noisy))
         return self._run_unet(noisy, timesteps, text, weights)
 
     def _run_unet(
@@ -236,7 +177,8 @@ class DiffusionModel:
     ) -> Tensor:
         more = {}
         if text.pooled is not None:
-            # original size, crop corner, target size: an image that was never resized or cropped   (Podell et al. 2023, Sec. 2.2)
+            # original size, crop corner, target size: an image that was never resized or cropped
+            # (Podell et al. 2023, Sec. 2.2)
             size = [self.resolution, self.resolution, 0, 0, self.resolution, self.resolution]
             more["added_cond_kwargs"] = {
                 "text_embeds": text.pooled,
@@ -253,39 +195,38 @@ class DiffusionModel:
     def predict_noise(
         self, noisy: Tensor, timesteps: Tensor, text: Text, weights: dict[str, Tensor] | None = None
     ) -> Tensor:
-        """e(x_t, t, c) [B, C, H, W] for noisy latents [B, C, H, W], timesteps [B] and the text of B prompts; weights as above."""
+        """Predict the noise e(x_t, t, c) [B, C, H, W]; arguments as of unet_output()."""
         output = self.unet_output(noisy, timesteps, text, weights)
         if self.scheduler.config.prediction_type == "epsilon":
             return output
-        # v = sqrt(ab) eps - sqrt(1 - ab) x_0   =>   eps = sqrt(ab) v + sqrt(1 - ab) x_t   (Salimans & Ho 2022, App. D)
+        # v = sqrt(ab) eps - sqrt(1 - ab) x_0   =>   eps = sqrt(ab) v + sqrt(1 - ab) x_t
+        # (Salimans & Ho 2022, App. D)
         alpha_bar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         return alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * noisy
 
     @without_gradients
     def encode_images(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] in 0..1 to scaled latents [B, C, H, W] (the mean of the posterior)."""
-        return (
-            self.vae.encode(images.to(self.device) * 2 - 1).latent_dist.mean
-            * self.vae.config.scaling_factor
-        )
+        """Encode images [B, 3, S, S] in 0..1 to scaled latents [B, C, H, W], the posterior mean."""
+        latents = self.vae.encode(images.to(self.device) * 2 - 1).latent_dist.mean
+        return latents * self.vae.config.scaling_factor
 
     @without_gradients
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Scaled latents [B, C, H, W] to images [B, 3, S, S] in 0..1."""
-        # SDXL's autoencoder overflows in fp16; others leave force_upcast at its default, and their pipeline does not read it
-        overflows = (
-            self.precision == "fp16"
-            and self.vae.config.force_upcast
-            and len(self.text_encoders) == 2
-        )
+        """Decode scaled latents [B, C, H, W] to images [B, 3, S, S] in 0..1."""
+        # SDXL's autoencoder overflows in fp16; others leave force_upcast at its default, and their
+        # pipeline does not read it
+        is_sdxl, config = len(self.text_encoders) == 2, self.vae.config
+        overflows = self.precision == "fp16" and config.force_upcast and is_sdxl
         with contextlib.nullcontext() if overflows else self.autocast():
-            images = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+            images = self.vae.decode(latents / config.scaling_factor).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def lower_frozen(self, trained: Container[str]) -> None:
-        """With precision=bf16, hold the UNet's matrices in bf16 that are not trained: half their memory, bitwise the same outputs.
+        """Hold the UNet's matrices that are not trained in bf16, with precision=bf16.
 
-        Call it after fingerprint(), which is over the weights as they were loaded. The other precisions also run in fp32.
+        That is half their memory and bitwise the same outputs. The other precisions also run in
+        fp32, and nothing is done. Call it after fingerprint(), which is over the weights as they
+        were loaded.
 
         Args:
             trained: names of UNet parameters that stay fp32.
@@ -293,35 +234,43 @@ class DiffusionModel:
         if self.precision != "bf16":
             return
         for name, module in self.unet.named_modules():
-            if isinstance(
-                module, nn.Linear | nn.Conv2d
-            ):  # what autocast would cast at every forward pass
+            # what autocast would cast at every forward pass
+            if isinstance(module, nn.Linear | nn.Conv2d):
                 for key, parameter in module.named_parameters(recurse=False):
                     if f"{name}.{key}" not in trained:
                         parameter.data = parameter.data.to(self.dtype)
 
     def checkpoint_gradients(self) -> None:
-        """Keep no activations inside the UNet's blocks, and compute them again on the way back: less memory, more time."""
+        """Keep no activations inside the UNet's blocks: less memory, more time.
 
+        They are computed again on the way back.
+        """
         from torch.utils.checkpoint import checkpoint
 
         def run(module: nn.Module, *arguments: object) -> object:
-            # the weights as they are now: on the way back, those of a functional_call are no longer in place
-            weights = dict(module.named_parameters())
-            call = lambda *inputs: torch.func.functional_call(module, weights, inputs)  # noqa: E731
+            # the weights as they are now: on the way back, those of a functional_call are no longer
+            # in place
+            weights: dict[str, Tensor] = dict(module.named_parameters())
+
+            def call(*inputs: object) -> object:
+                return torch.func.functional_call(module, weights, inputs)
+
             return checkpoint(call, *arguments, use_reentrant=False)
 
         self.unet.enable_gradient_checkpointing(run)
 
     def fingerprint(self) -> str:
-        """sha256 over configurations, tokenizers and weights: two models with one fingerprint make the same images."""
+        """Return the sha256 over configurations, tokenizers and weights.
+
+        Two models with one fingerprint make the same images.
+        """
         digest = hashlib.sha256(to_bytes({"latent": self.latent_shape, **self.configuration()}))
         for part in (self.unet, self.vae, *self.text_encoders):
             hash_weights(digest, part)
         return digest.hexdigest()
 
     def configuration(self) -> dict[str, object]:
-        """What of the components is no weight and changes images."""
+        """Return what of the components is no weight and changes images."""
         parts = self.components
         return {
             "unet": describe(parts.unet, parts.unet.config),
@@ -351,29 +300,28 @@ def load_model(
     """Load a text-to-image model: Stable Diffusion 1 or 2, SDXL, or one that is built like them.
 
     Args:
-        path: a diffusers directory, a single file in the original layout, or the id of a diffusers repository on the Hugging Face
-            hub; `package:...` is inside the installed package.
+        path: a diffusers directory, a single file in the original layout, or the id of a diffusers
+            repository on the Hugging Face hub; `package:...` is inside the installed package.
         resolution: image side in pixels.
         sampler: default denoising steps and guidance.
-        precision: of the forward passes. bf16 holds what is not trained in it too; fp16 is for passes without gradients, those with
-            gradients are fp32.
+        precision: of the forward passes. bf16 holds what is not trained in it too; fp16 is for
+            passes without gradients, those with gradients are fp32.
         revision: branch, tag or commit of a hub repository.
-        config: for a single file, a diffusers directory (or hub id) of the same kind: its configurations and tokenizers are read.
+        config: for a single file, a diffusers directory (or hub id) of the same kind: its
+            configurations and tokenizers are read.
         prediction_type: what the UNet predicts, where the checkpoint's scheduler says it wrongly.
         vae_slicing: encode and decode images one by one: less memory.
-        allow_pickle: files that may be read although they are pickles; as weights only, whatever they hold.
+        allow_pickle: files that may be read although they are pickles; as weights only, whatever
+            they hold.
         device: as torch names it.
 
     Raises:
-        ModelError: missing checkpoint or component, weights that are incomplete or of a wrong shape, a precision that the device
-            does not have.
+        ModelError: missing checkpoint or component, weights that are incomplete or of a wrong
+            shape, a precision that the device does not have.
     """
     target = torch.device(device)
-    if (
-        precision == "bf16"
-        and target.type == "cuda"
-        and torch.cuda.get_device_capability(target) < (8, 0)
-    ):
+    on_gpu = target.type == "cuda"
+    if precision == "bf16" and on_gpu and torch.cuda.get_device_capability(target) < (8, 0):
         raise ModelError("model.precision=bf16: this GPU does not have it; use fp16 or fp32")
     components = read_components(
         locate(path, revision),

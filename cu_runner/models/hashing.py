@@ -9,28 +9,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cu_runner.runtime.lazy import nn, torch
+from cu_runner.runtime.lazy import nn, timm, torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Keys of configurations that change no image and no judgement.
+# Keys of configurations that change no image and nothing that is seen in one.
 WITHOUT_EFFECT = (
+    # names, paths and versions
     "_name_or_path",
     "_class_name",
     "_diffusers_version",
-    "transformers_version",  # names, paths and versions
-    "_use_default_values",  # which settings a file left out; their values are there
+    "transformers_version",
+    # which settings a file left out; their values are there
+    "_use_default_values",
+    # the names of classes, which are hashed as they were chosen
     "architectures",
     "model_type",
-    "image_processor_type",  # the name of a class, which is hashed as it was chosen
+    "image_processor_type",
+    # in which the weights were saved; they are hashed themselves
     "dtype",
-    "torch_dtype",  # in which the weights were saved; they are hashed themselves
+    "torch_dtype",
+    # labels, which are hashed as they are used
     "id2label",
-    "label2id",  # labels are hashed as they are used
+    "label2id",
 )
-
-
 # What of a tokenizer decides which token ids a text becomes, beside the rules of its backend.
 READING = (
     "model_max_length",
@@ -78,9 +81,8 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
     reading = {name: getattr(tokenizer, name) for name in READING}
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        return reading | {
-            name: rule for name, rule in rules.items() if name not in ("truncation", "padding")
-        }  # of its last call
+        of_last_call = ("truncation", "padding")
+        return reading | {name: rule for name, rule in rules.items() if name not in of_last_call}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = sorted(
@@ -96,8 +98,6 @@ def describe_timm(architecture: str) -> list[object]:
 
     That is its name, and the arguments that a repository or directory brings.
     """
-    import timm  # takes seconds
-
     source, _, place = architecture.partition(":")
     if source == "local-dir":
         config = json.loads((Path(place) / "config.json").read_text(encoding="utf-8"))

@@ -1,4 +1,6 @@
-"""Image-text models (CLIP and its kin) through open_clip: images and texts as unit vectors in one space.
+"""Image-text models (CLIP and its kin) through open_clip.
+
+Images and texts become unit vectors in one space.
 
 Shapes: B batch, S image side, N texts, E embedding width.
 """
@@ -16,11 +18,11 @@ from typing import TYPE_CHECKING
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from cu_runner.models.checkpoints import locate
+from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.hashing import describe, describe_tokenizer, effective, hash_weights, to_bytes
 from cu_runner.models.weight_files import check_pickle
-from cu_runner.runtime.lazy import F, nn, open_clip, torch, transformers, without_gradients
-from cu_runner.schema.errors import ModelError
+from cu_runner.runtime.lazy import F, open_clip, torch, transformers, without_gradients
+from cu_runner.schema.errors import ModelError, one_line
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
@@ -31,10 +33,11 @@ if TYPE_CHECKING:
 class ImageTextSource:
     """Where an image-text model comes from.
 
-    model: an architecture that open_clip knows ("ViT-L-14"), the path of a model configuration of one's own (.json), an open_clip
-    directory (open_clip_config.json, weights and, for a tokenizer of its own, its files), or "hf-hub:OWNER/NAME".
-    path: the weight file of the first two; the others bring their own. allow_pickle: weight files other than safetensors that
-    may be read.
+    model: an architecture that open_clip knows ("ViT-L-14"), the path of a model configuration of
+    one's own (.json), an open_clip directory (open_clip_config.json, weights and, for a tokenizer
+    of its own, its files), or "hf-hub:OWNER/NAME".
+    path: the weight file of the first two; the others bring their own. allow_pickle: weight files
+    other than safetensors that may be read.
     """
 
     model: str
@@ -47,18 +50,14 @@ class ImageTextModel:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: open_clip.CLIP,
         tokenizer: SimpleTokenizer | HFTokenizer,
         description: dict[str, object],
         device: str,
     ) -> None:
-        """description: what of the network is no weight."""
-        self._description = description
-        self._network, self._tokenizer, self._device = (
-            network.to(device).eval().requires_grad_(False),
-            tokenizer,
-            device,
-        )
+        """Take a network, and in the description what of it is no weight."""
+        self._network = network.to(device).eval().requires_grad_(False)
+        self._tokenizer, self._description, self._device = tokenizer, description, device
         preprocess = network.visual.preprocess_cfg
         side = preprocess["size"]
         self._size = (side, side) if isinstance(side, int) else tuple(side)
@@ -70,24 +69,22 @@ class ImageTextModel:
 
     @property
     def scale(self) -> float:
-        """The trained inverse temperature: logits are this times the cosine."""
-        return self._network.logit_scale.exp().item()
+        """Return the trained inverse temperature: logits are this times the cosine."""
+        return float(self._network.logit_scale.exp().item())
 
     @without_gradients
     def embed_images(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] in 0..1 to unit vectors [B, E]."""
+        """Map images [B, 3, S, S] in 0..1 to unit vectors [B, E]."""
         if images.shape[-2:] != self._size:
             images = F.interpolate(
                 images, size=self._size, mode=self._interpolation, antialias=True
             ).clamp(0, 1)
-        return F.normalize(
-            self._network.encode_image((images.to(self._device) - self._mean) / self._std).float(),
-            dim=-1,
-        )
+        inputs = (images.to(self._device) - self._mean) / self._std
+        return F.normalize(self._network.encode_image(inputs).float(), dim=-1)
 
     @without_gradients
     def embed_texts(self, texts: list[str]) -> Tensor:
-        """N texts to unit vectors [N, E]; what is longer than the model reads is cut."""
+        """Map N texts to unit vectors [N, E]; what is longer than the model reads is cut."""
         batches = [texts[start : start + 256] for start in range(0, len(texts), 256)]
         rows = [
             self._network.encode_text(self._tokenizer(batch).to(self._device)).float()
@@ -96,7 +93,7 @@ class ImageTextModel:
         return F.normalize(torch.cat(rows), dim=-1)
 
     def fingerprint(self) -> str:
-        """sha256 over weights, configuration, preprocessing and tokenizer."""
+        """Return the sha256 over weights, configuration, preprocessing and tokenizer."""
         preprocessing = [self._size, self._interpolation, self._mean.tolist(), self._std.tolist()]
         digest = hashlib.sha256(
             to_bytes([self._description, preprocessing, describe_reader(self._tokenizer)])
@@ -109,8 +106,9 @@ def load_image_text(source: ImageTextSource, device: str) -> ImageTextModel:
     """Load a model whose weights must be complete.
 
     Raises:
-        ModelError: an unknown architecture, a missing or damaged file, weights that do not fit. WeightFileError: a weight file
-            that is missing, or a pickle that allow_pickle does not name.
+        ModelError: an unknown architecture, a missing or damaged file, weights that do not fit.
+            WeightFileError: a weight file that is missing, or a pickle that allow_pickle does not
+            name.
     """
     name, weights = find_parts(source)
     try:
@@ -118,13 +116,9 @@ def load_image_text(source: ImageTextSource, device: str) -> ImageTextModel:
             network = open_clip.create_model(name, load_weights=False, pretrained_text=False)
             open_clip.load_checkpoint(network, str(weights), weights_only=True)
             tokenizer = open_clip.get_tokenizer(name)
-    except (
-        Exception
-    ) as error:  # open_clip, torch and transformers raise many types; the cause is kept in the line
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"{source.model}: cannot be loaded by open_clip ({reason or type(error).__name__})"
-        ) from error
+    except Exception as error:  # open_clip, torch and transformers raise many types
+        reason = one_line(error)[:300]
+        raise ModelError(f"{source.model}: cannot be loaded by open_clip ({reason})") from error
     towers = [
         module for module in network.modules() if isinstance(module, transformers.PreTrainedModel)
     ]
@@ -136,7 +130,7 @@ def load_image_text(source: ImageTextSource, device: str) -> ImageTextModel:
 
 
 def describe_reader(tokenizer: SimpleTokenizer | HFTokenizer) -> list[object]:
-    """What decides which token ids an open_clip tokenizer makes of a text."""
+    """Return what decides which token ids an open_clip tokenizer makes of a text."""
     common = [type(tokenizer).__name__, tokenizer.context_length, tokenizer.clean_fn.__name__]
     if isinstance(tokenizer, open_clip.tokenizer.HFTokenizer):
         return [
@@ -149,13 +143,18 @@ def describe_reader(tokenizer: SimpleTokenizer | HFTokenizer) -> list[object]:
 
 
 def find_parts(source: ImageTextSource) -> tuple[str, Path]:
-    """The name under which open_clip builds the architecture, and the weight file. Raises ModelError or WeightFileError."""
+    """Find the name under which open_clip builds the architecture, and the weight file.
+
+    Raises:
+        ModelError: there is no such model, or nothing to load. WeightFileError: a weight file that
+            is missing, or a pickle that is not allowed.
+    """
     name, hub = source.model, source.model.removeprefix("hf-hub:")
     if hub != name:
         try:
             weights = Path(open_clip.pretrained.download_pretrained_from_hf(hub))
         except Exception as error:  # network, hub and cache errors of several libraries
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise ModelError(
                 f"{name}: cannot be downloaded ({reason}); give a local open_clip directory"
             ) from error
@@ -176,22 +175,22 @@ def find_parts(source: ImageTextSource) -> tuple[str, Path]:
         )
         if not found:
             raise ModelError(
-                f"{folder}: holds no weight file; an open_clip directory has open_clip_model.safetensors"
+                f"{folder}: holds no weight file; an open_clip directory has "
+                "open_clip_model.safetensors"
             )
-        name, weights = (
-            f"local-dir:{folder}",
-            next((path for path in found if path.suffix == ".safetensors"), found[0]),
-        )
+        name = f"local-dir:{folder}"
+        weights = next((path for path in found if path.suffix == ".safetensors"), found[0])
     else:
         raise ModelError(
-            f"{name}: open_clip knows no such architecture; give one such as ViT-L-14, a .json of your own, an open_clip directory "
-            "or hf-hub:OWNER/NAME"
+            f"{name}: open_clip knows no such architecture; give one such as ViT-L-14, a .json of "
+            "your own, an open_clip directory or hf-hub:OWNER/NAME"
         )
     check_pickle(weights, source.allow_pickle)
     return name, weights
 
 
 def given_weights(source: ImageTextSource) -> Path:
+    """Return the weight file of an architecture. Raises ModelError for none."""
     if source.path is None:
         raise ModelError(
             f"{source.model}: is an architecture without weights; give the path of a weight file"
@@ -200,7 +199,11 @@ def given_weights(source: ImageTextSource) -> Path:
 
 
 def check_config(file: Path, json_key: str | None) -> None:
-    """Raises ModelError unless the file describes an open_clip model, under json_key where it has one."""
+    """Raise ModelError unless the file describes an open_clip model.
+
+    Args:
+        json_key: where in the file the description is; None: it is all of it.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         complete = {"embed_dim", "vision_cfg", "text_cfg"} <= set(
@@ -210,13 +213,14 @@ def check_config(file: Path, json_key: str | None) -> None:
         complete = False
     if not complete:
         raise ModelError(
-            f"{file}: describes no open_clip model; it must be JSON with embed_dim, vision_cfg and text_cfg"
+            f"{file}: describes no open_clip model; it must be JSON with embed_dim, vision_cfg and "
+            "text_cfg"
         )
 
 
 @contextmanager
 def quiet_root_logger() -> Iterator[None]:
-    """open_clip reports through the root logger, which would print to the terminal."""
+    """Silence the root logger: open_clip reports through it, which would print to the terminal."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from pydantic import ConfigDict, PositiveInt
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from cu_runner.models.diffusion import DiffusionModel, Text
+from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.text import Text
 from cu_runner.request.name_sources import NameSource, kept_names, read_listed
 from cu_runner.request.scope import Scope
 from cu_runner.runtime.lazy import F, torch

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from cu_runner.models.checkpoints import locate
+from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.hashing import describe_timm, hash_weights, to_bytes
 from cu_runner.models.image_text import ImageTextModel, ImageTextSource, load_image_text
 from cu_runner.models.weight_files import check_pickle, load_tensors
 from cu_runner.runtime.lazy import F, nn, timm, torch, without_gradients
-from cu_runner.schema.errors import ModelError
+from cu_runner.schema.errors import ModelError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,13 +121,13 @@ def load_network(source: FeatureSource, device: str) -> nn.Module | ImageTextMod
             return torch.jit.load(path, map_location=device)
         except RuntimeError as error:
             raise ModelError(
-                f"{source.path}: is no TorchScript file ({' '.join(str(error).split())[:200]})"
+                f"{source.path}: is no TorchScript file ({one_line(error)[:200]})"
             ) from error
     try:
         network = timm.create_model(name, pretrained=False)
     except RuntimeError as error:
         raise ModelError(
-            f"timm:{name}: {' '.join(str(error).split())}; timm.list_models() has all names"
+            f"timm:{name}: {one_line(error)}; timm.list_models() has all names"
         ) from None
     network.reset_classifier(0)
     weights, wanted = load_tensors(path, source.allow_pickle), network.state_dict()
@@ -167,5 +167,5 @@ def load_inception(source: FeatureSource) -> nn.Module:
         )
     except Exception as error:  # of torch and of the file; the cause is kept in the line
         raise ModelError(
-            f"{source.path}: holds no weights of inception ({' '.join(str(error).split())[:200]})"
+            f"{source.path}: holds no weights of inception ({one_line(error)[:200]})"
         ) from error

@@ -18,7 +18,7 @@ import safetensors
 from cu_runner.concepts.requests import Request, plan_requests
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.config.run_config import RunConfig
-from cu_runner.models.checkpoints import HUB_ID, find_weights, locate
+from cu_runner.models.checkpoint_files import HUB_ID, find_weights, locate
 from cu_runner.models.parameters import belongs
 from cu_runner.runtime.devices import choose_device, device_name
 from cu_runner.schema.errors import ModelError, StoreError

@@ -95,7 +95,7 @@ def identify(modules: tuple[str, ...] = (), shown: tuple[str, ...] = ()) -> Code
 
     Args:
         modules: of the user's, that a run is made of.
-        shown: those of them that images of the untouched model and their judgement depend on.
+        shown: those of them that images of the untouched model and what is seen in them depend on.
     """
     ours = code_files(PRESENTING)
     files = ours | user_files(modules)

@@ -17,7 +17,7 @@ from conftest import SMOKE, run_directory
 from cu_runner.cli import doctor, report
 from cu_runner.config.compose import compose
 from cu_runner.config.targets import Node
-from cu_runner.models.checkpoints import locate
+from cu_runner.models.checkpoint_files import locate
 from cu_runner.runner import preflight as checkup
 from cu_runner.runner.runner import Runner
 from cu_runner.runner.training import Training

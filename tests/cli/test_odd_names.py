@@ -14,7 +14,7 @@ from wandb_records import read_run_of_wandb
 
 from cu_runner.cli.report import main as cu_report
 from cu_runner.config.compose import parse
-from cu_runner.models.checkpoints import locate
+from cu_runner.models.checkpoint_files import locate
 from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import ConfigError
 

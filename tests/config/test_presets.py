@@ -12,7 +12,7 @@ from cu_runner.concepts.requests import plan_requests
 from cu_runner.concepts.sequence import make_sequence
 from cu_runner.config.compose import parse
 from cu_runner.config.run_config import RunConfig
-from cu_runner.models.checkpoints import HUB_ID
+from cu_runner.models.checkpoint_files import HUB_ID
 from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import ConfigError
 

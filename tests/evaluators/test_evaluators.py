@@ -21,7 +21,7 @@ from cu_runner.evaluators.faces import FaceSettings
 from cu_runner.evaluators.labels import read_labels
 from cu_runner.evaluators.metrics import metrics, read_predictions, step_metrics
 from cu_runner.evaluators.open_clip import OpenClip
-from cu_runner.models.checkpoints import locate
+from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.image_text import ImageTextSource, load_image_text
 from cu_runner.schema.errors import ModelError, WeightFileError
 from cu_runner.schema.settings import EvalSettings

@@ -14,7 +14,7 @@ from conftest import SMOKE
 from huggingface_hub.utils import filter_repo_objects
 from single_file import original_weights
 
-from cu_runner.models.checkpoints import find_weights, locate, wanted_files
+from cu_runner.models.checkpoint_files import find_weights, locate, wanted_files
 from cu_runner.models.diffusion import DiffusionModel, load_model
 from cu_runner.models.parameters import select_parameters
 from cu_runner.runner.forecast import delta_bytes

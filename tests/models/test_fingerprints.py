@@ -16,7 +16,7 @@ from conftest import SMOKE, read_conf, run_directory
 from cu_runner.evaluators.classifier import Classifier
 from cu_runner.evaluators.faces import FaceDetector, FaceSettings
 from cu_runner.evaluators.open_clip import OpenClip
-from cu_runner.models.checkpoints import locate
+from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.diffusion import DiffusionModel, load_model
 from cu_runner.models.hashing import WITHOUT_EFFECT, describe_timm, describe_tokenizer
 from cu_runner.retention.features import FeatureExtractor, FeatureSource

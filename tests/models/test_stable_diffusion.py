@@ -16,9 +16,10 @@ from conftest import read_conf
 from small_runs import overrides, run
 
 from cu_runner.evaluators.classifier import Classifier
-from cu_runner.models.diffusion import DiffusionModel, Text, load_model
+from cu_runner.models.diffusion import DiffusionModel, load_model
 from cu_runner.models.parameters import select_parameters
 from cu_runner.models.sampling import generate
+from cu_runner.models.text import Text
 from cu_runner.runtime.seeding import image_noise
 from cu_runner.schema.settings import Sampler
 
@@ -158,7 +159,7 @@ def test_encoded_prompts_are_kept_off_the_gpu(pipelines, monkeypatch):
     monkeypatch.setattr(model, "device", torch.device("meta"))
     text = model.encode_prompts(PROMPTS)
     assert (text.hidden.device.type, text.pooled.device.type) == ("meta", "meta")
-    assert {kept.hidden.device.type for kept in model._embeddings.values()} == {"cpu"}
+    assert {kept.hidden.device.type for kept in model._prompts.encoded.values()} == {"cpu"}
     monkeypatch.setattr(model, "_encode", lambda prompts: pytest.fail("encoded again"))
     monkeypatch.setattr(Text, "to", lambda text, device: moved.append(str(device)) or text)
     moved: list[str] = []

@@ -9,7 +9,7 @@ from conftest import SMOKE, read_conf
 
 from cu_runner.concepts.entries import read_shipped
 from cu_runner.concepts.sequence import make_sequence
-from cu_runner.models.checkpoints import locate
+from cu_runner.models.checkpoint_files import locate
 from cu_runner.runtime.paths import config_dir
 from cu_runner.shapecanvas.objects import OBJECTS
 from cu_runner.shapecanvas.render import render

@@ -1,0 +1,107 @@
+"""Prompts as the UNet reads them: encoded once per process, in fp32.
+
+Shapes: B batch, L tokens, D text width, P pooled text width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cu_runner.models.checkpoints import Components
+from cu_runner.runtime.lazy import torch, without_gradients
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 256  # prompts that are encoded together
+
+
+@dataclass(frozen=True)
+class Text:
+    """Encoded prompts, as the UNet reads them.
+
+    hidden: [B, L, D], at every token position; keys and values of cross-attention are linear in it.
+    pooled: [B, P], of SDXL.
+    """
+
+    hidden: Tensor
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, rows: slice | list[int]) -> Text:
+        return Text(self.hidden[rows], None if self.pooled is None else self.pooled[rows])
+
+    def to(self, device: torch.device | str) -> Text:
+        """Return the same on another device."""
+        return Text(self.hidden.to(device), None if self.pooled is None else self.pooled.to(device))
+
+    def zeros(self) -> Text:
+        """Return zeros of the same shapes."""
+        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
+        return Text(torch.zeros_like(self.hidden), pooled)
+
+    @staticmethod
+    def cat(parts: Sequence[Text]) -> Text:
+        """Return the rows of all parts, in order."""
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return Text(
+            torch.cat([part.hidden for part in parts]), torch.cat(pooled) if pooled else None
+        )
+
+
+class PromptEncoder:
+    """The text encoders of a model, frozen, with the texts that they have made so far."""
+
+    def __init__(self, parts: Components, device: torch.device) -> None:
+        """Take the components of a model, whose text encoders are on the device."""
+        self._parts, self._device = parts, device
+        self.encoded: dict[str, Text] = {}  # of one prompt each, on the CPU
+
+    @without_gradients
+    def __call__(self, prompts: list[str]) -> Text:
+        """Return the text of B prompts; each distinct one is encoded once, and kept on the CPU."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.encoded]
+        for start in range(0, len(new), CHUNK):
+            chunk = new[start : start + CHUNK]
+            text = self._encode(chunk).to("cpu")
+            for row, prompt in enumerate(chunk):
+                # a copy: a view would keep the whole chunk
+                encoded = Text.cat([text[row : row + 1]])
+                is_zero = prompt == "" and self._parts.zero_empty_prompt
+                self.encoded[prompt] = encoded.zeros() if is_zero else encoded
+        return Text.cat([self.encoded[prompt] for prompt in prompts]).to(self._device)
+
+    def _encode(self, prompts: list[str]) -> Text:
+        """Encode prompts.
+
+        Of one encoder the text is its last hidden states. Of SDXL it is the last but one of both,
+        side by side, and the second's projection.
+        """
+        ids: list[Tensor] = []
+        for tokenizer in self._parts.tokenizers:
+            tokens = tokenizer(
+                prompts, padding="max_length", truncation=True, return_tensors="pt"
+            ).input_ids
+            longest = max(len(tokenizer(prompt).input_ids) for prompt in prompts)
+            limit = tokens.shape[1]
+            if longest > limit and not ids:
+                logger.warning(
+                    "a prompt of %d tokens is cut to the %d that the model reads", longest, limit
+                )
+            ids.append(tokens.to(self._device))
+        encoders = self._parts.text_encoders
+        if len(ids) == 1:
+            return Text(encoders[0](ids[0])[0].float())
+        outputs = [
+            encoder(rows, output_hidden_states=True)
+            for encoder, rows in zip(encoders, ids, strict=True)
+        ]
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return Text(hidden.float(), outputs[1].text_embeds.float())
