@@ -1,16 +1,22 @@
-"""Measure what a user waits for: start-up, images/s, training steps/s, memory, a request, the main job. `make bench`.
+"""Measure what a user waits for: start-up, images/s, steps/s, memory, a request, the main job.
 
-    python scripts/bench.py                      # the embedded model and the main job, on the fastest device there is
-    python scripts/bench.py --skip-main          # without the main job
-    python scripts/bench.py --skip-main --levers # and each lever of speed with and without
-    python scripts/bench.py --methods            # what a training step of every method costs, and nothing else
-    python scripts/bench.py --model sd15 --path DIR --precision bf16 --batch-size 32 --levers --compile
-    python scripts/bench.py --model sdxl --path DIR --precision bf16 --batch-size 2 --train-batch-size 1 --gradient-checkpointing
+`make bench`.
+
+    python scripts/bench.py                       # the embedded model and the main job
+    python scripts/bench.py --skip-main           # without the main job
+    python scripts/bench.py --skip-main --levers  # and each lever of speed with and without
+    python scripts/bench.py --methods             # what a training step of every method costs
+    python scripts/bench.py --model sd15 --path DIR --precision bf16 --batch-size 32 \\
+                            --levers --compile
+    python scripts/bench.py --model sdxl --path DIR --precision bf16 --batch-size 2 \\
+                            --train-batch-size 1 --gradient-checkpointing
     python scripts/bench.py --request experiment=unlearncanvas_style model.path=DIR \\
-                            evaluator.paths.style=DIR/classifiers/style evaluator.paths.object=DIR/classifiers/object
+                            evaluator.paths.style=DIR/classifiers/style \\
+                            evaluator.paths.object=DIR/classifiers/object
 
-DIR is one that scripts/make_random_pipeline.py wrote, or a checkpoint. Further settings are given as to cu-run. A --request is made
-by cu-run itself, with empty caches and the whole sequence, and stopped when its first request is committed.
+Without --device it is the fastest device there is. DIR is one that scripts/make_random_pipeline.py
+wrote, or a checkpoint. Further settings are given as to cu-run. A --request is made by cu-run
+itself, with empty caches and the whole sequence, and stopped when its first request is committed.
 """
 
 import argparse
@@ -30,7 +36,7 @@ from cu_runner.cli.failures import one_line_failures
 from cu_runner.config.compose import compose
 from cu_runner.models.diffusion import DTYPES
 from cu_runner.runner.forecast import work_of
-from cu_runner.runtime.devices import choose_device
+from cu_runner.runtime.devices import choose_device, limit_threads
 from cu_runner.runtime.paths import config_dir
 from cu_runner.store.layout import STEP
 from cu_runner.store.run_record import RunRecord, read_run
@@ -50,7 +56,7 @@ ACCELERATE += ["--dynamo_backend", "no", "--main_process_port", "0"]
 
 
 def choices(group: str) -> list[str]:
-    """The files of a configuration group."""
+    """Return the files of a configuration group."""
     return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
 
 
@@ -68,7 +74,7 @@ def bench_start() -> None:
 def run_in(
     folder: str, overrides: list[str], processes: int = 1, last: int | None = None
 ) -> tuple[RunRecord, float]:
-    """A run by the command with empty caches, and its seconds.
+    """Make a run by the command with empty caches; return it and its seconds.
 
     Args:
         processes: how many accelerate launches, one per GPU.
@@ -103,16 +109,18 @@ def run_in(
 
 
 def bench_request(overrides: list[str], processes: int) -> None:
-    """The first request of a run, measured, and what the whole run would take at its rates."""
+    """Measure the first request of a run, and print what the whole run would take at its rates."""
     work = work_of(compose(overrides))
     with tempfile.TemporaryDirectory() as folder:
         run, seconds = run_in(folder, overrides, processes, last=1)
-        base, request = (record["row"] for record in run.records[:2])
+        base, request = (record.row.flat() for record in run.records[:2])
         before, images = len(run.predictions(0)), len(run.predictions(1))
     start = seconds - base["eval_seconds"] - request["train_seconds"] - request["eval_seconds"]
     print(
-        f"one request of {' '.join(overrides)}: start-up {start:.1f} s; {before} images of the untouched model, sampled and "
-        f"classified, in {base['eval_seconds']:.1f} s; {request['train_steps']} training steps and anchor images in "
+        f"one request of {' '.join(overrides)}: start-up {start:.1f} s; {before} images of the "
+        "untouched model, sampled and classified, in "
+        f" {base['eval_seconds']:.1f} s; {request['train_steps']} training steps "
+        "and anchor images in "
         f"{request['train_seconds']:.1f} s; {images} images in {request['eval_seconds']:.1f} s; "
         f"peak memory {request['peak_memory_mb']} MB"
     )
@@ -124,7 +132,10 @@ def bench_request(overrides: list[str], processes: int) -> None:
 
 
 def bench_methods(names: list[str], overrides: list[str], device: str) -> None:
-    """The cost of methods with their settings of conf/tuned, against ConAbl's in the same run; all of them without names."""
+    """Print the cost of methods with their settings of conf/tuned, against ConAbl's in this run.
+
+    Without names those of all methods.
+    """
     ours = None
     for name in dict.fromkeys(["conabl", *(names or choices("method"))]):
         bench = load([*overrides, f"method={name}"], device)
@@ -133,27 +144,32 @@ def bench_methods(names: list[str], overrides: list[str], device: str) -> None:
         seconds = bench.step_seconds(15, 45)  # 15: more than any method's warm-up
         ours = ours or seconds
         images = bench.train(1)[1]
-        said = f"{1000 * seconds:6.1f} ms a step, {seconds / ours:4.1f} of conabl's; {images:>4} images made for a request"
+        said = (
+            f"{1000 * seconds:6.1f} ms a step, {seconds / ours:4.1f} of conabl's; {images:>4} "
+            "images made for a request"
+        )
         print(f"{name:<16} {said}", flush=True)
 
 
 def bench_main_job(overrides: list[str]) -> None:
-    """The main job with empty caches, as a subprocess in a folder of its own."""
+    """Time the main job with empty caches, as a subprocess in a folder of its own."""
     overrides = ["method=conabl", "reg=gradproj", *overrides]
     with tempfile.TemporaryDirectory() as folder:
         run, seconds = run_in(folder, overrides)
-    first = run.records[1]["seconds"]["start_to_first_step"]
+    first = run.records[1].seconds["start_to_first_step"]
     requests = run.table[run.table["request"] > 0]
     per_request = (requests["train_seconds"] + requests["eval_seconds"]).median()
     print(
-        f"cu-run {' '.join(overrides)}: {seconds:.0f} s for {len(requests)} requests, first training step after {first:.1f} s, "
-        f"median request {per_request:.1f} s (training {requests['train_seconds'].median():.1f} s), "
+        f"cu-run {' '.join(overrides)}: {seconds:.0f} s for {len(requests)} requests, first "
+        f"training step after {first:.1f} s, "
+        f"median request {per_request:.1f} s (training "
+        f"{requests['train_seconds'].median():.1f} s), "
         f"peak memory {run.table['peak_memory_mb'].max():.0f} MB"
     )
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = Parser(prog="bench.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="bench.py", description=__doc__)
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="further settings, as cu-run takes them"
     )
@@ -198,13 +214,14 @@ def read_arguments() -> argparse.Namespace:
     unknown = [name for name in arguments.methods or [] if name not in choices("method")]
     if unknown:
         parser.error(
-            f"--methods {unknown[0]}: no such file in conf/method; allowed: {', '.join(choices('method'))}"
+            f"--methods {unknown[0]}: no such file in conf/method; allowed: "
+            f"{', '.join(choices('method'))}"
         )
     return arguments
 
 
 def settings_of(arguments: argparse.Namespace) -> list[str]:
-    """The options as settings of cu-run, before those that are given as such."""
+    """Return the options as settings of cu-run, before those that are given as such."""
     options = {
         "model": arguments.model,
         "model.path": arguments.path,
@@ -230,6 +247,7 @@ def main() -> None:
             return
         quiet_libraries()
         device = choose_device(plan.spine)
+        limit_threads(plan.spine.num_threads)
         if arguments.methods is not None:
             bench_methods(arguments.methods, overrides, device)
             return

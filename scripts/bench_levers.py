@@ -1,9 +1,11 @@
-"""The levers of speed, each with and without, everything else as in a run without compilation. scripts/bench.py --levers prints it.
+"""The levers of speed, each with and without, everything else as in a run without compilation.
 
-Batches, remembered keys and values, fused attention, channels_last, torch.compile (with --compile: it takes minutes), precisions,
-gradients of the trained weights alone, cached latents of anchor images, the fused optimiser (which runs use on a GPU alone).
-Overlapped decoding and classification needs judges: compare `bench.py --request ...` with and without eval.overlap=true. Text that
-is encoded once, and weights that stay on the device, cannot be switched off.
+scripts/bench.py --levers prints it.
+
+Batches, remembered keys and values, fused attention, channels_last, torch.compile (with --compile:
+it takes minutes), precisions, gradients of the trained weights alone, cached latents of anchor
+images, the fused optimiser (which runs use on a GPU alone). Text that is encoded once, weights that
+stay on the device, and classification beside decoding cannot be switched off.
 """
 
 from collections.abc import Iterator
@@ -86,7 +88,10 @@ def bench_levers(overrides: list[str], device: str) -> None:
 
 
 def bench_precisions(overrides: list[str], device: str) -> None:
-    """bf16, and on a GPU fp16, against fp32; each on a model of its own, since frozen weights are lowered for good."""
+    """bf16, and on a GPU fp16, against fp32.
+
+    Each on a model of its own, since frozen weights are lowered for good.
+    """
     plain: tuple[float, float] | None = None
     for precision in DTYPES if device.startswith("cuda") else ("fp32", "bf16"):
         bench = load([*overrides, f"model.precision={precision}", "speed.compile=false"], device)
@@ -101,7 +106,10 @@ def bench_precisions(overrides: list[str], device: str) -> None:
 
 def say(what: str, lever: str, rate: float, without: float, unit: str) -> None:
     print(
-        f"lever, {what}: {lever}: {rate:.2f} {unit}, without {without:.2f}: {rate / without:.2f} times",
+        (
+            f"lever, {what}: {lever}: {rate:.2f} {unit}, without {without:.2f}: "
+            f"{rate / without:.2f} times"
+        ),
         flush=True,
     )
 
@@ -138,7 +146,7 @@ def encoding(method: Method, model: DiffusionModel, batch_size: int) -> Iterator
 
 @contextmanager
 def fused_set(method: Method, fused: bool) -> Iterator[None]:
-    """The optimiser's step as one kernel, or not."""
+    """Take the optimiser's step as one kernel, or not."""
     move = method.update
 
     def update(scope: Scope, optimizer: Optimizer) -> None:

@@ -1,7 +1,9 @@
-"""What a model does per second and in how much memory: images, training steps, and whether the fast path judges alike.
+"""What a model does per second and in how much memory.
 
-scripts/bench.py prints it. Fractions compare the UNet's floating-point operations, forward and backward, with those of a large
-matrix product in the same precision, timed on the same device.
+Images, training steps, and whether the fast path judges alike.
+
+scripts/bench.py prints it. Fractions compare the UNet's floating-point operations, forward and
+backward, with those of a large matrix product in the same precision, timed on the same device.
 """
 
 import dataclasses
@@ -35,7 +37,8 @@ SIDES = {"cpu": 3072, "cuda": 8192}  # of the matrices whose product gives the p
 SINGLE = 4  # images that are made one after another, where a batch is compared with that
 
 
-# ---------------------------------------------------------------------------------------------------------- measuring
+# ------------------------------------------------------------
+# measuring
 def wall_seconds(action: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
     """Wall times of an action after one warm-up."""
     action()
@@ -55,7 +58,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def matmul_peak(device: torch.device, precision: str) -> float:
-    """FLOP/s of a large square matrix product on random data, the fastest of 20: a peak is what nothing disturbed."""
+    """FLOP/s of a large square matrix product on random data, the fastest of 20.
+
+    A peak is what nothing disturbed.
+    """
     side = SIDES[device.type]
     left, right = (
         torch.randn(side, side, device=device, dtype=DTYPES[precision]) for _ in range(2)
@@ -64,7 +70,10 @@ def matmul_peak(device: torch.device, precision: str) -> float:
 
 
 class Peaks:
-    """Peak memory of one phase after another: what is allocated on a GPU. On a CPU the process has a single peak."""
+    """Peak memory of one phase after another: what is allocated on a GPU.
+
+    On a CPU the process has a single peak.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -83,7 +92,10 @@ class Peaks:
             return "peak memory: " + ", ".join(
                 f"{name} {peak:.0f} MB" for name, peak in self._found.items()
             )
-        return f"peak memory of the process, all of this together: {peak_memory_mb(self._device):.0f} MB"
+        return (
+            "peak memory of the process, all of this together: "
+            f"{peak_memory_mb(self._device):.0f} MB"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +121,7 @@ class Bench:
         return [image.prompt for image in images][: self.plan.spine.eval.batch_size]
 
     def prepare(self) -> None:
-        """What a run does to a model before its first request; not undone."""
+        """Do what a run does to a model before its first request; it is not undone."""
         self.model.lower_frozen(self.params)
         self.model.speed_up(self.plan.spine.speed)
         if self.plan.spine.train.gradient_checkpointing:
@@ -141,7 +153,9 @@ class Bench:
         return counter.get_total_flops()
 
     def train(self, steps: int) -> tuple[float, int]:
-        """Seconds of the first request with so many steps, and the images that the untouched model would make for it, once."""
+        """Seconds of the first request with so many steps, and the images that the untouched model
+        would make for it, once.
+        """
         sequence, made = self.plan.sequence.build(), {}
 
         def anchors(prompts: list[str], number: int, mirrored: bool = False) -> torch.Tensor:
@@ -183,7 +197,10 @@ class Bench:
         return (long - short) / (many - few)
 
     def step_flops(self) -> int:
-        """Floating-point operations of one training step, both ways; activations that are computed again count again."""
+        """Floating-point operations of one training step, both ways.
+
+        Activations that are computed again count again.
+        """
         self.train(1)  # texts are encoded once per process
         found = []
         for steps in (1, 2):
@@ -194,16 +211,19 @@ class Bench:
 
 
 def load(overrides: list[str], device: str) -> Bench:
-    """The model of a run, untouched."""
+    """Load the model of a run, untouched."""
     plan = compose(overrides)
     method, model = plan.method.build(), plan.model.build(device=device)
     params = select_parameters(model.unet, method.params)
     return Bench(plan, model, method, params, snapshot(params))
 
 
-# -------------------------------------------------------------------------------------------------------- what is said
+# ------------------------------------------------------------ what is said
 def bench_model(overrides: list[str], device: str) -> None:
-    """Sampling and training as a run does them, against the plain loop of diffusers on the untouched model."""
+    """Print how fast a run samples and trains, against the plain loop of diffusers.
+
+    The plain loop has the untouched model.
+    """
     target = torch.device(device)
     peaks = Peaks(target)
     with peaks.phase("loading"):
@@ -212,10 +232,14 @@ def bench_model(overrides: list[str], device: str) -> None:
     peak, flops, prompts = matmul_peak(target, model.precision), bench.image_flops(), bench.prompts
     path = bench.plan.model.arguments["path"]
     print(
-        f"{path}, {device_name(target)}, {model.precision}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
+        f"{path}, {device_name(target)}, {model.precision}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} CPU threads"
     )
     print(
-        f"matrix product: {peak / 1e9:.0f} GFLOP/s; UNet: {flops / 1e9:.3f} GFLOP per image and step",
+        (
+            f"matrix product: {peak / 1e9:.0f} GFLOP/s; UNet: {flops / 1e9:.3f} GFLOP per image "
+            "and step"
+        ),
         flush=True,
     )
     with peaks.phase("diffusers' own loop"):
@@ -226,8 +250,10 @@ def bench_model(overrides: list[str], device: str) -> None:
         rate = bench.images_per_second()
     passes = settings.steps * (2 if settings.guidance != 1 else 1)
     print(
-        f"sampling with {levers_on(speed, target, sampling=True)}: batch {len(prompts)}, {settings.steps} steps, "
-        f"guidance {settings.guidance}: {rate:.2f} images/s, {rate * passes * flops / peak:.0%} of the matrix product's rate, "
+        f"sampling with {levers_on(speed, target, sampling=True)}: batch {len(prompts)}, "
+        f"{settings.steps} steps, "
+        f"guidance {settings.guidance}: {rate:.2f} images/s, {rate * passes * flops / peak:.0%} "
+        "of the matrix product's rate, "
         f"{rate / plain:.1f} times diffusers' loop",
         flush=True,
     )
@@ -239,15 +265,17 @@ def bench_model(overrides: list[str], device: str) -> None:
     train = bench.plan.spine.train
     again = ", activations computed twice" if train.gradient_checkpointing else ""
     print(
-        f"training with {levers_on(speed, target, sampling=False)}: {bench.plan.method_name}, batch {train.batch_size}, "
-        f"{low} passes, fp32 weights{again}: {1 / seconds:.2f} steps/s, {work / 1e9:.2f} GFLOP per step, "
+        f"training with {levers_on(speed, target, sampling=False)}: {bench.plan.method_name}, "
+        f"batch {train.batch_size}, "
+        f"{low} passes, fp32 weights{again}: {1 / seconds:.2f} steps/s, {work / 1e9:.2f} "
+        "GFLOP per step, "
         f"{work / seconds / peak:.0%} of the matrix product's rate"
     )
     print(peaks, flush=True)
 
 
 def levers_on(speed: Speed, device: torch.device, *, sampling: bool) -> str:
-    """The levers of speed.* that take effect."""
+    """Return the levers of speed.* that take effect."""
     on = {
         "kv_cache": sampling and speed.kv_cache and not speed.compile,
         "channels_last": speed.channels_last and device.type == "cuda",
@@ -257,7 +285,9 @@ def levers_on(speed: Speed, device: torch.device, *, sampling: bool) -> str:
 
 
 def plain_rate(model: DiffusionModel, prompts: list[str], sampler: Sampler) -> float:
-    """Images/s of diffusers' pipeline, one prompt after another in fp32, as the published scripts do it."""
+    """Images/s of diffusers' pipeline, one prompt after another in fp32, as the published scripts
+    do it.
+    """
     parts = model.components
     common = {"unet": parts.unet, "vae": parts.vae, "scheduler": make_scheduler(model, sampler)}
     if len(parts.tokenizers) == 2:
@@ -288,7 +318,10 @@ def plain_rate(model: DiffusionModel, prompts: list[str], sampler: Sampler) -> f
 
 
 def bench_accuracy(overrides: list[str], device: str) -> None:
-    """Whether the embedded model is judged alike in plain fp32 and on the fast path: the precision of the bench, bf16 for fp32."""
+    """Whether the embedded model is judged alike in plain fp32 and on the fast path.
+
+    The precision of the bench, bf16 for fp32.
+    """
     chosen, hits = compose(overrides).resolved["model"]["precision"], {}
     fast = "bf16" if chosen == "fp32" else chosen
     for precision in ("fp32", fast):
@@ -311,7 +344,8 @@ def bench_accuracy(overrides: list[str], device: str) -> None:
         share = hits[fast][domain] / len(found)
         place = "inside" if interval.low <= share <= interval.high else "OUTSIDE"
         print(
-            f"accuracy, {domain}, {len(found)} images: plain fp32 {right / len(found):.1%} (95% interval {interval.low:.1%} to "
+            f"accuracy, {domain}, {len(found)} images: plain fp32 {right / len(found):.1%} (95% "
+            f"interval {interval.low:.1%} to "
             f"{interval.high:.1%}); {fast} with {fast_levers} {share:.1%}, {place} it",
             flush=True,
         )

@@ -1,13 +1,14 @@
 """Build the embedded model from nothing: render, train every part, pack, and measure base accuracy.
 
-    python scripts/build_shapecanvas.py                    # resumes where it stopped; about an hour on two CPU cores
+    python scripts/build_shapecanvas.py                    # resumes; an hour on two CPU cores
     python scripts/build_shapecanvas.py --device cuda      # the same recipe on a GPU
-    python scripts/build_shapecanvas.py --only open_clip   # the image-text model alone, from rendered images and captions
-    python scripts/build_shapecanvas.py --only measure_clip  # how well it names rendered and generated images
+    python scripts/build_shapecanvas.py --only open_clip   # the image-text model alone
+    python scripts/build_shapecanvas.py --only measure_clip  # how well that names images
 
-Stages: vae | text -> style, object, open_clip (beside the VAE) -> unet -> pack -> measure. Each saves a checkpoint every minute
-under --work and is skipped once it is finished. Results go to --out: an ordinary `StableDiffusionPipeline` directory, the two
-classifier directories, the open_clip directory and base_accuracy.json. Classifiers and open_clip see rendered images only.
+Stages: vae | text -> style, object, open_clip (beside the VAE) -> unet -> pack -> measure. Each
+saves a checkpoint every minute under --work and is skipped once it is finished. Results go to
+--out: an ordinary `StableDiffusionPipeline` directory, the two classifier directories, the
+open_clip directory and base_accuracy.json. Classifiers and open_clip see rendered images only.
 
 Shapes: B batch, L tokens, D text width, N cached latents.
 """
@@ -51,7 +52,9 @@ from cu_runner.evaluators.evaluate import evaluate
 from cu_runner.evaluators.open_clip import OpenClip
 from cu_runner.models.diffusion import load_model
 from cu_runner.schema.settings import EvalSettings, Sampler
-from cu_runner.shapecanvas.render import IMAGE_SIZE, OBJECTS, STYLES, render
+from cu_runner.shapecanvas.objects import OBJECTS
+from cu_runner.shapecanvas.render import IMAGE_SIZE, render
+from cu_runner.shapecanvas.styles import STYLES
 
 TEXT_WIDTH, NUM_TOKENS = 128, 16
 LATENTS_PER_PAIR = 16  # renders of each (object, style) pair whose latents the UNet trains on
@@ -77,7 +80,8 @@ PARTS = {
 }  # what measure() rests on
 
 
-# ------------------------------------------------------------------------------------------------------- parts
+# ------------------------------------------------------------
+# parts
 def make_vae() -> AutoencoderKL:
     """64x64x3 images to 16x16x4 latents."""
     return AutoencoderKL(
@@ -92,7 +96,10 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """A CLIP byte-pair tokenizer whose merges make every word of the world one token; other words fall into letters."""
+    """Return a CLIP byte-pair tokenizer whose merges make every word of the world one token.
+
+    Other words fall into letters.
+    """
     words = sorted(
         {word for name in (*STYLES, *OBJECTS) for word in name.split()}
         | set(["an", "image", "in", "style", "the", "of"])
@@ -102,7 +109,8 @@ def make_tokenizer() -> CLIPTokenizer:
     merges: list[tuple[str, str]] = []
     for word in words:
         pieces = [*word[:-1], word[-1] + "</w>"]
-        for merge in merges:  # what the merges of the earlier words already do to this one, in their order of priority
+        # what the merges of the earlier words already do to this one, in their order of priority
+        for merge in merges:
             pieces = apply_merge(pieces, merge)
         while len(pieces) > 1:
             merges.append((pieces[0], pieces[1]))
@@ -136,9 +144,10 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         pad_token_id=tokenizer.pad_token_id,
     )
     encoder = CLIPTextModel(config)
-    # Words start at unit length per channel, so that training on images moves them together but each keeps a direction of its
-    # own, as the words of a large text encoder do. From the default of 0.02 the 120 styles end up spanning about 20 dimensions,
-    # and every style then lies in the span of the others, which no projection can tell apart.
+    # Words start at unit length per channel, so that training on images moves them together but
+    # each keeps a direction of its own, as the words of a large text encoder do. From the default
+    # of 0.02 the 120 styles end up spanning about 20 dimensions, and every style then lies in the
+    # span of the others, which no projection can tell apart.
     embeddings = dict(encoder.named_parameters())
     nn.init.normal_(
         next(p for name, p in embeddings.items() if name.endswith("token_embedding.weight")),
@@ -152,7 +161,10 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_unet() -> UNet2DConditionModel:
-    """The layout of Stable Diffusion's UNet at 1/200 of its size: cross-attention at 8x8 and 4x4."""
+    """Return the layout of Stable Diffusion's UNet at 1/200 of its size.
+
+    Cross-attention at 8x8 and 4x4.
+    """
     return UNet2DConditionModel(
         sample_size=IMAGE_SIZE // 4,
         block_out_channels=(32, 64, 128),
@@ -178,7 +190,10 @@ def make_classifier(labels: tuple[str, ...]) -> ResNetForImageClassification:
 
 
 def clip_config(tokenizer: CLIPTokenizer) -> dict[str, object]:
-    """open_clip_config.json: an image-text model of a million weights. Its tokenizer is the pipeline's, in the same directory."""
+    """open_clip_config.json: an image-text model of a million weights.
+
+    Its tokenizer is the pipeline's, in the same directory.
+    """
     text = {
         "context_length": NUM_TOKENS,
         "vocab_size": len(tokenizer),
@@ -201,10 +216,12 @@ def clip_config(tokenizer: CLIPTokenizer) -> dict[str, object]:
 
 
 def make_scheduler() -> DPMSolverMultistepScheduler:
-    """Stable Diffusion's noise levels with zero terminal SNR and v-prediction (Lin et al. 2023, arXiv 2305.08891).
+    """Stable Diffusion's noise levels with zero terminal SNR and v-prediction (Lin et al. 2023,
+    arXiv 2305.08891).
 
-    Without that the mean colour of a small latent is still visible at the last noise level: the UNet reads the palette there
-    instead of in the prompt, and draws any palette when it starts from pure noise.
+    Without that the mean colour of a small latent is still visible at the last noise level: the
+    UNet reads the palette there instead of in the prompt, and draws any palette when it starts from
+    pure noise.
     """
     return DPMSolverMultistepScheduler(
         beta_start=0.00085,
@@ -217,9 +234,12 @@ def make_scheduler() -> DPMSolverMultistepScheduler:
     )
 
 
-# ----------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------ training
 def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Rendered images [B, 3, S, S] in 0..1 of random pairs, with their object and style indices [B]."""
+    """Return rendered images [B, 3, S, S] in 0..1 of random pairs, with their object and style
+    indices
+    [B].
+    """
     objects = torch.randint(len(OBJECTS), (count,), generator=generator)
     styles = torch.randint(len(STYLES), (count,), generator=generator)
     images = render([OBJECTS[i] for i in objects], [STYLES[i] for i in styles], generator)
@@ -227,7 +247,7 @@ def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor
 
 
 def caption(object_name: str | None, style: str | None) -> str:
-    """The caption of an image; None leaves the object or the style unsaid."""
+    """Return the caption of an image; None leaves the object or the style unsaid."""
     start = "an image" if object_name is None else f"a {object_name} image"
     return start if style is None else f"{start} in {style} style"
 
@@ -239,7 +259,10 @@ def train(
     work: Path,
     average: nn.Module | None = None,
 ) -> None:
-    """Run the optimiser of one stage to its end, resuming from `work/<stage>.pt`; `average` is an EMA of modules['unet']."""
+    """Run the optimiser of one stage to its end, resuming from `work/<stage>.pt`.
+
+    `average` is an EMA of modules['unet'].
+    """
     path, total = work / f"{stage}.pt", STEPS[stage]
     optimizer = torch.optim.AdamW(
         modules.parameters(), lr=PEAK_RATE[stage], weight_decay=1e-2, fused=True
@@ -318,7 +341,8 @@ def train_vae(work: Path, device: str) -> AutoencoderKL:
 def captioned(
     count: int, generator: torch.Generator, unsaid: float
 ) -> tuple[Tensor, list[str], Tensor]:
-    """Images [B, 3, S, S], a caption of each, and which captions describe which images [B captions, B images], 1 or 0.
+    """Images [B, 3, S, S], a caption of each, and which captions describe which images [B captions,
+    B images], 1 or 0.
 
     unsaid: how often the object is left out of a caption, and how often the style.
     """
@@ -335,7 +359,10 @@ def captioned(
 
 
 def contrast(logits: Tensor, match: Tensor) -> Tensor:
-    """Cross-entropy both ways, every image that a caption describes a positive; logits and match [B captions, B images]."""
+    """Cross-entropy both ways, every image that a caption describes a positive.
+
+    Logits and match [B captions, B images].
+    """
     rows = F.cross_entropy(logits, match / match.sum(1, keepdim=True))
     columns = F.cross_entropy(logits.T, match.T / match.T.sum(1, keepdim=True))
     return (rows + columns) / 2
@@ -363,7 +390,10 @@ def train_text(work: Path, device: str) -> CLIPTextModel:
 
 
 def soften(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Blur each image by a random amount and add a little noise: an autoencoder's output is softer than a render."""
+    """Blur each image by a random amount and add a little noise.
+
+    An autoencoder's output is softer than a render.
+    """
     small = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
     blurred = F.interpolate(small, size=images.shape[-1], mode="bilinear")
     amount = torch.rand(len(images), 1, 1, 1, generator=generator)
@@ -391,7 +421,10 @@ def train_classifier(domain: str, work: Path, device: str) -> ResNetForImageClas
 
 
 def train_clip(work: Path, device: str) -> open_clip.CLIP:
-    """The image-text model that judges without labels and gives the CLIP score; contrastive (Radford et al. 2021)."""
+    """Train the image-text model that judges without labels and gives the CLIP score.
+
+    Contrastive (Radford et al. 2021).
+    """
     tokenizer = make_tokenizer()
     model = open_clip.CLIP(**clip_config(tokenizer)["model_cfg"]).to(device)
 
@@ -411,7 +444,9 @@ def train_clip(work: Path, device: str) -> open_clip.CLIP:
 
 @torch.inference_mode()
 def cache_latents(vae: AutoencoderKL, work: Path, device: str) -> Tensor:
-    """Latent means [objects, styles, LATENTS_PER_PAIR, 4, 16, 16] of rendered images, rendered and encoded once."""
+    """Latent means [objects, styles, LATENTS_PER_PAIR, 4, 16, 16] of rendered images, rendered and
+    encoded once.
+    """
     path = work / "latents.pt"
     if not path.exists():
         batches = []
@@ -473,7 +508,7 @@ def train_unet(
     return average.eval()
 
 
-# ------------------------------------------------------------------------------------------------------- result
+# ------------------------------------------------------------ result
 def pack(work: Path, out: Path, device: str) -> None:
     """Write the pipeline and the classifiers as half-precision safetensors."""
     vae, text = train_vae(work, device), train_text(work, device)
@@ -521,7 +556,10 @@ def pack_clip(work: Path, out: Path, device: str) -> None:
 
 
 def measure(out: Path, device: str) -> None:
-    """Base accuracy of generated images at the default sampler, printed and saved as base_accuracy.json."""
+    """Measure base accuracy of generated images at the default sampler.
+
+    It is printed, and saved as base_accuracy.json.
+    """
     read = {
         group: yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
         for group, name in PARTS.items()
@@ -554,13 +592,16 @@ def measure(out: Path, device: str) -> None:
             **{f"{domain}_percent": round(value, 2) for domain, value in right.items()},
         }
         print(
-            f"base accuracy, {name}: {len(rows)} images, style {right['style']:.1f}%, object {right['object']:.1f}%"
+            f"base accuracy, {name}: {len(rows)} images, style {right['style']:.1f}%, object "
+            f"{right['object']:.1f}%"
         )
     (out / "base_accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 def measure_clip(out: Path, device: str) -> None:
-    """Zero-shot accuracy of the image-text model on 1000 rendered images, and on the base model's grid of the benchmark."""
+    """Zero-shot accuracy of the image-text model on 1000 rendered images, and on the base model's
+    grid of the benchmark.
+    """
     read = {
         name: yaml.safe_load((CONF / f"{name}.yaml").read_text())
         for name in (
@@ -608,7 +649,8 @@ def measure_clip(out: Path, device: str) -> None:
         for domain in ("style", "object")
     }
     print(
-        f"zero-shot, generated: {len(grid)} images, style {right['style']:.1f}%, object {right['object']:.1f}%"
+        f"zero-shot, generated: {len(grid)} images, style {right['style']:.1f}%, object "
+        f"{right['object']:.1f}%"
     )
 
 

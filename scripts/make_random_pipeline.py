@@ -1,11 +1,16 @@
-"""Write a diffusers directory of Stable Diffusion's exact architecture with random weights, to try and test without a download.
+"""Write a diffusers directory of Stable Diffusion's exact architecture with random weights.
 
-    python scripts/make_random_pipeline.py sd15 DIR --dtype fp16          # 2 GB; sd21_base 2.6 GB, sdxl 7 GB
-    python scripts/make_random_pipeline.py sd15 DIR --tiny --classifiers  # in miniature, with DIR/classifiers/style and object
-    python scripts/make_random_pipeline.py sdxl DIR --classifiers celebrity   # 8 GB; DIR/classifiers/celebrity, scene, faces
+To try and test without a download.
 
-Layer counts, widths, heads, schedulers and tokenizers are those of the published checkpoints; --tiny keeps the layout with smaller
-sizes. The tokenizer is CLIP's, whose merges come with open_clip. Then: cu-run model=sd15 model.path=DIR.
+    python scripts/make_random_pipeline.py sd15 DIR --dtype fp16   # 2 GB; sd21_base 2.6, sdxl 7
+    python scripts/make_random_pipeline.py sd15 DIR --tiny --classifiers  # in miniature
+    python scripts/make_random_pipeline.py sdxl DIR --classifiers celebrity   # 8 GB
+
+Judges go to DIR/classifiers: style and object, or celebrity, scene and faces.
+
+Layer counts, widths, heads, schedulers and tokenizers are those of the published checkpoints;
+--tiny keeps the layout with smaller sizes. The tokenizer is CLIP's, whose merges come with
+open_clip. Then: cu-run model=sd15 model.path=DIR.
 """
 
 import argparse
@@ -40,7 +45,10 @@ NOISE = {
 
 
 def unet_config(kind: str, tiny: bool) -> dict[str, object]:
-    """Arguments of UNet2DConditionModel. Its attention_head_dim is, for historical reasons, the number of heads."""
+    """Arguments of UNet2DConditionModel.
+
+    Its attention_head_dim is, for historical reasons, the number of heads.
+    """
     cross, plain = "CrossAttn{}Block2D", "{}Block2D"
     layout = [plain, cross, cross] if kind == "sdxl" else [cross, cross, cross, plain]
     if tiny:
@@ -92,7 +100,9 @@ def vae_config(kind: str, tiny: bool) -> dict[str, object]:
 
 
 def text_config(name: str, tiny: bool) -> transformers.CLIPTextConfig:
-    """One of the three text encoders: OpenAI's CLIP L, OpenCLIP's H without its last layer, OpenCLIP's bigG."""
+    """One of the three text encoders: OpenAI's CLIP L, OpenCLIP's H without its last layer,
+    OpenCLIP's bigG.
+    """
     width, layers, heads, activation, projection = {
         "L": (768, 12, 12, "quick_gelu", 768),
         "H": (1024, 23, 16, "gelu", 512),
@@ -116,14 +126,16 @@ def text_config(name: str, tiny: bool) -> transformers.CLIPTextConfig:
 
 
 def scheduler_of(kind: str) -> diffusers.SchedulerMixin:
-    """The scheduler that the published checkpoint comes with."""
+    """Return the scheduler that the published checkpoint comes with."""
     if kind == "sdxl":
         return diffusers.EulerDiscreteScheduler.from_config(NOISE | {"timestep_spacing": "leading"})
     return diffusers.PNDMScheduler.from_config(NOISE)
 
 
 def write_tokenizer(directory: Path, pad_token: str) -> None:
-    """CLIP's vocabulary of 49408 entries as vocab.json and merges.txt, from the merges in open_clip."""
+    """CLIP's vocabulary of 49408 entries as vocab.json and merges.txt, from the merges in
+    open_clip.
+    """
     clip = SimpleTokenizer()
     special = {
         "<start_of_text>": "<|startoftext|>",
@@ -153,7 +165,7 @@ def write_json(path: Path, content: object) -> None:
 
 @contextmanager
 def building_in(dtype: torch.dtype) -> Iterator[None]:
-    """New modules get weights of this type, so that a large one never exists in fp32."""
+    """Give new modules weights of this type, so that a large one never exists in fp32."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -228,8 +240,9 @@ def make_classifiers(
     """Write the judges of an experiment, whose classifiers are ViT-L/16.
 
     Args:
-        judged: "unlearncanvas" for DIR/style with 51 labels and DIR/object with 20. "celebrity" for DIR/celebrity with the names of
-            the sequence, DIR/scene, an open_clip ViT-B/32, and DIR/faces, a detector that finds a face in every image.
+        judged: "unlearncanvas" for DIR/style with 51 labels and DIR/object with 20. "celebrity" for
+            DIR/celebrity with the names of the sequence, DIR/scene, an open_clip ViT-B/32, and
+            DIR/faces, a detector that finds a face in every image.
     """
     torch.manual_seed(seed)
     if judged == "unlearncanvas":
@@ -265,7 +278,7 @@ def make_classifiers(
 
 
 def write_open_clip(directory: Path, tiny: bool) -> None:
-    """An open_clip directory with the tokenizer of CLIP."""
+    """Write an open_clip directory with the tokenizer of CLIP."""
     model = open_clip.get_model_config("ViT-B-32")
     if tiny:
         text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -286,7 +299,10 @@ def write_open_clip(directory: Path, tiny: bool) -> None:
 
 
 def write_face_detector(directory: Path, tiny: bool) -> None:
-    """A YOLOS with the one class "face"; the bias of its class head makes every detection one."""
+    """Write a YOLOS with the one class "face".
+
+    The bias of its class head makes every detection one.
+    """
     side = 64 if tiny else 512
     sizes = (
         dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
@@ -325,7 +341,10 @@ def main() -> None:
         nargs="?",
         const="unlearncanvas",
         choices=["unlearncanvas", "celebrity"],
-        help="also the judges of an experiment: DIR/classifiers/style and object, or celebrity, scene and faces",
+        help=(
+            "also the judges of an experiment: DIR/classifiers/style and object, or celebrity, "
+            "scene and faces"
+        ),
     )
     arguments = parser.parse_args()
     options = {"tiny": arguments.tiny, "seed": arguments.seed, "dtype": DTYPES[arguments.dtype]}

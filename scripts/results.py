@@ -1,11 +1,14 @@
-"""The matrix of methods and regularizers on the embedded model, its table and its picture. `make results`.
+"""The matrix of methods and regularizers on the embedded model, its table and its picture.
 
-python scripts/results.py                     # resumes; writes docs/matrix.csv, docs/matrix.md, docs/results.csv, docs/results.png
-python scripts/results.py --alone esd uce     # conabl's rows, and of the other methods these, without their projected runs
-python scripts/results.py --rows conabl+gradproj_l1 esd+none     # these rows; the others keep their figures
+`make results`.
 
-Every method alone and with gradient projection, and conabl with every regularizer and tuned combination, each with the settings of
-conf/tuned. Seconds are those of one thread, with as many runs side by side as there are cores.
+    python scripts/results.py                  # resumes; writes docs/matrix.* and docs/results.*
+    python scripts/results.py --alone esd uce  # conabl's rows, and these methods without projection
+    python scripts/results.py --rows conabl+gradproj_l1 esd+none  # the others keep their figures
+
+Every method alone and with gradient projection, and conabl with every regularizer and tuned
+combination, each with the settings of conf/tuned. Seconds are those of one thread, with as many
+runs side by side as there are cores.
 """
 
 import argparse
@@ -43,7 +46,8 @@ CURVES = {
     "gradproj": "#d95f02",
     "nullspace": "#1b9e77",
 }
-# The subspace as published: one column per name, the mean over its own tokens; 43 names, as many as leave the target room.
+# The subspace as published: one column per name, the mean over its own tokens; 43 names, as many as
+# leave the target room.
 OWN_TOKENS = [
     "reg.gradproj.tokens=own",
     "reg.gradproj.energy=1.0",
@@ -53,7 +57,7 @@ OWN_TOKENS += ["reg.gradproj.auxiliary.number=43", "train.lr=3e-4"]
 
 
 def choices(group: str) -> list[str]:
-    """The public names of a configuration group, conabl and none first."""
+    """Return the public names of a configuration group, conabl and none first."""
     names = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
     return sorted(names, key=lambda name: name not in ("conabl", "none"))
 
@@ -61,7 +65,10 @@ def choices(group: str) -> list[str]:
 def matrix(
     methods: list[str], regularizers: tuple[str, ...]
 ) -> dict[tuple[str, str, str], list[str]]:
-    """(method, reg, remark) -> overrides of its run: conabl with everything, these methods with these regularizers."""
+    """Return (method, reg, remark) -> overrides of its run.
+
+    Conabl with everything, these methods with these regularizers.
+    """
     cells = {("conabl", reg, ""): [f"reg={reg}"] for reg in choices("reg")}
     cells["conabl", "nullspace", "retained names in the kept prompts"] = [
         "reg=nullspace",
@@ -74,7 +81,10 @@ def matrix(
 
 
 def table_of(tables: dict[tuple[str, str, str], pd.DataFrame | str]) -> pd.DataFrame:
-    """One row per run: the metrics after the last request, and the training seconds of all; or what stopped it."""
+    """One row per run: the metrics after the last request, and the training seconds of all.
+
+    Or what stopped it.
+    """
     rows = []
     for (method, reg, remark), table in tables.items():
         row = {"method": method, "reg": reg, "remark": remark}
@@ -96,7 +106,10 @@ def summary(table: pd.DataFrame) -> str:
 
 
 def keep_others(found: pd.DataFrame) -> pd.DataFrame:
-    """The rows found, in place of the same ones of docs/matrix.csv, which keeps its order; new ones at the end."""
+    """Return the rows found, in place of the same ones of docs/matrix.csv, which keeps its order.
+
+    New ones at the end.
+    """
     known, key = (
         pd.read_csv(DOCS / "matrix.csv").fillna({"remark": ""}),
         ["method", "reg", "remark"],
@@ -146,7 +159,10 @@ def draw(tables: dict[str, pd.DataFrame]) -> None:
 
 
 def write(tables: dict[tuple[str, str, str], pd.DataFrame | str], *, partly: bool) -> None:
-    """The table of what is done so far, and the picture when its curves are there. partly: other rows keep their figures."""
+    """Write the table of what is done so far, and the picture when its curves are there.
+
+    partly: other rows keep their figures.
+    """
     found = keep_others(table_of(tables)) if partly else table_of(tables)
     found.round(3).to_csv(DOCS / "matrix.csv", index=False)
     (DOCS / "matrix.md").write_text(as_markdown(found), encoding="utf-8")
@@ -188,7 +204,10 @@ def main() -> None:
     ):
         tables[cell] = table = run if isinstance(run, str) else run.table
         print(
-            f"{'+'.join(filter(None, cell)):<40} {table if isinstance(table, str) else summary(table)}",
+            (
+                f"{'+'.join(filter(None, cell)):<40} "
+                f"{table if isinstance(table, str) else summary(table)}"
+            ),
             flush=True,
         )
         write(tables, partly=bool(arguments.rows))

@@ -1,16 +1,17 @@
-"""Find the settings of conf/tuned at matched UA: on other concepts and another seed than those that are reported.
+"""Find the settings of conf/tuned at matched UA, on other concepts and another seed.
 
-    python scripts/tune_shapecanvas.py style                                 # every cell; resumes, since every run does
+    python scripts/tune_shapecanvas.py style                                 # every cell; resumes
     python scripts/tune_shapecanvas.py object conabl+none conabl+gradproj    # these cells only
-    python scripts/tune_shapecanvas.py object conabl+l2 train.lr=0.0002      # of these only the candidates with this setting
+    python scripts/tune_shapecanvas.py object conabl+l2 train.lr=0.0002      # these candidates
 
-Runs each candidate of tune_shapecanvas.yaml with seed 1: those of styles on sequence=shapecanvas_tune (12 styles, 6 retained, none
-in shapecanvas_style), those of objects on sequence=shapecanvas_tune_object (of the 20 objects that there are, the 8 that
-shapecanvas_object retains are unlearned). Metrics are means over the last three requests, which are less noisy than the last
-alone. Of the candidates with UA of at least 98 the one with the highest mean of RA-I and RA-C is chosen (of several the one with
-the highest UA), else the one with the highest UA; it is printed and belongs into conf/tuned/shapecanvas_<domain>.yaml. The aim is
-95 on the concepts that are reported; the margin is for their being others.
-All figures go to docs/tuning.csv.
+Runs each candidate of tune_shapecanvas.yaml with seed 1: those of styles on
+sequence=shapecanvas_tune (12 styles, 6 retained, none in shapecanvas_style), those of objects on
+sequence=shapecanvas_tune_object (of the 20 objects that there are, the 8 that shapecanvas_object
+retains are unlearned). Metrics are means over the last three requests, which are less noisy than
+the last alone. Of the candidates with UA of at least 98 the one with the highest mean of RA-I and
+RA-C is chosen (of several the one with the highest UA), else the one with the highest UA; it is
+printed and belongs into conf/tuned/shapecanvas_<domain>.yaml. The aim is 95 on the concepts that
+are reported; the margin is for their being others. All figures go to docs/tuning.csv.
 """
 
 import itertools
@@ -32,7 +33,10 @@ GRID = Path(__file__).with_name("tune_shapecanvas.yaml")
 
 
 def read_grid(domain: str) -> dict[str, list[list[str]]]:
-    """Overrides of every candidate by cell, "method+reg[+setting]": the product of the values that its settings run through."""
+    """Return overrides of every candidate by cell, "method+reg[+setting]".
+
+    The product of the values that its settings run through.
+    """
     cells = yaml.safe_load(GRID.read_text(encoding="utf-8"))[domain]
     return {
         cell: [
@@ -44,14 +48,20 @@ def read_grid(domain: str) -> dict[str, list[list[str]]]:
 
 
 def cell_overrides(cell: str) -> list[str]:
-    """ "conabl+none+simultaneous" as overrides of cu-run; of simultaneous requests the last alone."""
+    """ "conabl+none+simultaneous" as overrides of cu-run.
+
+    Of simultaneous requests the last alone.
+    """
     method, regularizer, *setting = cell.split("+")
     chosen = [f"method={method}", f"reg={regularizer}", *(f"setting={name}" for name in setting)]
     return [*chosen, "setting.last_only=true"] if "simultaneous" in setting else chosen
 
 
 def choose(candidates: pd.DataFrame) -> pd.Series:
-    """The candidate of one cell with the highest mean of RA-I and RA-C at a UA of ENOUGH, else the one with the highest UA."""
+    """Return the candidate of one cell with the highest mean of RA-I and RA-C at a UA of ENOUGH,
+    else the
+    one with the highest UA.
+    """
     ranked = candidates.assign(
         reached=candidates["UA"] >= ENOUGH, kept=candidates["RA_I"] + candidates["RA_C"]
     )
@@ -61,7 +71,7 @@ def choose(candidates: pd.DataFrame) -> pd.Series:
 
 
 def figures(run: RunRecord | str) -> dict[str, float]:
-    """What tuning.csv holds of a candidate; nothing if it diverged."""
+    """Return what tuning.csv holds of a candidate; nothing if it diverged."""
     if isinstance(run, str):
         return {}
     last = run.table[run.table["request"] > 0][["UA", "RA_I", "RA_C"]].tail(3).mean().round(1)

@@ -50,7 +50,7 @@ def test_the_wheel_holds_everything_and_nothing_else(wheel):
     for name in (
         "cu_runner/shapecanvas/weights/pipeline/unet/diffusion_pytorch_model.safetensors",
         "cu_runner/shapecanvas/weights/style_classifier/model.safetensors",
-        "cu_runner/lists/painting_styles.txt",
+        "cu_runner/concepts/lists/painting_styles.txt",
         "cu_runner/conf/config.yaml",
         "hydra_plugins/cu_runner_jobs/__init__.py",
     ):

@@ -1,4 +1,4 @@
-"""Hydra's callback of sweeps: notes the jobs before the first one starts, says in the end which failed."""
+"""Hydra's callback of sweeps: notes the jobs beforehand, says at the end what failed."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from cu_runner.sweeps.submission import note_jobs
 
 
 class NoteJobs(Callback):
-    """Writes the notes of a sweep, or ends the process with one line if it may not be submitted; says in the end what failed."""
+    """The notes of a sweep; it ends with one line if it may not be submitted, or if jobs failed."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
+        """Write the notes of all jobs."""
         with one_line_failures("cu-run"):
             note_jobs(config, GlobalHydra.instance().config_loader())
 
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
+        """Say which jobs failed, of those that ran in processes of their own."""
         folder = Path(config.hydra.sweep.dir)
-        if (
-            not str(config.hydra.launcher["_target_"]).endswith(".BasicLauncher")
-            and (folder / SWEEP).exists()
-        ):
+        in_process = str(config.hydra.launcher["_target_"]).endswith(".BasicLauncher")
+        if not in_process and (folder / SWEEP).exists():
             with one_line_failures("cu-run"):
                 refuse_failures(folder)
 
 
 def refuse_failures(folder: Path) -> None:
-    """Raises LaunchError if a job of a sweep that has ended did not make its run."""
+    """Raise LaunchError if a job of a sweep that has ended did not make its run."""
     jobs = read_sweep(folder)
     if failed := [job for job in jobs if job.state != "done"]:
         why = failed[0].why or failed[0].state
         raise LaunchError(
-            f"{len(failed)} of {len(jobs)} jobs did not end well, the first: {why}; see `cu-sweep status {folder}`"
+            f"{len(failed)} of {len(jobs)} jobs did not end well, the first: {why}; "
+            f"see `cu-sweep status {folder}`"
         )

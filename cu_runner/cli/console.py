@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cu_runner import __version__
 from cu_runner.runtime.lazy import diffusers, transformers
@@ -21,11 +21,13 @@ NOISY = ("transformers", "diffusers", "torch", "accelerate", "huggingface_hub", 
 class Parser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line, and knows --version."""
 
-    def __init__(self, prog: str, description: str | None = None, **options: object) -> None:
-        """Take the command's name, and the first line of its module's docstring."""
-        first = (description or "").partition("\n")[0]
-        super().__init__(prog=prog, description=first or None, **options)  # type: ignore[arg-type]
-        self.add_argument("--version", action="version", version=f"{prog} {__version__}")
+    def __init__(
+        self, prog: str | None = None, description: str | None = None, **options: Any
+    ) -> None:
+        """Take the command's name, and its module's docstring, whose first paragraph is shown."""
+        first = " ".join((description or "").partition("\n\n")[0].split())
+        super().__init__(prog=prog, description=first or None, **options)
+        self.add_argument("--version", action="version", version=f"{self.prog} {__version__}")
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with status 2."""

@@ -1,12 +1,15 @@
 """cu-doctor: is a finished run what it says, and would a run that is planned get to its end?
 
-    cu-doctor outputs/runs/shapecanvas_style/conabl-none-sequential-s0-ec91c30b      # a run directory, or a packed run (.zip)
-    cu-doctor experiment=unlearncanvas_style model.path=DIR evaluator.paths.style=DIR evaluator.paths.object=DIR     # a plan
+    cu-doctor outputs/runs/shapecanvas_style/conabl-none-sequential-s0-ec91c30b   # or packed: .zip
+    cu-doctor experiment=unlearncanvas_style model.path=DIR evaluator.paths.style=DIR \\
+              evaluator.paths.object=DIR                                          # a plan
 
-Every file of a run is held against its sha256 and every step against the one before it, down to the weights of the untouched model;
-metrics are computed again from the predictions, drift from the weights. What differs is printed; nothing is changed.
-A plan is given as to cu-run: device, W&B login, model, evaluator, retention, labels, disk, base accuracy of a few images, whether
-method and regularizers go together and can begin a request, two training steps, memory and time.
+Every file of a run is held against its sha256 and every step against the one before it, down to the
+weights of the untouched model; metrics are computed again from the predictions, drift from the
+weights. What differs is printed; nothing is changed.
+A plan is given as to cu-run: device, W&B login, model, evaluator, retention, labels, disk, base
+accuracy of a few images, whether method and regularizers go together and can begin a request, two
+training steps, memory and time.
 
 Exit status: 0 all is well, 1 something is not, 2 bad input.
 """
@@ -15,16 +18,14 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cu_runner.cli.console import Parser, quiet_libraries
 from cu_runner.cli.failures import one_line_failures
-from cu_runner.config.compose import compose
-from cu_runner.config.revise import filled_in
-from cu_runner.config.run_config import RunConfig, check_run
 from cu_runner.retention.base import Retention
-from cu_runner.runner.preflight import check_plan
 from cu_runner.schema.errors import ModelError, WeightFileError
 from cu_runner.store.archive import unpack
 from cu_runner.store.files import has_intact_header
@@ -33,12 +34,16 @@ from cu_runner.store.records import read_record
 from cu_runner.store.run_record import read_config
 from cu_runner.store.verify import Finding, verify_configuration, verify_run
 
+if TYPE_CHECKING:
+    from cu_runner.config.run_config import RunConfig
+    from cu_runner.config.targets import Node
+
 MARKS = {True: "ok", False: "WRONG", None: "not checked"}
 
 
 def main() -> None:
-    """Entry point of `cu-doctor`."""
-    parser = Parser(prog="cu-doctor", description=(__doc__ or "").splitlines()[0])
+    """Call `cu-doctor` with its command line."""
+    parser = Parser(prog="cu-doctor", description=__doc__)
     parser.add_argument(
         "what",
         nargs="*",
@@ -52,18 +57,29 @@ def main() -> None:
     overrides = [text for text in arguments.what if "=" in text]
     if overrides and len(overrides) < len(arguments.what):
         parser.error("give runs or overrides, not both")
-    wrong = 0
     with one_line_failures("cu-doctor"):
-        quiet_libraries()
-        if not arguments.what or overrides:
-            wrong = report("plan", check_plan(compose(overrides)), quiet=False)
-        for path in [] if overrides else arguments.what:
-            wrong += examine_run(Path(path), not arguments.all)
+        if arguments.what and not overrides:
+            wrong = sum(examine_run(Path(path), not arguments.all) for path in arguments.what)
+        else:
+            wrong = examine_plan(overrides)
     sys.exit(1 if wrong else 0)
 
 
+def examine_plan(overrides: list[str]) -> int:
+    """Print every finding on a planned run; return how many are wrong."""
+    from cu_runner.config.compose import compose
+    from cu_runner.runner.preflight import check_plan
+
+    plan = compose(overrides)
+    quiet_libraries()
+    return report("plan", check_plan(plan), quiet=False)
+
+
 def examine_run(path: Path, quiet: bool) -> int:
-    """Print every finding on a run directory or a packed run; returns how many are wrong."""
+    """Print every finding on a run directory or a packed run; return how many are wrong."""
+    from cu_runner.config.revise import filled_in
+    from cu_runner.config.run_config import check_run
+
     with tempfile.TemporaryDirectory() as folder:
         directory = unpack(path, Path(folder)) if path.is_file() else path
         config, _ = read_config(directory)
@@ -73,19 +89,22 @@ def examine_run(path: Path, quiet: bool) -> int:
         except ValueError:
             if has_intact_header((directory / "config.yaml").read_bytes()):
                 raise
-            return report(
-                str(path), verify_configuration(directory, config), quiet
-            )  # it is damaged, and nothing else can be told
+            # it is damaged, and nothing else can be told
+            return report(str(path), verify_configuration(directory, config), quiet)
+        quiet_libraries()
         findings = [*verify_run(directory, sequence, config), *verify_origin(directory, plan)]
     return report(str(path), findings, quiet)
 
 
 def verify_origin(directory: Path, plan: RunConfig) -> Iterable[Finding]:
-    """Whether the model, the evaluator and what judges the retention are, by this configuration, those that the run began with."""
+    """Find out whether what measures is, by this configuration, what the run began with.
+
+    That is the model, the evaluator and what measures the retention.
+    """
     record, problem = read_record(step_dir(directory, 0) / STEP)
     if record is None or problem is not None:  # said already
         return
-    parts = {"model": plan.model, "evaluator": plan.evaluator}
+    parts: dict[str, Node[Any]] = {"model": plan.model, "evaluator": plan.evaluator}
     if plan.retention is not None:
         parts["retention"] = plan.retention
     for name, node in parts.items():
@@ -104,26 +123,21 @@ def verify_origin(directory: Path, plan: RunConfig) -> Iterable[Finding]:
 
 
 def report(title: str, findings: Iterable[Finding], quiet: bool) -> int:
-    """Print findings as they come, one line each; returns how many are wrong. quiet: leaves out what is well."""
+    """Print findings as they come, one line each; return how many are wrong.
+
+    quiet: leaves out what is well.
+    """
     print(title, flush=True)
-    number = wrong = skipped = 0
+    verdicts: Counter[bool | None] = Counter()
     for finding in findings:
-        number, wrong, skipped = (
-            number + 1,
-            wrong + (finding.ok is False),
-            skipped + (finding.ok is None),
-        )
+        verdicts[finding.ok] += 1
         if finding.ok is not True or not quiet:
-            print(
-                f"  {MARKS[finding.ok]:<11} {finding.what}{f': {finding.detail}' if finding.detail else ''}",
-                flush=True,
-            )
-    end = (
-        f"{wrong} wrong"
-        if wrong
-        else "all well"
-        if not skipped
-        else f"{skipped} could not be made, the others are well"
-    )
-    print(f"  {number} checks, {end}", flush=True)
-    return wrong
+            detail = f": {finding.detail}" if finding.detail else ""
+            print(f"  {MARKS[finding.ok]:<11} {finding.what}{detail}", flush=True)
+    end = "all well"
+    if verdicts[False]:
+        end = f"{verdicts[False]} wrong"
+    elif verdicts[None]:
+        end = f"{verdicts[None]} could not be made, the others are well"
+    print(f"  {verdicts.total()} checks, {end}", flush=True)
+    return verdicts[False]

@@ -1,51 +1,61 @@
-"""cu-eval: measure a run's stored weights again, with another evaluator, sampler, seeds or device. Nothing is trained.
+"""cu-eval: measure a run's stored weights again; nothing is trained.
 
-    cu-eval outputs/runs/shapecanvas_style/conabl-none-sequential-s0-ec91c30b 'sequence.seeds=[1,2,3]'
+With another evaluator, sampler, seeds or device:
 
-The result is a directory of the same form under <run>/evaluations, with predictions, grids and metrics of every step but no
-weights: reports and tables read it like a run. It resumes, and what is complete is not made again.
+    cu-eval outputs/runs/shapecanvas_style/conabl-none-sequential-s0-ec91c30b \\
+            'sequence.seeds=[1,2,3]'
+
+The result is a directory of the same form under <run>/evaluations, with predictions, grids and
+metrics of every step but no weights: reports and tables read it like a run. It resumes, and what is
+complete is not made again.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cu_runner.cli.console import Parser, quiet_libraries
 from cu_runner.cli.failures import one_line_failures
-from cu_runner.config.command import recorded_command
-from cu_runner.config.permissions import allowed_modules, refuse_unasked_pickles
-from cu_runner.config.revise import revise
-from cu_runner.config.run_config import check_run
-from cu_runner.runner.remeasure import load, measure_again
 from cu_runner.store.directories import choose_directory, first_name
 from cu_runner.store.layout import EVALUATIONS
-from cu_runner.store.records import Row
 from cu_runner.store.run_directory import RunStore
 from cu_runner.store.run_record import read_run
 from cu_runner.store.signature import signature
+
+if TYPE_CHECKING:
+    from cu_runner.store.records import Row
 
 SHOWN = ("UA", "RA_I", "RA_C", "RA_C_retained")
 
 
 def main() -> None:
-    """Entry point of `cu-eval`."""
-    parser = Parser(prog="cu-eval", description=(__doc__ or "").splitlines()[0])
+    """Call `cu-eval` with its command line."""
+    parser = Parser(prog="cu-eval", description=__doc__)
     parser.add_argument(
         "run", type=Path, help="a run directory, as the last line of cu-run names it"
     )
     parser.add_argument(
         "overrides",
         nargs="*",
-        help="evaluator=NAME, retention=NAME, eval.steps=50, 'sequence.seeds=[1,2]', device=cpu, ...",
+        default=[],
+        help="evaluator=NAME, retention=NAME, eval.steps=50, 'sequence.seeds=[1,2]', device=...",
     )
     arguments = parser.parse_intermixed_args()
     with one_line_failures("cu-eval"):
-        quiet_libraries()
         run = read_run(arguments.run.resolve())
         if run.is_evaluation:
             raise ValueError(
-                f"{run.directory}: is an evaluation, without weights; give its run, {run.directory.parent.parent}"
+                f"{run.directory}: is an evaluation, without weights; "
+                f"give its run, {run.directory.parent.parent}"
             )
+
+        from cu_runner.config.command import recorded_command
+        from cu_runner.config.permissions import allowed_modules, refuse_unasked_pickles
+        from cu_runner.config.revise import revise
+        from cu_runner.config.run_config import check_run
+        from cu_runner.runner.remeasure import load, measure_again
+
         allowed = allowed_modules(arguments.overrides)
         revised = revise(run.config, arguments.overrides)
         refuse_unasked_pickles(revised, arguments.overrides)
@@ -55,9 +65,10 @@ def main() -> None:
             run.directory / EVALUATIONS / named, plan.code, plan.spine.fresh
         )
         complete = len(list((directory / "steps").glob("*/step.json"))) == len(run.records)
-        instruments = (
-            None if complete else load(run, plan)
-        )  # what cannot be loaded leaves no directory behind
+        if not complete:
+            quiet_libraries()
+        # loaded first: what cannot be loaded leaves no directory behind
+        instruments = None if complete else load(run, plan)
         command = recorded_command("cu-eval", [str(arguments.run), *arguments.overrides])
         with RunStore(
             directory,
@@ -77,7 +88,7 @@ def compare(before: Row, after: Row) -> str:
     """Return a line: each metric now, and in brackets as the run itself measured it."""
     parts = [f"{after.request:>3}  {after.concept or 'untouched model':<18}"]
     for name in SHOWN:
-        both = (row.metrics[name] for row in (after, before))
-        now, then = ("-" if value is None else f"{value:.1f}" for value in both)
+        measured = (after.metrics[name], before.metrics[name])
+        now, then = ("-" if value is None else f"{value:.1f}" for value in measured)
         parts.append(f"{name.replace('_', '-', 1).replace('_', ' ')} {now:>5} ({then})")
     return "  ".join(parts)

@@ -1,6 +1,8 @@
-"""cu-report: runs as one HTML page that needs no network: what was forgotten and kept after each request, samples, drift, cost.
+"""cu-report: runs as one HTML page that needs no network: what was forgotten and kept after each
+request, samples, drift, cost.
 
-Exit status: 0 done, 1 a run is damaged, the page cannot be written or W&B failed, 2 paths or options are wrong, 130 interrupted.
+Exit status: 0 done, 1 a run is damaged, the page cannot be written or W&B failed, 2 paths or
+options are wrong, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from cu_runner.store.run_record import RunRecord
 
 def main() -> None:
     """Call `cu-report` with its command line."""
-    parser = Parser(prog="cu-report", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="cu-report", description=__doc__)
     parser.add_argument(
         "paths",
         nargs="+",
@@ -53,22 +55,26 @@ def main() -> None:
     )
     arguments = parser.parse_intermixed_args()
     with one_line_failures("cu-report"):
+        directories = directories_of(arguments.paths)
         if arguments.pack:
-            pack_one(arguments.paths, arguments.pack)
+            pack_one(directories, arguments.pack)
         else:
-            produce(arguments.paths, arguments.output, arguments.details, arguments.wandb)
+            folder = arguments.output
+            folder = folder or Path("outputs/reports") / report_name(arguments.paths, directories)
+            produce(directories, folder, arguments.details, arguments.wandb)
 
 
 def produce(
-    paths: list[Path], output: Path | None, details: int, wandb: Literal["online", "offline"] | None
+    directories: list[Path],
+    folder: Path,
+    details: int,
+    wandb: Literal["online", "offline"] | None,
 ) -> None:
     """Write the page and its plots, and print where they are; send the runs to W&B if asked to."""
     from cu_runner.reporting.page import write_page
     from cu_runner.reporting.page_data import read_all
     from cu_runner.store.files import write_atomic
 
-    directories = directories_of(paths)
-    folder = output or Path("outputs/reports") / report_name(paths, directories)
     runs, unstarted = read_all(directories)
     remarks = []
     if len(runs) > details:
@@ -88,12 +94,11 @@ def produce(
         sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
-def pack_one(paths: list[Path], target: Path) -> None:
-    """Write the only run among the paths into one file, and print how it is used elsewhere."""
+def pack_one(directories: list[Path], target: Path) -> None:
+    """Write the only one of these runs into a file, and print how it is used elsewhere."""
     from cu_runner.store.archive import pack
     from cu_runner.store.run_record import read_run
 
-    directories = directories_of(paths)
     if len(directories) != 1:
         raise ValueError(f"--pack takes one run, not {len(directories)}; give its directory")
     with writing_to(target, "FILE"):
@@ -103,7 +108,7 @@ def pack_one(paths: list[Path], target: Path) -> None:
 
 
 def directories_of(paths: list[Path]) -> list[Path]:
-    """Return the run directories among the paths, each once. Raises ValueError if a path has none."""
+    """Return the run directories among the paths, each once; ValueError if a path has none."""
     from cu_runner.schema.errors import StoreError
     from cu_runner.store.run_record import find_runs
 
@@ -126,7 +131,7 @@ def writing_to(place: Path, option: str) -> Iterator[None]:
 
 
 def send_all(runs: list[RunRecord], mode: Literal["online", "offline"]) -> None:
-    """Mirror the runs to W&B, which writes its own files under the outputs folder of their configuration.
+    """Mirror the runs to W&B, which writes its own files under their outputs folder.
 
     Raises:
         MirrorError: a run was not sent, nor were those after it.

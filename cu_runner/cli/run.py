@@ -1,6 +1,9 @@
-"""cu-run: compose -> build -> run. The only place that instantiates, and the only one that talks to the terminal.
+"""cu-run: compose -> build -> run.
 
-Exit status: 0 done, 1 the run failed, 2 the configuration cannot be run, 130 interrupted, 128 + its number for another signal.
+The only place that instantiates, and the only one that talks to the terminal.
+
+Exit status: 0 done, 1 the run failed, 2 the configuration cannot be run, 130 interrupted, 128 + its
+number for another signal.
 """
 
 from __future__ import annotations
@@ -12,24 +15,27 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING
 
 from cu_runner import __version__
 from cu_runner.cli.console import logging_to, quiet_libraries
 from cu_runner.cli.failures import one_line_failures
 from cu_runner.cli.help import help_text
-from cu_runner.config.run_config import RunConfig
-from cu_runner.runtime.devices import choose_device
+from cu_runner.runtime.devices import choose_device, limit_threads
 from cu_runner.runtime.signals import StopSignals
 from cu_runner.store.run_directory import RunStore
-from cu_runner.sweeps.submission import note_job
+from cu_runner.sweeps.job_note import note_job
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from cu_runner.config.run_config import RunConfig
 
 logger = logging.getLogger("cu_runner.cli")  # __name__ is another under `python -m`
 
 
 def main() -> None:
-    """Entry point of `cu-run`."""
+    """Call `cu-run` with its command line."""
     arguments = sys.argv[1:]
     if arguments in (["--help"], ["-h"]):
         print(help_text())
@@ -38,24 +44,22 @@ def main() -> None:
         print(f"cu-run {__version__}")
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, not to Hydra's own printer
-    os.environ.setdefault(
-        "GOMP_SPINCOUNT", "20000"
-    )  # threads that wait long by spinning starve each other on a shared machine
+    # threads that wait long by spinning starve each other on a shared machine
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     logging.raiseExceptions = False  # a log line that finds the disk full is not worth a traceback
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     statuses: list[int] = []
     with one_line_failures("cu-run", statuses):
         import hydra
 
-        import cu_runner.config.resolvers  # noqa: F401, registers the resolvers that --cfg job --resolve needs
+        import cu_runner.config.resolvers  # noqa: F401, for --cfg job --resolve
         from cu_runner.config.permissions import check_command
         from cu_runner.runtime.paths import config_dir
 
         check_command(arguments)
 
-        def job(
-            config: DictConfig,
-        ) -> None:  # its failure is caught here, so that it does not end a sweep
+        def job(config: DictConfig) -> None:
+            # its failure is caught here, so that it does not end a sweep
             with one_line_failures("cu-run", statuses, lambda line: note_job(error=line)):
                 run_job(config)
 
@@ -64,7 +68,7 @@ def main() -> None:
 
 
 def run_job(config: DictConfig) -> None:
-    """One composed job: check it, build its parts, run it, print its table."""
+    """Check a composed job, build its parts, run it, print its table."""
     from hydra.core.hydra_config import HydraConfig
 
     from cu_runner.config.command import recorded_command, words_of
@@ -134,6 +138,7 @@ def execute(plan: RunConfig, store: RunStore, outputs: Path, stop: StopSignals) 
     settings = plan.spine.wandb
     if not distributed.is_main():
         settings = replace(settings, mode="disabled")
+    limit_threads(plan.spine.num_threads)
     parts = build_parts(plan, choose_device(plan.spine))
     names = (f"{parts.sequence.name}-{plan.method_name}", "+".join(parts.regularizers) or "none")
     tracker = Tracker(settings, plan.directory.name, outputs, plan.resolved, *names)
@@ -146,7 +151,7 @@ def execute(plan: RunConfig, store: RunStore, outputs: Path, stop: StopSignals) 
 
 
 def print_table(path: Path) -> None:
-    """metrics.csv as the final table."""
+    """Print metrics.csv as the final table."""
     import pandas as pd
 
     table = pd.read_csv(path, dtype=str, keep_default_na=False)

@@ -1,8 +1,10 @@
-"""cu-sweep: what became of the jobs of a sweep: done, running, queued, pending, or failed and why; and how to run the rest.
+"""cu-sweep: what became of the jobs of a sweep: done, running, queued, pending, or failed and why;
+and how to run the rest.
 
     cu-sweep status outputs/sweeps/2026-01-31_12-00-00
 
-Nothing is written and no lock is taken from a run. Exit status: 0, 1 a job failed, 2 the folder is no sweep's, 130 interrupted.
+Nothing is written and no lock is taken from a run. Exit status: 0, 1 a job failed, 2 the folder is
+no sweep's, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ from pathlib import Path
 
 from cu_runner.cli.console import Parser
 from cu_runner.cli.failures import one_line_failures
-from cu_runner.store.layout import SWEEP
-from cu_runner.sweeps.status import Job, read_note, read_sweep
+from cu_runner.sweeps.job_note import read_sweep_note
+from cu_runner.sweeps.status import STATES, Job, read_sweep
 
 
 def main() -> None:
-    """Entry point of `cu-sweep`."""
-    parser = Parser(prog="cu-sweep", description=(__doc__ or "").splitlines()[0])
+    """Call `cu-sweep` with its command line."""
+    parser = Parser(prog="cu-sweep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="status")
     status = commands.add_parser(
         "status", help="a line for each job, and the commands that run what is missing"
@@ -46,25 +48,17 @@ def main() -> None:
 
 
 def as_text(jobs: list[Job], folders: list[Path]) -> str:
-    """A line for each job, their number by state, and the commands that run what is missing."""
-    lines = [
-        f"{job.number:>4}  {job.state:<8} {shlex.join(job.command[1:])}{f'  ({job.why})' if job.why else ''}"
-        for job in jobs
-    ]
+    """Return a line for each job, their number by state, and commands that run what is missing."""
+    lines = []
+    for job in jobs:
+        why = f"  ({job.why})" if job.why else ""
+        lines.append(f"{job.number:>4}  {job.state:<8} {shlex.join(job.command[1:])}{why}")
     counts = Counter(job.state for job in jobs)
-    said = ", ".join(
-        f"{counts[state]} {state}"
-        for state in ("done", "running", "queued", "failed", "pending")
-        if counts[state]
-    )
+    said = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
     lines.append(f"{len(jobs)} jobs: {said or 'none'}")
-    missing = [job for job in jobs if job.state in ("failed", "pending")]
-    if missing:
-        lines += [
-            "",
-            "To run what is missing, one by one:",
-            *(f"  {shlex.join(job.command)}" for job in missing),
-        ]
+    if missing := [job for job in jobs if job.state in ("failed", "pending")]:
+        lines += ["", "To run what is missing, one by one:"]
+        lines += [f"  {shlex.join(job.command)}" for job in missing]
         lines += ["or all (runs that are done do nothing):"]
-        lines += [f"  {shlex.join(read_note(folder / SWEEP)['command'])}" for folder in folders]
+        lines += [f"  {shlex.join(read_sweep_note(folder).command)}" for folder in folders]
     return "\n".join(lines)

@@ -145,7 +145,7 @@ def make_sequence(
 
     Args:
         cross_retain, vocabulary, captions: the entries themselves, the name of a shipped list
-            (cu_runner/lists), or the path of a text file with one entry a line.
+            (cu_runner/concepts/lists), or the path of a text file with one entry a line.
         anchors: maps a target to what {anchor} in anchor_prompt stands for.
         order: of the requests: as listed, reversed, or a shuffle with a seed of its own.
         prompts: a CSV file with a row per evaluation image, in place of prompt and seeds: columns

@@ -1,4 +1,4 @@
-"""The command that makes a run again: recorded in its config.yaml, as a comment below the sha256."""
+"""The command that makes a run again: recorded in its config.yaml, below the sha256."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def changes_results(override: str) -> bool:
 
 
 def recorded_command(program: str, words: list[str]) -> str:
-    """Return a command as one line for a shell, without settings that are no part of an experiment."""
+    """Return a command as one line for a shell, without settings of no experiment."""
     kept = [word for word in words if changes_results(word) or key_of(word).endswith(PERMISSION)]
     return " ".join([program, *map(quote, kept)])
 
 
 def quote(word: str) -> str:
-    r"""Return a word quoted for a shell; a line break or control character becomes \uXXXX in $'...'."""
+    r"""Return a word quoted for a shell; what is not printed becomes \uXXXX in $'...'."""
     if word.isprintable():
         return shlex.quote(word)
     escaped = word.replace("\\", "\\\\").replace("'", "\\'")
@@ -44,7 +44,10 @@ def quote(word: str) -> str:
 
 
 def escape(character: str) -> str:
-    r"""Return a character, or \xXX of a byte that is no UTF-8, \uXXXX or \UXXXXXXXX of what is not printed."""
+    r"""Return a character, or its code if it is not printed.
+
+    That is \xXX of a byte that is no UTF-8, \uXXXX or \UXXXXXXXX of another character.
+    """
     number = ord(character)
     if character.isprintable():
         return character

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -12,6 +14,7 @@ from cu_runner.config.resolvers import choice, regularizer_cell, tuned_cell
 from cu_runner.config.run_config import MISSING, RunConfig, check_run
 from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import ConfigError
+from cu_runner.schema.values import ConfigTree
 
 
 def compose(overrides: list[str]) -> RunConfig:
@@ -30,7 +33,14 @@ def compose(overrides: list[str]) -> RunConfig:
 
 def without_hydra(config: DictConfig) -> DictConfig:
     """Return a composed configuration without Hydra's own node."""
-    return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+
+
+def plain(config: object, *, resolve: bool = True) -> ConfigTree:
+    """Return a mapping of a configuration as plain values."""
+    values = OmegaConf.to_container(config, resolve=resolve)
+    assert isinstance(values, dict)
+    return cast(ConfigTree, values)
 
 
 def parse(config: DictConfig) -> RunConfig:
@@ -53,8 +63,7 @@ def parse(config: DictConfig) -> RunConfig:
                 f"conf/tuned: {key} does not read its tuned value; "
                 f"write it as ${{tuned:{key},DEFAULT}} in its file"
             )
-    resolved = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(resolved, dict)
+    resolved = plain(config)
     resolved.pop("tuned", None)
     allowed = allowed_modules(overrides)
     if list(allowed) != resolved.pop("allow_modules"):  # a file must not vouch for itself
@@ -69,6 +78,5 @@ def parse(config: DictConfig) -> RunConfig:
 def reads_tuned(config: DictConfig, key: str) -> bool:
     """Tell whether the setting is written as `${tuned:KEY,default}` in its file."""
     parent, _, last = key.rpartition(".")
-    raw = OmegaConf.to_container(OmegaConf.select(config, parent), resolve=False)
-    assert isinstance(raw, dict)
+    raw = plain(OmegaConf.select(config, parent), resolve=False)
     return str(raw[last]).startswith(f"${{tuned:{key},")

@@ -9,6 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cu_runner.config.compose import plain
 from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.values import ConfigTree
@@ -59,9 +60,7 @@ def revise(resolved: ConfigTree, overrides: list[str]) -> ConfigTree:
             OmegaConf.update(config, key, value, merge=False)
         except OmegaConfBaseException:
             raise ConfigError(f"unknown key {key}; the run's config.yaml holds every key") from None
-    revised = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(revised, dict)
-    return revised
+    return plain(config)
 
 
 def chosen_file(group: str, name: str) -> Path:
@@ -79,8 +78,7 @@ def filled_in(resolved: ConfigTree) -> ConfigTree:
 
     Settings of that kind may be newer than the run.
     """
-    defaults = OmegaConf.to_container(OmegaConf.load(config_dir() / "config.yaml"), resolve=False)
-    assert isinstance(defaults, dict)
+    defaults = plain(OmegaConf.load(config_dir() / "config.yaml"), resolve=False)
     filled = dict(resolved)
     for path in NOT_SCIENTIFIC:
         group, _, key = path.partition(".")

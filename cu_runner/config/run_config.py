@@ -99,10 +99,10 @@ class RunConfig:
 
     @cached_property
     def code(self) -> CodeIdentity:
-        """Return the code that decides its numbers: this package's, and what of the user's it names."""
+        """Return the code that decides its numbers: this package's and the user's that it names."""
         shown: list[Node[Any]] = [self.model, self.evaluator, self.sequence]
         shown += [self.retention] if self.retention else []
-        trained = [self.method, *self.regularizers.values()]
+        trained: list[Node[Any]] = [self.method, *self.regularizers.values()]
         return identify(self._modules([*shown, *trained]), self._modules(shown))
 
     def _modules(self, nodes: list[Node[Any]]) -> tuple[str, ...]:
@@ -149,13 +149,13 @@ def check_run(
     }
     retention = None
     if "retention" in resolved:
-        retention = make_node("retention", resolved["retention"], Retention, allowed)
+        retention = make_node("retention", resolved["retention"], Retention, allowed)  # type: ignore[type-abstract]
     plan = RunConfig(
         spine=spine,
         model=make_node("model", resolved["model"], DiffusionModel, allowed),
-        evaluator=make_node("evaluator", resolved["evaluator"], Evaluator, allowed),
+        evaluator=make_node("evaluator", resolved["evaluator"], Evaluator, allowed),  # type: ignore[type-abstract]
         sequence=make_node("sequence", resolved["sequence"], Sequence, allowed),
-        method=make_node("method", resolved["method"], Method, allowed),
+        method=make_node("method", resolved["method"], Method, allowed),  # type: ignore[type-abstract]
         regularizers=regularizers,
         retention=retention,
         setting=check_setting(resolved, regularizers),

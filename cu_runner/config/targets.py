@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar, get_type_hints
+from typing import Generic, TypeVar, cast, get_type_hints
 
 from cu_runner.concepts.sequence import Sequence
 from cu_runner.evaluators.base import Evaluator
@@ -161,7 +161,7 @@ def make_node(path: str, node: object, kind: type[Kind], allowed: tuple[str, ...
     checked = {
         key: validate(hints[key], value, f"{path}.{key}") for key, value in arguments.items()
     }
-    return Node(target, function, made, checked)
+    return Node(target, cast(Callable[..., Kind], function), made, checked)
 
 
 def check_keys(value: object, path: str = "") -> None:

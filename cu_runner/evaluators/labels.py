@@ -8,7 +8,7 @@ IMAGENET = "imagenet"  # the 1000 classes in their usual order, as open_clip spe
 
 
 def read_labels(key: str, source: str | list[str]) -> list[str]:
-    """The labels themselves, those of a shipped list (cu_runner/lists), of a text file with one a line, or "imagenet".
+    """The labels themselves, those of a shipped list (cu_runner/concepts/lists), of a text file with one a line, or "imagenet".
 
     Raises:
         ValueError: there is no such list or file, a label is there twice, or fewer than two are.

@@ -1,4 +1,4 @@
-"""What a network is, as a hash: its weights, its configuration, and how its tokenizer reads a text."""
+"""What a network is, as a hash: its weights, its configuration, how its tokenizer reads a text."""
 
 from __future__ import annotations
 
@@ -71,7 +71,10 @@ def effective(value: object) -> object:
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
-    """Return all that decides which token ids a text becomes, from the object: vocabulary, merges, special tokens, lengths."""
+    """Return all that decides which token ids a text becomes.
+
+    Read from the object are vocabulary, merges, special tokens and lengths.
+    """
     reading = {name: getattr(tokenizer, name) for name in READING}
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -89,7 +92,10 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
 
 
 def describe_timm(architecture: str) -> list[object]:
-    """Return what decides a timm network beside its weights: its name, and the arguments that a repository or directory brings."""
+    """Return what decides a timm network beside its weights.
+
+    That is its name, and the arguments that a repository or directory brings.
+    """
     import timm  # takes seconds
 
     source, _, place = architecture.partition(":")

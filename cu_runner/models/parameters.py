@@ -1,4 +1,7 @@
-"""Parameter groups, snapshots, deltas and drift norms. Pure functions on dicts of tensors keyed by UNet parameter name."""
+"""Parameter groups, snapshots, deltas and drift norms.
+
+Pure functions on dicts of tensors keyed by UNet parameter name.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,18 @@ from cu_runner.schema.settings import ParameterGroup
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOVED = 6e-5  # a weight counts as moved when it differs from the base by more than this (released code of Lee et al. 2026)
+# A weight counts as moved when it differs from the base by more than this (released code of Lee et
+# al. 2026).
+MOVED = 6e-5
 
 
 def is_cross_attention_kv(name: str) -> bool:
-    """True for the weights that read the prompt: `attn2.to_k` and `attn2.to_v`, [out, D]."""
+    """Tell whether these are weights that read the prompt: `attn2.to_k`, `attn2.to_v`, [out, D]."""
     return ".attn2.to_k." in name or ".attn2.to_v." in name
 
 
 def belongs(name: str, group: ParameterGroup) -> bool:
-    """Whether a UNet parameter of this name is in the group."""
+    """Tell whether a UNet parameter of this name is in the group."""
     in_cross_attention = ".attn2." in name
     return {
         "kv_xattn": is_cross_attention_kv(name),
@@ -33,22 +38,24 @@ def belongs(name: str, group: ParameterGroup) -> bool:
 
 
 def select_parameters(unet: nn.Module, group: ParameterGroup) -> dict[str, nn.Parameter]:
-    """The UNet parameters of a group, in the order of the module.
+    """Return the UNet parameters of a group, in the order of the module.
 
-    kv_xattn: keys and values of cross-attention. xattn: all of cross-attention. non_xattn: all the rest. full: every parameter.
+    kv_xattn: keys and values of cross-attention. xattn: all of cross-attention. non_xattn: all the
+    rest. full: every parameter.
     """
     chosen = {
         name: parameter for name, parameter in unet.named_parameters() if belongs(name, group)
     }
     if not chosen:
         raise ValueError(
-            f"method.params={group}: the UNet has no such parameters; it needs cross-attention layers (attn2)"
+            f"method.params={group}: the UNet has no such parameters; it needs cross-attention "
+            "layers (attn2)"
         )
     return chosen
 
 
 def snapshot(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies that later training does not change."""
+    """Return copies that later training does not change."""
     return {name: parameter.detach().clone() for name, parameter in params.items()}
 
 
@@ -60,13 +67,15 @@ def gradients(params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def subtract(params: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """theta - theta_base, tensor by tensor."""
+    """Return theta - theta_base, tensor by tensor."""
     return {name: parameter.detach() - base[name] for name, parameter in params.items()}
 
 
 @without_gradients
 def assign(
-    params: dict[str, nn.Parameter], base: dict[str, Tensor], delta: dict[str, Tensor] | None = None
+    params: Mapping[str, nn.Parameter],
+    base: Mapping[str, Tensor],
+    delta: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Set theta to theta_base + delta, in place; no delta is the base itself."""
     for name, parameter in params.items():
@@ -74,7 +83,7 @@ def assign(
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """Mask [n] of exactly `count` of the scores [n]: the largest; of equal ones the first."""
+    """Mask [n] exactly `count` of the scores [n]: the largest; of equal ones the first."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = scores.kthvalue(len(scores) - count + 1).values
@@ -86,7 +95,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 @contextmanager
 def placed(params: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> Iterator[None]:
-    """theta set to other weights for the length of a block, and then back."""
+    """Set theta to other weights for the length of a block, and then back."""
     now = snapshot(params)
     assign(params, weights)
     try:
@@ -97,7 +106,10 @@ def placed(params: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> Itera
 
 @dataclass(frozen=True)
 class Drift:
-    """Size of a weight change d over all trainable weights: sqrt(sum d^2), sum |d|, and the fraction with |d| > MOVED."""
+    """Size of a weight change d over all trainable weights.
+
+    l2: sqrt(sum d^2). l1: sum |d|. fraction: of weights with |d| > MOVED.
+    """
 
     l2: float
     l1: float
@@ -105,7 +117,11 @@ class Drift:
 
 
 def drift(delta: dict[str, Tensor]) -> Drift:
-    """Norms of a delta, accumulated in float64 so that they do not depend on how the weights are split into tensors."""
+    """Measure a delta.
+
+    Norms are accumulated in float64, so that they do not depend on how the weights are split into
+    tensors.
+    """
     flat = torch.cat([change.detach().double().flatten() for change in delta.values()])
     moved = (flat.abs() > MOVED).double().mean()
     return Drift(l2=flat.norm().item(), l1=flat.abs().sum().item(), fraction=moved.item())

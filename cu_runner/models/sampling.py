@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 from tqdm import tqdm
 
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
 
+@overload
 def generate(
     model: DiffusionModel,
     prompts: list[str],
@@ -36,15 +37,42 @@ def generate(
     *,
     batch_size: int,
     label: str,
-    transform: Callable[[Tensor], Value] = lambda images: images,
-) -> Iterator[Value]:
-    """Yield images batch by batch, in the order of the prompts, under a progress bar; where GPU memory runs out, half as large.
+) -> Iterator[Tensor]: ...
+
+
+@overload
+def generate(
+    model: DiffusionModel,
+    prompts: list[str],
+    seeds: list[int],
+    sampler: Sampler,
+    *,
+    batch_size: int,
+    label: str,
+    transform: Callable[[Tensor], Value],
+) -> Iterator[Value]: ...
+
+
+def generate(
+    model: DiffusionModel,
+    prompts: list[str],
+    seeds: list[int],
+    sampler: Sampler,
+    *,
+    batch_size: int,
+    label: str,
+    transform: Callable[[Tensor], Any] = lambda images: images,
+) -> Iterator[Any]:
+    """Yield images batch by batch, in the order of the prompts, under a progress bar.
+
+    Where GPU memory runs out, batches become half as large.
 
     Args:
         prompts, seeds: one of each per image; together they fix its noise.
         batch_size: images per forward pass (twice as many rows with guidance).
         label: what the progress bar says.
-        transform: what is made of each batch and yielded in its place; it may run out of memory too.
+        transform: what is made of each batch and yielded in its place; it may run out of memory
+            too.
 
     Yields:
         [B, 3, S, S] float in 0..1, on the model's device.
@@ -66,15 +94,20 @@ def generate(
 
 
 def largest_batch(model: DiffusionModel, batch_size: int) -> int:
-    """At most batch_size images, and not more than memory was found to hold; of processes that share a batch, in each of them."""
+    """Return the images of a batch: at most batch_size, and not more than memory was found to hold.
+
+    Of processes that share a batch, it is not more than the memory of each of them.
+    """
     own = min(batch_size, model.batch_limit or batch_size)
     return min(distributed.in_turn(own)) if distributed.is_shared() else own
 
 
 def halve_batches(model: DiffusionModel, size: int) -> bool:
-    """From now on batches have half of `size` images at most, which GPU memory did not hold.
+    """Limit batches from now on to half of `size` images, which GPU memory did not hold.
 
-    False where there is nothing to halve: a single image, or a batch of which other processes wait for this one's share.
+    Returns:
+        False where there is nothing to halve: a single image, or a batch of which other processes
+        wait for this one's share.
     """
     if size == 1 or distributed.is_shared():
         return False
@@ -85,30 +118,34 @@ def halve_batches(model: DiffusionModel, size: int) -> bool:
     return True
 
 
-def progress(images: int, label: str) -> tqdm:
-    """A progress bar over images."""
+def progress(images: int, label: str) -> tqdm[NoReturn]:
+    """Make a progress bar over images, which is moved by hand."""
     return tqdm(total=images, desc=f"  {label}", leave=False, disable=None, ncols=100, unit="image")
 
 
 def sample_images(
     model: DiffusionModel, prompts: list[str], seeds: list[int], sampler: Sampler
 ) -> Tensor:
-    """One batch of images [B, 3, S, S], float in 0..1, on the model's device."""
+    """Sample one batch of images [B, 3, S, S], float in 0..1, on the model's device."""
     return model.decode_latents(sample_latents(model, prompts, seeds, sampler))
 
 
 def make_scheduler(model: DiffusionModel, sampler: Sampler) -> diffusers.SchedulerMixin:
-    """A fresh scheduler with its timesteps set; the state of one trajectory lives in it. Raises ValueError for an unknown one.
+    """Make a fresh scheduler with its timesteps set; the state of one trajectory lives in it.
 
-    Whatever a checkpoint says or leaves to defaults, latents are not clipped to -1..1, and Stable Diffusion 1 and 2 offset their
-    timesteps by one, as diffusers' pipelines make them.
+    Whatever a checkpoint says or leaves to defaults, latents are not clipped to -1..1, and Stable
+    Diffusion 1 and 2 offset their timesteps by one, as diffusers' pipelines make them.
+
+    Raises:
+        ValueError: diffusers has no such scheduler, or it is none of a diffusion model.
     """
-    kind = type(model.scheduler)
+    kind: Any = type(model.scheduler)
     if sampler.scheduler is not None:
         kind = getattr(diffusers, sampler.scheduler, None)
         if not (inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)):
             raise ValueError(
-                f"scheduler={sampler.scheduler}: diffusers has no such scheduler; give a class such as DDIMScheduler"
+                f"scheduler={sampler.scheduler}: diffusers has no such scheduler; "
+                "give a class such as DDIMScheduler"
             )
     offset = {"steps_offset": 1} if len(model.text_encoders) == 1 else {}
     scheduler = kind.from_config(model.scheduler.config, clip_sample=False, **offset)
@@ -122,7 +159,7 @@ def make_scheduler(model: DiffusionModel, sampler: Sampler) -> diffusers.Schedul
 def sample_latents(
     model: DiffusionModel, prompts: list[str], seeds: list[int], sampler: Sampler
 ) -> Tensor:
-    """Denoise one batch; scaled latents [B, C, H, W]."""
+    """Denoise one batch to scaled latents [B, C, H, W]."""
     scheduler = make_scheduler(model, sampler)
     return denoise(model, scheduler, prompts, seeds, sampler.guidance, len(scheduler.timesteps))
 
@@ -131,7 +168,11 @@ def sample_latents(
 def sample_partly(
     model: DiffusionModel, prompts: list[str], seeds: list[int], sampler: Sampler, stop: int
 ) -> tuple[Tensor, Tensor]:
-    """Denoise one batch for the first `stop` steps: x_t [B, C, H, W] as add_noise would scale it, and t, a scalar."""
+    """Denoise one batch for the first `stop` steps.
+
+    Returns:
+        x_t [B, C, H, W] as add_noise would scale it, and t, a scalar.
+    """
     scheduler = make_scheduler(model, sampler)
     latents = denoise(model, scheduler, prompts, seeds, sampler.guidance, stop)
     timestep = scheduler.timesteps[stop]
@@ -146,16 +187,17 @@ def denoise(
     guidance: float,
     stop: int,
 ) -> Tensor:
-    """The first `stop` steps of the scheduler from each image's own noise; latents [B, C, H, W]."""
-    latents = (
-        image_noise(prompts, seeds, model.latent_shape).to(model.device)
-        * scheduler.init_noise_sigma
-    )
+    """Take the first `stop` steps of the scheduler from each image's own noise.
+
+    Returns:
+        Latents [B, C, H, W].
+    """
+    noise = image_noise(prompts, seeds, model.latent_shape).to(model.device)
+    latents = noise * scheduler.init_noise_sigma
     text = model.encode_prompts(([""] * len(prompts) if guidance != 1 else []) + prompts)
     extra = {}
-    if (
-        "generator" in inspect.signature(scheduler.step).parameters
-    ):  # stochastic samplers draw per image too
+    # stochastic samplers draw per image too
+    if "generator" in inspect.signature(scheduler.step).parameters:
         extra["generator"] = [
             torch.Generator().manual_seed(derive_seed("sampler", prompt, seed))
             for prompt, seed in zip(prompts, seeds, strict=True)

@@ -1,4 +1,7 @@
-"""Tensors from weight files. safetensors hold nothing else; a pickle is read only where the user names it, and never runs code."""
+"""Tensors from weight files.
+
+safetensors hold nothing else; a pickle is read only where the user names it, and never runs code.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,17 @@ NESTS = ("model_state_dict", "state_dict")  # where checkpoints of training scri
 
 
 def load_tensors(path: str | Path, allow_pickle: Sequence[str] = ()) -> dict[str, Tensor]:
-    """The weights in a file by name, on the CPU and in the file's precision.
+    """Load the weights in a file by name, on the CPU and in the file's precision.
 
     Args:
-        path: a `.safetensors` file, or a pickle (`.pth`, `.pt`, `.bin`, `.ckpt`) that allow_pickle names. Weights nested under
-            `model_state_dict` or `state_dict` are found.
-        allow_pickle: the pickle files that may be read. They are read with torch's weights_only=True, whatever they hold.
+        path: a `.safetensors` file, or a pickle (`.pth`, `.pt`, `.bin`, `.ckpt`) that allow_pickle
+            names. Weights nested under `model_state_dict` or `state_dict` are found.
+        allow_pickle: the pickle files that may be read. They are read with torch's
+            weights_only=True, whatever they hold.
 
     Raises:
-        WeightFileError: the file is missing, damaged, a pickle that is not named, or holds anything but tensors.
+        WeightFileError: the file is missing, damaged, a pickle that is not named, or holds anything
+            but tensors.
     """
     file = Path(path).expanduser()
     check_pickle(file, allow_pickle)
@@ -34,9 +39,7 @@ def load_tensors(path: str | Path, allow_pickle: Sequence[str] = ()) -> dict[str
 
             return safetensors.torch.load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # damaged and refused files raise many types; the cause is kept in the line
+    except Exception as error:  # damaged and refused files raise many types; the line says which
         reason = " ".join(str(error).split()).partition(" In PyTorch 2.6")[0][:300]
         raise WeightFileError(
             f"{path}: cannot be read as weights ({reason or type(error).__name__})"
@@ -53,19 +56,20 @@ def load_tensors(path: str | Path, allow_pickle: Sequence[str] = ()) -> dict[str
         str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)
     ]:
         raise WeightFileError(
-            f"{path}: {others[0]} is no tensor; save a state_dict, alone or under {' or '.join(NESTS)}"
+            f"{path}: {others[0]} is no tensor; save a state_dict, alone or under "
+            f"{' or '.join(NESTS)}"
         )
     return content
 
 
 def check_pickle(file: str | Path, allow_pickle: Sequence[str]) -> None:
-    """Raises WeightFileError unless the file is there, and is safetensors or named in allow_pickle."""
+    """Raise WeightFileError unless the file is there, and is safetensors or in allow_pickle."""
     file = Path(file).expanduser()
     if not file.is_file():
         raise WeightFileError(f"{file}: no such file; give a weight file, best of all .safetensors")
     allowed = {Path(name).expanduser().resolve() for name in allow_pickle}
     if file.suffix != ".safetensors" and file.resolve() not in allowed:
         raise WeightFileError(
-            f"{file}: is no .safetensors file, and other formats can carry code; convert it, or allow this one with "
-            f"allow_pickle=[{file}]"
+            f"{file}: is no .safetensors file, and other formats can carry code; convert it, or "
+            f"allow this one with allow_pickle=[{file}]"
         )

@@ -1,1 +1,1 @@
-"""Add-on regularizers: one file and one YAML each of the same name; they combine in list order."""
+"""Add-on regularizers: one file and one YAML of conf/reg each; they combine in list order."""

@@ -1,6 +1,7 @@
-"""What a report shows of runs: their labels, drift by layer, sample images over time, costs, provenance. No drawing, no HTML.
+"""What a report shows of runs: labels, drift by layer, sample images over time, costs, provenance.
 
-Every file that is read here is checked: small ones by the sha256 that step.json names, weights by the drift that it names.
+No drawing, no HTML. Every file that is read here is checked: small ones by the sha256 that
+step.json names, weights by the drift that it names.
 """
 
 from __future__ import annotations
@@ -26,21 +27,10 @@ from cu_runner.store.layout import GRID, PREDICTIONS, STEP
 from cu_runner.store.run_record import RunRecord, read_run
 from cu_runner.store.signature import NOT_SCIENTIFIC
 
-NEEDED = (
-    "name",
-    "domain",
-    "cross_domain",
-    "retain",
-    "seeds",
-)  # of the sequence in a run's config.yaml, beside what read_run needs
-
-
+# of the sequence in a run's config.yaml, beside what read_run needs
+NEEDED = ("name", "domain", "cross_domain", "retain", "seeds")
 LARGEST_CELL = 96  # pixels a side of a sample image in a report
-
-
 LARGEST_MONTAGE = 8_000_000  # pixels of all sample images of a run together
-
-
 BLOCKS = (
     "conv_in",
     "time_",
@@ -52,17 +42,14 @@ BLOCKS = (
     "conv_norm_out",
     "conv_out",
 )
-
-
 WORDS = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
-
-
-SAME_DRIFT = 1e-6  # relative; the norms of the layers and the recorded drift are sums in float64, in another order
+# relative; the norms of the layers and the recorded drift are sums in float64, in another order
+SAME_DRIFT = 1e-6
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A run of a report: its number (it decides colour, line style and marker) and its unique label."""
+    """A run of a report: its number (it decides colour, dashes and marker) and its unique label."""
 
     number: int
     label: str
@@ -86,7 +73,7 @@ class Shown:
 
     @cached_property
     def accuracy(self) -> pd.DataFrame:
-        """Return percent recognised: rows concepts, columns requests from 0 on, NaN if not measured.
+        """Return percent recognised: rows concepts, columns requests from 0 on; NaN: not measured.
 
         Raises:
             StoreError: predictions of a step are damaged.
@@ -132,7 +119,7 @@ def label_runs(runs: list[RunRecord]) -> list[str]:
         labels = [f"{label}, {run.sequence}" for label, run in zip(labels, runs, strict=True)]
     if len({run.seed for run in runs}) > 1:
         labels = [f"{label}, seed {run.seed}" for label, run in zip(labels, runs, strict=True)]
-    signatures = [run.records[0]["signature"][:4] for run in runs]
+    signatures = [run.records[0].signature[:4] for run in runs]
     for details in (signatures, range(1, len(runs) + 1)):
         count = Counter(labels)
         labels = [
@@ -142,7 +129,7 @@ def label_runs(runs: list[RunRecord]) -> list[str]:
     return labels
 
 
-def contrast(runs: list[RunRecord]) -> dict[str, list[ConfigTree]]:
+def contrast(runs: list[RunRecord]) -> dict[str, list[object]]:
     """Return the settings of an experiment in which runs are not all alike.
 
     Returns:
@@ -190,7 +177,7 @@ def drift_by_layer(run: RunRecord) -> dict[str, float]:
         why = " ".join(str(error).split())
         raise StoreError(f"{run.weights(last)}: cannot be read ({why}); restore it") from None
     whole = math.sqrt(sum(squares.values()))
-    if not math.isclose(whole, run.records[last]["row"]["drift_l2"], rel_tol=SAME_DRIFT):
+    if not math.isclose(whole, run.records[last].row.drift_l2, rel_tol=SAME_DRIFT):
         raise StoreError(
             f"{run.weights(last)}: does not have the drift that {STEP} names; restore it"
         )
@@ -219,7 +206,10 @@ def short_layer(layer: str) -> str:
 
 @dataclass(frozen=True)
 class Samples:
-    """Sample images over time without gaps, in the rows and columns of Shown.accuracy; white where there is none."""
+    """Sample images over time without gaps, in the rows and columns of Shown.accuracy.
+
+    White where there is none.
+    """
 
     montage: Image.Image
     cell: int  # pixels a side of one
@@ -236,7 +226,9 @@ class Samples:
 
 
 def sample_images(shown: Shown) -> Samples:
-    """Return the first seed's image of every concept with the first cross concept, after every request.
+    """Return the first seed's image of every concept, after every request.
+
+    It is the one with the first cross concept.
 
     Raises:
         StoreError: a file of a step is damaged.
@@ -268,9 +260,10 @@ def sample_images(shown: Shown) -> Samples:
 
 @dataclass(frozen=True)
 class Cost:
-    """What all finished requests of a run took. cached: requests whose weights came from the cache.
+    """What all finished requests of a run took. cached: requests whose weights were in the cache.
 
-    The evaluation of the untouched model is shared by runs through the cache; its seconds are not counted.
+    The evaluation of the untouched model is shared by runs through the cache; its seconds are not
+    counted.
     """
 
     train_seconds: float
@@ -292,7 +285,7 @@ def costs(runs: list[Shown]) -> pd.DataFrame:
             train_steps=int(requests["train_steps"].sum()),
             peak_memory_mb=float(shown.run.table["peak_memory_mb"].max()),
             device=provenance(shown.run)["device"],
-            cached=sum("cached" in record["training"] for record in shown.run.records),
+            cached=sum(record.training.cached for record in shown.run.records),
         )
         rows.append(cost)
     return pd.DataFrame(rows)
@@ -300,18 +293,16 @@ def costs(runs: list[Shown]) -> pd.DataFrame:
 
 def provenance(run: RunRecord) -> dict[str, str]:
     """Return what the numbers were made on; where steps differ, with their requests."""
-    records = run.records
-    versions = [
-        [f"{name} {each}" for name, each in record["versions"].items()] for record in records
-    ]
+    records, unknown = run.records, "unknown (an installed package)"
     facts = {
-        "device": [record["device"] for record in records],
-        "git commit": [
-            record["git_commit"] or "unknown (an installed package)" for record in records
+        "device": [record.device for record in records],
+        "git commit": [record.git_commit or unknown for record in records],
+        "versions": [
+            ", ".join(f"{name} {each}" for name, each in record.versions.items())
+            for record in records
         ],
-        "versions": list(map(", ".join, versions)),
-        "model sha256": [record["model_sha256"] for record in records],
-        "evaluator sha256": [record["evaluator_sha256"] for record in records],
+        "model sha256": [record.model_sha256 for record in records],
+        "evaluator sha256": [record.evaluator_sha256 for record in records],
     }
     return {name: spans(values) for name, values in facts.items()}
 
@@ -323,8 +314,6 @@ def spans(values: list[str]) -> str:
         end = start + len(list(group)) - 1
         parts.append((value, f"request {start}" if start == end else f"requests {start} to {end}"))
         start = end + 1
-    return (
-        values[0]
-        if len(parts) == 1
-        else ", ".join(f"{value} ({requests})" for value, requests in parts)
-    )
+    if len(parts) == 1:
+        return values[0]
+    return ", ".join(f"{value} ({requests})" for value, requests in parts)

@@ -1,4 +1,7 @@
-"""The plots of a report: drawn by matplotlib, written as PNG and SVG, and as SVG text for a page, coloured by its CSS variables."""
+"""The plots of a report: drawn by matplotlib, written as PNG and SVG.
+
+And as SVG text for a page, coloured by its CSS variables.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,9 @@ from cu_runner.runtime.lazy import pd
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
-# name of the CSS variable -> colour on light and on dark paper. The series are distinct in all three kinds of colour blindness
-# (smallest OKLab distance 0.10, under the simulation of Machado et al. 2009) and have a contrast of at least 3 to the paper.
+# name of the CSS variable -> colour on light and on dark paper. The series are distinct in all
+# three kinds of colour blindness (smallest OKLab distance 0.10, under the simulation of Machado et
+# al. 2009) and have a contrast of at least 3 to the paper.
 COLOURS = {
     "paper": ("#ffffff", "#15181d"),
     "ink": ("#1d2430", "#e4e7ec"),
@@ -38,31 +42,18 @@ COLOURS = {
     "series-3": ("#d55ce2", "#e3aefb"),
     "series-4": ("#9a9a06", "#d3412c"),
     "series-5": ("#2d333a", "#8b929b"),
-    # Of a cell of a heat map at 100%: black numbers on light and white ones on dark have a contrast of at least 4.5 to every shade.
+    # Of a cell of a heat map at 100%: black numbers on light and white ones on dark have a contrast
+    # of at least 4.5 to every shade.
     "known": ("#5b93d6", "#2f6fb5"),  # a concept that the model is to keep
     "gone": ("#e07b45", "#b5551f"),  # an unlearned concept
     "number": ("#000000", "#ffffff"),
 }
-
-
 SERIES = [light for name, (light, _) in COLOURS.items() if name.startswith("series")]
-
-
 DASHES = ((), (5, 2), (1.5, 1.5), (7, 2, 1.5, 2))
-
-
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-
-
 PERCENTAGES = {"UA": "UA", "RA_I": "RA-I", "RA_C": "RA-C"}
-
-
 MOST_NUMBERS = 600  # cells of a heat map that still have room for their numbers
-
-
 MOST_TICKS = 24
-
-
 STYLE = mpl.RcParams(
     {
         "font.size": 9,
@@ -110,7 +101,7 @@ class LineStyle:
 
 
 def line_style(number: int) -> LineStyle:
-    """Return the style of the run with this number: colours first, then dashes; markers turn all the time."""
+    """Return the style of a run by its number: colours first, then dashes; markers always turn."""
     colour, turn = number % len(SERIES), number // len(SERIES)
     return LineStyle(colour, DASHES[turn % len(DASHES)], MARKERS[number % len(MARKERS)])
 
@@ -220,7 +211,7 @@ def tradeoff_panel(runs: list[Shown], name: str) -> Panel:
 def layer_panel(
     runs: list[Shown], drifts: list[dict[str, float]], layers: list[str], title: str
 ) -> Panel:
-    """Return a panel of the L2 drift of these layers, in network order, the runs over one another."""
+    """Return a panel of the L2 drift of these layers, in network order, runs over one another."""
 
     def panel(axes: Axes) -> None:
         for shown, drift in zip(runs, drifts, strict=True):

@@ -1,11 +1,4 @@
-"""cu-table: a table of a paper from run directories, beside the published numbers, and the command of every run that is missing.
-
-A table is a YAML file of scripts/tables: rows and columns are lists of overrides, a cell is the run that they compose to. Its
-signature names one directory; that one is opened and no other, so that a number can never come from another configuration.
-Numbers are percent.
-
-Exit status: 0 done, 1 a run failed, 2 the table or the configuration of a cell is wrong, 130 interrupted.
-"""
+"""The cells of cu-table: the runs that belong there, what they measured, and how rows compare."""
 
 from __future__ import annotations
 
@@ -26,7 +19,10 @@ from cu_runner.store.run_record import RunRecord, read_run
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of the table: the runs that belong there, one per seed, and those of them that are complete."""
+    """One place of the table: the runs that belong there, one per seed.
+
+    runs: those of them that are complete.
+    """
 
     method: str
     column: str
@@ -45,7 +41,7 @@ class Cell:
 def make_cells(
     table: Table, experiment: Experiment, seeds: list[int], more: Overrides
 ) -> Iterator[Cell]:
-    """Compose every cell and open the directories that are there. Raises ConfigError, StoreError."""
+    """Compose every cell and open the directories that are there."""
     for method, chosen in experiment.methods.items():
         for column, where in experiment.columns.items():
             for row, overrides in table.rows.items():
@@ -65,7 +61,7 @@ def make_cells(
 def open_run(plan: RunConfig) -> RunRecord:
     """Return the run in the directory of a plan. Raises StoreError if it was moved to there."""
     run = read_run(plan.directory)
-    if run.records[0]["signature"] != plan.signature:
+    if run.records[0].signature != plan.signature:
         what = "holds a run of another configuration; move it back to where it was made"
         raise StoreError(f"{plan.directory}: {what}")
     return run
@@ -93,9 +89,10 @@ def num_images(run: RunRecord, metric: str) -> int:
 class Measured:
     """A metric of a cell, in percent: our mean over seeds and the published number.
 
-    ours: NaN where the runs do not measure the metric, None where runs are missing. half: of its interval over seeds. images_low,
-    images_high: its interval over the images of all seeds. comparable: UA of our cell is at least 95. tuned: the settings were
-    searched for this method with these regularizers. source: of the published number. runs: their directories.
+    ours: NaN where the runs do not measure the metric, None where runs are missing. half: of its
+    interval over seeds. images_low, images_high: its interval over the images of all seeds.
+    comparable: UA of our cell is at least 95. tuned: the settings were searched for this method
+    with these regularizers. source: of the published number. runs: their directories.
     """
 
     method: str
@@ -152,9 +149,10 @@ def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
 class Pair:
     """Two rows that the paper orders in a metric, and by how much each differs.
 
-    low, high: the 95% interval of our difference, from those of both: of the seeds, but no narrower than that of the images, since
-    a few seeds can agree by chance. verdict: holds | reversed | undecided (the interval holds 0). comparable: both of ours have UA
-    of at least 95, or UA itself is compared.
+    low, high: the 95% interval of our difference, from those of both: of the seeds, but no narrower
+    than that of the images, since a few seeds can agree by chance. verdict: holds | reversed |
+    undecided (the interval holds 0). comparable: both of ours have UA of at least 95, or UA itself
+    is compared.
     """
 
     method: str
@@ -183,11 +181,11 @@ def orderings(measured: pd.DataFrame, tolerance: float) -> pd.DataFrame:
                 continue
             ends = of_sum([(1, high["ours"], widest(high)), (-1, low["ours"], widest(low))])
             pair = Pair(
-                method,
-                column,
-                metric,
-                high["row"],
-                low["row"],
+                method=str(method),
+                column=str(column),
+                metric=str(metric),
+                higher=str(high["row"]),
+                lower=str(low["row"]),
                 paper=high["paper"] - low["paper"],
                 ours=high["ours"] - low["ours"],
                 low=ends[0],

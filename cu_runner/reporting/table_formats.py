@@ -1,4 +1,7 @@
-"""The measured cells of a table as Markdown, CSV and LaTeX. What is ours and what is published never share a column."""
+"""The measured cells of a table as Markdown, CSV and LaTeX.
+
+What is ours and what is published never share a column.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,8 @@ from dataclasses import dataclass
 from cu_runner.runtime.lazy import pd
 
 NAMES = {"UA": "UA", "RA_I": "RA-I", "RA_C": "RA-C", "RA_C_retained": "RA-C retained"}
-
-
 VERDICTS = ("holds", "reversed", "undecided")
-
-
 PLUS_MINUS, DAGGER, DOUBLE_DAGGER = "\N{PLUS-MINUS SIGN}", "\N{DAGGER}", "\N{DOUBLE DAGGER}"
-
-
 SYMBOLS = {
     f" ?{DAGGER}": r"$^\\dagger$",
     f" ?{DOUBLE_DAGGER}": r"$^\\ddagger$",
@@ -77,16 +74,16 @@ def to_markdown(lines: Iterable[Sequence[str]]) -> str:
 
 
 def as_markdown(table: FilledTable) -> str:
-    """Return the page: a table per method and column, footnotes, the orderings, what is to be run."""
+    """Return the page: a table per method and column, footnotes, orderings, what is to be run."""
     published = f"; published: {table.paper_model}" if table.paper_model else ""
     parts = [f"# {table.name}: {table.title}", f"Percent. Ours: {table.model}{published}."]
     for method, block in table.measured.groupby("method", sort=False):
         shown = texts(block, table.paper_model)
         for column in shown.columns.unique(0):
-            cells = shown.loc[:, column].reorder_levels([1, 0], axis="columns")
+            cells = pd.DataFrame(shown[column]).swaplevel(axis="columns")
             cells = cells[cells.columns.unique(0)]  # ours beside the published number of a metric
             sides = {"ours": table.model, "paper": "paper"}
-            head = [f"{NAMES[metric]}, {sides[side]}" for metric, side in cells.columns]
+            head = [f"{NAMES[metric]}, {sides[side]}" for metric, side in map(tuple, cells.columns)]
             rows = cells.reset_index().to_numpy().tolist()
             parts += [f"## {method}, {column}", to_markdown([["regularizer", *head], *rows])]
     parts.append("\n".join(f"- {note}" for note in table.footnotes))
@@ -112,7 +109,7 @@ def ordering_tables(ordered: pd.DataFrame) -> list[str]:
     pairs = [[*places, "higher in the paper", "lower", "paper", "ours", "verdict"]]
     for entry in ordered.to_dict("records"):
         verdict = entry["verdict"] + ("" if entry["comparable"] else f" {DAGGER}")
-        difference = "{ours:+.1f} ({low:.1f} to {high:.1f})".format(**entry)
+        difference = "{ours:+.1f} ({low:.1f} to {high:.1f})".format_map(entry)
         names = [entry[name] for name in (*places, "higher", "lower")]
         pairs.append([*names, f"{entry['paper']:+.1f}", difference, verdict])
     return [to_markdown(counts), to_markdown(pairs)]
@@ -124,14 +121,14 @@ def as_csv(table: pd.DataFrame) -> str:
 
 
 def as_latex(table: FilledTable) -> str:
-    """Return a booktabs table per method, the published numbers in columns of their own; and notes."""
+    """Return a booktabs table per method, published numbers in columns of their own; and notes."""
     sides = {"ours": table.model, "paper": f"paper, {table.paper_model}"}
     parts = ["% needs \\usepackage{booktabs}\n"]
     for method, block in table.measured.groupby("method", sort=False):
         shown = texts(block, table.paper_model)
         heads = [
             (method, f"{column} ({sides[side]})", NAMES[metric])
-            for column, side, metric in shown.columns.to_list()
+            for column, side, metric in map(tuple, shown.columns)
         ]
         shown.columns = pd.MultiIndex.from_tuples(heads)
         parts.append(to_latex(shown, f"l{'r' * shown.shape[1]}", "{}"))
@@ -144,7 +141,10 @@ def as_latex(table: FilledTable) -> str:
 
 
 def to_latex(shown: pd.DataFrame, columns: str, form: str, is_bare: bool = False) -> str:
-    """Return texts as a tabular, escaped. form: of a cell. is_bare: without rules, heads and names of rows."""
+    """Return texts as a tabular, escaped.
+
+    form: of a cell. is_bare: without rules, heads and names of rows.
+    """
     styler = shown.style.format(form, escape="latex")
     for axis in (0, 1):
         styler = (

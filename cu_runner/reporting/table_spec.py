@@ -1,4 +1,7 @@
-"""A file of scripts/tables, read and checked: rows and columns as overrides, and the published numbers with their source."""
+"""A file of scripts/tables, read and checked.
+
+Rows and columns as overrides, and the published numbers with their source.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,11 @@ class Experiment:
 
 @checked_dataclass(frozen=True, config=STRICT)
 class Targets:
-    """Published numbers. sources: short name -> where a number was read; values: method -> column -> row -> metric -> percent."""
+    """Published numbers.
+
+    sources: short name -> where a number was read. values: method -> column -> row -> metric ->
+    percent.
+    """
 
     model: str
     tolerance: Annotated[float, Field(ge=0)]
@@ -47,10 +54,9 @@ class Targets:
             places += [(row, set(table.rows)) for rows in columns.values() for row in rows]
             for name, allowed in places:
                 if name not in allowed:
-                    return f"targets.values: {name!r} is no part of this table; allowed: {', '.join(sorted(allowed))}"
-            for row, published in (
-                (row, published) for rows in columns.values() for row, published in rows.items()
-            ):
+                    known = ", ".join(sorted(allowed))
+                    return f"targets.values: {name!r} is no part of this table; allowed: {known}"
+            for row, published in (entry for rows in columns.values() for entry in rows.items()):
                 for key, value in published.items():
                     if complaint := self._complaint_of(key, value, table):
                         return f"targets.values: {row}: {complaint}"
@@ -60,15 +66,11 @@ class Targets:
         """Return what is wrong with an entry of a published cell, or None."""
         if key == "source":
             known = [*self.sources, "none"]
-            return (
-                None
-                if value in known
-                else f"source {value!r} is not described; allowed: {', '.join(known)}"
-            )
+            wrong = f"source {value!r} is not described; allowed: {', '.join(known)}"
+            return None if value in known else wrong
         if key not in table.metrics:
-            return (
-                f"{key!r} is no metric of this table; allowed: source, {', '.join(table.metrics)}"
-            )
+            metrics = ", ".join(table.metrics)
+            return f"{key!r} is no metric of this table; allowed: source, {metrics}"
         if isinstance(value, str) or not 0 <= value <= 100:
             return f"{key} is {value!r}; give a number of 0 to 100 (percent)"
         return None
@@ -93,21 +95,21 @@ class Table:
         """Return what is wrong with it though every type is right, or None."""
         if unknown := [metric for metric in self.metrics if metric not in NAMES]:
             return f"metrics: {unknown[0]!r} is not a share of images; allowed: {', '.join(NAMES)}"
-        for kind, entries in (
-            ("metrics", self.metrics),
-            ("rows", self.rows),
-            ("experiments", self.experiments),
-        ):
-            if not entries:
+        for kind in ("metrics", "rows", "experiments"):
+            if not getattr(self, kind):
                 return f"{kind}: empty; a table needs one at least"
         for name, experiment in self.experiments.items():
             if not experiment.methods or not experiment.columns:
-                return f"experiments: {name}: methods or columns are empty; a table needs one of each at least"
+                what = "methods or columns are empty; a table needs one of each at least"
+                return f"experiments: {name}: {what}"
             if not re.fullmatch(r"[\w.-]+", name):
-                return f"experiments: {name!r} becomes part of a file's name; give letters, digits, '_', '-' and '.' only"
+                what = "becomes part of a file's name; give letters, digits, '_', '-' and '.' only"
+                return f"experiments: {name!r} {what}"
+        columns = self.columns()
         for label, overrides in self.rows.items():
-            if isinstance(overrides, dict) and set(overrides) != (columns := self.columns()):
-                return f"row {label!r} gives overrides for {', '.join(overrides)}; give them for {', '.join(sorted(columns))}"
+            if isinstance(overrides, dict) and set(overrides) != columns:
+                given, needed = ", ".join(overrides), ", ".join(sorted(columns))
+                return f"row {label!r} gives overrides for {given}; give them for {needed}"
         return self.targets.complaint(self) if self.targets else None
 
     def overrides(self) -> Iterator[Overrides]:
@@ -119,17 +121,19 @@ class Table:
 
 
 def read_table(name: str) -> tuple[str, Table]:
-    """Return a table and its short name: a shipped one, or a YAML file by path. Raises ConfigError."""
-    path = (
-        Path(name) if name.endswith((".yaml", ".yml")) else shipped_dir("tables") / f"{name}.yaml"
-    )
+    """Return a table and its short name: a shipped one, or a YAML file by path.
+
+    Raises:
+        ConfigError: it is not there, or wrong.
+    """
+    own = name.endswith((".yaml", ".yml"))
+    path = Path(name) if own else shipped_dir("tables") / f"{name}.yaml"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = ", ".join(sorted(entry.stem for entry in shipped_dir("tables").glob("*.yaml")))
-        raise ConfigError(
-            f"{name}: no such table; allowed: {known}, or the path of a YAML file"
-        ) from None
+        what = f"no such table; allowed: {known}, or the path of a YAML file"
+        raise ConfigError(f"{name}: {what}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
     table = validate(Table, content, path.name)

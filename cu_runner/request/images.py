@@ -9,7 +9,7 @@ and M prompts per concept.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import ConfigDict, PositiveInt
 from pydantic.dataclasses import dataclass as checked_dataclass
@@ -21,6 +21,8 @@ from cu_runner.runtime.lazy import F, torch
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class RetainSet:
         return CaptionedImages(scope, [spread(self.read(scope), self.images)], number=self.images)
 
 
-def spread(entries: list[str], number: int) -> list[str]:
+def spread(entries: list[Entry], number: int) -> list[Entry]:
     """Return at most `number` of the entries, in order and evenly spaced."""
     count = min(number, len(entries))
     return [entries[i * len(entries) // count] for i in range(count)]

@@ -15,17 +15,17 @@ class Retention(ABC):
     @property
     @abstractmethod
     def num_images(self) -> int:
-        """Images that are made at every step."""
+        """Return the number of images that are made at every step."""
 
     @abstractmethod
     def load(self) -> None:
-        """Load what judges. Raises ValueError or OSError for what cannot be read."""
+        """Load what measures. Raises ValueError or OSError for what cannot be read."""
 
     @abstractmethod
     def begin(
         self, model: DiffusionModel, model_sha256: str, settings: EvalSettings, cache: Cache
     ) -> None:
-        """load(), and measure the untouched model (or take that from the cache).
+        """Call load(), and measure the untouched model (or take that from the cache).
 
         Args:
             model: with its own weights; measure() later finds it with those of a step.
@@ -35,8 +35,12 @@ class Retention(ABC):
 
     @abstractmethod
     def measure(self, step: int) -> dict[str, float | None]:
-        """Metrics of the model as it is: columns of metrics.csv, the same names at every step. None where one means nothing."""
+        """Measure the model as it is.
+
+        Returns:
+            Columns of metrics.csv, the same names at every step; None where one means nothing.
+        """
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """sha256 over what judges, after load()."""
+        """Return the sha256 over what measures, after load()."""

@@ -12,18 +12,20 @@ KID_SUBSETS = 100  # random subsets that KID is averaged over, as published
 
 
 class Given(nn.Module):
-    """Features that are computed already, where torchmetrics asks for a network that computes them."""
+    """Features that are computed already, where torchmetrics asks for a network for them."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = num_features
 
     def forward(self, features: Tensor) -> Tensor:
+        """Return the features as they are."""
         return features
 
 
 def frechet_distance(reference: Tensor, features: Tensor) -> float:
-    """||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^1/2) of features [N, D] and [M, D]   (Heusel et al. 2017, eq. 6)."""
+    """Return the FID of features [N, D] and [M, D]."""
+    # ||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^1/2)   (Heusel et al. 2017, eq. 6)
     metric = FrechetInceptionDistance(Given(features.shape[1]))
     metric.update(reference, real=True)
     metric.update(features, real=False)
@@ -31,9 +33,10 @@ def frechet_distance(reference: Tensor, features: Tensor) -> float:
 
 
 def kernel_distance(reference: Tensor, features: Tensor, subset: int) -> float:
-    """Squared MMD of features [N, D] and [M, D] with the kernel (x.y / D + 1)^3, over random subsets (Binkowski et al. 2018).
+    """Return the KID of features [N, D] and [M, D] over random subsets, the same at every call.
 
-    Unbiased, so that equal distributions give numbers around zero, also below. The subsets are the same at every call.
+    It is the squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), unbiased, so that
+    equal distributions give numbers around zero, also below.
     """
     size = min(subset, len(reference), len(features))
     metric = KernelInceptionDistance(

@@ -5,14 +5,9 @@ Shapes: B batch, S image side, D feature width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 import hashlib
 from importlib.util import find_spec
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -24,15 +19,21 @@ from cu_runner.models.weight_files import check_pickle, load_tensors
 from cu_runner.runtime.lazy import F, nn, timm, torch, without_gradients
 from cu_runner.schema.errors import ModelError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class FeatureSource:
     """What computes the features.
 
-    architecture: "inception", torch-fidelity's Inception-v3 with its 2048 features, as FID is published; "timm:NAME";
-    "open_clip:NAME" or "open_clip" (a directory); or "module", a TorchScript file that maps images to [B, D].
-    path: weight file, directory or module file; nothing is fetched. Of "inception": a pickle, see conf/retention/coco.yaml.
-    size, mean, std: what "timm" and "module" read, in pixels and for images in 0..1; the others know theirs.
+    architecture: "inception", torch-fidelity's Inception-v3 with its 2048 features, as FID is
+    published; "timm:NAME"; "open_clip:NAME" or "open_clip" (a directory); or "module", a
+    TorchScript file that maps images to [B, D].
+    path: weight file, directory or module file; nothing is fetched. Of "inception": a pickle, see
+    conf/retention/coco.yaml.
+    size, mean, std: what "timm" and "module" read, in pixels and for images in 0..1; the others
+    know theirs.
     allow_pickle: files other than safetensors that may be read; a module file must be among them.
     """
 
@@ -48,65 +49,69 @@ class FeatureExtractor:
     """Images to features, in float64 on the CPU, where their covariances are summed."""
 
     def __init__(self, source: FeatureSource, device: str) -> None:
-        """Raises ModelError or WeightFileError for what cannot be loaded."""
+        """Load what the source names.
+
+        Raises:
+            ModelError, WeightFileError: it cannot be loaded.
+        """
         self._source, self._device = source, device
         network = load_network(source, device)
-        self._tower = network if isinstance(network, ImageTextModel) else None
-        self._network = None if self._tower else network.to(device).eval()
+        self._network = (
+            network if isinstance(network, ImageTextModel) else network.to(device).eval()
+        )
 
     @without_gradients
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] in 0..1 to features [B, D]. Raises ModelError for a module that makes something else of them."""
-        images, source = images.to(self._device), self._source
-        if self._tower:
-            features = self._tower.embed_images(images)
-        elif (
-            source.architecture == "inception"
-        ):  # resizes by itself, as the published implementation does
-            features = self._network((images * 255).round().to(torch.uint8))
+        """Map images [B, 3, S, S] in 0..1 to features [B, D].
+
+        Raises:
+            ModelError: a module makes something else of them.
+        """
+        images, source, network = images.to(self._device), self._source, self._network
+        if isinstance(network, ImageTextModel):
+            features = network.embed_images(images)
+        elif source.architecture == "inception":
+            # it resizes by itself, as the published implementation does
+            features = network((images * 255).round().to(torch.uint8))
         else:
             if images.shape[-1] != source.size:
-                images = F.interpolate(
-                    images, size=(source.size, source.size), mode="bicubic", antialias=True
-                ).clamp(0, 1)
+                side = (source.size, source.size)
+                images = F.interpolate(images, size=side, mode="bicubic", antialias=True)
+                images = images.clamp(0, 1)
             mean, std = (
                 torch.tensor(value, device=self._device).view(1, -1, 1, 1)
                 for value in (source.mean, source.std)
             )
-            features = self._network((images - mean) / std)
-        if (
-            not isinstance(features, torch.Tensor)
-            or features.ndim != 2
-            or len(features) != len(images)
-        ):
+            features = network((images - mean) / std)
+        is_tensor = isinstance(features, torch.Tensor)
+        if not is_tensor or features.ndim != 2 or len(features) != len(images):
             raise ModelError(
                 f"{source.path}: must map {len(images)} images to as many rows of features"
             )
         return features.double().cpu()
 
     def fingerprint(self) -> str:
-        """sha256 over weights, what else decides the features, and preprocessing."""
-        kind, _, name = self._source.architecture.partition(":")
-        digest = hashlib.sha256(
-            to_bytes([kind, self._source.size, self._source.mean, self._source.std])
-        )
-        if self._tower:
-            digest.update(self._tower.fingerprint().encode())
+        """Return the sha256 over weights, what else decides the features, and preprocessing."""
+        source = self._source
+        kind, _, name = source.architecture.partition(":")
+        digest = hashlib.sha256(to_bytes([kind, source.size, source.mean, source.std]))
+        if isinstance(self._network, ImageTextModel):
+            digest.update(self._network.fingerprint().encode())
             return digest.hexdigest()
         if kind == "timm":
             digest.update(to_bytes(describe_timm(name)))
         elif kind == "module":  # its code is in the file
-            digest.update(hashlib.sha256(locate(self._source.path).read_bytes()).digest())
+            digest.update(hashlib.sha256(locate(source.path).read_bytes()).digest())
         hash_weights(digest, self._network)
         return digest.hexdigest()
 
 
 def load_network(source: FeatureSource, device: str) -> nn.Module | ImageTextModel:
-    """What FeatureSource names. Raises ModelError or WeightFileError."""
+    """Load what FeatureSource names. Raises ModelError or WeightFileError."""
     kind, _, name = source.architecture.partition(":")
     if kind == "open_clip":
-        model, path = (name, source.path) if name else (str(locate(source.path)), None)
-        return load_image_text(ImageTextSource(model, path, source.allow_pickle), device)
+        model, weight_file = (name, source.path) if name else (str(locate(source.path)), None)
+        return load_image_text(ImageTextSource(model, weight_file, source.allow_pickle), device)
     if kind == "inception":
         return load_inception(source)
     path = locate(source.path)
@@ -132,21 +137,27 @@ def load_network(source: FeatureSource, device: str) -> nn.Module | ImageTextMod
         if name not in weights or weights[name].shape != tensor.shape
     ):
         raise ModelError(
-            f"{source.path}: {wrong[0]} is missing or has another shape; the file belongs to another architecture"
+            f"{source.path}: {wrong[0]} is missing or has another shape; the file belongs to "
+            "another architecture"
         )
-    network.load_state_dict(
-        {name: weights[name] for name in wanted}
-    )  # the head, if there is one, is not needed
+    # the head of the file, if there is one, is not needed
+    network.load_state_dict({name: weights[name] for name in wanted})
     return network
 
 
 def load_inception(source: FeatureSource) -> nn.Module:
-    """The Inception-v3 of torch-fidelity, with the weights of a file. Raises ModelError or WeightFileError."""
+    """Load the Inception-v3 of torch-fidelity with the weights of a file.
+
+    Raises:
+        ModelError: no torch-fidelity, or no such weights. WeightFileError: a pickle that is not
+            allowed.
+    """
     path = locate(source.path)
     check_pickle(path, source.allow_pickle)
     if find_spec("torch_fidelity") is None:
         raise ModelError(
-            "features.architecture=inception needs the package torch-fidelity: pip install 'cu_runner[fid]'"
+            "features.architecture=inception needs the package torch-fidelity: "
+            "pip install 'cu_runner[fid]'"
         )
     from torchmetrics.image.fid import NoTrainInceptionV3
 

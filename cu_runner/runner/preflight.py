@@ -28,7 +28,7 @@ from cu_runner.runner.forecast import disk_copies, existing_parent, retained_ima
 from cu_runner.runner.parts import RunParts, prepare
 from cu_runner.runner.rehearsal import Rehearsal, rehearse
 from cu_runner.runner.training import check_composition
-from cu_runner.runtime.devices import choose_device, device_name, peak_memory_mb
+from cu_runner.runtime.devices import choose_device, device_name, limit_threads, peak_memory_mb
 from cu_runner.runtime.lazy import torch
 from cu_runner.schema.errors import SamplingError, StoreError, TrainingError, first_line, one_line
 from cu_runner.schema.settings import Sampler, WandbSettings
@@ -55,7 +55,8 @@ def check_plan(plan: RunConfig) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding("device", False, str(error))
         return
-    yield Finding("device", True, device_name(torch.device(device)))
+    limit_threads(plan.spine.num_threads)
+    yield Finding("device", True, device_name(device))
     free = free_memory(torch.device(device))
     yield from check_wandb(plan.spine.wandb)
     parts = yield from check_parts(plan, device)

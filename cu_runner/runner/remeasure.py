@@ -16,7 +16,7 @@ from cu_runner.concepts.sequence import Concept
 from cu_runner.config.run_config import RunConfig
 from cu_runner.runner.measure import Instruments
 from cu_runner.runner.weights import TrainedWeights
-from cu_runner.runtime.devices import choose_device
+from cu_runner.runtime.devices import choose_device, limit_threads
 from cu_runner.runtime.provenance import made_with
 from cu_runner.schema.errors import StoreError
 from cu_runner.store.cache import Cache
@@ -34,6 +34,7 @@ def load(run: RunRecord, plan: RunConfig) -> Loaded:
         StoreError: another model than the run's. What loading raises.
     """
     device, spine = choose_device(plan.spine), plan.spine
+    limit_threads(spine.num_threads)
     model, evaluator = plan.model.build(device=device), plan.evaluator.build(device=device)
     model.speed_up(spine.speed)
     if model.fingerprint() != run.records[0].model_sha256:

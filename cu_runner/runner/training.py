@@ -219,5 +219,6 @@ def diverged(what: str, request: Request, step: int, steps: int) -> str:
     """Return the line for a training that went astray."""
     return (
         f"training led to {what} at request {request.index} ({request.label}), "
-        f"step {step} of {steps}; lower train.lr or a regularizer's weight. Finished requests are kept"
+        f"step {step} of {steps}; lower train.lr or a regularizer's weight. "
+        "Finished requests are kept"
     )

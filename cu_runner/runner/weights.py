@@ -26,7 +26,7 @@ class TrainedWeights:
 
     @staticmethod
     def of(model: DiffusionModel, group: ParameterGroup) -> TrainedWeights:
-        """Choose the weights of a group; the precision of the others is lowered as the model says."""
+        """Choose the weights of a group; lower the others' precision as the model says."""
         params = select_parameters(model.unet, group)
         model.lower_frozen(params)
         return TrainedWeights(params, snapshot(params), model.device)

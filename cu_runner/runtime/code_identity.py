@@ -1,6 +1,8 @@
-"""Which code a number was made by: the files of this package and of the user that can touch it, and the libraries under them.
+"""Which code a number was made by.
 
-A file of the package counts unless it is left out here, so that a new one counts from its first day.
+That is the files of this package and of the user that can touch it, and the libraries under them.
+A file of the package counts unless it is left out here, so that a new one counts from its first
+day.
 """
 
 from __future__ import annotations
@@ -42,11 +44,7 @@ TRAINING = (
     "store/checkpoint.py",
 )
 LIBRARIES = ("torch", "diffusers", "transformers")
-
-
 INSTALLED = {"site-packages", "dist-packages"}  # folders of what is not the user's own
-
-
 NAMED = 3  # changed files that a line names
 
 
@@ -128,7 +126,10 @@ def code_files(left_out: tuple[str, ...]) -> dict[str, str]:
 
 
 def is_dirty() -> bool | None:
-    """Tell whether the checkout has uncommitted changes of the package; None for an installed package, or without git."""
+    """Tell whether the checkout has uncommitted changes of the package.
+
+    None for an installed package, or without git.
+    """
     root = PACKAGE.parent
     if not (root / ".git").exists():
         return None
@@ -142,17 +143,21 @@ def is_dirty() -> bool | None:
 
 @dataclass(frozen=True)
 class Module:
-    """Where a module of the user's lies. file: None of a package without __init__.py. folders: of a package, with its modules."""
+    """Where a module of the user's lies.
+
+    file: None of a package without __init__.py. folders: of a package, with its modules.
+    """
 
     file: Path | None
     folders: list[Path]
 
 
 def user_files(modules: Iterable[str]) -> dict[str, str]:
-    """Return the sha256 of the user's modules and of every file of the user's that they import, by module.
+    """Return the sha256 of the user's modules and of every file that they import, by module.
 
-    A package counts whole. Imports are followed at any depth of a file and through any number of files, but not into the standard
-    library, what is installed, or this package; what is imported by a computed name is not seen.
+    A package counts whole. Imports are followed at any depth of a file and through any number of
+    files of the user's, but not into the standard library, what is installed, or this package; what
+    is imported by a computed name is not seen.
     """
     own = {module.partition(".")[0] for module in modules}
     waiting = [name for module in modules for name in [module, *names_below(module, own)]]
@@ -199,12 +204,11 @@ def find_module(name: str, own: set[str]) -> Module | None:
     if spec is None:
         return None
     file = Path(spec.origin) if spec.origin is not None and spec.origin.endswith(".py") else None
-    found: Module | None = Module(
-        file, [Path(folder) for folder in spec.submodule_search_locations or ()]
-    )
-    places = [file] if file is not None else found.folders
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    places = [file] if file is not None else folders
     if top not in own and any(INSTALLED.intersection(place.parts) for place in places):
         return None
+    found: Module | None = Module(file, folders)
     for part in rest:
         found = None if found is None else module_in(found.folders, part)
     return found
@@ -222,7 +226,10 @@ def module_in(folders: list[Path], name: str) -> Module | None:
 
 
 def imported_names(name: str, is_package: bool, content: bytes) -> set[str]:
-    """Return every dotted name that a module's source imports, anywhere in it; of `from a import b` both a and a.b."""
+    """Return every dotted name that a module's source imports, anywhere in it.
+
+    Of `from a import b` these are both a and a.b.
+    """
     try:
         tree = ast.parse(content)
     except SyntaxError:  # importing it says so

@@ -12,7 +12,8 @@ GROUPS = {
     "sequence": "concepts to unlearn, in order, and concepts to retain",
     "method": "the unlearning loss",
     "reg": "regularizers; a list combines them in that order: 'reg=[l2,gradproj]'",
-    "retention": "what else the model keeps: CLIP score, FID, KID on general prompts; off by default",
+    "retention": "what else the model keeps: CLIP score, FID, KID on general prompts; "
+    "off by default",
     "setting": "how the sequence becomes requests",
     "experiment": "a preset of the choices and settings of a published experiment",
 }
@@ -25,6 +26,6 @@ def config_dir() -> Path:
 
 
 def shipped_dir(name: str) -> Path:
-    """A folder of scripts/ (tables): inside an installed package, or in a checkout."""
+    """Return a folder of scripts/ (tables): inside an installed package, or in a checkout."""
     packed = PACKAGE / "shipped" / name
     return packed if packed.is_dir() else PACKAGE.parent / "scripts" / name

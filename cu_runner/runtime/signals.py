@@ -1,7 +1,8 @@
-"""What a run does when it is asked to stop: by `kill`, or by a cluster that takes the machine away or whose time limit is near.
+"""What a run does when it is asked to stop.
 
-A signal never cuts a training step or a commit in two: there it is noted, and the run stops at the next safe place, having saved
-what it trained. Elsewhere (sampling, loading) it stops at once.
+That is by `kill`, or by a cluster that takes the machine away or whose time limit is near. A signal
+never cuts a training step or a commit in two: there it is noted, and the run stops at the next safe
+place, having saved what it trained. Elsewhere (sampling, loading) it stops at once.
 """
 
 from __future__ import annotations
@@ -11,15 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from cu_runner.runtime import distributed
+
 Handler = Callable[[int, FrameType | None], object] | int | None
 
-
-REQUEUE = (
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-)  # a cluster's warning that the job must make room; submitit's handler requeues the job
-
-
+# A cluster's warning that the job must make room; submitit's handler requeues the job.
+REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
 SIGNALS = (signal.SIGTERM, *REQUEUE)
 
 
@@ -32,26 +30,28 @@ class Stopped(BaseException):
 
     @property
     def status(self) -> int:
-        """The exit status of a process that a signal ended."""
+        """Return the exit status of a process that a signal ended."""
         return 128 + self.signum
 
     def requeue(self) -> None:
-        """Let the launcher whose job this is put it into the queue again, which ends the process; without one, return.
+        """Let the launcher whose job this is put it into the queue again, which ends the process.
 
-        SIGTERM is not answered so: a job that is cancelled must stay so, and one that is pre-empted is requeued by the cluster.
+        Without a launcher this does nothing. SIGTERM is not answered so: a job that is cancelled
+        must stay so, and one that is pre-empted is requeued by the cluster.
         """
         if self.signum not in REQUEUE:
             return
         for signum in REQUEUE:
-            if (
-                callable(handler := self._previous[signum])
-                and handler is not signal.default_int_handler
-            ):
+            handler = self._previous[signum]
+            if callable(handler) and handler is not signal.default_int_handler:
                 handler(signum, None)
 
 
 class StopSignals:
-    """Receives SIGTERM, SIGUSR1 and SIGUSR2 while it is entered, in the main thread. Raises Stopped."""
+    """What receives SIGTERM, SIGUSR1 and SIGUSR2 while it is entered, in the main thread.
+
+    Raises Stopped.
+    """
 
     def __init__(self) -> None:
         self._received: int | None = None
@@ -74,14 +74,11 @@ class StopSignals:
 
     @property
     def received(self) -> bool:
+        """Tell whether a signal has come."""
         return self._received is not None
 
     def share(self) -> None:
-        """Of several processes, each takes notice when one of them was asked to stop."""
-        from cu_runner.runtime import (
-            distributed,  # torch takes seconds, and commands that only look at runs do not need it
-        )
-
+        """Take notice, in each of several processes, when one of them was asked to stop."""
         if distributed.any_of(self.received) and self._received is None:
             self._received = signal.SIGTERM
 
@@ -92,7 +89,10 @@ class StopSignals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """What is done here is done whole; a signal takes effect at the end, or where check() is called."""
+        """Do whole what is done here.
+
+        A signal takes effect at the end, or where check() is called.
+        """
         self._deferred += 1
         try:
             yield

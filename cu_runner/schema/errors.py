@@ -4,11 +4,12 @@ from __future__ import annotations
 
 
 def one_line(error: BaseException) -> str:
+    """Return an error's message in one line, or its type if it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, or its type if it says nothing."""
+    """Return what an error says first, or its type if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -17,7 +18,7 @@ class SamplingError(RuntimeError):
 
 
 class LaunchError(RuntimeError):
-    """A run could not be made for a reason that says nothing about its method; the message is one line."""
+    """A run could not be made, which says nothing about its method; the message is one line."""
 
 
 class ModelError(ValueError):

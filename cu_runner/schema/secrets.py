@@ -1,4 +1,7 @@
-"""Keys, tokens and passwords of the environment: recognised by the variable's name, so that their values are written nowhere."""
+"""Keys, tokens and passwords of the environment, whose values must be written nowhere.
+
+They are recognised by the variable's name.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,23 @@ import re
 from collections.abc import Iterable
 
 SECRET_NAME = re.compile(
-    r"((KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)S?|AUTH|AUTHORIZATION|DATABASE_URL|DSN|(?<=_)PWD|(?<![A-Z])(PASS|PAT))"
-    r"(?![A-Z])",
+    r"((KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)S?|AUTH|AUTHORIZATION|DATABASE_URL"
+    r"|DSN|(?<=_)PWD|(?<![A-Z])(PASS|PAT))(?![A-Z])",
     re.IGNORECASE,
 )
-
-
 SHORTEST = 8  # characters; shorter values would be found in ordinary words
 
 
 def names_secret(variable: str) -> bool:
-    """Whether an environment variable's name is that of a secret: WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY, ..."""
+    """Tell whether an environment variable's name is that of a secret.
+
+    Such are WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY.
+    """
     return SECRET_NAME.search(variable) is not None
 
 
 def secrets() -> dict[str, str]:
-    """The secrets of the environment, value by name."""
+    """Return the secrets of the environment, value by name."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -31,18 +35,22 @@ def secrets() -> dict[str, str]:
 
 
 def refuse_secrets(entries: Iterable[tuple[str, object]]) -> None:
-    """Raises ValueError, which does not repeat the value, if one of the (name, value) entries holds a secret of the environment."""
+    """Raise ValueError if one of the (name, value) entries holds a secret of the environment.
+
+    The message does not repeat the value.
+    """
     held = secrets()
     for place, entry in entries:
         for name, value in held.items():
             if value in place or value in str(entry):
                 raise ValueError(
-                    f"{place}: holds the value of the environment variable {name}, a secret by its name; leave it out"
+                    f"{place}: holds the value of the environment variable {name}, a secret by its "
+                    "name; leave it out"
                 )
 
 
 def redact(text: str) -> str:
-    """A text for a terminal or a log, without secrets of the environment."""
+    """Return a text for a terminal or a log, without secrets of the environment."""
     for name, value in secrets().items():
         text = text.replace(value, f"<{name}>")
     return text

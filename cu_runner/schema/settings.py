@@ -1,4 +1,7 @@
-"""The settings that every run has, whatever its model, method or regularizers. Defaults stand in conf/config.yaml, once."""
+"""The settings that every run has, whatever its model, method or regularizers.
+
+Defaults stand in conf/config.yaml, once.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +10,27 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
-Precision = Literal["fp32", "bf16", "fp16"]
-
-
-ParameterGroup = Literal["kv_xattn", "xattn", "non_xattn", "full"]
-
-
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-
-StepSize = Annotated[
-    float, Field(gt=0, le=1e30)
-]  # beyond that float32 overflows inside the optimiser
-
-
+Precision = Literal["fp32", "bf16", "fp16"]
+ParameterGroup = Literal["kv_xattn", "xattn", "non_xattn", "full"]
+# Beyond 1e30 float32 overflows inside the optimiser.
+StepSize = Annotated[float, Field(gt=0, le=1e30)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-SaveEvery = (
-    PositiveInt | Annotated[str, Field(pattern=r"^\d+(\.\d+)?min$")] | None
-)  # steps, or minutes as "10min"
-
-
-ClusterName = Annotated[str, Field(pattern=r"^[\w.,:@+-]+$")]  # it stands in the scripts of jobs
+# Steps, or minutes as "10min".
+SaveEvery = PositiveInt | Annotated[str, Field(pattern=r"^\d+(\.\d+)?min$")] | None
+# Both stand in the scripts of jobs, which a line break would cut.
+ClusterName = Annotated[str, Field(pattern=r"^[\w.,:@+-]+$")]
+FolderName = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 
 @dataclass(frozen=True, config=STRICT)
 class TrainSettings:
-    """The inner loop of one request."""
+    """The inner loop of one request.
+
+    gradient_checkpointing: activations are computed again on the way back: less memory, the same
+    gradients. save_every: how often the state of a request is saved; None is never.
+    """
 
     steps: PositiveInt
     optimizer: Literal["adamw", "adam", "sgd"]
@@ -43,18 +39,17 @@ class TrainSettings:
     betas: tuple[Fraction, Fraction]
     weight_decay: NonNegativeFloat
     grad_clip: NonNegativeFloat  # largest gradient norm; 0 is no clipping
-    gradient_checkpointing: bool = (
-        False  # activations are computed again on the way back: less memory, the same gradients
-    )
-    save_every: SaveEvery = None  # how often the state of a request is saved; None is never
+    gradient_checkpointing: bool = False
+    save_every: SaveEvery = None
 
 
 @dataclass(frozen=True, config=STRICT)
 class Sampler:
     """How images are sampled.
 
-    steps: denoising steps. guidance: classifier-free guidance scale, 1 is none. scheduler: a diffusers scheduler class by name,
-    made from the configuration of the pipeline's own; None is the pipeline's own.
+    steps: denoising steps. guidance: classifier-free guidance scale, 1 is none. scheduler: a
+    diffusers scheduler class by name, made from the configuration of the pipeline's own; None is
+    the pipeline's own.
     """
 
     steps: PositiveInt
@@ -82,8 +77,9 @@ class WandbSettings:
 class Speed:
     """What gives the same results faster, up to rounding.
 
-    kv_cache: keys and values of a prompt are computed once per image, not at every denoising step. channels_last: on a GPU, the
-    memory layout that its convolutions are fastest in. compile: torch.compile of the UNet, once per process and batch shape.
+    kv_cache: keys and values of a prompt are computed once per image, not at every denoising step.
+    channels_last: on a GPU, the memory layout that its convolutions are fastest in. compile:
+    torch.compile of the UNet, once per process and batch shape.
     """
 
     kv_cache: bool = True
@@ -95,9 +91,7 @@ class Speed:
 class Paths:
     """outputs: the folder that holds runs, cache, sweeps and W&B files."""
 
-    outputs: Annotated[
-        str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")
-    ]  # it stands in the scripts of jobs: no line breaks
+    outputs: FolderName
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -117,12 +111,13 @@ class Cluster:
 
 @dataclass(frozen=True, config=STRICT)
 class PlanSettings:
-    """conf/setting: how a sequence becomes requests, and when one of them may end before train.steps."""
+    """conf/setting: how a sequence becomes requests, and when one may end before train.steps.
+
+    stop_at: UA in percent that ends a request when it is reached; None is never.
+    """
 
     plan: Literal["sequential", "independent", "simultaneous"]
-    stop_at: Annotated[float, Field(gt=0, le=100)] | None = (
-        None  # UA in percent that ends a request when it is reached
-    )
+    stop_at: Annotated[float, Field(gt=0, le=100)] | None = None
     interval: PositiveInt = 100  # steps between measurements of UA
     patience: PositiveInt = 1  # measurements in a row that must reach it
     last_only: bool = False  # of simultaneous requests only the one for all concepts

@@ -1,1 +1,1 @@
-"""The embedded world: how its images are drawn, and the weights of its model and its judges."""
+"""The embedded world: how its images are drawn, and the weights of its model and evaluators."""

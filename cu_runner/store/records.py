@@ -135,7 +135,10 @@ class StepRecord:
 
     def entries(self) -> dict[str, Any]:
         """Return what step.json holds, its own sha256 last."""
-        entries = asdict(self) | {"row": self.row.flat()}
+        training = asdict(self.training) if self.training != TrainingRecord() else {}
+        if not self.training.cached:
+            training.pop("cached", None)
+        entries = asdict(self) | {"row": self.row.flat(), "training": training}
         for name in OPTIONAL:
             if not entries[name]:
                 del entries[name]

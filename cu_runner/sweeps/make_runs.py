@@ -1,4 +1,4 @@
-"""Make runs by the command `cu-run`, several side by side or on a cluster, and read back what they measured."""
+"""Make runs by the command `cu-run`, several side by side or on a cluster, and read them back."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from cu_runner.runtime.lazy import torch
 from cu_runner.schema.errors import LaunchError
 from cu_runner.store.files import to_json, write_atomic
 from cu_runner.store.run_record import RunRecord, read_run
 
 CU_RUN = str(Path(sys.executable).with_name("cu-run"))
-
-
-DIVERGED = (
-    "training led to",
-    "the images after request",
-)  # how cu-run's line begins; not a locked run or a full disk
+# how cu-run's line begins; not that of a locked run or a full disk
+DIVERGED = ("training led to", "the images after request")
 
 
 def cu_run(overrides: list[str], threads: int | None = None) -> RunRecord | str:
@@ -44,26 +41,23 @@ def cu_run(overrides: list[str], threads: int | None = None) -> RunRecord | str:
     if diverged(done.stderr):
         return done.stderr.strip()
     if done.returncode != 0:
-        raise LaunchError(
-            f"cu-run {' '.join(overrides)} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}"
-        )
+        raise LaunchError(f"cu-run {' '.join(overrides)} failed: {last_line(done.stderr)}")
     return read_run(Path(done.stdout.strip().splitlines()[-1].removeprefix("run: ")))
 
 
 def diverged(line: str) -> bool:
-    """Whether a run's error says that its weights diverged."""
+    """Return whether a run's error says that its weights diverged."""
     return line.removeprefix("cu-run: ").startswith(DIVERGED)
 
 
 def cu_runs(jobs: list[list[str]], side_by_side: int | None = None) -> Iterator[RunRecord | str]:
-    """cu_run of each, in order.
+    """Yield what cu_run returns of each, in order.
 
     Args:
-        side_by_side: runs at a time, each with one thread if more than one; None is one per CPU core, or a single one on a GPU.
+        side_by_side: runs at a time, each with one thread if more than one; None is one per CPU
+            core, or a single one on a GPU.
     """
     if side_by_side is None:
-        import torch
-
         side_by_side = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     threads = 1 if side_by_side > 1 else None
     with ThreadPoolExecutor(max_workers=side_by_side) as pool:
@@ -71,10 +65,14 @@ def cu_runs(jobs: list[list[str]], side_by_side: int | None = None) -> Iterator[
 
 
 def submit(jobs: list[list[str]], common: list[str], launcher: str, folder: Path) -> str:
-    """Make runs through one of Hydra's launchers (conf/hydra/launcher), as one sweep; return when all of them have ended.
+    """Make runs through one of Hydra's launchers (conf/hydra/launcher), as one sweep.
+
+    It returns when all of them have ended.
 
     Args:
-        jobs: the overrides of each run. common: further ones of all runs, from the user's command line.
+        jobs: the overrides of each run.
+        common: further ones of all runs, from the user's command line.
+        launcher: name of a file of conf/hydra/launcher.
         folder: of the sweep, where cu_runner.sweeps reads what became of each.
 
     Returns:
@@ -89,11 +87,11 @@ def submit(jobs: list[list[str]], common: list[str], launcher: str, folder: Path
         f"hydra.sweeper.file={file}",
         f"hydra.sweep.dir={folder}",
     ]
-    done = subprocess.run(
-        [CU_RUN, "--multirun", *options, *common], capture_output=True, text=True, check=False
-    )
-    return (
-        ""
-        if done.returncode == 0
-        else (done.stderr.strip() or "no message").splitlines()[-1].removeprefix("cu-run: ")
-    )
+    command = [CU_RUN, "--multirun", *options, *common]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return "" if done.returncode == 0 else last_line(done.stderr).removeprefix("cu-run: ")
+
+
+def last_line(said: str) -> str:
+    """Return the last line of what a command said on stderr."""
+    return (said.strip() or "no message").splitlines()[-1]

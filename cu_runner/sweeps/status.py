@@ -1,49 +1,39 @@
-"""cu-sweep: what became of the jobs of a sweep: done, running, queued, pending, or failed and why; and how to run the rest.
+"""What became of the jobs of a sweep: done, running, queued, pending, or failed and why.
 
-    cu-sweep status outputs/sweeps/2026-01-31_12-00-00
-
-Nothing is written and no lock is taken from a run. Exit status: 0, 1 a job failed, 2 the folder is no sweep's, 130 interrupted.
+Nothing is written and no lock is taken from a run.
 """
 
 from __future__ import annotations
 
 import fcntl
 import getpass
-import json
 import os
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from cu_runner.schema.errors import SweepError
-from cu_runner.store.layout import JOB, SWEEP
+from cu_runner.store.layout import JOB
+from cu_runner.store.run_record import is_complete
+from cu_runner.sweeps.job_note import JobNote, read_job_note, read_sweep_note
 
-SUBMITIT = (
-    ".submitit"  # folder of hydra/launcher=slurm and local_processes: logs and pickles by job id
-)
-
-
+# folder of hydra/launcher=slurm and local_processes: logs and pickles by job id
+SUBMITIT = ".submitit"
 TAIL = 8192  # bytes of a log in which its last line is looked for
-
-
-WAITING = (
-    "PENDING",
-    "CONFIGURING",
-    "REQUEUED",
-    "SUSPENDED",
-)  # states of squeue; every other one that it lists is running
-
-
-State = Literal["done", "running", "queued", "pending", "failed"]
+# states of squeue; every other one that it lists is running
+WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "SUSPENDED")
+State = Literal["done", "running", "queued", "failed", "pending"]
+STATES: tuple[State, ...] = get_args(State)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job of a sweep: its number and command, the run that it makes (None if it cannot be composed), and what became of it.
+    """A job of a sweep: its number and command, its run, and what became of it.
 
-    queued: in SLURM's queue. pending: not begun, or the sweep ended before it. why: of a failure, one line.
+    queued: in SLURM's queue. pending: not begun, or the sweep ended before it. why: of a failure,
+    one line. run: None if it cannot be composed.
     """
 
     sweep: str
@@ -55,30 +45,21 @@ class Job:
 
 
 def read_sweep(folder: Path) -> list[Job]:
-    """The jobs of a sweep in their order. Raises SweepError."""
-    whole = read_note(folder / SWEEP)
+    """Return the jobs of a sweep in their order. Raises SweepError."""
+    launcher = read_sweep_note(folder).launcher
     paths = sorted(
         folder.glob(f"*/{JOB}"), key=lambda path: (len(path.parent.name), path.parent.name)
     )
-    queue = read_queue() if str(whole["launcher"]).endswith("SlurmLauncher") else {}
-    return [
-        read_job(path, number, queue, alone=len(paths) == 1) for number, path in enumerate(paths)
-    ]
-
-
-def read_note(path: Path) -> dict[str, object]:
-    try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-        note["command"], note["git_commit"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise SweepError(
-            f"{path}: cannot be read; give the folder of a sweep, outputs/sweeps/DATE"
-        ) from None
-    return note
+    queue = read_queue() if launcher.endswith("SlurmLauncher") else {}
+    alone = len(paths) == 1
+    return [read_job(path, number, queue, alone) for number, path in enumerate(paths)]
 
 
 def read_queue() -> dict[str, str]:
-    """State by job id of the user's jobs in SLURM's queue, array jobs as ARRAY_INDEX; empty on a machine without SLURM."""
+    """Return the state by job id of the user's jobs in SLURM's queue, array jobs as ARRAY_INDEX.
+
+    It is empty on a machine without SLURM.
+    """
     if shutil.which("squeue") is None:
         return {}
     command = ["squeue", "--noheader", "--array", "--format=%i %T", f"--user={getpass.getuser()}"]
@@ -94,73 +75,63 @@ def read_queue() -> dict[str, str]:
 
 
 def read_job(path: Path, number: int, queue: dict[str, str], alone: bool) -> Job:
-    """One job, from its note, its run directory, its log and the queue. alone: it is the only job, and so in no array."""
-    note = read_note(path)
-    run = Path(str(note["run"])) if "run" in note else None
+    """Return one job, from its note, its run directory, its log and the queue.
+
+    alone: it is the only job, and so in no array.
+    """
+    note = read_job_note(path)
     logs = submitit_folder(path.parent.parent / SUBMITIT, note, path.parent.name, alone)
-    state, why = "pending", ""
-    if (
-        run is not None
-        and is_done(run)
-        and ("error" not in note or (run / "summary.json").stat().st_mtime >= path.stat().st_mtime)
-    ):
-        state = "done"
-    elif run is not None and is_locked(run / ".lock"):
-        state = "running"
-    elif logs is not None and logs.name in queue:
-        state = "queued" if queue[logs.name] in WAITING else "running"
-    elif "error" in note:
-        state, why = "failed", str(note["error"])
-    else:
-        since = path.stat().st_mtime
-        written = [*(logs.glob("*_log.err") if logs else ()), *([run / "run.log"] if run else ())]
-        recent = [
-            file
-            for file in written
-            if file.is_file() and file.stat().st_mtime >= since and file.stat().st_size
-        ]
-        if recent:
-            last = max(recent, key=lambda file: file.stat().st_mtime)
-            state, why = (
-                "failed",
-                f"ended without a message; last line of {last.name}: {last_line(last)}",
-            )
-    return Job(
-        str(path.parent.parent),
-        number,
-        state,
-        why,
-        None if run is None else str(run),
-        list(note["command"]),
-    )
+    state, why = state_of(path, note, logs, queue)
+    return Job(str(path.parent.parent), number, state, why, note.run, list(note.command))
 
 
-def submitit_folder(root: Path, note: dict[str, object], number: str, alone: bool) -> Path | None:
-    """Where the submitted job's logs lie: by the id that it noted when it began, or its index in SLURM's array before that."""
-    if "job_id" in note:
-        return root / str(note["job_id"])
-    return next(
-        (
-            entry
-            for entry in root.glob("*")
-            if (alone and entry.name.isdecimal()) or entry.name.endswith(f"_{number}")
-        ),
-        None,
-    )
+def state_of(
+    path: Path, note: JobNote, logs: Path | None, queue: dict[str, str]
+) -> tuple[State, str]:
+    """Return what became of a job, and why if it failed."""
+    run = None if note.run is None else Path(note.run)
+    noted = path.stat().st_mtime
+    if run is not None and is_complete(run):
+        later = (run / "summary.json").stat().st_mtime >= noted
+        if note.error is None or later:
+            return "done", ""
+    if run is not None and is_locked(run / ".lock"):
+        return "running", ""
+    if logs is not None and logs.name in queue:
+        return ("queued" if queue[logs.name] in WAITING else "running"), ""
+    if note.error is not None:
+        return "failed", note.error
+    written = [*(logs.glob("*_log.err") if logs else ()), *([run / "run.log"] if run else ())]
+    sizes = {file: file.stat() for file in written if file.is_file()}
+    recent = {
+        file: entry.st_mtime
+        for file, entry in sizes.items()
+        if entry.st_size and entry.st_mtime >= noted
+    }
+    if not recent:
+        return "pending", ""
+    last = max(recent, key=lambda file: recent[file])
+    return "failed", f"ended without a message; last line of {last.name}: {last_line(last)}"
 
 
-def is_done(run: Path) -> bool:
-    """Whether summary.json stands for the run's last step."""
-    try:
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-        last = max((run / "steps").glob("*/step.json"), key=lambda path: int(path.parent.name))
-        return summary["sha256"] == json.loads(last.read_text(encoding="utf-8"))["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+def submitit_folder(root: Path, note: JobNote, number: str, alone: bool) -> Path | None:
+    """Return where the submitted job's logs lie.
+
+    That is by the id that it noted when it began, or its index in SLURM's array before that.
+    """
+    if note.job_id is not None:
+        return root / note.job_id
+    for entry in root.glob("*"):
+        if (alone and entry.name.isdecimal()) or entry.name.endswith(f"_{number}"):
+            return entry
+    return None
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process of this machine holds a run's lock: a shared lock, let go at once, is refused then."""
+    """Return whether a process of this machine holds a run's lock.
+
+    A shared lock, let go at once, is refused then.
+    """
     try:
         file = os.open(path, os.O_RDONLY)
     except OSError:
@@ -175,12 +146,8 @@ def is_locked(path: Path) -> bool:
 
 
 def last_line(path: Path) -> str:
-    """The last line of a log that is not empty."""
+    """Return the last line of a log that is not empty."""
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - TAIL, 0))
-        lines = [
-            line.strip()
-            for line in file.read().decode(errors="replace").splitlines()
-            if line.strip()
-        ]
-    return lines[-1] if lines else "none"
+        lines = file.read().decode(errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "none")

@@ -1,4 +1,7 @@
-"""A sweeper for jobs that are no product of values. It stands in this package because Hydra looks for sweepers nowhere else."""
+"""A sweeper for jobs that are no product of values.
+
+It stands in this package because Hydra looks for sweepers nowhere else.
+"""
 
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
@@ -7,7 +10,10 @@ from omegaconf import DictConfig
 
 
 class ListedJobs(Sweeper):
-    """Launches the jobs of a JSON file at once (submission.read_jobs): each with its own overrides, then the command line's."""
+    """Launches the jobs of a JSON file at once (submission.read_jobs).
+
+    Each with its own overrides, then the command line's.
+    """
 
     def __init__(self, file: str) -> None:
         self.file = file

@@ -1,11 +1,13 @@
-"""Do number, threshold and source of the auxiliary concepts of gradient projection matter, and whether they name the retained ones?
+"""Do number, threshold and source of the auxiliary concepts of gradient projection matter, and
+whether they name the retained ones?
 
     python scripts/studies/auxiliary.py [OVERRIDE ...] [--output DIR]
 
-One setting at a time is changed from those of conf/tuned: the number of names (the nearest to the target), their source (random
-ones from a file, a list of painting styles, a list of objects), whether retained names may be among them, and the threshold of
-duplicates. That is read with the names' own tokens only; where conf/tuned takes every token, its runs have the settings OWN.
-10 runs of the sequence; auxiliary.md has the seconds of each.
+One setting at a time is changed from those of conf/tuned: the number of names (the nearest to the
+target), their source (random ones from a file, a list of painting styles, a list of objects),
+whether retained names may be among them, and the threshold of duplicates. That is read with the
+names' own tokens only; where conf/tuned takes every token, its runs have the settings OWN. 10 runs
+of the sequence; auxiliary.md has the seconds of each.
 """
 
 import json
@@ -22,7 +24,8 @@ NUMBERS = (10, 50)
 RANDOM = 25  # names in the file
 THRESHOLDS = (0.3, 0.7, 0.95)
 LISTS = ("painting_styles", "common_objects")
-# The published subspace on the embedded model: one column per name, and a step size at which the collapse is not that of the step.
+# The published subspace on the embedded model: one column per name, and a step size at which the
+# collapse is not that of the step.
 OWN = [
     "reg.gradproj.tokens=own",
     "reg.gradproj.energy=1.0",
@@ -61,11 +64,14 @@ def draw_names(candidates: list[str], shut: list[str], number: int) -> list[str]
 
 
 def subspaces(runs: dict[str, RunRecord]) -> pd.DataFrame:
-    """What the projection held, means over the requests: names, directions, and the fraction of the target outside of them."""
+    """Return what the projection held, means over the requests.
+
+    That is names, directions, and the fraction of the target outside of them.
+    """
     rows = []
     for label, run in runs.items():
         notes = pd.DataFrame(
-            [record["training"]["regularizers"]["gradproj"] for record in run.records[1:]]
+            [record.training.regularizers["gradproj"] for record in run.records[1:]]
         )
         row = {
             "run": label,
@@ -96,8 +102,14 @@ def main(study: Study) -> None:
         last_rows({label: run.table for label, run in done.items()}), on="run"
     )
     shown = with_stopped(table, runs)
-    text = "After the last request. Means over the requests: names (earlier targets included, duplicates not), rank (directions\n"
-    text += f"of the subspace), target_outside (fraction of the target's vector that it leaves free).\n\n{as_markdown(shown, 2)}"
+    text = (
+        "After the last request. Means over the requests: names (earlier targets included, "
+        "duplicates not), rank (directions\n"
+    )
+    text += (
+        "of the subspace), target_outside (fraction of the target's vector that it leaves "
+        f"free).\n\n{as_markdown(shown, 2)}"
+    )
     study.write(shown, draw_bars(table), text)
 
 

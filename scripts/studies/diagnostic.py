@@ -1,9 +1,11 @@
-"""How does plain sequential unlearning collapse, and does drift go with it? (Lee et al. 2026, arXiv 2511.07970)
+"""How does plain sequential unlearning collapse, and does drift go with it? (Lee et al. 2026, arXiv
+2511.07970)
 
     python scripts/studies/diagnostic.py [OVERRIDE ...] [--output DIR]
 
-ConAbl without regularizer, three seeds: UA, RA-I, RA-C and drift after every request; the request at which retention has halved;
-the correlation of drift with retention over requests 0 to N of a run. 3 runs of the sequence; diagnostic.md has their seconds.
+ConAbl without regularizer, three seeds: UA, RA-I, RA-C and drift after every request; the request
+at which retention has halved; the correlation of drift with retention over requests 0 to N of a
+run. 3 runs of the sequence; diagnostic.md has their seconds.
 """
 
 import pandas as pd
@@ -30,7 +32,10 @@ def cells() -> dict[str, list[str]]:
 
 
 def halved(table: pd.DataFrame, metric: str) -> int | str:
-    """The first request after which the metric is below half of the untouched model's, "never", or "-" if it was not measured."""
+    """Return the first request after which the metric is below half of the untouched model's.
+
+    "never" if there is none, "-" if it was not measured.
+    """
     if pd.isna(table[metric].iloc[0]) or table[metric].iloc[1:].isna().all():
         return "-"
     below = table.loc[table[metric] < table[metric].iloc[0] / 2, "request"]
@@ -38,7 +43,9 @@ def halved(table: pd.DataFrame, metric: str) -> int | str:
 
 
 def correlations(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Drift against retention over the requests, one row per run and metric, with the request at which the metric has halved."""
+    """Drift against retention over the requests, one row per run and metric, with the request at
+    which the metric has halved.
+    """
     rows = []
     for label, table in tables.items():
         for metric, title in RETENTION.items():
@@ -51,7 +58,7 @@ def correlations(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def draw(tables: dict[str, pd.DataFrame]) -> Figure:
-    """The metrics over the requests, then retention against drift."""
+    """Draw the metrics over the requests, then retention against drift."""
     figure, axes = panels(2, 3)
     plot_over_requests(axes[:4], tables)
     for axis, (metric, title) in zip(axes[4:], RETENTION.items(), strict=True):
@@ -65,8 +72,14 @@ def main(study: Study) -> None:
     runs = study.run(cells())
     tables = {label: run.table for label, run in finished(runs).items()}
     text = f"After the last request:\n\n{as_markdown(with_stopped(last_rows(tables), runs))}\n\n"
-    text += f"Drift and retention over the requests, with 95% intervals:\n\n{as_markdown(correlations(tables), digits=3)}\n\n"
-    text += "The requests of one run follow from each other; the intervals take them as independent and are too narrow."
+    text += (
+        "Drift and retention over the requests, with 95% "
+        f"intervals:\n\n{as_markdown(correlations(tables), digits=3)}\n\n"
+    )
+    text += (
+        "The requests of one run follow from each other; the intervals take them as "
+        "independent and are too narrow."
+    )
     study.write(with_stopped(over_requests(tables), runs), draw(tables), text)
 
 

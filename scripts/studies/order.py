@@ -2,8 +2,9 @@
 
     python scripts/studies/order.py [OVERRIDE ...] [--output DIR]
 
-The same concepts in four orders, and in the first order with three seeds, without regularizer and with gradient projection: mean,
-standard deviation and range of the metrics after the last request. 12 runs of the sequence; order.md has their seconds.
+The same concepts in four orders, and in the first order with three seeds, without regularizer and
+with gradient projection: mean, standard deviation and range of the metrics after the last request.
+12 runs of the sequence; order.md has their seconds.
 """
 
 import pandas as pd
@@ -25,7 +26,10 @@ SEEDS = (0, 1, 2)
 
 
 def cells() -> dict[str, list[str]]:
-    """(regularizer, order, seed) in the label; the first order with the first seed is part of both groups."""
+    """(regularizer, order, seed) in the label.
+
+    The first order with the first seed is part of both groups.
+    """
     settings = [(order, SEEDS[0]) for order in ORDERS] + [(ORDERS[0], seed) for seed in SEEDS[1:]]
     return {
         f"{name}, {order}, seed {seed}": [f"reg={name}", f"sequence.order={order}", f"seed={seed}"]
@@ -35,7 +39,9 @@ def cells() -> dict[str, list[str]]:
 
 
 def spread(table: pd.DataFrame) -> pd.DataFrame:
-    """Of the rows of last_rows: mean, standard deviation (n - 1), smallest and largest of each metric, by what varies."""
+    """Of the rows of last_rows: mean, standard deviation (n - 1), smallest and largest of each
+    metric, by what varies.
+    """
     parts = table["run"].str.split(", ", expand=True).set_axis(["reg", "order", "seed"], axis=1)
     rows = []
     for varied, fixed, value in (
@@ -87,7 +93,10 @@ def main(study: Study) -> None:
     tables = {label: run.table for label, run in finished(runs).items()}
     table = last_rows(tables)
     shown = with_stopped(table, runs)
-    text = f"Spread of the metrics after the last request:\n\n{as_markdown(spread(table))}\n\nAll runs:\n\n{as_markdown(shown)}"
+    text = (
+        "Spread of the metrics after the last "
+        f"request:\n\n{as_markdown(spread(table))}\n\nAll runs:\n\n{as_markdown(shown)}"
+    )
     study.write(shown, draw(tables), text)
 
 

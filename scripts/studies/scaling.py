@@ -2,10 +2,11 @@
 
     python scripts/studies/scaling.py [OVERRIDE ...] [--output DIR]
 
-Without regularizer, with l2, gradproj, merge, and the combination of the paper's that keeps most. The sequence is
-shapecanvas_style100, with two objects instead of eight: 12,524 images a run instead of 50,096. A sequence or an experiment on
-the command line takes its place; the published ones have 12 requests, and 'sequence.targets=[A,B,...]' gives one more. Of the 50
-styles of UnlearnCanvas 38 are not retained: the command in scaling.md names them, there are no 100. 5 runs; scaling.md has the
+Without regularizer, with l2, gradproj, merge, and the combination of the paper's that keeps most.
+The sequence is shapecanvas_style100, with two objects instead of eight: 12,524 images a run instead
+of 50,096. A sequence or an experiment on the command line takes its place; the published ones have
+12 requests, and 'sequence.targets=[A,B,...]' gives one more. Of the 50 styles of UnlearnCanvas 38
+are not retained: the command in scaling.md names them, there are no 100. 5 runs; scaling.md has the
 seconds of each.
 """
 
@@ -39,7 +40,10 @@ NO_STYLE = "Seed_Images"  # of UnlearnCanvas: the photos that were styled
 
 
 def on_stable_diffusion() -> str:
-    """The overrides of the longest sequence on UnlearnCanvas: its published targets, then every style that is not retained."""
+    """Return the overrides of the longest sequence on UnlearnCanvas.
+
+    Its published targets, then every style that is not retained.
+    """
     sequence = yaml.safe_load(
         (config_dir() / "sequence/unlearncanvas_style.yaml").read_text(encoding="utf-8")
     )
@@ -48,7 +52,10 @@ def on_stable_diffusion() -> str:
         *sequence["targets"],
         *sequence["retain"],
     }
-    return f"{STABLE_DIFFUSION} 'sequence.targets=[{','.join([*sequence['targets'], *sorted(others)])}]'"
+    return (
+        f"{STABLE_DIFFUSION} "
+        f"'sequence.targets=[{','.join([*sequence['targets'], *sorted(others)])}]'"
+    )
 
 
 def cells(study: Study) -> dict[str, list[str]]:
@@ -64,7 +71,7 @@ def quarters(table: pd.DataFrame, metric: str) -> list[float]:
 
 
 def fate(third: float, fourth: float) -> str:
-    """What becomes of a metric from the third quarter of the requests to the fourth."""
+    """Return what becomes of a metric from the third quarter of the requests to the fourth."""
     if fourth < GONE:
         return "gone"
     return "level" if fourth >= third - LEVEL else "falling"
@@ -96,7 +103,10 @@ def main(study: Study) -> None:
     tables = {label: run.table for label, run in finished(runs).items()}
     text = f"After the last request:\n\n{as_markdown(with_stopped(last_rows(tables), runs))}\n\n"
     text += f"Means over the quarters of the requests:\n\n{as_markdown(by_quarter(tables))}\n\n"
-    text += f"gone: the last quarter is below {GONE:.0f}%; level: it is at most {LEVEL:.0f} points below the third; falling: more."
+    text += (
+        f"gone: the last quarter is below {GONE:.0f}%; level: it is at most {LEVEL:.0f} "
+        "points below the third; falling: more."
+    )
     study.write(
         with_stopped(over_requests(tables), runs), draw(tables), text, on_stable_diffusion()
     )

@@ -1,9 +1,11 @@
-"""Do regularizers keep near neighbours of the unlearned concepts as well as far ones? (Lee et al. 2026, arXiv 2511.07970)
+"""Do regularizers keep near neighbours of the unlearned concepts as well as far ones? (Lee et al.
+2026, arXiv 2511.07970)
 
     python scripts/studies/semantic.py [OVERRIDE ...] [--output DIR]
 
-The retained concepts are halved by the largest similarity of their text embedding to that of an unlearned concept; the accuracy of
-both halves over the requests, for every file of conf/reg. The runs are those of ablation.py.
+The retained concepts are halved by the largest similarity of their text embedding to that of an
+unlearned concept; the accuracy of both halves over the requests, for every file of conf/reg. The
+runs are those of ablation.py.
 """
 
 import math
@@ -19,7 +21,7 @@ from cu_runner.store.run_record import RunRecord
 
 
 def accuracy_of_halves(runs: dict[str, RunRecord], near: list[str], far: list[str]) -> pd.DataFrame:
-    """Mean accuracy (percent) over the near and over the far concepts, one row per run and request."""
+    """Mean accuracy (percent) over near and over far concepts, one row per run and request."""
     rows = []
     for label, run in runs.items():
         accuracy = run.accuracy_matrix()
@@ -29,9 +31,12 @@ def accuracy_of_halves(runs: dict[str, RunRecord], near: list[str], far: list[st
 
 
 def losses(halves: pd.DataFrame, images: dict[str, int]) -> pd.DataFrame:
-    """One row per run: both halves before all requests, after them and on the mean over them; the points that near lost more.
+    """One row per run: both halves before all requests, after them and on the mean over them.
 
-    images: of one request, by half. The same noise comes at every request: the mean rests on no more of them than one request.
+    Beside them the points that near lost more.
+
+    images: of one request, by half. The same noise comes at every request: the mean rests on no
+    more of them than one request.
     """
     rows = []
     for label, table in halves.groupby("run", sort=False):
@@ -66,7 +71,7 @@ def losses(halves: pd.DataFrame, images: dict[str, int]) -> pd.DataFrame:
 
 
 def draw(halves: pd.DataFrame) -> Figure:
-    """A panel per run: near solid, far dashed."""
+    """Draw a panel per run: near solid, far dashed."""
     labels = halves["run"].unique()
     figure, axes = panels(math.ceil(len(labels) / 4), 4, height=2.4)
     for axis in axes[len(labels) :]:
@@ -110,8 +115,14 @@ def main(study: Study) -> None:
     ]
     text = "Accuracy in percent before and after all requests, and its mean over them:\n\n"
     text += f"{as_markdown(with_stopped(losses(halves, images), runs))}\n\n"
-    text += f"from, to: the 95% interval of what near lost more, over images ({images['near']} near, {images['far']} far; Newcombe's\n"
-    text += "from Wilson's, the four accuracies as if independent); it holds nothing of how another seed would differ.\n\n"
+    text += (
+        f"from, to: the 95% interval of what near lost more, over images ({images['near']} "
+        f"near, {images['far']} far; Newcombe's\n"
+    )
+    text += (
+        "from Wilson's, the four accuracies as if independent); it holds nothing of how "
+        "another seed would differ.\n\n"
+    )
     text += f"The halves:\n\n{as_markdown(pd.DataFrame(chosen), digits=3)}"
     study.write(with_stopped(halves, runs), draw(halves), text)
 

@@ -1,11 +1,14 @@
-"""Does a concept suffer more, the more its text resembles that of the unlearned one? With and without projection.
+"""Does a concept suffer more, the more its text resembles that of the unlearned one? With and
+without projection.
 
     python scripts/studies/sensitivity.py [OVERRIDE ...] [--output DIR]
 
-Unlearns the first concept of the sequence alone and measures every other name of the vocabulary that the evaluator knows, with
-four concepts of the other domain. Correlated with the similarity of "X Style" to the target's (Lee et al. 2026, arXiv 2511.07970):
-accuracy, its drop, and the change of keys and values on the concept's evaluation prompts. The projection must not name what is
-measured: where its auxiliary names are the vocabulary, there are four runs, each measuring a quarter. 5 runs of one request.
+Unlearns the first concept of the sequence alone and measures every other name of the vocabulary
+that the evaluator knows, with four concepts of the other domain. Correlated with the similarity of
+"X Style" to the target's (Lee et al. 2026, arXiv 2511.07970): accuracy, its drop, and the change of
+keys and values on the concept's evaluation prompts. The projection must not name what is measured:
+where its auxiliary names are the vocabulary, there are four runs, each measuring a quarter. 5 runs
+of one request.
 """
 
 import json
@@ -39,7 +42,10 @@ COLOURS = {"none": "#444444", "gradproj": "#d95f02"}
 
 
 def cells(study: Study, sequence: Sequence, known: list[str]) -> dict[str, list[str]]:
-    """One run without projection, and one with it per fold of the measured names; labels are "REG, FOLD"."""
+    """One run without projection, and one with it per fold of the measured names.
+
+    Labels are "REG, FOLD".
+    """
     target, *others = sequence.targets
     measured = [name for name in sequence.vocabulary if name in known and name != target.name]
     shared = [f"sequence.name={sequence.name}_sensitivity"]
@@ -47,9 +53,8 @@ def cells(study: Study, sequence: Sequence, known: list[str]) -> dict[str, list[
         shared += [f"sequence.targets={json.dumps([target.name])}"]
         shared += [f"~sequence.anchors.{concept.name}" for concept in others if concept.anchor]
     if not study.gives("sequence.cross_retain"):
-        shared.append(
-            f"sequence.cross_retain={json.dumps([concept.name for concept in sequence.cross_retain[:CROSS]])}"
-        )
+        cross = [concept.name for concept in sequence.cross_retain[:CROSS]]
+        shared.append(f"sequence.cross_retain={json.dumps(cross)}")
     auxiliary = study.plan(["reg=gradproj"]).resolved["reg"]["gradproj"]["auxiliary"]
     folds = FOLDS if auxiliary["source"] == "vocabulary" else 1
     groups = {"none, all": measured} | {
@@ -148,7 +153,10 @@ def main(study: Study) -> None:
     )
     table = per_concept(plan.model.build(device="cpu"), finished(runs))
     means = table.drop(columns=["fold", "concept"]).groupby("run", sort=False).mean().reset_index()
-    text = f"Unlearned: {sequence.targets[0].name}. Correlations with the similarity to it, with 95% intervals (Fisher's z):\n\n"
+    text = (
+        f"Unlearned: {sequence.targets[0].name}. Correlations with the similarity to it, with "
+        "95% intervals (Fisher's z):\n\n"
+    )
     text += f"{as_markdown(with_stopped(correlations(table, paper), runs), digits=3)}\n\n"
     text += f"Means over the measured concepts:\n\n{as_markdown(means, digits=3)}"
     study.write(with_stopped(table, runs), draw(table, paper), text)

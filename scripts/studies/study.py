@@ -1,9 +1,11 @@
-"""What the studies share: the command line, the runs, the look of the pictures, and what is written.
+"""What the studies share: command line, runs, the look of the pictures, what is written.
 
-A study is `python scripts/studies/NAME.py [OVERRIDE ...] [--output DIR]`. The overrides are appended to every run, so that
-`experiment=unlearncanvas_style model.path=DIR evaluator.paths.style=DIR evaluator.paths.object=DIR` gives it on Stable Diffusion.
-It writes NAME.csv, NAME.png and NAME.md. What a person found in the numbers stands beside them in NAME.finding.md, a paragraph of
-Markdown that no study writes; NAME.md carries it. Stopped and started again it goes on where it was; finished runs are found again.
+A study is `python scripts/studies/NAME.py [OVERRIDE ...] [--output DIR]`. The overrides are
+appended to every run, so that `experiment=unlearncanvas_style model.path=DIR
+evaluator.paths.style=DIR evaluator.paths.object=DIR` gives it on Stable Diffusion. It writes
+NAME.csv, NAME.png and NAME.md. What a person found in the numbers stands beside them in
+NAME.finding.md, a paragraph of Markdown that no study writes; NAME.md carries it. Stopped and
+started again it goes on where it was; finished runs are found again.
 """
 
 import argparse
@@ -34,18 +36,24 @@ from matplotlib.figure import Figure
 
 PANELS = {"UA": "UA (%)", "RA_I": "RA-I (%)", "RA_C": "RA-C (%)", "drift_l2": "drift, L2 norm"}
 OUTPUT = Path("docs/studies")
-STABLE_DIFFUSION = "experiment=unlearncanvas_style model.path=DIR evaluator.paths.style=DIR evaluator.paths.object=DIR --output unlearncanvas"
+STABLE_DIFFUSION = (
+    "experiment=unlearncanvas_style model.path=DIR evaluator.paths.style=DIR "
+    "evaluator.paths.object=DIR --output unlearncanvas"
+)
 
 
 def regularizers() -> list[str]:
-    """The public names of conf/reg: none, those alone, then the combinations."""
+    """Return the public names of conf/reg: none, those alone, then the combinations."""
     names = sorted(path.stem for path in (config_dir() / "reg").glob("*.yaml"))
     return sorted(names, key=lambda name: (name != "none", "_" in name))
 
 
 @dataclass(frozen=True)
 class Study:
-    """One study as it was called. name: of its script. overrides: of the user, for every run. output: the folder to write to."""
+    """One study as it was called.
+
+    name: of its script. overrides: of the user, for every run. output: the folder to write to.
+    """
 
     name: str
     about: str
@@ -63,17 +71,22 @@ class Study:
         return ["wandb.mode=disabled", *cell, *self.overrides]
 
     def plan(self, cell: list[str]) -> RunConfig:
-        """The checked configuration of a run. Raises ValueError, or an error of Hydra's own."""
+        """Return the checked configuration of a run.
+
+        Raises ValueError, or an error of Hydra's own.
+        """
         return compose(self.job(cell))
 
     def run(self, cells: dict[str, list[str]]) -> dict[str, RunRecord | str]:
         """Make, resume or find the runs, by label; of a run that diverged the line that says so.
 
         Args:
-            cells: the study's own overrides of each run, by label. All are checked before the first one starts.
+            cells: the study's own overrides of each run, by label. All are checked before the first
+                one starts.
 
         Raises:
-            ValueError: the user sets what the study sets itself. LaunchError: a run failed, or every run diverged.
+            ValueError: the user sets what the study sets itself. LaunchError: a run failed, or
+                every run diverged.
         """
         for key in {override.partition("=")[0] for cell in cells.values() for override in cell}:
             if self.gives(key):
@@ -103,7 +116,8 @@ class Study:
         text: str,
         on_stable_diffusion: str = STABLE_DIFFUSION,
     ) -> None:
-        """Write the rows, the picture, and the text under the commands that made it and what a person found.
+        """Write the rows, the picture, and the text under the commands that made it and what a
+        person found.
 
         Args:
             on_stable_diffusion: the overrides that give the study there.
@@ -135,8 +149,13 @@ class Study:
 
 
 def command(main: Callable[[Study], None], docstring: str) -> None:
-    """Call a study with its command line; what a user can mend becomes one line on stderr and an exit status, as with cu-run."""
-    parser = Parser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Call a study with its command line.
+
+    What a user can mend becomes one line on stderr and an exit status, as with cu-run.
+    """
+    question, _, more = docstring.partition("\n\n")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=question, epilog=more, formatter_class=form)
     parser.add_argument(
         "overrides", nargs="*", metavar="OVERRIDE", help="as of cu-run, for every run of the study"
     )
@@ -146,25 +165,29 @@ def command(main: Callable[[Study], None], docstring: str) -> None:
     given = parser.parse_intermixed_args()
     with one_line_failures(Path(sys.argv[0]).name):
         quiet_libraries()
-        main(
-            Study(Path(sys.argv[0]).stem, docstring.splitlines()[0], given.overrides, given.output)
-        )
+        main(Study(Path(sys.argv[0]).stem, parser.description, given.overrides, given.output))
 
 
 def summary_line(table: pd.DataFrame) -> str:
-    """The metrics after the last request."""
+    """Say the metrics after the last request."""
     last = table.iloc[-1]
-    return f"UA {last.UA:5.1f}  RA-I {last.RA_I:5.1f}  RA-C {last.RA_C:5.1f}  drift {last.drift_l2:.1f}"
+    return (
+        f"UA {last.UA:5.1f}  RA-I {last.RA_I:5.1f}  RA-C {last.RA_C:5.1f}  drift "
+        f"{last.drift_l2:.1f}"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------ tables
 def finished(runs: dict[str, RunRecord | str]) -> dict[str, RunRecord]:
-    """The runs that reached their last request."""
+    """Return the runs that reached their last request."""
     return {label: run for label, run in runs.items() if not isinstance(run, str)}
 
 
 def with_stopped(table: pd.DataFrame, runs: dict[str, RunRecord | str]) -> pd.DataFrame:
-    """The table, and a row under its first column's name for every run that diverged, with the reason."""
+    """Return the table, and a row for every run that diverged, with the reason.
+
+    The row stands under the name of the first column.
+    """
     reasons = {label: run for label, run in runs.items() if isinstance(run, str)}
     if not reasons:
         return table
@@ -174,7 +197,9 @@ def with_stopped(table: pd.DataFrame, runs: dict[str, RunRecord | str]) -> pd.Da
 
 
 def last_rows(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """One row per run: the metrics after its last request, and the seconds of all its requests (training and evaluation)."""
+    """One row per run: the metrics after its last request, and the seconds of all its requests
+    (training and evaluation).
+    """
     shown = ["UA", "RA_I", "RA_C", "RA_C_retained", "drift_l2"]
     rows = [
         {
@@ -188,7 +213,7 @@ def last_rows(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def over_requests(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """The metrics of every run after every request, one below the other."""
+    """Return the metrics of every run after every request, one below the other."""
     shown = ["run", "request", "concept", *PANELS, "RA_C_retained", "UA_current", "UA_previous"]
     return pd.concat([table.assign(run=label) for label, table in tables.items()])[shown]
 
@@ -206,11 +231,14 @@ def as_markdown(table: pd.DataFrame, digits: int = 1) -> str:
     )
 
 
-# -------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------ pictures
 def panels(
     rows: int, columns: int, width: float = 3.3, height: float = 3.2
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with a grid of axes, left to right and top to bottom; width and height of each in inches."""
+    """Return a figure with a grid of axes, left to right and top to bottom.
+
+    Width and height of each in inches.
+    """
     size = (width * columns, height * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, constrained_layout=True, squeeze=False)
     for axis in axes.flat:
@@ -221,7 +249,10 @@ def panels(
 def plot_over_requests(
     axes: list[Axes], tables: dict[str, pd.DataFrame], styles: dict[str, str] | None = None
 ) -> None:
-    """UA, RA-I, RA-C and drift over the requests into four axes, one line per run. styles: matplotlib's line format by label."""
+    """UA, RA-I, RA-C and drift over the requests into four axes, one line per run.
+
+    styles: matplotlib's line format by label.
+    """
     for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
         for label, table in tables.items():
             axis.plot(

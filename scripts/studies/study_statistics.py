@@ -1,4 +1,6 @@
-"""Statistics of the studies: correlations with intervals, how near two names are as text, what a change of weights does to a text.
+"""Statistics of the studies.
+
+Correlations with intervals, how near two names are as text, what a change of weights does to it.
 
 Shapes: B prompts, L tokens, D text width, out attention width.
 """
@@ -62,7 +64,8 @@ def text_similarity(
 ) -> pd.DataFrame:
     """Return cosines of the whole text-encoder outputs, all L x D values of "NAME Domain".
 
-    Rows: names, columns: targets. That is the paper's "X Style" (Lee et al. 2026, arXiv 2511.07970).
+    Rows: names, columns: targets. That is the paper's "X Style" (Lee et al. 2026, arXiv
+    2511.07970).
     """
     units = [
         F.normalize(

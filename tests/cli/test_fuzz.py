@@ -3,7 +3,7 @@ status 2; never a traceback.
 
 A third of the examples; `make test-all` has them all.
 
-CU_FUZZ=20 pytest tests/test_fuzz.py    # twenty times as many as these, drawn anew each time
+CU_FUZZ=20 pytest tests/cli/test_fuzz.py    # twenty times as many as these, drawn anew each time
 """
 
 import os

@@ -25,7 +25,9 @@ from cu_runner.models.checkpoints import locate
 from cu_runner.models.image_text import ImageTextSource, load_image_text
 from cu_runner.schema.errors import ModelError, WeightFileError
 from cu_runner.schema.settings import EvalSettings
-from cu_runner.shapecanvas.render import OBJECTS, STYLES, render
+from cu_runner.shapecanvas.objects import OBJECTS
+from cu_runner.shapecanvas.render import render
+from cu_runner.shapecanvas.styles import STYLES
 
 HALF = [0.5, 0.5, 0.5]
 PREPROCESSING = {"size": 32, "mean": HALF, "std": HALF}

@@ -25,7 +25,7 @@ from cu_runner.cli import report
 from cu_runner.config.compose import compose
 from cu_runner.evaluators.grid import draw_grid
 from cu_runner.models.parameters import drift
-from cu_runner.reporting.page import parts_of
+from cu_runner.reporting.page_tables import parts_of
 from cu_runner.reporting.page_data import (
     Shown,
     costs,

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_an_edit_anywhere_in_it_is_another_code(folder, file):
     (folder / file).write_text(FILES[file] + "# edited\n", encoding="utf-8")
     after = identify.__wrapped__(("my_parts.halving",))
     name = file.removesuffix(".py").replace("/", ".")
-    assert after.changes(before.record()) == [name]
+    assert after.changes(before) == [name]
     assert after.sha256 != before.sha256
     assert after.images_sha256 == before.images_sha256  # no image of the untouched model needs it
     shown = [identify.__wrapped__(("my_parts",), ("my_parts",)).images_sha256]
@@ -99,13 +100,13 @@ def test_an_edited_package(tmp_path, monkeypatch):
         with (package / name).open("a", encoding="utf-8") as file:
             file.write("# edited\n")
         identities.append(identify.__wrapped__())
-    changes = [after.changes(before.record()) for before, after in itertools.pairwise(identities)]
+    changes = [after.changes(before) for before, after in itertools.pairwise(identities)]
     assert changes == [["methods/base.py"], ["models/sampling.py"], ["models/new.py"], []]
     images = [identity.images_sha256 for identity in identities]
     assert images[0] == images[1] != images[2] != images[3] == images[4]
     assert len({identity.sha256 for identity in identities}) == 4
     assert identities[0].dirty is None  # no checkout
-    assert "/" + tmp_path.name not in json.dumps(identities[0].record())
+    assert "/" + tmp_path.name not in json.dumps(asdict(identities[0]))
 
 
 def test_another_version_of_a_library_is_another_code(monkeypatch):
@@ -117,7 +118,7 @@ def test_another_version_of_a_library_is_another_code(monkeypatch):
         lambda name: "0.0" if name == "diffusers" else version(name),
     )
     after = identify.__wrapped__()
-    assert after.changes(before.record()) == ["diffusers"]
+    assert after.changes(before) == ["diffusers"]
     assert (after.sha256, after.images_sha256) != (before.sha256, before.images_sha256)
     assert after.sha256 != before.sha256
     assert after.images_sha256 != before.images_sha256
@@ -130,10 +131,10 @@ def test_a_line_names_three_files_at_most():
 
 
 def test_records_agree_where_both_name_a_file():
-    def identity(files: dict[str, str], torch: str = "2") -> CodeIdentity:
-        return CodeIdentity("", "", files, {"torch": torch}, None)
-
-    ours, mine = identity({"x": "1"}), {"x": "1", "m": "2"}
-    assert ours.agrees_with(identity(mine))
-    assert not ours.agrees_with(identity(mine, torch="3"))
-    assert not ours.agrees_with(identity({"x": "0"}))
+    ours, mine = (
+        CodeIdentity("", "", files, {"torch": "2"}, None)
+        for files in ({"x": "1"}, {"x": "1", "m": "2"})
+    )
+    assert ours.agrees_with(mine)
+    assert not ours.agrees_with(replace(mine, libraries={"torch": "3"}))
+    assert not ours.agrees_with(replace(ours, files={"x": "0"}))

@@ -11,7 +11,9 @@ from cu_runner.concepts.entries import read_shipped
 from cu_runner.concepts.sequence import make_sequence
 from cu_runner.models.checkpoints import locate
 from cu_runner.runtime.paths import config_dir
-from cu_runner.shapecanvas.render import OBJECTS, PALETTES, STYLE_PARTS, STYLES, TEXTURES, render
+from cu_runner.shapecanvas.objects import OBJECTS
+from cu_runner.shapecanvas.render import render
+from cu_runner.shapecanvas.styles import PALETTES, STYLE_PARTS, STYLES, TEXTURES
 
 WEIGHTS = locate("package:shapecanvas/weights")
 SEQUENCES = sorted(
