@@ -404,8 +404,8 @@ def test_a_hundred_cells(own_table, run_copy, tmp_path):
         targets=None,
     )
     code = (
-        "import resource, sys, time\nstarted = time.monotonic()\nfrom cu_runner import "
-        "tables\ntables.main()\n"
+        "import resource, sys, time\nstarted = time.monotonic()\n"
+        "from cu_runner.cli.table import main\nmain()\n"
     )
     code += (
         "print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss "

@@ -38,7 +38,7 @@ ACCELERATE = [
     "--main_process_port",
     "0",
 ]
-LAUNCH = [*ACCELERATE, "-m", "cu_runner.cli.run"]
+LAUNCH = [*ACCELERATE, "-m", "cu_runner.cli"]
 CELLS = {
     "conabl, sgd": [  # Adam and clipping would hide gradients of another size
         "method.num_anchors=4",
