@@ -25,7 +25,6 @@ from cu_runner.cli import report
 from cu_runner.config.compose import compose
 from cu_runner.evaluators.grid import draw_grid
 from cu_runner.models.parameters import drift
-from cu_runner.reporting.page_tables import parts_of
 from cu_runner.reporting.page_data import (
     Shown,
     costs,
@@ -38,6 +37,7 @@ from cu_runner.reporting.page_data import (
     short_layer,
 )
 from cu_runner.reporting.page_plots import COLOURS, line_style
+from cu_runner.reporting.page_tables import parts_of
 from cu_runner.schema.errors import StoreError
 from cu_runner.store.files import hash_json, to_safetensors
 from cu_runner.store.records import Row, StepResult, TrainingRecord
