@@ -742,7 +742,8 @@ def test_a_hundred_runs(tmp_path):
     targets = tuple(f"concept {number}" for number in range(12))
     for number in range(100):
         make_run(tmp_path, "conabl" if number % 2 else "esd", targets, finished=12, seed=number)
-    code = "import resource, sys, time\nfrom cu_runner import report, report_page\n"
+    code = "import resource, sys, time\nfrom cu_runner.cli import report\n"
+    code += "import cu_runner.reporting.page\n"
     code += "def used(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
     code += "before, started = used(), time.monotonic()\nreport.main()\n"
     code += "print(time.monotonic() - started, before, used(), file=sys.stderr)"
