@@ -35,7 +35,7 @@ ACCELERATE = [
     "--main_process_port",
     "0",
 ]
-LAUNCH = [*ACCELERATE, "-m", "cu_runner.cli.run"]
+LAUNCH = [*ACCELERATE, "-m", "cu_runner.cli"]
 LEAVING = """
 import atexit
 import os
