@@ -8,9 +8,10 @@ LAUNCHER ?=
 SEEDS ?=
 ARGS ?=
 RUN ?= method=conabl reg=gradproj
+TESTS := $(BIN)/python -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-all test-slurm test-faults lint bench weights results reproduce-table2
+.PHONY: help setup run test test-fast test-all test-slurm test-faults lint bench weights results reproduce-table2
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /\1\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -30,12 +31,15 @@ run: setup  ## the main job: 12 styles unlearned one after another on the embedd
 	@echo "run: cu-run $(RUN)"
 	@$(BIN)/cu-run $(RUN)
 
-test: setup  ## the tests, without network; minutes
+test: setup  ## the tests, without network, a worker per core; five minutes on two cores
 	@echo "test: pytest"
-	@$(BIN)/python -m pytest
+	@$(TESTS)
 
-test-all: setup  ## the tests and the slow ones
-	@$(BIN)/python -m pytest -m 'not slurm and not faults'
+test-fast: setup  ## for whoever edits: the tests that start no command, and one small run by cu-run; under a minute
+	@$(TESTS) -m fast
+
+test-all: setup  ## the tests and the slow ones, every example of the fuzzing; duration not measured
+	@CU_FUZZ=1 $(TESTS) -m 'not slurm and not faults'
 
 test-slurm: setup  ## sweeps on a SLURM of one node: pre-empted, out of time, cancelled; needs root and slurm-wlm, munge
 	@$(BIN)/python -m pytest -m slurm tests/sweeps/test_slurm.py

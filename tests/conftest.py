@@ -50,6 +50,26 @@ SMOKE = (
 )
 
 
+RUN_SOMETHING = {
+    "call_command",
+    "cu_run",
+    "finished_run",
+    "in_process",
+    "pipelines",
+    "run_copy",
+    "start",
+    "wheel",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as fast what is not slow and starts no command; a small run by cu-run has the mark."""
+    for item in items:
+        slow = any(item.get_closest_marker(name) for name in ("slow", "slurm", "faults"))
+        if not slow and not RUN_SOMETHING & set(item.fixturenames):
+            item.add_marker("fast")
+
+
 def read_conf(name: str) -> dict:
     """The arguments of a file of conf/, without _target_."""
     content = yaml.safe_load((config_dir() / name).read_text(encoding="utf-8"))
@@ -148,12 +168,16 @@ def random_pipeline():
 
 
 @pytest.fixture(scope="session")
-def pipelines(random_pipeline, tmp_path_factory):
+def pipelines(random_pipeline, shared):
     """A small diffusers directory of every kind of Stable Diffusion, with random weights."""
-    root = tmp_path_factory.mktemp("pipelines")
-    for kind in random_pipeline.KINDS:
-        random_pipeline.make_pipeline(kind, root / kind, tiny=True)
-    return {kind: root / kind for kind in random_pipeline.KINDS}
+
+    def make(root: Path) -> list[str]:
+        for kind in random_pipeline.KINDS:
+            random_pipeline.make_pipeline(kind, root / kind, tiny=True)
+        return list(random_pipeline.KINDS)
+
+    kinds, root = shared("pipelines", make)
+    return {kind: root / kind for kind in kinds}
 
 
 @pytest.fixture

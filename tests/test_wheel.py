@@ -24,23 +24,18 @@ def files_below(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def wheel(shared):
     """The built wheel."""
-    target = tmp_path_factory.mktemp("wheel")
-    build = [
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--outdir",
-        str(target),
-        str(ROOT),
-    ]
-    done = subprocess.run(build, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = target.glob("cu_runner-*.whl")
-    return path
+
+    def make(target: Path) -> str:
+        build = [sys.executable, "-m", "build", "--wheel", "--no-isolation"]
+        build += ["--outdir", str(target), str(ROOT)]
+        done = subprocess.run(build, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (path,) = target.glob("cu_runner-*.whl")
+        return str(path)
+
+    return Path(shared("wheel", make)[0])
 
 
 def test_the_wheel_holds_everything_and_nothing_else(wheel):

@@ -15,6 +15,7 @@ from cu_runner.reporting.table_cells import Cell, make_cells, measure, orderings
 from cu_runner.reporting.table_formats import (
     DAGGER,
     DOUBLE_DAGGER,
+    SECTION,
     FilledTable,
     as_csv,
     as_latex,
@@ -100,6 +101,10 @@ def footnotes(table: Table, measured: pd.DataFrame, seeds: list[int]) -> list[st
     if not measured.loc[measured["ours"].notna(), "tuned"].all():
         what = "The settings of this method with these regularizers were not searched"
         notes.append(f"{DOUBLE_DAGGER} {what} (conf/tuned).")
+    if measured["other_code"].any():
+        what = "Made by other code than the first run of this table, or by several"
+        remedy = "fresh=true makes such a run anew"
+        notes.append(f"{SECTION} {what} (code in step.json): {remedy}.")
     if table.targets:
         notes += [
             f"Published, {source}: {meaning}." for source, meaning in table.targets.sources.items()

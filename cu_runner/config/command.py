@@ -6,9 +6,12 @@ import shlex
 
 from omegaconf import DictConfig
 
+from cu_runner.schema.errors import ConfigError
 from cu_runner.store.signature import NOT_SCIENTIFIC
 
 PERMISSION = ".allow_pickle"  # changes no result, but the command is refused without it
+
+LONGEST_KEY = 250  # bytes
 
 
 def words_of(node: DictConfig) -> list[str]:
@@ -22,6 +25,16 @@ def words_of(node: DictConfig) -> list[str]:
 def key_of(override: str) -> str:
     """Return the key that an override sets."""
     return override.partition("=")[0].lstrip("+~")
+
+
+def refuse_long_keys(overrides: list[str]) -> None:
+    """Refuse with ConfigError a key for which Hydra would look for a file of too long a name."""
+    for key in map(key_of, overrides):
+        if len(key.encode(errors="replace")) > LONGEST_KEY:
+            raise ConfigError(
+                f"unknown key {key[:40]}... ({len(key)} characters); "
+                "`cu-run --cfg job` prints every key"
+            )
 
 
 def changes_results(override: str) -> bool:

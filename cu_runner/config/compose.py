@@ -9,6 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from cu_runner.config.command import refuse_long_keys
 from cu_runner.config.permissions import allowed_modules, refuse_unasked_pickles, searched_folders
 from cu_runner.config.resolvers import choice, regularizer_cell, tuned_cell
 from cu_runner.config.run_config import MISSING, RunConfig, check_run
@@ -23,6 +24,7 @@ def compose(overrides: list[str]) -> RunConfig:
     Raises:
         ConfigError: it cannot be run. An error of Hydra's own: it cannot be composed.
     """
+    refuse_long_keys(overrides)
     searched_folders(overrides)
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):

@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from pydantic import Field
 
+from cu_runner.config.command import refuse_long_keys
 from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.secrets import refuse_secrets
@@ -52,6 +53,7 @@ def check_command(arguments: list[str]) -> None:
         )
     if options.config_dir and not Path(options.config_dir).is_dir():
         raise ConfigError(f"--config-dir {options.config_dir}: no such directory")
+    refuse_long_keys(options.overrides)
     path = create_config_search_path(str(config_dir()))
     if options.config_dir:
         path.append("command-line", f"file://{Path(options.config_dir).absolute()}")

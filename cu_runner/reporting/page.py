@@ -10,6 +10,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cu_runner.evaluators.metrics import ENOUGH_UA
+from cu_runner.reporting.code_differences import made_by_other_code
 from cu_runner.reporting.page_data import (
     Samples,
     Shown,
@@ -148,6 +149,11 @@ def notes(runs: list[Shown]) -> list[str]:
             f"Not all runs have the same weights of the {which} (see Configuration): "
             "compare those that do."
         )
+    different = made_by_other_code(shown.run for shown in runs)
+    if any(different):
+        labels = [shown.label for shown, differs in zip(runs, different, strict=True) if differs]
+        what = "Made by other code than the first of the runs, or by several"
+        found.append(f"{what} (see Configuration): {', '.join(labels)}.")
     return found
 
 

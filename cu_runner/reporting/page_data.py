@@ -303,6 +303,10 @@ def provenance(run: RunRecord) -> dict[str, str]:
         ],
         "model sha256": [record.model_sha256 for record in records],
         "evaluator sha256": [record.evaluator_sha256 for record in records],
+        "code sha256": [
+            record.code.sha256 + (" (with uncommitted changes)" if record.code.dirty else "")
+            for record in records
+        ],
     }
     return {name: spans(values) for name, values in facts.items()}
 

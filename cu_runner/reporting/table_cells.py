@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from cu_runner.config.compose import compose
 from cu_runner.config.run_config import RunConfig
 from cu_runner.evaluators.metrics import ENOUGH_UA
+from cu_runner.reporting.code_differences import made_by_other_code
 from cu_runner.reporting.intervals import of_sum, over_images, over_seeds
 from cu_runner.reporting.table_spec import Experiment, Overrides, Table
 from cu_runner.runtime.lazy import pd
@@ -92,7 +93,8 @@ class Measured:
     ours: NaN where the runs do not measure the metric, None where runs are missing. half: of its
     interval over seeds. images_low, images_high: its interval over the images of all seeds.
     comparable: UA of our cell is at least 95. tuned: the settings were searched for this method
-    with these regularizers. source: of the published number. runs: their directories.
+    with these regularizers. other_code: a run of ours was made by other code than the first run of
+    the table, or by several. source: of the published number. runs: their directories.
     """
 
     method: str
@@ -106,6 +108,7 @@ class Measured:
     seeds: int
     comparable: bool | None
     tuned: bool
+    other_code: bool
     paper: float | None
     source: str
     runs: str
@@ -114,6 +117,9 @@ class Measured:
 def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
     """Return a row (Measured) per cell and metric."""
     values = table.targets.values if table.targets else {}
+    shown = [run for cell in cells if not cell.missing() for run in cell.runs]
+    marks = zip(shown, made_by_other_code(shown), strict=True)
+    marked = {run.directory for run, differs in marks if differs}
     rows = []
     for cell in cells:
         published = values.get(cell.method, {}).get(cell.column, {}).get(cell.row, {})
@@ -137,6 +143,7 @@ def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
                 seeds=len(last),
                 comparable=comparable,
                 tuned=cell.plans[0].tuned,
+                other_code=any(run.directory in marked for run in cell.runs),
                 paper=None if number is None else float(number),
                 source="none" if number is None else str(published.get("source", "none")),
                 runs=" ".join(str(run.directory) for run in cell.runs),

@@ -13,10 +13,12 @@ from cu_runner.runtime.lazy import pd
 
 NAMES = {"UA": "UA", "RA_I": "RA-I", "RA_C": "RA-C", "RA_C_retained": "RA-C retained"}
 VERDICTS = ("holds", "reversed", "undecided")
+SECTION = "\N{SECTION SIGN}"
 PLUS_MINUS, DAGGER, DOUBLE_DAGGER = "\N{PLUS-MINUS SIGN}", "\N{DAGGER}", "\N{DOUBLE DAGGER}"
 SYMBOLS = {
     f" ?{DAGGER}": r"$^\\dagger$",
     f" ?{DOUBLE_DAGGER}": r"$^\\ddagger$",
+    f" ?{SECTION}": r"$^\\S$",
     PLUS_MINUS: r"$\\pm$",
 }
 
@@ -44,9 +46,9 @@ def ours(entry: pd.Series) -> str:
     if pd.isna(entry["ours"]):
         return "-"
     half = "" if pd.isna(entry["half"]) else f" {PLUS_MINUS} {entry['half']:.1f}"
-    marks = ("" if entry["comparable"] else f" {DAGGER}") + (
-        "" if entry["tuned"] else f" {DOUBLE_DAGGER}"
-    )
+    marks = "" if entry["comparable"] else f" {DAGGER}"
+    marks += "" if entry["tuned"] else f" {DOUBLE_DAGGER}"
+    marks += f" {SECTION}" if entry["other_code"] else ""
     return f"{entry['ours']:.1f}{half}{marks}"
 
 

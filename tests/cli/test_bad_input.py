@@ -24,6 +24,7 @@ CONFIGURATION = [
     (["train.lrr=1"], ["train.lrr", "lr", "steps", "batch_size"]),
     (["+train.lrr=1"], ["train.lrr"]),
     (["nokey=1"], ["nokey"]),
+    ([f"~{'x' * 400}"], ["unknown key xxxx", "400 characters"]),
     (["+nokey=1"], ["nokey", "seed", "train", "eval"]),
     (["method.nokey=1"], ["method.nokey", "num_anchors", "teacher"]),
     (["+method.nokey=1"], ["method.nokey", "num_anchors", "teacher"]),

@@ -125,5 +125,5 @@ def test_a_list_of_regularizers_that_is_too_long_for_a_name(tmp_path):
     (tmp_path / "reg/many.yaml").write_text(
         yaml.safe_dump({f"a_rather_long_name_{index}": node for index in range(9)})
     )
-    with pytest.raises(ConfigError, match="at most 128"):
+    with pytest.raises(ConfigError, match="at most 124"):
         parse(compose(f"hydra.searchpath=[file://{tmp_path}]", "sequence=smoke", "reg=many"))

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -25,7 +26,6 @@ from cu_runner.cli import report
 from cu_runner.config.compose import compose
 from cu_runner.evaluators.grid import draw_grid
 from cu_runner.models.parameters import drift
-from cu_runner.reporting.page_tables import parts_of
 from cu_runner.reporting.page_data import (
     Shown,
     costs,
@@ -38,6 +38,8 @@ from cu_runner.reporting.page_data import (
     short_layer,
 )
 from cu_runner.reporting.page_plots import COLOURS, line_style
+from cu_runner.reporting.page_tables import parts_of
+from cu_runner.runtime.code_identity import CodeIdentity, identify
 from cu_runner.schema.errors import StoreError
 from cu_runner.store.files import hash_json, to_safetensors
 from cu_runner.store.records import Row, StepResult, TrainingRecord
@@ -75,6 +77,7 @@ def make_run(
     seed: int = 0,
     sequence: str = "hand",
     science: int = 0,
+    code: CodeIdentity | None = None,
 ) -> Path:
     """A run directory with the steps 0 to `finished`: retained "kept" and "near", cross concepts
     "tree" and "cup", one seed.
@@ -97,7 +100,7 @@ def make_run(
         outputs / "runs" / sequence / f"{method}-none-sequential-s{seed}-{hash_json(config)[:8]}"
     )
     parent = None
-    with RunStore(directory, config, hash_json) as store:
+    with RunStore(directory, config, hash_json, code=code) as store:
         for index in range(finished + 1):
             concepts = [*(targets[:index] if index else targets), *retain]
             rows = [
@@ -316,7 +319,7 @@ def test_cost_counts_requests_and_names_devices(by_hand):
     facts = provenance(only(by_hand, "conabl").run)
     assert facts["device"] == "cpu (abacus) (requests 0 to 1), cpu (quipu) (requests 2 to 3)"
     assert facts["git commit"] == "c" * 40
-    assert facts["versions"] == "python 3, torch 2"
+    assert facts["versions"] == f"python 3, torch 2, cu_runner {__version__}"
 
 
 def test_samples_are_the_first_cross_concept_over_time(by_hand):
@@ -545,6 +548,24 @@ def test_runs_of_one_name_say_what_differs(cu_report, tmp_path):
     )
 
 
+def test_runs_of_other_code_are_named(cu_report, tmp_path):
+    """One's own method in one of them only is no difference; each run shows its digest."""
+    ours = identify()
+    own = replace(ours, sha256="1" * 64, files=ours.files | {"mine": "1"}, dirty=True)
+    other = replace(ours, sha256="2" * 64, files=ours.files | {"methods/base.py": "2"})
+    make_run(tmp_path, "conabl", finished=1, code=ours)
+    make_run(tmp_path, "mine", finished=1, code=own)
+    said = "Made by other code than the first of the runs, or by several (see Configuration): "
+    cu_report(tmp_path / "runs", "--output", "here")
+    assert said not in read_page(tmp_path / "here/index.html").text
+    make_run(tmp_path, "esd", finished=1, code=other)
+    cu_report(tmp_path / "runs", "--output", "here")
+    text = read_page(tmp_path / "here/index.html").text
+    assert f"{said}esd." in text
+    for fact in (ours.sha256, f"{own.sha256} (with uncommitted changes)", other.sha256):
+        assert f"code sha256{fact}" in text
+
+
 def test_many_runs_stand_in_several_tables(cu_report, tmp_path):
     """Six side by side, so that a printed page holds them; a hundred requests in parts too."""
     for number in range(8):
@@ -721,7 +742,8 @@ def test_a_hundred_runs(tmp_path):
     targets = tuple(f"concept {number}" for number in range(12))
     for number in range(100):
         make_run(tmp_path, "conabl" if number % 2 else "esd", targets, finished=12, seed=number)
-    code = "import resource, sys, time\nfrom cu_runner import report, report_page\n"
+    code = "import resource, sys, time\nfrom cu_runner.cli import report\n"
+    code += "import cu_runner.reporting.page\n"
     code += "def used(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
     code += "before, started = used(), time.monotonic()\nreport.main()\n"
     code += "print(time.monotonic() - started, before, used(), file=sys.stderr)"

@@ -2,22 +2,26 @@
 of orderings, bad input.
 """
 
+import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import yaml
-from conftest import SMOKE
+from conftest import SMOKE, run_directory
 from hydra.core.global_hydra import GlobalHydra
 
+from cu_runner.cli import fill_table, table
 from cu_runner.config.compose import compose
 from cu_runner.reporting import table_cells as tables
 from cu_runner.reporting.intervals import of_sum, over_images, over_seeds
 from cu_runner.reporting.table_spec import read_table
 from cu_runner.runtime.paths import shipped_dir
+from cu_runner.store.files import hash_json
 
 TABLE = {
     "title": "after the last request",
@@ -46,7 +50,7 @@ TABLE = {
 @pytest.fixture
 def cu_table(call_command):
     """Returns run(*arguments) -> (exit status, stdout, stderr) of cu-table in tmp_path."""
-    return lambda *arguments: call_command(tables.main, "cu-table", *arguments)
+    return lambda *arguments: call_command(table.main, "cu-table", *arguments)
 
 
 @pytest.fixture
@@ -59,6 +63,18 @@ def own_table(tmp_path):
         return str(path)
 
     return write
+
+
+def change_code(run: Path, steps: Iterable[int], name: str) -> None:
+    """Change what steps record of a file of their code, as if they had been made by that."""
+    for path in sorted(run.glob("steps/*/step.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["index"] in steps:
+            record["code"]["files"][name] = "0" * 64
+            record["code"]["sha256"] = hash_json(record["code"]["files"])
+        del record["record_sha256"]
+        text = json.dumps(record | {"record_sha256": hash_json(record)})
+        path.write_text(text, encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------- statistics
@@ -305,14 +321,16 @@ def test_several_seeds_are_all_needed_for_a_cell(cu_table, own_table, run_copy):
 def test_seeds_become_mean_and_interval_in_every_format(cu_table, own_table, tmp_path, monkeypatch):
     last = [{"UA": 96.0, "RA_I": value, "RA_C": float("nan")} for value in (1.0, 2.0, 3.0)]
     runs = [
-        SimpleNamespace(directory=Path(str(i)), table=pd.DataFrame([row]))
+        SimpleNamespace(
+            directory=Path(str(i)), table=pd.DataFrame([row]), same_code_as=lambda _: True
+        )
         for i, row in enumerate(last)
     ]
     plans = [SimpleNamespace(directory=run.directory, tuned=False) for run in runs]
     cell = tables.Cell(
         "ConAbl", "style", "sequential", [["seed=0"], ["seed=1"], ["seed=2"]], plans, runs
     )
-    monkeypatch.setattr(tables, "make_cells", lambda *_: [cell])
+    monkeypatch.setattr(fill_table, "make_cells", lambda *_: [cell])
     monkeypatch.setattr(tables, "num_images", lambda *_: 96)
     status, out, err = cu_table(own_table(), "--seeds", "0,1,2")
     assert (status, err) == (0, "")
@@ -332,10 +350,38 @@ def test_seeds_become_mean_and_interval_in_every_format(cu_table, own_table, tmp
     )
 
 
+def test_other_code_is_marked_in_every_format(cu_table, own_table, run_copy, tmp_path, in_process):
+    """In a cell whose run differs from the first of the table, and in one made by several."""
+    overrides = [*SMOKE, "reg=l2"]
+    status, out, _ = in_process(*overrides)
+    other = run_directory(out, tmp_path)
+    assert status == 0
+    assert "\N{SECTION SIGN}" not in cu_table(own_table())[1]
+    csv = tmp_path / "outputs/tables/mine-smoke.csv"
+    assert not pd.read_csv(csv)["other_code"].any()
+    change_code(run_copy, range(3), "models/sampling.py")
+    status, out, err = cu_table(own_table())
+    assert (status, err) == (0, "")
+    lines = {line.split(" | ")[0]: line for line in out.splitlines() if line.startswith("| ")}
+    assert lines["| sequential"].count(" \N{SECTION SIGN} |") == 3
+    assert "\N{SECTION SIGN}" not in lines["| L2"]
+    assert "- \N{SECTION SIGN} Made by other code than the first run of this table" in out
+    marked = pd.read_csv(csv).groupby("row")["other_code"].all()
+    assert marked.to_dict() == {"L2": False, "sequential": True}
+    latex = (tmp_path / "outputs/tables/mine-smoke.tex").read_text()
+    assert latex.count("$^\\S$") == 4  # three numbers and the note
+    assert "\N{SECTION SIGN}" not in latex
+
+    change_code(other, [2], "methods/conabl.py")  # the other is the first of one code then
+    cu_table(own_table())
+    marked = pd.read_csv(csv).groupby("row")["other_code"].all()
+    assert marked.to_dict() == {"L2": True, "sequential": False}
+
+
 def test_the_longest_runs_are_made_first(cu_table, own_table, monkeypatch):
     made = []
     monkeypatch.setattr(
-        tables,
+        fill_table,
         "cu_runs",
         lambda jobs, _: made.extend(jobs) or ["cu-run: training led to nothing"] * len(jobs),
     )
@@ -345,7 +391,7 @@ def test_the_longest_runs_are_made_first(cu_table, own_table, monkeypatch):
 
 
 def test_a_sweep_that_was_not_submitted_is_one_line(cu_table, own_table, monkeypatch, tmp_path):
-    monkeypatch.setattr(tables, "submit", lambda *_: "the launcher says: no")
+    monkeypatch.setattr(fill_table, "submit", lambda *_: "the launcher says: no")
     assert cu_table(own_table(), "--run", "--launcher", "slurm") == (
         1,
         "",
@@ -404,8 +450,8 @@ def test_a_hundred_cells(own_table, run_copy, tmp_path):
         targets=None,
     )
     code = (
-        "import resource, sys, time\nstarted = time.monotonic()\nfrom cu_runner import "
-        "tables\ntables.main()\n"
+        "import resource, sys, time\nstarted = time.monotonic()\nfrom cu_runner.cli "
+        "import table\ntable.main()\n"
     )
     code += (
         "print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss "

@@ -44,14 +44,17 @@ MEASURED = ["train_seconds", "eval_seconds", "peak_memory_mb"]  # the only colum
         ),
     ],
 )
-def report(request, tmp_path_factory):
+def report(request, shared):
     """What the driver saw, the directory it worked in, how many kills were asked for."""
     overrides, kills = request.param
-    cwd = tmp_path_factory.mktemp("kill")
-    arguments = json.dumps({"overrides": overrides, "kills": kills, "requests": 2, "seed": kills})
-    done = run_forked("kill_driver", arguments, cwd=cwd, main=kill_driver.main, timeout=3000)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), cwd, kills
+
+    def make(cwd: Path) -> dict:
+        told = json.dumps({"overrides": overrides, "kills": kills, "requests": 2, "seed": kills})
+        done = run_forked("kill_driver", told, cwd=cwd, main=kill_driver.main, timeout=3000)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return *shared(f"{request.param_index}_kills", make), kills
 
 
 def runs(cwd: Path, name: str) -> Path:

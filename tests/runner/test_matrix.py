@@ -59,7 +59,7 @@ class SecondRequest:
         prepare(self._model, spine.speed, spine.train)
         self._params = select_parameters(self._model.unet, self._plan.method.build().params)
         self._base = snapshot(self._params)
-        cache = Cache(Path(spine.paths.outputs) / "cache")
+        cache = Cache(Path(spine.paths.outputs) / "cache", self._plan.code)
         fingerprint, batch = self._model.fingerprint(), spine.eval.batch_size
         self._anchors = AnchorImages(
             self._model, fingerprint, self._params, self._base, spine.anchors, cache, batch

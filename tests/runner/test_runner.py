@@ -45,6 +45,7 @@ STEP = {"predictions.csv", "metrics.json", "grid.png", "step.json"}
 
 
 # ------------------------------------------------------------------------------------- the contract
+@pytest.mark.fast
 def test_a_run_writes_the_files_of_the_contract(finished_run):
     cwd, directory, done = finished_run
     assert directory.parent == cwd / "outputs/runs/smoke"

@@ -2,9 +2,11 @@
 sums.
 """
 
+import atexit
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import accelerate
@@ -12,6 +14,7 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from commands import Forked, environment
 from conftest import SMOKE, run_directory
 
@@ -36,17 +39,6 @@ ACCELERATE = [
     "0",
 ]
 LAUNCH = [*ACCELERATE, "-m", "cu_runner.cli"]
-LEAVING = """
-import atexit
-import os
-import torch.distributed as dist
-from cu_runner.runtime import distributed
-def say(text):  # in one piece: both write to the same pipe
-    os.write(1, f"{text}\\n".encode())
-atexit.register(lambda: say(f"at the end: {dist.is_initialized()}"))
-distributed.start("cpu")
-say(f"of two: {distributed.from_main(distributed.size)}")
-"""
 CELLS = {
     "conabl, sgd": [  # Adam and clipping would hide gradients of another size
         "method.num_anchors=4",
@@ -94,7 +86,16 @@ def launch(cwd, *overrides: str) -> subprocess.CompletedProcess:
     )
 
 
-def fork_two(cwd, *overrides: str) -> subprocess.CompletedProcess:
+def leave() -> None:
+    """A process of a group that says at its end whether it is still in it."""
+    atexit.register(lambda: print(f"at the end: {dist.is_initialized()}", flush=True))
+    distributed.start("cpu")
+    print(f"of two: {distributed.from_main(distributed.size)}", flush=True)
+
+
+def fork_two(
+    cwd, *overrides: str, main: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess:
     """Two forks of cu-run with the variables of accelerate's launcher; the outputs of both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -108,6 +109,7 @@ def fork_two(cwd, *overrides: str) -> subprocess.CompletedProcess:
             *overrides,
             cwd=cwd,
             env=environment(**group, RANK=rank, LOCAL_RANK=rank),
+            main=main,
         )
         for rank in "01"
     ]
@@ -205,13 +207,7 @@ def test_two_processes_make_what_one_makes(in_process, tmp_path, cell):
 
 
 def test_the_processes_leave_their_group_before_they_end(tmp_path):
-    (tmp_path / "leaving.py").write_text(
-        LEAVING, encoding="utf-8"
-    )  # a group that is still there aborts one process of some
-    command, env = [*ACCELERATE, "leaving.py"], environment(ACCELERATE_USE_CPU="true")
-    done = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200, check=False
-    )
+    done = fork_two(tmp_path, main=leave)  # a group that is still there aborts one process of some
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["at the end: False"] * 2 + ["of two: 2"] * 2
 

@@ -15,9 +15,13 @@ from conftest import SMOKE
 from filelock import FileLock
 from submitit.core.utils import UncompletedJobError
 
+from cu_runner import __version__
 from cu_runner.cli.failures import explain_error
 from cu_runner.cli.sweep import main
+from cu_runner.runtime.code_identity import CodeIdentity
+from cu_runner.store.files import to_json
 from cu_runner.store.layout import JOB, SWEEP
+from cu_runner.store.records import Row, StepRecord, TrainingRecord, chain
 from cu_runner.store.run_record import find_runs
 from cu_runner.sweeps.status import read_sweep
 
@@ -56,10 +60,30 @@ def make_sweep(tmp_path):
     return make
 
 
-def finish(run: Path, sha256: str = "a") -> None:
-    (run / "steps/02").mkdir(parents=True, exist_ok=True)
-    (run / "steps/02/step.json").write_text(json.dumps({"sha256": sha256}))
-    (run / "summary.json").write_text(json.dumps({"sha256": "a"}))
+def finish(run: Path, summarised: str | None = None) -> None:
+    """Writes a run of one step. summarised: the sha256 of another step, for which summary.json
+    stands.
+    """
+    record = StepRecord(
+        index=0,
+        signature="0" * 64,
+        parent_sha256="a" * 64,
+        sha256=chain("a" * 64, {}),
+        files={},
+        targets=[],
+        model_sha256="a" * 64,
+        evaluator_sha256="b" * 64,
+        training=TrainingRecord(),
+        seconds={},
+        versions={"cu_runner": __version__},
+        device="cpu",
+        git_commit=None,
+        code=CodeIdentity("c" * 64, "c" * 64, {}, {}, None),
+        row=Row(0, "", {}),
+    )
+    (run / "steps/00").mkdir(parents=True)
+    (run / "steps/00/step.json").write_bytes(to_json(record.entries()))
+    (run / "summary.json").write_text(json.dumps({"sha256": summarised or record.sha256}))
 
 
 def test_a_real_sweep_with_a_job_that_cannot_run(in_process, run_copy, status, tmp_path):
@@ -223,7 +247,7 @@ def test_notes_hold_what_a_job_needs_and_a_dry_run_leaves_none(in_process, run_c
 def test_running_is_a_held_lock(make_sweep, status, tmp_path):
     folder = make_sweep(3)
     finish(tmp_path / "runs/0")
-    finish(tmp_path / "runs/1", sha256="b")  # a step after the summary
+    finish(tmp_path / "runs/1", summarised="b")  # a step after the summary
     (tmp_path / "runs/2").mkdir()
     with FileLock(tmp_path / "runs/1/.lock"):
         assert [job.state for job in read_sweep(folder)] == ["done", "running", "pending"]
