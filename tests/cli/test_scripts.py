@@ -29,7 +29,7 @@ TABLE = {
     [
         ("cu-table", ["mine.yaml"], "table: outputs/tables/mine-smoke.md"),
         ("cu-report", ["RUN"], "report: outputs/reports/RUN/index.html"),
-        ("cu-eval", ["RUN"], "evaluation: outputs/evaluations/"),
+        ("cu-eval", ["RUN"], "evaluation: "),
         ("cu-doctor", ["RUN"], "26 checks, all well"),
         ("cu-sweep", ["status", "sweep"], "1 jobs: 1 done"),
     ],
