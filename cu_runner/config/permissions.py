@@ -14,6 +14,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -56,7 +57,8 @@ def check_command(arguments: list[str]) -> None:
     refuse_long_keys(options.overrides)
     path = create_config_search_path(str(config_dir()))
     if options.config_dir:
-        path.append("command-line", f"file://{Path(options.config_dir).absolute()}")
+        tree = f"file://{Path(options.config_dir).absolute()}"
+        path.prepend("command-line", tree, SearchPathQuery(provider="schema"))  # as Hydra does
     check_trees(
         ConfigLoaderImpl(path),
         options.overrides,

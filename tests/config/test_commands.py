@@ -89,7 +89,7 @@ def test_no_character_breaks_out_of_the_comment(word, tmp_path):
     )
     assert back.stdout.decode().split("\0") == ["cu-run", f"a={word}", "seed=1", ""]
     config = {"seed": 3}
-    with RunStore(tmp_path / "run", config, hash_json, line):
+    with RunStore(tmp_path / "run", config, hash_json, command=line):
         pass
     content = (tmp_path / "run/config.yaml").read_bytes()
     assert yaml.safe_load(content) == config
