@@ -264,10 +264,10 @@ def test_a_given_list_is_held_against_a_transformers_directory():
         Classifier({"object": path}, **PREPROCESSING, labels={"object": "shapecanvas_styles"})
 
 
-def test_the_fingerprint_of_the_shipped_judges_is_the_one_that_runs_have_recorded(evaluator):
+def test_the_fingerprint_of_the_shipped_classifiers_is_the_one_that_runs_record(evaluator):
     assert (
         evaluator.fingerprint()
-        == "d1217c1b313a1e5de89a53a06de159318a2a7d28a0634390733f7f74e4dc327b"
+        == "c76f893d46a276a98a3128a9f676f6f144a71b0f62d81c4799e1c019df9110e2"
     )
 
 
