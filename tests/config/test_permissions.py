@@ -15,7 +15,7 @@ from cu_runner.cli.evaluate import main as cu_eval
 from cu_runner.cli.failures import explain_error
 from cu_runner.cli.report import main as cu_report
 from cu_runner.cli.table import main as cu_table
-from cu_runner.config import run_config as config
+from cu_runner.config import compose as config
 from cu_runner.config.permissions import check_command, refuse_unasked_pickles
 from cu_runner.config.run_config import check_run
 from cu_runner.runtime.paths import config_dir
