@@ -31,11 +31,11 @@ run: setup  ## the main job: 12 styles unlearned one after another on the embedd
 	@echo "run: cu-run $(RUN)"
 	@$(BIN)/cu-run $(RUN)
 
-test: setup  ## the tests, without network, a worker per core; five minutes on two cores
+test: setup  ## the tests, without network, a worker per core; minutes
 	@echo "test: pytest"
 	@$(TESTS)
 
-test-fast: setup  ## for whoever edits: the tests that start no command, and one small run by cu-run; under a minute
+test-fast: setup  ## for whoever edits: the tests that start no command, and one small run by cu-run
 	@$(TESTS) -m fast
 
 test-all: setup  ## the tests and the slow ones, every example of the fuzzing; duration not measured

@@ -50,6 +50,7 @@ SMOKE = (
 )
 
 
+PARTS = {"evaluators", "methods", "models", "regularizers", "request", "store"}  # folders of units
 RUN_SOMETHING = {
     "call_command",
     "cu_run",
@@ -63,10 +64,12 @@ RUN_SOMETHING = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as fast what is not slow and starts no command; a small run by cu-run has the mark."""
+    """Mark the tests of parts that start no command as fast; a small run by cu-run has the mark."""
     for item in items:
         slow = any(item.get_closest_marker(name) for name in ("slow", "slurm", "faults"))
-        if not slow and not RUN_SOMETHING & set(item.fixturenames):
+        if slow or item.path.parent.name not in PARTS:
+            continue
+        if not RUN_SOMETHING & set(item.fixturenames):
             item.add_marker("fast")
 
 

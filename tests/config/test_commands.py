@@ -8,9 +8,9 @@ import yaml
 from conftest import run_directory
 from hydra.core.hydra_config import HydraConfig
 
+from cu_runner.cli import evaluate
 from cu_runner.config.command import recorded_command, words_of
 from cu_runner.config.compose import compose
-from cu_runner.runner import remeasure as reevaluate
 from cu_runner.store.files import command_in, has_intact_header, hash_json
 from cu_runner.store.run_directory import RunStore
 from cu_runner.store.run_record import read_run
@@ -134,9 +134,9 @@ def test_a_job_of_a_sweep_records_its_own_command(in_process, tmp_path):
 
 def test_an_evaluation_has_its_cu_eval_command(run_copy, call_command):
     changes = ["eval.steps=3", "retention=shapecanvas", "retention.num_prompts=4"]
-    call_command(reevaluate.main, "cu-eval", run_copy, *changes, "device=cpu")
+    call_command(evaluate.main, "cu-eval", run_copy, *changes, "device=cpu")
     (evaluation,) = (run_copy / "evaluations").iterdir()
     words = shlex.split(read_run(evaluation).command)
     assert words == ["cu-eval", str(run_copy), *changes]
-    status, out, _ = call_command(reevaluate.main, *words)
+    status, out, _ = call_command(evaluate.main, *words)
     assert (status, out.splitlines()[-1]) == (0, f"evaluation: {evaluation}")

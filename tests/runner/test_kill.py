@@ -1,8 +1,8 @@
 """kill -9 at random moments of a two-request run: what comes out is bitwise what an undisturbed run
 makes.
 
-Two dozen in `make test`, two hundred in `make test-faults`; a request's state is saved every other
-step.
+A dozen in `make test`, half a dozen more in `make test-all`, two hundred in `make test-faults`; a
+request's state is saved every other step.
 """
 
 import json
@@ -33,7 +33,7 @@ MEASURED = ["train_seconds", "eval_seconds", "peak_memory_mb"]  # the only colum
     scope="module",
     params=[
         pytest.param((PROJECTED, 12), id="projected"),
-        pytest.param((MERGED, 6), id="merged"),
+        pytest.param((MERGED, 6), id="merged", marks=pytest.mark.slow),
         pytest.param(
             (PROJECTED, 100),
             id="projected-100",
