@@ -24,7 +24,7 @@ from cu_runner.config.compose import compose
 from cu_runner.config.run_config import RunConfig
 from cu_runner.evaluators.evaluate import evaluate
 from cu_runner.methods.base import Method
-from cu_runner.models.diffusion import DTYPES, DiffusionModel
+from cu_runner.models.diffusion import DiffusionModel, dtype_of
 from cu_runner.models.parameters import assign, select_parameters, snapshot
 from cu_runner.models.sampling import generate, make_scheduler
 from cu_runner.request.scope import Scope
@@ -64,7 +64,7 @@ def matmul_peak(device: torch.device, precision: str) -> float:
     """
     side = SIDES[device.type]
     left, right = (
-        torch.randn(side, side, device=device, dtype=DTYPES[precision]) for _ in range(2)
+        torch.randn(side, side, device=device, dtype=dtype_of(precision)) for _ in range(2)
     )
     return 2 * side**3 / min(wall_seconds(lambda: left @ right, device, 20))
 

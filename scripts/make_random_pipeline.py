@@ -28,7 +28,7 @@ import yaml
 from open_clip.tokenizer import SimpleTokenizer
 
 from cu_runner.concepts.entries import read_shipped
-from cu_runner.models.diffusion import DTYPES
+from cu_runner.models.diffusion import DTYPES, dtype_of
 from cu_runner.runtime.paths import config_dir
 
 KINDS = ("sd15", "sd21_base", "sdxl")
@@ -347,7 +347,7 @@ def main() -> None:
         ),
     )
     arguments = parser.parse_args()
-    options = {"tiny": arguments.tiny, "seed": arguments.seed, "dtype": DTYPES[arguments.dtype]}
+    options = {"tiny": arguments.tiny, "seed": arguments.seed, "dtype": dtype_of(arguments.dtype)}
     make_pipeline(arguments.kind, arguments.directory, **options)
     if arguments.classifiers:
         make_classifiers(arguments.directory / "classifiers", arguments.classifiers, **options)

@@ -3,7 +3,7 @@
 A fork behaves as the script does: its own process, directory, environment, arguments and signals,
 nothing on stdin, its output captured, its exit status. It costs a fork where the script costs
 seconds of imports. `multiprocessing` keeps the process that is forked; the first command of a test
-session starts it, it imports WARM and computes nothing: a fork of a process in which torch has
+session starts it, it imports warm_imports and computes nothing: a fork of a process in which torch has
 started threads would hang.
 """
 
@@ -19,6 +19,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -30,9 +31,8 @@ ENTRIES = {
     "cu-doctor": "cu_runner.cli.doctor",
     "cu-sweep": "cu_runner.cli.sweep",
 }
-WARM = ["warm_imports", *ENTRIES.values()]
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(WARM)
+_context.set_forkserver_preload(["warm_imports"])
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -42,6 +42,23 @@ def environment(**more: str) -> dict[str, str]:
 def patch(module: str, name: str, value: object) -> None:
     """Set an attribute of a module; with functools.partial, a `before` of Forked."""
     setattr(importlib.import_module(module), name, value)
+
+
+def start_warm_process() -> None:
+    """Start the process that is forked, unless it runs.
+
+    It is an interpreter of its own, and what it cannot import it passes over without a word: it
+    must find warm_imports.
+    """
+    before = os.environ.get("PYTHONPATH")
+    paths = [str(Path(__file__).parent), *([before] if before else [])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before:
+            os.environ["PYTHONPATH"] = before
 
 
 def _become(
@@ -114,6 +131,7 @@ class Forked:
         self._process = _context.Process(
             target=_become, args=(name, self.args[1:], *place, before, main)
         )
+        start_warm_process()
         self._process.start()
         self.pid = self._process.pid
 

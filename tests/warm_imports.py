@@ -3,6 +3,7 @@
 A name of diffusers or transformers imports its module when it is first asked for.
 """
 
+import gc
 import importlib
 import pkgutil
 
@@ -51,3 +52,5 @@ import cu_runner  # noqa: E402, after the libraries
 for found in pkgutil.walk_packages(cu_runner.__path__, "cu_runner."):
     if not found.name.endswith("__main__"):
         importlib.import_module(found.name)
+gc.collect()
+gc.freeze()  # the forks need not look at the libraries for garbage

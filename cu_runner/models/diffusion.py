@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Container, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import PositiveInt
 
@@ -43,6 +43,11 @@ class Remembered:
         return self._result
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """Return the type of torch for a precision: fp32, bf16 or fp16."""
+    return cast("torch.dtype", getattr(torch, DTYPES[precision]))
+
+
 class DiffusionModel:
     """A latent diffusion model with frozen text encoder and autoencoder.
 
@@ -66,7 +71,7 @@ class DiffusionModel:
         )
         self.tokenizer, self.scheduler = components.tokenizers[0], components.scheduler
         self.sampler, self.device, self.resolution = sampler, device, resolution
-        self.dtype, self.precision = getattr(torch, DTYPES[precision]), precision
+        self.dtype, self.precision = dtype_of(precision), precision
         self.vae.use_slicing = vae_slicing
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         if resolution % factor:
