@@ -3,8 +3,8 @@
 A fork behaves as the script does: its own process, directory, environment, arguments and signals,
 nothing on stdin, its output captured, its exit status. It costs a fork where the script costs
 seconds of imports. `multiprocessing` keeps the process that is forked; the first command of a test
-session starts it, it imports warm_imports and computes nothing: a fork of a process in which torch has
-started threads would hang.
+session starts it, it imports warm_imports and computes nothing: a fork of a process in which torch
+has started threads would hang.
 """
 
 import atexit
