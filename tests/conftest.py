@@ -64,11 +64,6 @@ RUN_SOMETHING = {
 }
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One worker more than cores: a test often waits for a command that waits for a server."""
-    return len(os.sched_getaffinity(0)) + 1
-
-
 def pytest_collection_finish() -> None:
     """Keep the libraries out of every later collection of garbage, of half a second each."""
     gc.collect()

@@ -178,8 +178,9 @@ def online(cwd, server, before=None, **variables: str) -> tuple[subprocess.Compl
 
 def test_an_online_run_sends_its_configuration_and_every_request(tmp_path):
     server = WandbServer()
-    _, directory = online(tmp_path, server)
+    done, directory = online(tmp_path, server)
     server.shut()
+    assert "W&B is not written" not in done.stdout
     begun = server.opened()
     assert (begun["project"], begun["name"], begun["groupName"]) == (
         "cu_runner",
