@@ -89,6 +89,10 @@ def _become(
     sys.argv = [str(SCRIPTS / name), *arguments]
     # a shell that starts pytest in the background makes its children ignore ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if media := sys.modules.get("wandb.sdk.data_types._private"):
+        # the folder is the warm process's: no fork deletes it
+        media.MEDIA_TMP._finalizer.detach()
+        atexit.unregister(media.MEDIA_TMP.cleanup)
     if before:
         before()
     try:
