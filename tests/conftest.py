@@ -22,6 +22,7 @@ from commands import Forked, environment, run_forked, run_script
 from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra_memory import remember
 from omegaconf import OmegaConf, open_dict
 
 from cu_runner.cli.run import main
@@ -39,6 +40,8 @@ from cu_runner.schema.settings import Sampler, TrainSettings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)
+remember()
+gc.disable()  # until the tests are collected: what they import stays
 
 SMOKE = (
     "sequence=smoke",
@@ -68,6 +71,7 @@ def pytest_collection_finish() -> None:
     """Keep the libraries out of every later collection of garbage, of half a second each."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""What a run imports, so that the forks of the process that imports this begin warm.
+"""What a run imports and composes, so that the forks of the process that imports this begin warm.
 
 A name of diffusers or transformers imports its module when it is first asked for.
 """
@@ -7,6 +7,7 @@ import gc
 import importlib
 import pkgutil
 
+gc.disable()  # what is imported stays
 LIBRARIES = {
     "torch": [],
     "torchvision.transforms.v2": [],
@@ -48,9 +49,18 @@ for library, parts in LIBRARIES.items():
     for part in parts:
         getattr(module, part)
 import cu_runner  # noqa: E402, after the libraries
+from cu_runner.config.compose import compose  # noqa: E402
+from hydra.core.global_hydra import GlobalHydra  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
+from hydra_memory import remember  # noqa: E402
 
 for found in pkgutil.walk_packages(cu_runner.__path__, "cu_runner."):
     if not found.name.endswith("__main__"):
         importlib.import_module(found.name)
+remember()
+compose(["sequence=smoke"])
+GlobalHydra.instance().clear()
+HydraConfig.instance().cfg = None
 gc.collect()
+gc.enable()
 gc.freeze()  # the forks need not look at the libraries for garbage
