@@ -10,7 +10,7 @@ Judges go to DIR/classifiers: style and object, or celebrity, scene and faces.
 
 Layer counts, widths, heads, schedulers and tokenizers are those of the published checkpoints;
 --tiny keeps the layout with smaller sizes. The tokenizer is CLIP's, whose merges come with
-open_clip. Then: cu-run model=sd15 model.path=DIR.
+open_clip; that of --tiny has the first of them. Then: cu-run model=sd15 model.path=DIR.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from cu_runner.models.diffusion import DTYPES, dtype_of
 from cu_runner.runtime.paths import config_dir
 
 KINDS = ("sd15", "sd21_base", "sdxl")
+MERGES = {False: 48894, True: 6000}  # of the tokenizer; whether it is a tiny one
 NOISE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -112,7 +113,7 @@ def text_config(name: str, tiny: bool) -> transformers.CLIPTextConfig:
         width = {"L": 32, "H": 48, "bigG": 48}[name]
         layers, heads, projection = 3, 4, width
     return transformers.CLIPTextConfig(
-        vocab_size=49408,
+        vocab_size=512 + MERGES[tiny] + 2,
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=layers,
@@ -132,20 +133,18 @@ def scheduler_of(kind: str) -> diffusers.SchedulerMixin:
     return diffusers.PNDMScheduler.from_config(NOISE)
 
 
-def write_tokenizer(directory: Path, pad_token: str) -> None:
-    """CLIP's vocabulary of 49408 entries as vocab.json and merges.txt, from the merges in
-    open_clip.
+def write_tokenizer(directory: Path, pad_token: str, tiny: bool = False) -> None:
+    """CLIP's vocabulary as vocab.json and merges.txt, from the merges in open_clip.
+
+    512 entries for bytes, one for each merge and two for the ends of a text: 49408.
     """
     clip = SimpleTokenizer()
-    special = {
-        "<start_of_text>": "<|startoftext|>",
-        "<end_of_text>": "<|endoftext|>",
-    }  # open_clip's names for them, and CLIP's
-    words = {special.get(word, word): number for word, number in clip.encoder.items()}
+    merges = list(clip.bpe_ranks)[: MERGES[tiny]]
+    words = [*list(clip.encoder)[:512], *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "vocab.json", words)
-    merges = ["#version: 0.2", *(" ".join(pair) for pair in clip.bpe_ranks)]
-    (directory / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    write_json(directory / "vocab.json", {word: number for number, word in enumerate(words)})
+    lines = ["#version: 0.2", *map(" ".join, merges)]
+    (directory / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     ends = dict(
         bos_token="<|startoftext|>",
         eos_token="<|endoftext|>",
@@ -203,9 +202,8 @@ def make_pipeline(
                 transformers.CLIPTextModelWithProjection if suffix else transformers.CLIPTextModel
             )
             model(text_config(name, tiny)).save_pretrained(directory / f"text_encoder{suffix}")
-            write_tokenizer(
-                directory / f"tokenizer{suffix}", "<|endoftext|>" if name == "L" else "!"
-            )
+            pad_token = "<|endoftext|>" if name == "L" else "!"
+            write_tokenizer(directory / f"tokenizer{suffix}", pad_token, tiny)
             index[f"text_encoder{suffix}"] = ["transformers", model.__name__]
             index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
     index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}

@@ -75,7 +75,7 @@ def _state(repo: object) -> tuple | None:
             for folder, _, names in os.walk(source.path):
                 for name in names:
                     path = f"{folder}/{name}"
-                    about = os.stat(path)  # noqa: PTH116, a Path for each would take longer
+                    about = os.stat(path)
                     found.append((path, about.st_mtime_ns, about.st_size))
         found.append((source.scheme(), source.path))
     return tuple(found)

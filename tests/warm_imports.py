@@ -48,11 +48,12 @@ for library, parts in LIBRARIES.items():
     module = importlib.import_module(library)
     for part in parts:
         getattr(module, part)
-import cu_runner  # noqa: E402, after the libraries
-from cu_runner.config.compose import compose  # noqa: E402
 from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra_memory import remember  # noqa: E402
+
+import cu_runner  # noqa: E402, after the libraries
+from cu_runner.config.compose import compose  # noqa: E402
 
 for found in pkgutil.walk_packages(cu_runner.__path__, "cu_runner."):
     if not found.name.endswith("__main__"):
