@@ -144,6 +144,7 @@ def save(figure: Figure, stem: Path) -> None:
         # a script that the font lacks is drawn as boxes; the page has the names as text
         warnings.simplefilter("ignore")
         figure.savefig(f"{stem}.png", dpi=150)
+        figure.set_layout_engine("none")  # what has its place keeps it
         figure.savefig(f"{stem}.svg", metadata={"Date": None})
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 import wandb
 from conftest import SMOKE
+from matplotlib.figure import Figure
 from PIL import Image
 
 from cu_runner import __version__
@@ -168,6 +169,21 @@ def make_run(
 def cu_report(call_command):
     """Returns run(*arguments) -> (exit status, stdout, stderr) of cu-report in tmp_path."""
     return lambda *arguments: call_command(report.main, "cu-report", *arguments)
+
+
+@pytest.fixture
+def outlined(monkeypatch):
+    """Plots are made, and in place of drawing them an empty picture is written: for the tests of
+    what stands beside them.
+    """
+
+    def write(figure: Figure, file: str | io.StringIO, **_: object) -> None:
+        if isinstance(file, str):
+            Path(file).touch()
+        else:
+            file.write('<svg viewBox="0 0 1 1"></svg>')
+
+    monkeypatch.setattr(Figure, "savefig", write)
 
 
 class Page(HTMLParser):
@@ -485,7 +501,7 @@ def test_text_from_files_stays_text(cu_report, tmp_path):
     assert list(tmp_path.glob("outputs/reports/*/plots/accuracy-*.svg"))
 
 
-def test_the_page_of_a_real_run(cu_report, finished_run):
+def test_the_page_of_a_real_run(cu_report, outlined, finished_run):
     directory = finished_run[1]
     status, out, err = cu_report(directory)
     assert (status, err) == (0, "")
@@ -511,7 +527,9 @@ def test_the_page_of_a_real_run(cu_report, finished_run):
     assert sum(retained) / len(retained) == pytest.approx(table["RA_I"].iloc[-1], abs=0.1)
 
 
-def test_the_page_has_the_command_that_makes_a_run_again(cu_report, finished_run, tmp_path):
+def test_the_page_has_the_command_that_makes_a_run_again(
+    cu_report, outlined, finished_run, tmp_path
+):
     """And composing it gives the run's own signature."""
     directory = finished_run[1]
     cu_report(directory, "--output", "here")
@@ -526,7 +544,7 @@ def test_the_page_has_the_command_that_makes_a_run_again(cu_report, finished_run
     assert compose(overrides).signature == read_run(directory).records[0].signature
 
 
-def test_a_run_of_the_python_interface_has_no_command(cu_report, tmp_path):
+def test_a_run_of_the_python_interface_has_no_command(cu_report, outlined, tmp_path):
     assert cu_report(make_run(tmp_path, finished=1), "--output", "here")[0] == 0
     html = (tmp_path / "here/index.html").read_text()
     assert '<pre class="command">' not in html
@@ -534,7 +552,7 @@ def test_a_run_of_the_python_interface_has_no_command(cu_report, tmp_path):
     assert "<details open><summary>config.yaml</summary>" in html
 
 
-def test_runs_of_one_name_say_what_differs(cu_report, tmp_path):
+def test_runs_of_one_name_say_what_differs(cu_report, outlined, tmp_path):
     one, other = (make_run(tmp_path, science=number, finished=1) for number in (3, 4))
     make_run(tmp_path, "esd", finished=1)
     cu_report(tmp_path / "runs", "--output", "here")
@@ -548,7 +566,7 @@ def test_runs_of_one_name_say_what_differs(cu_report, tmp_path):
     )
 
 
-def test_runs_of_other_code_are_named(cu_report, tmp_path):
+def test_runs_of_other_code_are_named(cu_report, outlined, tmp_path):
     """One's own method in one of them only is no difference; each run shows its digest."""
     ours = identify()
     own = replace(ours, sha256="1" * 64, files=ours.files | {"mine": "1"}, dirty=True)
@@ -566,7 +584,7 @@ def test_runs_of_other_code_are_named(cu_report, tmp_path):
         assert f"code sha256{fact}" in text
 
 
-def test_many_runs_stand_in_several_tables(cu_report, tmp_path):
+def test_many_runs_stand_in_several_tables(cu_report, outlined, tmp_path):
     """Six side by side, so that a printed page holds them; a hundred requests in parts too."""
     for number in range(8):
         make_run(
@@ -605,7 +623,7 @@ def test_many_requests_come_in_parts_that_fit_a_printed_page(cu_report, tmp_path
     assert parts_of(13, 26) == [range(13)]
 
 
-def test_details_are_for_the_first_runs(cu_report, by_hand, tmp_path):
+def test_details_are_for_the_first_runs(cu_report, outlined, by_hand, tmp_path):
     status, out, _ = cu_report(by_hand, "--details", 1, "--output", "some/where")
     note = (
         "Accuracy matrix, samples and configuration are given for the first 1 of 2 runs "
@@ -698,7 +716,7 @@ def test_a_broken_job_of_a_sweep(cu_report, tmp_path):
         ),
     ],
 )
-def test_a_damaged_run(cu_report, tmp_path, name, content, pattern):
+def test_a_damaged_run(cu_report, outlined, tmp_path, name, content, pattern):
     run = make_run(tmp_path, finished=2)
     (run / name).write_bytes(content)
     refused(cu_report(run), 1, pattern)
@@ -761,7 +779,7 @@ def test_a_hundred_runs(tmp_path):
     )
 
 
-def test_runs_can_be_sent_to_wandb(cu_report, run_copy, tmp_path):
+def test_runs_can_be_sent_to_wandb(cu_report, outlined, run_copy, tmp_path):
     status, out, err = cu_report(run_copy, "--wandb", "offline")
     assert (status, err) == (0, "")
     assert f"sent to W&B (offline): {run_copy.name}" in out
@@ -773,7 +791,7 @@ def test_runs_can_be_sent_to_wandb(cu_report, run_copy, tmp_path):
     assert cu_report(run_copy, "--wandb", "elsewhere")[0] == 2
 
 
-def test_a_run_that_wandb_does_not_take_is_not_sent(cu_report, run_copy, monkeypatch):
+def test_a_run_that_wandb_does_not_take_is_not_sent(cu_report, outlined, run_copy, monkeypatch):
     def refuse(**settings):
         raise wandb.errors.UsageError("No API key configured.\nUse wandb login")
 
