@@ -357,3 +357,11 @@ def run_copy(finished_run, tmp_path):
     cwd, directory, _ = finished_run
     shutil.copytree(cwd / "outputs", tmp_path / "outputs")
     return tmp_path / directory.relative_to(cwd)
+
+
+@pytest.fixture
+def filled_cache(finished_run, tmp_path):
+    """The cache of the finished smoke run under tmp_path: the images of the untouched model, which
+    every run on the smoke sequence begins with, and the anchors.
+    """
+    shutil.copytree(finished_run[0] / "outputs/cache", tmp_path / "outputs/cache")

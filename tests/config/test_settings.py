@@ -81,7 +81,7 @@ def deltas(directory):
     ]
 
 
-def test_independent_requests_do_not_depend_on_each_other(in_process, tmp_path):
+def test_independent_requests_do_not_depend_on_each_other(in_process, filled_cache, tmp_path):
     directory, table, records = run(in_process, tmp_path, "setting=independent")
     assert directory.name.startswith("conabl-none-independent-s0-")
     assert table["UA_previous"].isna().all()
@@ -93,7 +93,7 @@ def test_independent_requests_do_not_depend_on_each_other(in_process, tmp_path):
     assert not any(second[name].equal(other[name]) for name in second)
 
 
-def test_what_starts_from_the_base_model_is_trained_once(in_process, tmp_path):
+def test_what_starts_from_the_base_model_is_trained_once(in_process, filled_cache, tmp_path):
     """Another evaluation is another run, of the same deltas."""
     first, _, _ = run(in_process, tmp_path, "setting=independent")
     again, _, records = run(in_process, tmp_path, "setting=independent", "eval.steps=1")
@@ -105,7 +105,7 @@ def test_what_starts_from_the_base_model_is_trained_once(in_process, tmp_path):
     assert not any("cached" in record for record in records)
 
 
-def test_the_cache_of_deltas_knows_precision_sampler_and_method(in_process, tmp_path):
+def test_the_cache_of_deltas_knows_precision_sampler_and_method(in_process, filled_cache, tmp_path):
     """What another forward pass would have trained is not taken from it."""
     run(in_process, tmp_path, "setting=independent")
     for change in (
@@ -117,7 +117,7 @@ def test_the_cache_of_deltas_knows_precision_sampler_and_method(in_process, tmp_
         assert not any("cached" in record for record in records), change
 
 
-def test_a_file_of_names_counts_by_its_content(in_process, tmp_path):
+def test_a_file_of_names_counts_by_its_content(in_process, filled_cache, tmp_path):
     names = tmp_path / "names.txt"
     found = []
     for content in ("tide dot\nlead mist\n", "tide dot\nash stripe\n", "tide dot\nlead mist\n"):
@@ -142,7 +142,7 @@ def test_merging_keeps_the_early_stop_of_its_setting(compose_run):
     )
 
 
-def test_simultaneous_requests_train_on_all_concepts_so_far(in_process, tmp_path):
+def test_simultaneous_requests_train_on_all_concepts_so_far(in_process, filled_cache, tmp_path):
     directory, table, _ = run(in_process, tmp_path, "setting=simultaneous")
     assert json.loads((directory / "steps/02/step.json").read_text())["targets"] == [
         "ember stripe",
@@ -155,7 +155,7 @@ def test_simultaneous_requests_train_on_all_concepts_so_far(in_process, tmp_path
     }
 
 
-def test_all_concepts_in_one_request(in_process, tmp_path):
+def test_all_concepts_in_one_request(in_process, filled_cache, tmp_path):
     """A run of one request: finished, read, measured again, and in the report as a run that
     unlearned both.
     """
@@ -200,7 +200,7 @@ def test_last_only_is_no_part_of_the_other_simultaneous_runs(compose_run):
     )
 
 
-def test_early_stop_on_ua(in_process, tmp_path):
+def test_early_stop_on_ua(in_process, filled_cache, tmp_path):
     """With this short schedule UA is 50 from the start: the stop comes after `patience`
     measurements.
     """
@@ -220,7 +220,7 @@ def test_early_stop_on_ua(in_process, tmp_path):
     assert never["train_steps"].tolist() == [0, 3, 3]
 
 
-def test_order_is_a_choice_of_the_sequence(in_process, tmp_path):
+def test_order_is_a_choice_of_the_sequence(in_process, filled_cache, tmp_path):
     _, table, _ = run(in_process, tmp_path, "sequence.order=reversed")
     assert table["concept"].fillna("").tolist() == ["", "glacier dot", "ember stripe"]
     status, _, err = in_process(*SMOKE, "sequence.order=random")

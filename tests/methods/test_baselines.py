@@ -69,7 +69,7 @@ def recording(scope):
 
 # ------------------------------------------------------------- every method on the concept's images
 @pytest.mark.parametrize("name", METHODS)
-def test_runs_from_the_command_with_a_projection(in_process, tmp_path, name):
+def test_runs_from_the_command_with_a_projection(in_process, filled_cache, tmp_path, name):
     small = [
         "method.num_images=4",
         "method.retain.images=4",

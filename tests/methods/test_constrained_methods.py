@@ -422,7 +422,7 @@ SMALL = {
 
 
 @EACH
-def test_two_requests_by_the_command(in_process, tmp_path, name):
+def test_two_requests_by_the_command(in_process, filled_cache, tmp_path, name):
     small = (*(option for option in SMOKE if not option.startswith("method.")), *SMALL[name])
     status, out, err = in_process(
         *small,

@@ -203,7 +203,7 @@ def test_a_later_request_does_not_depend_on_an_earlier_one(make_scope, settings)
     assert any(not torch.equal(results[0][name], weight) for name, weight in scope.base.items())
 
 
-def test_two_requests_with_gradient_projection(in_process, tmp_path):
+def test_two_requests_with_gradient_projection(in_process, filled_cache, tmp_path):
     status, out, err = in_process(
         "sequence=smoke",
         "method=esd",

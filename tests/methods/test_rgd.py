@@ -251,7 +251,7 @@ def test_evaluation_prompts_share_no_word_with_the_shipped_templates(name):
         assert not words(evaluated) & words(read_shipped(shipped))
 
 
-def test_the_diversified_method_runs_from_the_command(in_process):
+def test_the_diversified_method_runs_from_the_command(in_process, filled_cache):
     overrides = [override for override in SMOKE if not override.startswith("method.")]
     small = [
         "method.num_images=4",

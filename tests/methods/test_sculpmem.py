@@ -198,7 +198,7 @@ def test_both_targets_of_a_simultaneous_request(make_scope, settings, sequence):
     assert len(report.logs) == 3
 
 
-def test_two_requests_with_gradient_projection(in_process, tmp_path):
+def test_two_requests_with_gradient_projection(in_process, filled_cache, tmp_path):
     status, out, err = in_process(
         "sequence=smoke",
         "method=sculpmem",

@@ -219,7 +219,7 @@ def test_a_later_request_does_not_depend_on_an_earlier_one(make_scope, settings)
     assert all(torch.equal(results[0][name], weight) for name, weight in results[1].items())
 
 
-def test_two_requests_with_the_step_projected(in_process, tmp_path):
+def test_two_requests_with_the_step_projected(in_process, filled_cache, tmp_path):
     run = (
         "sequence=smoke",
         "method=uce",

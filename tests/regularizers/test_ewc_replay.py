@@ -204,7 +204,7 @@ def test_a_second_request_does_not_depend_on_the_first(make_scope, settings, mak
     assert sum(not torch.equal(ends[0][name], base[name]) for name in base) > 0.9 * len(base)
 
 
-def test_they_run_together_and_with_gradproj(in_process, tmp_path):
+def test_they_run_together_and_with_gradproj(in_process, filled_cache, tmp_path):
     small = [
         f"reg.{name}.retain.{key}=6" for name in ("ewc", "replay") for key in ("prompts", "images")
     ]

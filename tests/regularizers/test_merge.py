@@ -246,7 +246,9 @@ def test_merging_and_independent_runs_share_their_training(in_process, tmp_path)
     assert row["UA_previous"] is not None  # a merged model has unlearned both concepts
 
 
-def test_gradproj_merge_shares_with_gradproj_and_resumes_bitwise(in_process, tmp_path):
+def test_gradproj_merge_shares_with_gradproj_and_resumes_bitwise(
+    in_process, filled_cache, tmp_path
+):
     finish(in_process, tmp_path, "reg=gradproj", "setting=independent")
     run = ("reg=gradproj_merge", "reg.merge.lam=[1.75]", "reg.merge.topk=[0.8]")
     directory = finish(in_process, tmp_path, *run)

@@ -360,7 +360,7 @@ def test_a_second_request_does_not_depend_on_the_first(make_scope, settings):
     assert not any(torch.equal(ends[0][name], base[name]) for name in base)
 
 
-def test_it_runs_with_gradproj(in_process, tmp_path):
+def test_it_runs_with_gradproj(in_process, filled_cache, tmp_path):
     status, out, error = in_process(*SMOKE, "reg=[gradproj,nullspace]")
     assert status == 0, error
     record = json.loads(

@@ -127,7 +127,9 @@ class SecondRequest:
 
 
 @pytest.mark.parametrize(("method", "reg"), CELLS)
-def test_a_request_that_is_interrupted_ends_bitwise_the_same(in_process, tmp_path, method, reg):
+def test_a_request_that_is_interrupted_ends_bitwise_the_same(
+    in_process, filled_cache, tmp_path, method, reg
+):
     chosen = overrides(method, reg)
     directory, delta = run(in_process, tmp_path, chosen)
     assert_trained(directory)
@@ -147,7 +149,7 @@ def test_a_request_that_is_interrupted_ends_bitwise_the_same(in_process, tmp_pat
 # --------------------------------------------------------------------------------------- whole runs
 @pytest.mark.parametrize(("method", "reg"), WHOLE)
 def test_a_run_that_is_interrupted_ends_bitwise_the_same(
-    in_process, tmp_path, monkeypatch, method, reg
+    in_process, filled_cache, tmp_path, monkeypatch, method, reg
 ):
     chosen = overrides(method, reg)
     directory, first = run(in_process, tmp_path, chosen)
