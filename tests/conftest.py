@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import hydra
 import pytest
@@ -36,6 +37,7 @@ from cu_runner.request.scope import Scope
 from cu_runner.runtime.paths import config_dir
 from cu_runner.runtime.seeding import RandomSource
 from cu_runner.schema.settings import Sampler, TrainSettings
+from cu_runner.sweeps import make_runs
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
@@ -60,6 +62,7 @@ RUN_SOMETHING = {
     "cu_run",
     "finished_run",
     "in_process",
+    "jobs_in_forks",
     "pipelines",
     "run_copy",
     "start",
@@ -302,6 +305,17 @@ def call_command(tmp_path, monkeypatch, capsys):
 
     yield call
     GlobalHydra.instance().clear()
+
+
+@pytest.fixture
+def jobs_in_forks(monkeypatch):
+    """What cu_runner.sweeps.make_runs starts as cu-run is a fork."""
+
+    def run(command: list[str], *, env: dict[str, str] | None = None, **_: object):
+        assert command[0] == make_runs.CU_RUN
+        return run_forked("cu-run", *command[1:], cwd=Path.cwd(), env=environment(**env or {}))
+
+    monkeypatch.setattr(make_runs, "subprocess", SimpleNamespace(run=run))
 
 
 def run_directory(stdout: str, cwd: Path) -> Path:

@@ -406,7 +406,7 @@ def test_regularizers_come_with_none_first_and_combinations_last(script):
 
 
 def test_labels_of_one_run_share_it_and_a_diverged_run_is_shown(
-    script, run_copy, tmp_path, monkeypatch, capsys
+    script, run_copy, tmp_path, jobs_in_forks, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     study = make_study(script, tmp_path, *SMOKE)
@@ -449,7 +449,7 @@ def call(script, tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_a_study_from_end_to_end(script, call, run_copy, tmp_path, monkeypatch):
+def test_a_study_from_end_to_end(script, call, run_copy, tmp_path, jobs_in_forks, monkeypatch):
     monkeypatch.setattr(script("diagnostic"), "SEEDS", (0,))
     status, out, err = call("diagnostic", *SMOKE, "--output", "found")
     assert (status, err) == (0, "")
