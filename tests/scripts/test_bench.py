@@ -2,10 +2,17 @@
 
 import importlib
 import re
+import signal
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TextIO
 
 import pytest
+from commands import Forked
 from conftest import SMOKE
+
+from cu_runner.sweeps.make_runs import CU_RUN
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 RATES = r"[\d.]+ images/s, \d+% of the matrix product's rate"
@@ -19,13 +26,40 @@ def bench(call_command, monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     module = importlib.import_module("bench")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setitem(importlib.import_module("bench_model").SIDES, "cpu", 256)
+    models = importlib.import_module("bench_model")
+    monkeypatch.setitem(models.SIDES, "cpu", 256)
+    step_seconds = models.Bench.step_seconds
+    monkeypatch.setattr(models.Bench, "step_seconds", lambda made, *_: step_seconds(made, 2, 10))
 
     def run(*arguments: object) -> tuple[int, list[str], str]:
         status, out, err = call_command(module.main, "bench.py", *arguments)
         return status, out.splitlines(), err
 
     return run
+
+
+class Run(Forked):
+    """The run that the script starts, as a fork, with what the script uses of subprocess.Popen."""
+
+    def __init__(self, command: list[str], *, stderr: TextIO, env: dict[str, str], **_: object):
+        assert command[0] == CU_RUN
+        super().__init__("cu-run", *command[1:], cwd=Path.cwd(), env=env)
+        self._errors = stderr
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._errors.write(self.communicate()[1])
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+
+@pytest.fixture
+def forked(bench, monkeypatch):
+    """Runs of the script are forks."""
+    monkeypatch.setattr("bench.subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Run}))
 
 
 def number(pattern: str, line: str) -> float:
@@ -50,7 +84,9 @@ def test_a_request_is_measured_with_the_whole_sequence_and_the_rest_projected(be
     assert number(r"start-up ([\d.]+) s", one) / 60 < number(r": ([\d.]+) min", whole) + 0.1
 
 
-def test_a_request_of_celebrities_with_random_judges(bench, random_pipeline, pipelines, tmp_path):
+def test_a_request_of_celebrities_with_random_judges(
+    bench, forked, random_pipeline, pipelines, tmp_path
+):
     """Its sequence names anchors; its judges are a classifier, open_clip, and a detector that finds
     a face in every image.
     """
@@ -233,7 +269,7 @@ def test_the_cost_of_a_method(bench):
         ),
     ],
 )
-def test_bad_input_is_one_line(bench, arguments, status, line):
+def test_bad_input_is_one_line(bench, forked, arguments, status, line):
     found, _, err = bench(*arguments)
     assert (found, err.count("\n")) == (status, 1)
     assert err.startswith(line)
