@@ -3,10 +3,11 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
-from commands import run_forked, run_script
+from commands import environment, run_forked
 from conftest import SMOKE, run_directory
 
 from cu_runner.cli import evaluate
@@ -190,6 +191,12 @@ def test_a_users_helper_that_is_edited(in_process, package, tmp_path, monkeypatc
     assert entries(tmp_path / "outputs", "deltas") == 4
 
 
+def forget_package() -> None:
+    """The fork imports the package anew."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cu_runner"]:
+        del sys.modules[name]
+
+
 def test_a_loss_with_its_sign_flipped_gives_other_weights(tmp_path):
     """In processes of their own, that import the edited code."""
     copy = tmp_path / "copy"
@@ -197,17 +204,25 @@ def test_a_loss_with_its_sign_flipped_gives_other_weights(tmp_path):
     shutil.copytree(config_dir(), copy / "conf", dirs_exist_ok=True)
     place, method = tmp_path / "place", copy / "cu_runner/methods/conabl.py"
     place.mkdir()
-    path = {"PYTHONPATH": os.pathsep.join([str(copy), os.environ.get("PYTHONPATH", "")])}
-    done = run_forked("cu-run", *INDEPENDENT, cwd=place)  # by the code that is copied
-    assert (done.returncode, done.stderr) == (0, "")
-    first, text = run_directory(done.stdout, place), method.read_text(encoding="utf-8")
+
+    def run(*overrides: str) -> Path:
+        """A run by the copy."""
+        path = os.pathsep.join([str(copy), os.environ.get("PYTHONPATH", "")])
+        done = run_forked(
+            "cu-run",
+            *(*INDEPENDENT, *overrides),
+            cwd=place,
+            env=environment(PYTHONPATH=path),
+            before=forget_package,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return run_directory(done.stdout, place)
+
+    first, text = run(), method.read_text(encoding="utf-8")
     assert text.count("return loss, logs") == 1
     method.write_text(text.replace("return loss, logs", "return -loss, logs"), encoding="utf-8")
-    done = run_script("cu-run", *INDEPENDENT, "fresh=true", cwd=place, env=path)
-    assert (done.returncode, done.stderr) == (0, "")
-    second = run_directory(done.stdout, place)
+    second = run("fresh=true")
     assert second.name == f"{first.name}-2"
-    weights = [(run / "steps/01/delta.safetensors").read_bytes() for run in (first, second)]
+    weights = [(made / "steps/01/delta.safetensors").read_bytes() for made in (first, second)]
     assert weights[0] != weights[1]
-    done = run_script("cu-run", *INDEPENDENT, cwd=place, env=path)
-    assert (done.returncode, run_directory(done.stdout, place)) == (0, second)
+    assert run() == second
