@@ -149,8 +149,11 @@ def check(status: int, outputs: Path) -> None:
 
 
 def main() -> None:
+    from cu_runner.config.compose import compose
+
     arguments = json.loads(sys.argv[1])
     watch()
+    compose(arguments["overrides"])  # every life composes the same again, from memory
     draw, kills, number = random.Random(arguments["seed"]), [], 0
     merges, targets = "reg=merge" in arguments["overrides"], itertools.cycle(PHASES)
     total, calm = arguments["requests"] + 1, Path("calm").resolve()
