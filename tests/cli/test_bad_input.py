@@ -5,12 +5,11 @@ exit, nothing lost.
 import json
 import os
 import shutil
-import subprocess
 
 import diffusers
 import pytest
 import torch
-from commands import SCRIPTS, assert_one_line, environment
+from commands import assert_one_line, run_forked
 from conftest import SMOKE
 
 CONFIGURATION = [
@@ -217,19 +216,16 @@ def test_outputs_that_are_a_file(in_process, tmp_path):
     assert (tmp_path / "taken").read_text() == "mine"
 
 
-def test_output_that_nobody_reads(run_copy):
+def write_to_nobody() -> None:
+    """Make stdout a pipe whose other end is closed."""
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run(
-        [SCRIPTS / "cu-run", *SMOKE],
-        cwd=run_copy.parents[3],
-        env=environment(),
-        stdout=writing,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
+    os.dup2(writing, 1)
     os.close(writing)
+
+
+def test_output_that_nobody_reads(run_copy):
+    done = run_forked("cu-run", *SMOKE, cwd=run_copy.parents[3], before=write_to_nobody)
     assert done.returncode == 1
     assert (
         done.stderr

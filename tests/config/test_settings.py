@@ -95,25 +95,27 @@ def test_independent_requests_do_not_depend_on_each_other(in_process, filled_cac
 
 def test_what_starts_from_the_base_model_is_trained_once(in_process, filled_cache, tmp_path):
     """Another evaluation is another run, of the same deltas."""
-    first, _, _ = run(in_process, tmp_path, "setting=independent")
-    again, _, records = run(in_process, tmp_path, "setting=independent", "eval.steps=1")
+    once = ("setting=independent", "train.steps=1")
+    first, _, _ = run(in_process, tmp_path, *once)
+    again, _, records = run(in_process, tmp_path, *once, "eval.steps=1")
     assert again != first
     assert [record["cached"] for record in records] == [True, True]
     for one, two in zip(deltas(first), deltas(again), strict=True):
         assert all(one[name].equal(two[name]) for name in one)
-    _, _, records = run(in_process, tmp_path, "setting=independent", "train.lr=1e-5")
+    _, _, records = run(in_process, tmp_path, *once, "train.lr=1e-5")
     assert not any("cached" in record for record in records)
 
 
 def test_the_cache_of_deltas_knows_precision_sampler_and_method(in_process, filled_cache, tmp_path):
     """What another forward pass would have trained is not taken from it."""
-    run(in_process, tmp_path, "setting=independent")
+    once = ("setting=independent", "train.steps=1")
+    run(in_process, tmp_path, *once)
     for change in (
         "model.precision=bf16",
         "model.sampler.scheduler=DDIMScheduler",
         "method.teacher=base",
     ):
-        _, _, records = run(in_process, tmp_path, "setting=independent", change)
+        _, _, records = run(in_process, tmp_path, *once, change)
         assert not any("cached" in record for record in records), change
 
 
@@ -126,6 +128,7 @@ def test_a_file_of_names_counts_by_its_content(in_process, filled_cache, tmp_pat
             "reg=gradproj",
             "reg.gradproj.auxiliary.source=file",
             "reg.gradproj.auxiliary.name=names.txt",
+            "train.steps=1",
         )
         found.append(run(in_process, tmp_path, *chosen)[0])
     assert found[0] == found[2] != found[1]

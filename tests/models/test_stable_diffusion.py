@@ -3,6 +3,7 @@ own pipelines make.
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -39,6 +40,13 @@ def our_images(
     )
 
 
+@functools.cache
+def networks(directory: Path) -> dict[str, object]:
+    """The parts of diffusers' pipeline that no test changes."""
+    parts = diffusers.DiffusionPipeline.from_pretrained(directory).components
+    return {name: part for name, part in parts.items() if part is not None and name != "scheduler"}
+
+
 def their_images(
     directory: Path, scheduler: str | None = None, guidance: float = 5.0, **changes: str
 ) -> torch.Tensor:
@@ -47,7 +55,7 @@ def their_images(
     kind = getattr(diffusers, scheduler or index["scheduler"][1])
     config = kind.load_config(directory, subfolder="scheduler")
     pipe = diffusers.DiffusionPipeline.from_pretrained(
-        directory, scheduler=kind.from_config(config, **changes)
+        directory, scheduler=kind.from_config(config, **changes), **networks(directory)
     )
     pipe.set_progress_bar_config(disable=True)
     noise = image_noise(PROMPTS, SEEDS, (4, 8, 8))
@@ -276,7 +284,7 @@ def test_requests_through_cu_run(in_process, tmp_path, pipelines, kind, method, 
     _, delta = run(
         in_process,
         tmp_path,
-        [*overrides(method, reg), *chosen, "train.gradient_checkpointing=true"],
+        [*overrides(method, reg), *chosen, "train.gradient_checkpointing=true", "train.steps=2"],
     )
     params = select_parameters(load(pipelines[kind]).unet, "kv_xattn")
     assert {name: tensor.shape for name, tensor in delta.items() if name in params} == {

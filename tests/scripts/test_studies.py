@@ -2,9 +2,11 @@
 tables, their complaints.
 """
 
+import functools
 import importlib
+import os
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from commands import environment
+from commands import environment, run_forked
 from conftest import SMOKE
 from study_statistics import near_and_far, output_change, pearson, spearman, text_similarity
 
@@ -487,13 +489,13 @@ def test_bad_input_is_one_line(call, tmp_path, name, arguments, words):
 
 
 def test_a_study_is_a_script(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "order.py"), "sequence.order=reversed"],
+    place = os.pathsep.join([str(SCRIPTS), os.environ.get("PYTHONPATH", "")])
+    done = run_forked(
+        "order.py",
+        "sequence.order=reversed",
         cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
+        env=environment(PYTHONPATH=place),
+        main=functools.partial(runpy.run_path, str(SCRIPTS / "order.py"), run_name="__main__"),
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
