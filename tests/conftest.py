@@ -74,6 +74,7 @@ def pytest_collection_finish() -> None:
     """Keep the libraries out of every later collection of garbage, of half a second each."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     gc.enable()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -32,13 +33,22 @@ class Provenance:
 
 def made_with(device: torch.device) -> Provenance:
     """Return what step.json records of the machine and the code."""
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    whole = {"python": platform.python_version(), **versions, "cu_runner": __version__}
+    whole = {"python": platform.python_version(), **library_versions(), "cu_runner": __version__}
     return Provenance(whole, device_name(device), git_commit())
 
 
+@functools.cache
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that this process computes with."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+@functools.cache
 def git_commit() -> str | None:
-    """Return the commit of the checkout that this code runs from; None for an installed package."""
+    """Return the commit of the checkout that this process began with.
+
+    None for an installed package.
+    """
     root = PACKAGE.parent
     if not (root / ".git").exists():
         return None

@@ -22,6 +22,7 @@ from cu_runner.reporting.intervals import of_sum, over_images, over_seeds
 from cu_runner.reporting.table_spec import read_table
 from cu_runner.runtime.paths import shipped_dir
 from cu_runner.store.files import hash_json
+from cu_runner.sweeps import make_runs
 
 TABLE = {
     "title": "after the last request",
@@ -422,8 +423,20 @@ def test_run_makes_what_is_missing(cu_table, own_table, run_copy, jobs_in_forks)
     assert compose([*SMOKE, "method=conabl", "reg=l2"]).directory.is_dir()
 
 
-def test_through_a_launcher_of_hydra(cu_table, own_table, run_copy, tmp_path, jobs_in_forks):
-    """Which starts a process of its own for each job."""
+@pytest.mark.parametrize(
+    "launcher", ["basic", pytest.param("local_processes", marks=pytest.mark.slow)]
+)
+def test_through_a_launcher_of_hydra(
+    cu_table, own_table, run_copy, tmp_path, jobs_in_forks, monkeypatch, launcher
+):
+    """Which makes the jobs one after another, or starts a process of its own for each."""
+    run = make_runs.subprocess.run
+    named = {"hydra/launcher=local_processes": f"hydra/launcher={launcher}"}
+    monkeypatch.setattr(
+        make_runs.subprocess,
+        "run",
+        lambda command, **more: run([named.get(word, word) for word in command], **more),
+    )
     rows = {
         "sequential": ["reg=none"],
         "L2": ["reg=l2"],
