@@ -5,8 +5,11 @@ a line.
 from __future__ import annotations
 
 from pathlib import Path
+from unicodedata import category
 
 from cu_runner.schema.secrets import refuse_secrets
+
+UNSEEN = "\ufeff\u200b\r"  # byte-order mark, space of no width, carriage return
 
 LISTS = Path(__file__).parent / "lists"
 
@@ -22,7 +25,7 @@ def read_entries(key: str, source: str | list[str]) -> list[str]:
         ValueError: no such list or file, or it cannot be read.
     """
     if isinstance(source, list):
-        return source
+        return [cleaned(entry) for entry in source]
     try:
         return (
             read_file(source) if "/" in source or source.endswith(".txt") else read_shipped(source)
@@ -53,7 +56,7 @@ def read_file(path: str | None) -> list[str]:
     if not file.is_file():
         raise ValueError(f"{path}: no such file; give a text file with one name a line")
     try:
-        names = parse_names(file.read_text(encoding="utf-8"))
+        names = parse_names(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
         raise ValueError(f"{path}: is not a text file in UTF-8; give one name a line") from None
     if not names:
@@ -63,6 +66,13 @@ def read_file(path: str | None) -> list[str]:
 
 
 def parse_names(text: str) -> list[str]:
-    """Return stripped lines in order, without blanks, comments and repeats."""
-    lines = [line.strip() for line in text.splitlines()]
+    """Return cleaned lines in order, without blanks, comments and repeats."""
+    lines = [cleaned(line) for line in text.splitlines()]
     return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+
+
+def cleaned(text: str) -> str:
+    """Return text as it looks: spaces of every kind are plain ones, unseen marks are gone."""
+    return "".join(
+        " " if category(mark) == "Zs" else mark for mark in text if mark not in UNSEEN
+    ).strip()

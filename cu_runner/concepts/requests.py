@@ -16,13 +16,15 @@ class Request:
 
     index counts from 1. targets are trained on together; the last of them is the concept that the
     request adds. erased is everything that the weights have unlearned when it is done. start: the
-    weights that it begins with.
+    weights that it begins with. earlier: what the requests before it add, also where each starts
+    from the untouched model, as merging needs.
     """
 
     index: int
     targets: tuple[Concept, ...]
     erased: tuple[Concept, ...]
     start: Literal["base", "previous"]
+    earlier: tuple[Concept, ...] = ()
 
     @property
     def label(self) -> str:
@@ -44,8 +46,12 @@ def plan_requests(sequence: Sequence, plan: PlanName, last_only: bool = False) -
     """
     targets = sequence.targets
     plans = {
-        "sequential": lambda n: Request(n, (targets[n - 1],), targets[:n], "previous"),
-        "independent": lambda n: Request(n, (targets[n - 1],), (targets[n - 1],), "base"),
+        "sequential": lambda n: Request(
+            n, (targets[n - 1],), targets[:n], "previous", targets[: n - 1]
+        ),
+        "independent": lambda n: Request(
+            n, (targets[n - 1],), (targets[n - 1],), "base", targets[: n - 1]
+        ),
         "simultaneous": lambda n: Request(n, targets[:n], targets[:n], "base"),
     }
     requests = [plans[plan](n) for n in range(1, len(targets) + 1)]

@@ -8,26 +8,36 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from pydantic import Field
 
 from cu_runner.concepts.entries import read_entries
 from cu_runner.concepts.prompt_csv import read_prompts
+from cu_runner.concepts.templates import check_template, fill, fill_caption, replace_word
+
+KNOWN = ("concept", "caption")  # placeholders of a target's training prompt
 
 
 @dataclass(frozen=True)
 class Concept:
     """One thing that prompts can name.
 
-    name: as it stands in prompts. domain: "style", "object", "celebrity", ... anchor: what to draw
-    in its place, or None.
+    name: its label, as classifiers and evaluation prompts have it. domain: "style", "object",
+    "celebrity", ... anchor: what to draw in its place, or None. spelling: its name in training
+    prompts, where that is not the label with spaces for underscores.
     """
 
     name: str
     domain: str
     anchor: str | None = None
+    spelling: str | None = None
+
+    @property
+    def prompt_name(self) -> str:
+        """Return its name in training prompts: "Van Gogh" for Van_Gogh, "bear" for Bears."""
+        return self.spelling or self.name.replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -61,10 +71,17 @@ class Sequence:
     vocabulary: tuple[str, ...]
     # evaluation prompt, one {domain} placeholder per domain: "a {object} image in {style} style"
     prompt: str
-    target_prompt: str  # training prompt of the concept: placeholders {concept}, {caption}
+    # training prompts of the concept, one or several at random: placeholders {concept}, {caption}
+    target_prompt: tuple[str, ...]
     anchor_prompt: str  # training prompt of its anchor: placeholders {anchor}, {caption}
-    captions: tuple[str, ...]  # what {caption} runs through
+    # what {caption} runs through; where captions hold an anchor's word, {concept} is in its place
+    captions: tuple[str, ...]
     seeds: tuple[int, ...]  # evaluation noise seeds; one image per prompt and seed
+    # captions that hold the word of an anchor, by anchor; none: captions are for all
+    anchor_captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    # names in training prompts by label, of those that have a spelling of their own
+    prompt_names: dict[str, str] = field(default_factory=dict)
+    bare_prompt: str = "{concept}"  # the concept alone, without a caption
     # evaluation images of one's own, in place of prompt and seeds
     images: tuple[ImagePrompt, ...] = ()
 
@@ -78,14 +95,42 @@ class Sequence:
         """Return the other domain."""
         return self.cross_retain[0].domain
 
+    def prompt_name(self, label: str) -> str:
+        """Return a name of the targets' domain as training prompts have it."""
+        return Concept(label, self.domain, spelling=self.prompt_names.get(label)).prompt_name
+
+    def training_prompts(self, concept: Concept) -> list[tuple[tuple[str, ...], str]]:
+        """Return, per caption, the target prompts of one concept and the prompt of its anchor.
+
+        The target prompts say the same in several ways, one for each template.
+        """
+        anchor, name = concept.anchor or "", concept.prompt_name
+        pairs = []
+        for caption in self.anchor_captions.get(anchor, self.captions):
+            # without anchor_captions there is no word to replace
+            shown = replace_word(caption, anchor, name) if self.anchor_captions else caption
+            targets = (fill_caption(template, shown or "") for template in self.target_prompt)
+            wanted = fill(fill_caption(self.anchor_prompt, caption), anchor=anchor)
+            pairs.append((tuple(fill(target, concept=name) for target in targets), wanted))
+        return pairs
+
     def training_pairs(self, concept: Concept) -> list[tuple[str, str]]:
-        """Return (target prompt, anchor prompt) pairs of one concept, one per caption."""
+        """Return (target prompt, anchor prompt) pairs of one concept, one per caption.
+
+        Of several templates they take one after the other.
+        """
         return [
-            (
-                self.target_prompt.format(concept=concept.name, caption=caption),
-                self.anchor_prompt.format(anchor=concept.anchor or "", caption=caption),
+            (targets[i % len(targets)], anchor)
+            for i, (targets, anchor) in enumerate(self.training_prompts(concept))
+        ]
+
+    def prompts_naming(self, name: str) -> list[str]:
+        """Return prompts as the target's, of something else of its domain; one per caption."""
+        return [
+            fill(
+                fill_caption(self.target_prompt[i % len(self.target_prompt)], caption), concept=name
             )
-            for caption in self.captions
+            for i, caption in enumerate(self.captions)
         ]
 
     @property
@@ -121,7 +166,7 @@ class Sequence:
 
     def evaluation_prompt(self, concept: Concept, cross: Concept) -> str:
         """Return the prompt of an image that shows both concepts."""
-        return self.prompt.format(**{concept.domain: concept.name, cross.domain: cross.name})
+        return fill(self.prompt, **{concept.domain: concept.name, cross.domain: cross.name})
 
 
 def make_sequence(
@@ -133,11 +178,13 @@ def make_sequence(
     cross_retain: str | list[str],
     vocabulary: str | list[str],
     prompt: str,
-    target_prompt: str,
+    target_prompt: str | list[str],
     anchor_prompt: str,
-    captions: str | list[str],
+    captions: str | list[str] | dict[str, str | list[str]],
     seeds: list[int],
     anchors: dict[str, str] | None = None,
+    prompt_names: dict[str, str] | None = None,
+    bare_prompt: str = "{concept}",
     order: Annotated[str, Field(pattern=r"^(paper|reversed|shuffle-\d+)$")] = "paper",
     prompts: str | None = None,
 ) -> Sequence:
@@ -145,8 +192,14 @@ def make_sequence(
 
     Args:
         cross_retain, vocabulary, captions: the entries themselves, the name of a shipped list
-            (cu_runner/concepts/lists), or the path of a text file with one entry a line.
+            (cu_runner/concepts/lists), or the path of a text file with one entry a line. captions
+            may also be a mapping: for each anchor, captions that hold its word, which training
+            replaces by the target's.
+        target_prompt: one template, or several of which training takes one at random.
         anchors: maps a target to what {anchor} in anchor_prompt stands for.
+        prompt_names: maps labels to their names in training prompts, where these are not the labels
+            with spaces for underscores.
+        bare_prompt: the concept alone, as SelFT scores it: {concept} Style.
         order: of the requests: as listed, reversed, or a shuffle with a seed of its own.
         prompts: a CSV file with a row per evaluation image, in place of prompt and seeds: columns
             prompt, concept, seed, and one named after cross_domain if RA-C is to be measured.
@@ -156,13 +209,21 @@ def make_sequence(
     """
     cross_retain = read_entries("sequence.cross_retain", cross_retain)
     vocabulary = read_entries("sequence.vocabulary", vocabulary)
-    captions = read_entries("sequence.captions", captions)
+    anchors, prompt_names = anchors or {}, prompt_names or {}
+    templates = [target_prompt] if isinstance(target_prompt, str) else target_prompt
+    anchor_captions: dict[str, tuple[str, ...]] = {}
+    if isinstance(captions, dict):
+        anchor_captions = read_anchor_captions(captions, targets, anchors)
+        captions = without_anchors(anchor_captions)
+    else:
+        captions = read_entries("sequence.captions", captions)
     lists: dict[str, list[str] | list[int]] = {
         "targets": targets,
         "retain": retain,
         "cross_retain": cross_retain,
         "captions": captions,
         "seeds": seeds,
+        "target_prompt": templates,
     }
     for label, entries in lists.items():
         repeated = sorted(str(entry) for entry, count in Counter(entries).items() if count > 1)
@@ -192,11 +253,20 @@ def make_sequence(
             f"sequence {name}: {', '.join(both)} is both in targets (to unlearn) and in retain; "
             "remove it from one"
         )
-    anchors = anchors or {}
     strangers = sorted(set(anchors) - set(targets))
     if strangers:
         raise ValueError(
             f"sequence.anchors names {', '.join(strangers)}, which is not in sequence.targets"
+        )
+    check_template(prompt, "sequence.prompt", (domain, cross_domain), ())
+    for template in templates:
+        check_template(template, "sequence.target_prompt", needed_in_target(anchor_captions), KNOWN)
+    check_template(anchor_prompt, "sequence.anchor_prompt", (), ("anchor", "caption"))
+    check_template(bare_prompt, "sequence.bare_prompt", ("concept",), ())
+    if strange := sorted(set(prompt_names) - {*targets, *retain, *vocabulary}):
+        raise ValueError(
+            f"sequence.prompt_names names {strange[0]}, which is in none of targets, retain and "
+            "vocabulary"
         )
     if "{anchor}" in anchor_prompt and set(targets) - set(anchors):
         raise ValueError(
@@ -206,35 +276,72 @@ def make_sequence(
     sequence = Sequence(
         name=name,
         targets=tuple(
-            Concept(target, domain, anchors.get(target)) for target in reorder(targets, order)
+            Concept(target, domain, anchors.get(target), prompt_names.get(target))
+            for target in reorder(targets, order)
         ),
-        retain=tuple(Concept(kept, domain) for kept in retain),
+        retain=tuple(Concept(kept, domain, spelling=prompt_names.get(kept)) for kept in retain),
         cross_retain=tuple(Concept(kept, cross_domain) for kept in cross_retain),
         vocabulary=tuple(vocabulary),
         prompt=prompt,
-        target_prompt=target_prompt,
+        target_prompt=tuple(templates),
         anchor_prompt=anchor_prompt,
         captions=tuple(captions),
         seeds=tuple(seeds),
+        anchor_captions=anchor_captions,
+        prompt_names=prompt_names,
+        bare_prompt=bare_prompt,
     )
-    for field, template, needed in (
-        ("prompt", prompt, {domain, cross_domain}),
-        ("target_prompt", target_prompt, {"concept"}),
-    ):
-        missing = sorted(key for key in needed if f"{{{key}}}" not in template)
-        if missing:
-            raise ValueError(
-                f"sequence.{field} {template!r} lacks the placeholder {{{missing[0]}}}"
-            )
-    try:
-        sequence.evaluation_prompt(sequence.targets[0], sequence.cross_retain[0])
-        sequence.training_pairs(sequence.targets[0])
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(
-            f"sequence {name}: a prompt has an unknown placeholder {error}; see conf/sequence for "
-            "examples"
-        ) from None
     return sequence if prompts is None else replace(sequence, images=read_images(sequence, prompts))
+
+
+def needed_in_target(anchor_captions: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Return what a target's prompt must hold: its name, or captions that hold an anchor's word."""
+    return ("caption",) if anchor_captions else ("concept",)
+
+
+def read_anchor_captions(
+    captions: dict[str, str | list[str]], targets: list[str], anchors: dict[str, str]
+) -> dict[str, tuple[str, ...]]:
+    """Read the captions of every anchor, each of which must hold the anchor's word.
+
+    Raises:
+        ValueError: names the anchor, or the caption, that is wrong.
+    """
+    wanted = list(dict.fromkeys(anchors.get(target, "") for target in targets))
+    if missing := [target for target in targets if target not in anchors]:
+        raise ValueError(
+            f"sequence.anchors lacks {', '.join(missing)}; captions by anchor need one for every "
+            "target"
+        )
+    if sorted(captions) != sorted(wanted):
+        raise ValueError(
+            f"sequence.captions has captions for {', '.join(captions)}; the anchors are "
+            f"{', '.join(wanted)}"
+        )
+    read = {}
+    for anchor, source in captions.items():
+        key = f"sequence.captions.{anchor}"
+        read[anchor] = tuple(read_entries(key, source))
+        if not read[anchor]:
+            raise ValueError(f"{key} is empty; it needs at least one entry")
+        if wrong := [text for text in read[anchor] if replace_word(text, anchor, "") is None]:
+            raise ValueError(
+                f"{key}: {wrong[0]!r} does not hold the word {anchor!r}, in whose place the target "
+                "is named"
+            )
+    return read
+
+
+def without_anchors(anchor_captions: dict[str, tuple[str, ...]]) -> list[str]:
+    """Return all captions with {concept} in the place of the anchor's word, anchors in turn."""
+    longest = max(len(captions) for captions in anchor_captions.values())
+    replaced = [
+        replace_word(captions[i], anchor, "{concept}") or ""
+        for i in range(longest)
+        for anchor, captions in anchor_captions.items()
+        if i < len(captions)
+    ]
+    return list(dict.fromkeys(replaced))
 
 
 def read_images(sequence: Sequence, path: str) -> tuple[ImagePrompt, ...]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Faceless = Literal["excluded", "forgotten"]
 
 
 @dataclass(frozen=True)
@@ -15,12 +18,13 @@ class Prediction:
     """Of B images in one domain: labels, and the score (probability) of each label [B].
 
     faces: whether each image shows a face, where labels are only worth something on faces; the
-    label of one without is "".
+    label of one without is "". faceless: what images without one count for (metrics).
     """
 
     labels: list[str]
     scores: list[float]
     faces: list[bool] | None = None
+    faceless: Faceless = "excluded"
 
 
 class Evaluator(ABC):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import PositiveInt
 
-from cu_runner.evaluators.base import Evaluator, Prediction
+from cu_runner.evaluators.base import Evaluator, Faceless, Prediction
 from cu_runner.evaluators.faces import FaceDetector, FaceSettings
 from cu_runner.evaluators.labels import read_labels
 from cu_runner.evaluators.open_clip import OpenClip
@@ -45,6 +45,7 @@ class Classifier(Evaluator):
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
         allow_pickle: list[str] | None = None,
         faces: FaceSettings | None = None,
+        faceless: Faceless = "excluded",
         device: str = "cpu",
     ) -> None:
         """
@@ -62,6 +63,9 @@ class Classifier(Evaluator):
             templates: domain -> prompts with {label}, where open_clip predicts.
             allow_pickle: weight files other than safetensors that may be read.
             faces: finds the images whose labels count in one domain; None: all count.
+            faceless: with faces, what images without one count for. "excluded": they leave UA alone
+                and are wrong for retained concepts. "forgotten", as released: a concept without any
+                face is forgotten, and retained concepts are measured on images with a face.
 
         Raises:
             ModelError: a directory or file is missing, incomplete, or does not fit its architecture
@@ -124,6 +128,7 @@ class Classifier(Evaluator):
         self._mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
         self._std = torch.tensor(std, device=device).view(1, -1, 1, 1)
         self._detector = FaceDetector(faces, device) if faces else None
+        self._faceless = faceless
 
     @without_gradients
     def predict(self, images: Tensor) -> dict[str, Prediction]:
@@ -146,7 +151,8 @@ class Classifier(Evaluator):
             )
         if self._detector:
             domain = self._detector.domain
-            predictions[domain] = only_faces(predictions[domain], self._detector.find(images))
+            found = self._detector.find(images)
+            predictions[domain] = only_faces(predictions[domain], found, self._faceless)
         return predictions
 
     def labels(self) -> dict[str, list[str]]:
@@ -167,15 +173,16 @@ class Classifier(Evaluator):
         for domain, zero_shot in sorted(self._zero_shot.items()):
             digest.update(f"{domain}{zero_shot.fingerprint()}".encode())
         if self._detector:
-            digest.update(f"{self._detector.domain}{self._detector.fingerprint()}".encode())
+            detector = f"{self._detector.domain}{self._detector.fingerprint()}{self._faceless}"
+            digest.update(detector.encode())
         return digest.hexdigest()
 
 
-def only_faces(prediction: Prediction, faces: list[bool]) -> Prediction:
+def only_faces(prediction: Prediction, faces: list[bool], faceless: Faceless) -> Prediction:
     """Return the same without labels where there is no face."""
     labels = [label if face else "" for label, face in zip(prediction.labels, faces, strict=True)]
     scores = [score if face else 0.0 for score, face in zip(prediction.scores, faces, strict=True)]
-    return Prediction(labels, scores, faces)
+    return Prediction(labels, scores, faces, faceless)
 
 
 def check_outputs(path: str, network: nn.Module, labels: list[str] | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,11 @@ from PIL import Image
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.evaluators.grid import to_picture
+from cu_runner.evaluators.metrics import FACE_COLUMNS
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.sampling import generate
 from cu_runner.runtime import distributed
-from cu_runner.runtime.lazy import pd, without_gradients
+from cu_runner.runtime.lazy import pd, torch, without_gradients
 from cu_runner.schema.errors import SamplingError
 from cu_runner.schema.settings import EvalSettings
 
@@ -61,8 +63,8 @@ def evaluate(
         step: number of the request, for the rows of predictions.csv; it does not touch the noise.
 
     Returns:
-        The rows (step, prompt, <domain>, <cross domain>, seed, predicted_..., score_..., face where
-        it is looked for) and thumbnails for the grid.
+        The rows (step, prompt, <domain>, <cross domain>, seed, predicted_..., score_..., and one of
+        FACE_COLUMNS where faces are looked for) and thumbnails for the grid.
 
     Raises:
         SamplingError: an image is not finite.
@@ -82,6 +84,8 @@ def evaluate(
         """Name what a batch of images shows; None for all of them where one is not finite."""
         if not images.isfinite().all():
             return [None] * len(images)
+        if settings.jpeg is not None:
+            images = through_jpeg(images, settings.jpeg)
         rows = classify(evaluator, images, sequence)
         return [
             Seen(row, to_picture(image) if place in shown_first else None)
@@ -125,6 +129,17 @@ def evaluate(
     return Evaluation(pd.DataFrame(table), thumbnails)
 
 
+def through_jpeg(images: Tensor, quality: int) -> Tensor:
+    """Return images [B, 3, S, S] in 0..1 as they are read back from JPEG files."""
+    read = []
+    for image in images:
+        file = io.BytesIO()
+        to_picture(image, max(image.shape)).save(file, "JPEG", quality=quality)
+        pixels = bytearray(Image.open(file).tobytes())
+        read.append(torch.frombuffer(pixels, dtype=torch.uint8).view(*image.shape[1:], 3))
+    return torch.stack(read).permute(0, 3, 1, 2).float().div(255).to(images.device)
+
+
 @dataclass(frozen=True)
 class Seen:
     """What an image shows: its columns of predictions.csv, and its picture if the grid has it."""
@@ -146,6 +161,6 @@ def classify(
             row[f"predicted_{kind}"] = predictions[kind].labels[i]
             row[f"score_{kind}"] = round(predictions[kind].scores[i], 4)
         if (faces := predictions[sequence.domain].faces) is not None:
-            row["face"] = int(faces[i])
+            row[FACE_COLUMNS[predictions[sequence.domain].faceless]] = int(faces[i])
         found.append(row)
     return found

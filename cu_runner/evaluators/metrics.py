@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cu_runner.concepts.sequence import Sequence
+from cu_runner.evaluators.base import Faceless
 from cu_runner.runtime.lazy import pd
 
+# Columns that tell whether an image shows a face, by what one without counts for.
+FACE_COLUMNS: dict[Faceless, str] = {"excluded": "face", "forgotten": "face_only"}
 # Percent; a run below it has forgotten too little for its retention to be compared with that of
 # others.
 ENOUGH_UA = 95.0
@@ -67,9 +70,11 @@ def metrics(
     prompted with unlearned concepts included; RA_C_retained: over those prompted with retained
     concepts only.
 
-    Where the rows say whether an image shows a face, UA is over the images that do, and None when
-    none does: an image without one is neither a success nor a failure of unlearning. Retained
-    concepts are not recognised in such an image.
+    Where the rows say whether an image shows a face, UA is over the images that do. In a column
+    `face`, a concept without any leaves UA alone (None where no concept has one), and retained
+    concepts are not recognised in an image without one. In a column `face_only`, a concept without
+    any is forgotten, and RA_I too is over images with a face, 0 for a concept without any (released
+    code of Lee et al. 2026).
 
     Args:
         predictions: rows of predictions.csv. The domain is the column that holds the retained
@@ -94,8 +99,30 @@ def metrics(
         }
     return {
         "UA": unlearning_accuracy(shown, domain, unlearned),
-        "RA_I": mean_accuracy(shown, domain, retain),
+        "RA_I": retained_accuracy(shown, domain, retain),
     } | across
+
+
+def retained_accuracy(predictions: pd.DataFrame, domain: str, retain: list[str]) -> float:
+    """Compute RA_I in percent. Raises ValueError for a concept without an image."""
+    if "face_only" in predictions:
+        return accuracy_on_faces(predictions, domain, retain)
+    return mean_accuracy(predictions, domain, retain)
+
+
+def accuracy_on_faces(predictions: pd.DataFrame, domain: str, concepts: list[str]) -> float:
+    """Return the mean accuracy in percent over images with a face; 0 for a concept without any."""
+    mean_accuracy(predictions, domain, concepts)  # every concept has an image
+    accuracy = accuracy_per_concept(predictions[predictions["face_only"] == 1], domain)
+    return sum(accuracy.get(name, 0.0) for name in concepts) / len(concepts)
+
+
+def with_face(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows whose images show a face; all of them where faces are not looked for."""
+    for column in FACE_COLUMNS.values():
+        if column in predictions:
+            return predictions[predictions[column] == 1]
+    return predictions
 
 
 def unlearning_accuracy(
@@ -103,26 +130,29 @@ def unlearning_accuracy(
 ) -> float | None:
     """Compute UA in percent: 100 - mean accuracy over the concepts.
 
-    Where the rows tell, it is that on images with a face. None without any image.
+    Where the rows tell, it is that on images with a face, as in metrics(). None without any image.
 
     Raises:
         ValueError: a concept has no image at all.
     """
     if not unlearned:
         return None
+    if "face_only" in predictions:
+        return 100 - accuracy_on_faces(predictions, domain, unlearned)
     accuracy = mean_accuracy(predictions, domain, unlearned)
     if "face" in predictions:
-        with_face = predictions[predictions["face"] == 1]
-        concepts = [name for name in unlearned if name in set(with_face[domain])]
+        shown = with_face(predictions)
+        concepts = [name for name in unlearned if name in set(shown[domain])]
         if not concepts:
             return None
-        accuracy = mean_accuracy(with_face, domain, concepts)
+        accuracy = mean_accuracy(shown, domain, concepts)
     return 100 - accuracy
 
 
 def count_faceless(predictions: pd.DataFrame, domain: str, concepts: list[str]) -> int:
     """Count the images of the concepts that show no face."""
-    return int((predictions["face"] == 0)[predictions[domain].isin(concepts)].sum())
+    shown = [rows[domain].isin(concepts).sum() for rows in (predictions, with_face(predictions))]
+    return int(shown[0] - shown[1])
 
 
 def step_metrics(
@@ -146,7 +176,7 @@ def step_metrics(
     )
     for name, concepts in (("UA_current", unlearned[-1:]), ("UA_previous", unlearned[:-1])):
         measured[name] = unlearning_accuracy(predictions, sequence.domain, concepts)
-    if "face" in predictions:
+    if any(column in predictions for column in FACE_COLUMNS.values()):
         measured["faceless_unlearned"] = count_faceless(predictions, sequence.domain, unlearned)
         measured["faceless_retained"] = count_faceless(predictions, sequence.domain, retain)
     return {name: None if value is None else round(value, 3) for name, value in measured.items()}

@@ -286,7 +286,8 @@ def draw_rows(
 
 def draw_captions(scope: Scope, generator: Generator, rows: int) -> tuple[list[int], list[int]]:
     """Draw for each row a caption and a seed of the image's noise."""
-    captions = torch.randint(len(scope.sequence.captions), (rows,), generator=generator).tolist()
+    fewest = min(len(scope.sequence.training_pairs(target)) for target in scope.request.targets)
+    captions = torch.randint(fewest, (rows,), generator=generator).tolist()
     return captions, torch.randint(2**31, (rows,), generator=generator).tolist()
 
 

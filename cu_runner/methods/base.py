@@ -7,9 +7,12 @@ Shapes: B batch, C latent channels, H W latent size, L tokens, D text width.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.request.scope import Resumable, Scope
 from cu_runner.runtime.lazy import nn
 from cu_runner.schema.settings import ParameterGroup
@@ -46,6 +49,22 @@ class Method(Resumable, ABC, Generic[Batch]):
         raise NotImplementedError(
             f"{type(self).__name__} must define loss, or backward in its place"
         )
+
+    def trained_pass(self, model: DiffusionModel) -> AbstractContextManager[None]:
+        """Return what surrounds the forward passes that are trained; SelFT scores inside it too."""
+        return contextlib.nullcontext()
+
+    def scored_loss(self, concept: Tensor, anchor: Tensor, empty: Tensor) -> Tensor:
+        """Return the loss by which SelFT scores weights along a sampling trajectory.
+
+        The released code (Lee et al. 2026) takes that of concept ablation, sum ||e(c*) - e(c)||^2,
+        for every method but ESD.
+
+        Args:
+            concept, anchor, empty: predictions [B, C, H, W] for the concept's prompt, with
+                gradient, and for its anchor's and the empty one, without.
+        """
+        return (concept - anchor).pow(2).sum()
 
     def backward(self, scope: Scope, batch: Batch) -> dict[str, float]:
         """Add the method's gradient to .grad of scope.params; return what to log, "loss" among it.

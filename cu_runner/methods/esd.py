@@ -17,15 +17,18 @@ Shapes: B batch, C latent channels, H W latent size, L tokens, D text width.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
+from cu_runner.concepts.sequence import KNOWN
+from cu_runner.concepts.templates import check_template, fill, fill_caption
 from cu_runner.methods.base import Method
+from cu_runner.models.parameters import placed
 from cu_runner.models.sampling import sample_partly
-from cu_runner.request.name_sources import check_template
 from cu_runner.request.scope import Scope
 from cu_runner.runtime.lazy import F, torch
 from cu_runner.schema.settings import ParameterGroup
@@ -36,8 +39,8 @@ if TYPE_CHECKING:
 VARIANTS: dict[str, ParameterGroup] = {
     "esd-x": "xattn",
     "esd-x-strict": "kv_xattn",
-    "esd-u": "non_xattn",
-    "esd-all": "full",
+    "esd-u": "non_xattn_layers",
+    "esd-all": "layers",
 }
 
 
@@ -64,12 +67,13 @@ class ESD(Method[Trajectories]):
         teacher: Literal["previous", "base"] = "previous",
         guidance: Annotated[float, Field(ge=1)] = 3.0,
         sampler_steps: PositiveInt = 50,
+        trajectories: Literal["current", "teacher"] = "current",
     ) -> None:
         """
         Args:
             variant: which weights are trained. "esd-x" cross-attention, "esd-x-strict" its keys and
-                values, "esd-u" everything else (the released code also spares the output and time
-                layers there), "esd-all" the whole UNet.
+                values, "esd-u" the linear layers and convolutions outside of it, "esd-all" those of
+                the whole UNet. Normalisation layers are trained in none of them, as released.
             prompt: c*, with {concept}, and {caption} at most besides, which runs through the
                 sequence's. Whatever else the prompt names is steered away from too, so the
                 published form is the concept's name alone.
@@ -79,17 +83,20 @@ class ESD(Method[Trajectories]):
             guidance: classifier-free guidance of the samples that are trained on.
             sampler_steps: denoising steps of a whole trajectory; a sample stops after a random
                 number of them.
+            trajectories: whose samples are trained on: those of the weights in training, or of the
+                teacher, as in the released code for SDXL.
         """
-        check_template(prompt, "method.prompt")
+        check_template(prompt, "method.prompt", ("concept",), KNOWN)
         self.params = VARIANTS[variant]
         self.prompt, self.eta, self.teacher = prompt, eta, teacher
         self.guidance, self.sampler_steps = guidance, sampler_steps
+        self.trajectories = trajectories
 
     def batch(self, scope: Scope, step: int) -> Trajectories:
-        """Sample from the weights as they are, for the concepts' prompts, up to a random step."""
+        """Sample for the concepts' prompts, up to a random step."""
         captions = scope.sequence.captions if "{caption}" in self.prompt else [""]
         prompts = [
-            self.prompt.format(concept=concept.name, caption=caption)
+            fill(fill_caption(self.prompt, caption), concept=concept.prompt_name)
             for concept in scope.request.targets
             for caption in captions
         ]
@@ -103,15 +110,28 @@ class ESD(Method[Trajectories]):
             for row in torch.randint(len(prompts), (scope.batch_size,), generator=generator)
         ]
         seeds = torch.randint(2**62, (scope.batch_size,), generator=generator).tolist()
-        noisy, timestep = sample_partly(scope.model, chosen, seeds, sampler, stop)
+        teacher = placed(scope.params, self._teacher_weights(scope))
+        with teacher if self.trajectories == "teacher" else contextlib.nullcontext():
+            noisy, timestep = sample_partly(scope.model, chosen, seeds, sampler, stop)
         # some schedulers stop between two training timesteps
         return Trajectories(noisy, timestep.round().long().expand(scope.batch_size), chosen)
+
+    def _teacher_weights(self, scope: Scope) -> dict[str, Tensor]:
+        return {"previous": scope.start, "base": scope.base}[self.teacher]
+
+    def scored_loss(self, concept: Tensor, anchor: Tensor, empty: Tensor) -> Tensor:
+        """Return the mean of ||e(c*) - e(null)||^2.
+
+        The released code scores by this method's own loss with the empty prompt for an anchor: the
+        target e(null) - eta (e(anchor) - e(null)) is then e(null).
+        """
+        return F.mse_loss(concept, empty)
 
     def loss(self, scope: Scope, batch: Trajectories) -> tuple[Tensor, dict[str, float]]:
         """Return E ||e(x_t, c*) - sg [e_q(x_t, null) - eta (e_q(x_t, c*) - e_q(x_t, null))]||^2
         (Sec. 4).
         """
-        model, weights = scope.model, {"previous": scope.start, "base": scope.base}[self.teacher]
+        model, weights = scope.model, self._teacher_weights(scope)
         text = model.encode_prompts(batch.prompts)
         both = model.encode_prompts([""] * len(text) + batch.prompts)
         with torch.no_grad():

@@ -74,13 +74,7 @@ class RandomLabel(Method[ForgetBatch]):
             choices = [[prompt] * len(captions) for prompt in self.retain.read(scope)]
         else:
             names = spread(kept_names(scope, self.retain.names), self.retain.names.number)
-            choices = [
-                [
-                    sequence.target_prompt.format(concept=name, caption=caption)
-                    for caption in captions
-                ]
-                for name in names
-            ]
+            choices = [sequence.prompts_naming(name) for name in names]
         if not choices:
             raise ValueError(
                 "method.label=name: no name is left beside the targets and the retained concepts; "

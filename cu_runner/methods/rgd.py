@@ -108,7 +108,7 @@ class RGD(Method[ForgetBatch]):
         """Make images of the concepts and of what is to be kept."""
         forget = target_prompts(scope)
         if self.diversity == "diversified":
-            names = [concept.name for concept in scope.request.targets]
+            names = [concept.prompt_name for concept in scope.request.targets]
             forget = [
                 [template.replace("{concept}", name) for template in self._templates]
                 for name in names

@@ -1,11 +1,11 @@
 """Sculpting memory: concept ablation under a dynamic mask (Li et al., ICCV 2025, arXiv 2504.09039).
 
 Only a part of every weight tensor moves: the entries whose signed gradients add up to the most.
-Warm-up steps are dense, as in the released code: they move every weight and gather the gradients
-that choose the first mask. The released code masks gradients before AdamW, so that momentum and
-decay still move what is shut; here the step itself is masked, and a shut entry keeps its value. A
-regularizer of the step that mixes weights (gradproj with apply=update, nullspace) comes after it
-and fills the mask again.
+Warm-up steps are dense: they move every weight and gather the gradients that choose the first mask.
+The released code (Lee et al. 2026) masks gradients before AdamW, so that momentum and decay still
+move what is shut (mask="gradient"); with mask="update" the step itself is masked, and a shut entry
+keeps its value. A regularizer of the step that mixes weights (gradproj with apply=update,
+nullspace) comes after it and fills the mask again.
 
 Shapes: any weight tensor [...]; a mask and gathered gradients have the shape of their weight.
 """
@@ -48,6 +48,11 @@ class SculpMem(ConAbl):
         num_anchors: PositiveInt = 200,
         flip: bool = False,
         params: ParameterGroup = "kv_xattn",
+        loss_sum: Literal["mean", "channels"] = "mean",
+        begin_token: Literal["trained", "detached"] = "trained",
+        border: Literal["kept", "masked"] = "kept",
+        mask: Literal["gradient", "update"] = "update",
+        schedule: Literal["steps", "epochs"] = "steps",
     ) -> None:
         """
         Args:
@@ -57,9 +62,18 @@ class SculpMem(ConAbl):
             exchanged: fraction of the active entries that the first exchange would replace; it
                 falls to 0 along a cosine.
             until: fraction of the request's steps after which the mask stays as it is.
-            loss, teacher, preservation, num_anchors, flip, params: as in ConAbl.
+            loss, teacher, preservation, num_anchors, flip, params, loss_sum, begin_token, border:
+                as in ConAbl.
+            mask: of the "gradient", as released, or of the "update" that the optimiser makes.
+            schedule: how progress is counted. "steps": all `warmup` steps are dense, and an
+                exchange at step n knows the progress n / steps. "epochs", as released: the last
+                step of the warm-up makes the mask and moves nothing; progress is counted in whole
+                epochs, of num_anchors images per target, the last of which may exchange too; an
+                exchange is of one entry at least.
         """
-        super().__init__(loss, teacher, preservation, num_anchors, flip, params)
+        anchors = (loss, teacher, preservation, num_anchors, flip, params)
+        super().__init__(*anchors, loss_sum, begin_token, border)
+        self.mask, self.schedule = mask, schedule
         self.active, self.warmup, self.interval = active, warmup, interval
         self.exchanged, self.until = exchanged, until
 
@@ -90,30 +104,44 @@ class SculpMem(ConAbl):
 
     @without_gradients
     def update(self, scope: Scope, optimizer: Optimizer) -> None:
-        """Take the optimiser's step in the active entries, bitwise nothing in the others.
+        """Take the optimiser's step, with mask="update" in the active entries alone, bitwise.
 
         Then make the mask of the next step.
         """
-        before = snapshot(scope.params) if self._masks else {}
-        optimizer.step()
-        for name, mask in self._masks.items():
-            scope.params[name].copy_(torch.where(mask, scope.params[name], before[name]))
         self._step += 1
-        if self._step == self.warmup:
+        at_warmup, by_epochs = self._step == self.warmup, self.schedule == "epochs"
+        if not (at_warmup and by_epochs):
+            before = snapshot(scope.params) if self._masks and self.mask == "update" else {}
+            optimizer.step()
+            for name, values in before.items():
+                parameter = scope.params[name]
+                parameter.copy_(torch.where(self._masks[name], parameter, values))
+        if at_warmup:
             self._change(
                 {name: keep_top(gathered, self.active) for name, gathered in self._gathered.items()}
             )
-        elif (
-            self._masks
-            and self._step % self.interval == 0
-            and self._step < self.until * scope.steps
-        ):
-            fraction = turnover(self.exchanged, self._step / scope.steps)
-            masks = self._masks.items()
-            self._change(
-                {name: exchange(mask, self._gathered[name], fraction) for name, mask in masks}
-            )
-            self._exchanges += 1
+        elif self._masks and self._step % self.interval == 0:
+            progress, exchanges = self._progress(scope)
+            if exchanges:
+                fraction = turnover(self.exchanged, progress)
+                masks = self._masks.items()
+                least = int(by_epochs)
+                self._change(
+                    {
+                        name: exchange(mask, self._gathered[name], fraction, least)
+                        for name, mask in masks
+                    }
+                )
+                self._exchanges += 1
+
+    def _progress(self, scope: Scope) -> tuple[float, bool]:
+        """Return how far the request is, 0..1, and whether entries are still exchanged."""
+        if self.schedule == "steps":
+            return self._step / scope.steps, self._step < self.until * scope.steps
+        images = self.num_anchors * len(scope.request.targets)
+        per_epoch = math.ceil(images / scope.batch_size)
+        epochs, epoch = math.ceil(scope.steps / per_epoch), (self._step - 1) // per_epoch
+        return epoch / epochs, epoch < int(epochs * self.until)
 
     def _change(self, masks: dict[str, Tensor]) -> None:
         """Take new masks and gather gradients afresh."""
@@ -141,8 +169,8 @@ def keep_top(gathered: Tensor, fraction: float) -> Tensor:
     return largest(gathered.flatten().abs(), int(fraction * gathered.numel())).view_as(gathered)
 
 
-def exchange(mask: Tensor, gathered: Tensor, fraction: float) -> Tensor:
-    """Return a new mask with floor(fraction * active) active entries exchanged.
+def exchange(mask: Tensor, gathered: Tensor, fraction: float, least: int = 0) -> Tensor:
+    """Return a new mask with floor(fraction * active) active entries exchanged, `least` at least.
 
     Those of smallest |gathered| give way to as many inactive ones of largest. Where fewer are
     inactive, fewer are exchanged: the number of active entries stays. Of equal entries the first
@@ -150,7 +178,7 @@ def exchange(mask: Tensor, gathered: Tensor, fraction: float) -> Tensor:
     """
     flat, size = mask.flatten(), gathered.flatten().abs()
     active, inactive = flat.nonzero().squeeze(1), (~flat).nonzero().squeeze(1)
-    count = min(int(fraction * len(active)), len(inactive))
+    count = min(max(int(fraction * len(active)), least), len(inactive), len(active))
     changed = flat.clone()
     changed[active[size[active].argsort(stable=True)[:count]]] = False
     changed[inactive[size[inactive].argsort(descending=True, stable=True)[:count]]] = True

@@ -71,14 +71,12 @@ class UCE(Method[TextPairs]):
         concept, anchor = [], []
         for target in scope.request.targets:
             for prompts in sequence.training_pairs(target):
-                first = model.token_span(target.name, prompts[0]).start
+                first = model.token_span(target.prompt_name, prompts[0]).start
                 own, wanted = model.encode_prompts(list(prompts)).hidden  # [L, D] each
                 concept.append(own)
                 anchor.append(torch.cat([own[:first], wanted[first:]]))
         kept = self.retain.read(scope) + [
-            sequence.target_prompt.format(concept=name, caption=caption)
-            for name in earlier_targets(scope)
-            for caption in sequence.captions
+            prompt for name in earlier_targets(scope) for prompt in sequence.prompts_naming(name)
         ]
         return TextPairs(
             torch.cat(concept), torch.cat(anchor), model.encode_prompts(kept).hidden.flatten(0, 1)

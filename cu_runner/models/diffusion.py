@@ -43,6 +43,11 @@ class Remembered:
         return self._result
 
 
+def detach_first_token(layer: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    """Return keys or values [B, L, out] without gradient at token 0; a forward hook."""
+    return torch.cat([output[:, :1].detach(), output[:, 1:]], dim=1)
+
+
 def dtype_of(precision: str) -> torch.dtype:
     """Return the type of torch for a precision: fp32, bf16 or fp16."""
     return cast("torch.dtype", getattr(torch, DTYPES[precision]))
@@ -87,6 +92,7 @@ class DiffusionModel:
         self._prompts = PromptEncoder(components, device)
         self._forward: Callable[..., Any] = self.unet
         self._caches_text = False
+        self._detaches_begin = False
 
     def speed_up(self, speed: Speed) -> None:
         """Choose what gives the same results faster, up to rounding.
@@ -111,11 +117,7 @@ class DiffusionModel:
         if not self._caches_text:
             yield
             return
-        layers = [
-            layer
-            for name, layer in self.unet.named_modules()
-            if name.endswith(("attn2.to_k", "attn2.to_v"))
-        ]
+        layers = self._text_readers()
         for layer in layers:
             layer.forward = Remembered(layer.forward)
         try:
@@ -123,6 +125,30 @@ class DiffusionModel:
         finally:
             for layer in layers:
                 del layer.forward
+
+    def _text_readers(self) -> list[nn.Module]:
+        """Return the layers that make keys and values of a text."""
+        modules = self.unet.named_modules()
+        return [layer for name, layer in modules if name.endswith(("attn2.to_k", "attn2.to_v"))]
+
+    @contextlib.contextmanager
+    def begin_token_detached(self, detached: bool = True) -> Iterator[None]:
+        """Let no gradient through keys and values of token 0, the begin of the text.
+
+        The released code of concept ablation trains so (Kumari et al. 2023); outputs are the same.
+        Passes inside are not compiled, also with speed.compile.
+        """
+        if not detached or self._detaches_begin:
+            yield
+            return
+        hooks = [layer.register_forward_hook(detach_first_token) for layer in self._text_readers()]
+        self._detaches_begin = True
+        try:
+            yield
+        finally:
+            self._detaches_begin = False
+            for hook in hooks:
+                hook.remove()
 
     @property
     def num_train_timesteps(self) -> int:
@@ -192,7 +218,9 @@ class DiffusionModel:
         arguments = (noisy, timesteps, text.hidden)
         with self.autocast():
             if weights is None:
-                output = self._forward(*arguments, **more).sample
+                # a compiled UNet does not see hooks that came after its compilation
+                forward = self.unet if self._detaches_begin else self._forward
+                output = forward(*arguments, **more).sample
             else:
                 output = torch.func.functional_call(self.unet, weights, arguments, more).sample
         return output.float()
@@ -253,12 +281,14 @@ class DiffusionModel:
         from torch.utils.checkpoint import checkpoint
 
         def run(module: nn.Module, *arguments: object) -> object:
-            # the weights as they are now: on the way back, those of a functional_call are no longer
-            # in place
+            # the weights and the hooks as they are now: on the way back, those of a functional_call
+            # and of begin_token_detached are no longer in place
             weights: dict[str, Tensor] = dict(module.named_parameters())
+            detached = self._detaches_begin
 
             def call(*inputs: object) -> object:
-                return torch.func.functional_call(module, weights, inputs)
+                with self.begin_token_detached(detached):
+                    return torch.func.functional_call(module, weights, inputs)
 
             return checkpoint(call, *arguments, use_reentrant=False)
 

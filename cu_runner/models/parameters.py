@@ -29,11 +29,15 @@ def is_cross_attention_kv(name: str) -> bool:
 def belongs(name: str, group: ParameterGroup) -> bool:
     """Tell whether a UNet parameter of this name is in the group."""
     in_cross_attention = ".attn2." in name
+    # a UNet's layers are linear ones, convolutions, and normalisations, which are named so
+    normalises = "norm" in name.rpartition(".")[0].rpartition(".")[2]
     return {
         "kv_xattn": is_cross_attention_kv(name),
         "xattn": in_cross_attention,
         "non_xattn": not in_cross_attention,
         "full": True,
+        "non_xattn_layers": not in_cross_attention and not normalises,
+        "layers": not normalises,
     }[group]
 
 
@@ -41,7 +45,8 @@ def select_parameters(unet: nn.Module, group: ParameterGroup) -> dict[str, nn.Pa
     """Return the UNet parameters of a group, in the order of the module.
 
     kv_xattn: keys and values of cross-attention. xattn: all of cross-attention. non_xattn: all the
-    rest. full: every parameter.
+    rest. full: every parameter. non_xattn_layers and layers: the same as the two before, without
+    normalisation layers.
     """
     chosen = {
         name: parameter for name, parameter in unet.named_parameters() if belongs(name, group)

@@ -130,11 +130,14 @@ def sample_images(
     return model.decode_latents(sample_latents(model, prompts, seeds, sampler))
 
 
-def make_scheduler(model: DiffusionModel, sampler: Sampler) -> diffusers.SchedulerMixin:
+def make_scheduler(
+    model: DiffusionModel, sampler: Sampler, *, steps_offset: int | None = None
+) -> diffusers.SchedulerMixin:
     """Make a fresh scheduler with its timesteps set; the state of one trajectory lives in it.
 
     Whatever a checkpoint says or leaves to defaults, latents are not clipped to -1..1, and Stable
-    Diffusion 1 and 2 offset their timesteps by one, as diffusers' pipelines make them.
+    Diffusion 1 and 2 offset their timesteps by one, as diffusers' pipelines make them, unless
+    steps_offset says otherwise.
 
     Raises:
         ValueError: diffusers has no such scheduler, or it is none of a diffusion model.
@@ -148,6 +151,8 @@ def make_scheduler(model: DiffusionModel, sampler: Sampler) -> diffusers.Schedul
                 "give a class such as DDIMScheduler"
             )
     offset = {"steps_offset": 1} if len(model.text_encoders) == 1 else {}
+    if steps_offset is not None:
+        offset = {"steps_offset": steps_offset}
     scheduler = kind.from_config(model.scheduler.config, clip_sample=False, **offset)
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(f"scheduler={sampler.scheduler}: {NO_DIFFUSION}")
@@ -166,14 +171,20 @@ def sample_latents(
 
 @without_gradients
 def sample_partly(
-    model: DiffusionModel, prompts: list[str], seeds: list[int], sampler: Sampler, stop: int
+    model: DiffusionModel,
+    prompts: list[str],
+    seeds: list[int],
+    sampler: Sampler,
+    stop: int,
+    *,
+    steps_offset: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Denoise one batch for the first `stop` steps.
+    """Denoise one batch for the first `stop` steps; steps_offset as for make_scheduler.
 
     Returns:
         x_t [B, C, H, W] as add_noise would scale it, and t, a scalar.
     """
-    scheduler = make_scheduler(model, sampler)
+    scheduler = make_scheduler(model, sampler, steps_offset=steps_offset)
     latents = denoise(model, scheduler, prompts, seeds, sampler.guidance, stop)
     timestep = scheduler.timesteps[stop]
     return scheduler.scale_model_input(latents, timestep), timestep

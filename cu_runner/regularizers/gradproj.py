@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from cu_runner.concepts.templates import fill_caption
 from cu_runner.methods.base import Batch, Method
 from cu_runner.models.parameters import gradients, is_cross_attention_kv
 from cu_runner.regularizers.base import Regularizer
-from cu_runner.request.name_sources import NameSource, earlier_targets, kept_names
+from cu_runner.request.name_sources import NameSource, kept_names
 from cu_runner.request.scope import Scope
 from cu_runner.request.text_subspace import (
     check_contexts,
@@ -82,9 +83,10 @@ class GradProj(Regularizer):
         apply: Literal["gradient", "update"] = "gradient",
         auxiliary: NameSource = NameSource(),
         threshold: Annotated[float, Field(gt=0, le=1)] = 0.95,
-        tokens: Literal["own", "all"] = "own",
+        tokens: Literal["own", "last", "all"] = "own",
         contexts: tuple[str, ...] | None = ("{concept}",),
         energy: Annotated[float, Field(gt=0, le=1)] = 1.0,
+        earlier: bool = True,
     ) -> None:
         """
         Args:
@@ -92,47 +94,55 @@ class GradProj(Regularizer):
                 rescales element by element and leaves the subspace. "update" projects the step
                 itself, which is exact.
             auxiliary: the names of the subspace, the nearest to the target by text similarity
-                first. Earlier targets join them, the target of the request never does.
-            threshold: with tokens="own", a name whose vector has a larger cosine to a kept one is
-                dropped as a duplicate.
-            tokens: "own" holds the mean over a name's own tokens, as published. "all" holds every
+                first; whole captions may stand for names with tokens="last". The target of the
+                request is never one of them.
+            threshold: with tokens="own" or "last", a name whose vector has a larger cosine to a
+                kept one is dropped as a duplicate.
+            tokens: "own" holds the mean over a name's own tokens, as published. "last" holds the
+                last token of each prompt, as released for styles. "all" holds every
                 position of its prompts: also the begin, context and end tokens, which all prompts
                 share and which carry a change to every other concept.
             contexts: the prompts in which names are encoded; each must hold {concept}, and
                 {caption} runs through the sequence's. None is the sequence's target_prompt.
             energy: the subspace is spanned by the principal directions with this fraction of the
                 squared norm; 1 takes the columns themselves, as published.
+            earlier: whether the targets of earlier requests join the names, also where each request
+                starts from the untouched model and they are merged.
         """
         if contexts is not None:
             check_contexts(contexts, "reg.gradproj.contexts")
         self.apply, self.auxiliary, self.threshold = apply, auxiliary, threshold
         self.tokens, self.contexts, self.energy = tokens, contexts, energy
+        self.earlier = earlier
         self.acts_on = ("gradient",) if apply == "gradient" else ("step",)
 
     def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Choose the names, build P, and report the names used."""
         check_projected(scope, "reg.gradproj")
-        targets = [concept.name for concept in scope.request.targets]
-        earlier = earlier_targets(scope)
-        candidates = kept_names(scope, self.auxiliary)
+        targets = [concept.prompt_name for concept in scope.request.targets]
+        joining = scope.request.earlier if self.earlier else ()
+        earlier = [concept.prompt_name for concept in joining]
+        candidates = [name for name in kept_names(scope, self.auxiliary) if name not in earlier]
         if not candidates and not earlier:
             raise ValueError(
                 "reg.gradproj.auxiliary: no name is left beside the target and the retained "
                 "concepts; give more names"
             )
         contexts = [
-            context.replace("{caption}", caption)
-            for context in self.contexts or (scope.sequence.target_prompt,)
+            fill_caption(context, caption)
+            for context in self.contexts or scope.sequence.target_prompt
             for caption in (scope.sequence.captions if "{caption}" in context else [""])
         ]
         goals = concept_vectors(scope.model, targets, contexts[0])
         # a small vocabulary can be used up: then the earlier targets alone span the subspace
+        tokens: Literal["own", "last"] = "last" if self.tokens == "last" else "own"
         names = earlier + nearest_names(
-            scope.model, candidates, targets, contexts[0], self.auxiliary.number
+            scope.model, candidates, targets, contexts[0], self.auxiliary.number, tokens
         )
-        if self.tokens == "own":
+        if self.tokens != "all":
             columns = torch.cat(
-                [concept_vectors(scope.model, names, context) for context in contexts], dim=1
+                [concept_vectors(scope.model, names, context, tokens) for context in contexts],
+                dim=1,
             )
             kept = kept_columns(columns, self.threshold)
             columns = columns[:, kept]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from cu_runner.concepts.entries import read_file
+from cu_runner.concepts.templates import fill, fill_caption
 from cu_runner.methods.base import Batch, Method
 from cu_runner.models.parameters import is_cross_attention_kv
 from cu_runner.regularizers.base import Regularizer
@@ -172,7 +173,7 @@ class NullSpace(Regularizer):
         targets, earlier = (
             [text_vectors(scope.model, self.fill(scope, [name])).T.double() for name in group]
             for group in (
-                [concept.name for concept in scope.request.targets],
+                [concept.prompt_name for concept in scope.request.targets],
                 earlier_targets(scope),
             )
         )
@@ -196,7 +197,8 @@ class NullSpace(Regularizer):
 
     def kept_prompts(self, scope: Scope) -> tuple[list[str], dict[str, list[str]]]:
         """Return the names used, and the prompts of each source that has any."""
-        sequence, targets = scope.sequence, [concept.name for concept in scope.request.targets]
+        sequence = scope.sequence
+        targets = [concept.prompt_name for concept in scope.request.targets]
         names: list[str] = []
         if "names" in self.sources:
             candidates = kept_names(scope, self.names)
@@ -223,10 +225,10 @@ class NullSpace(Regularizer):
         """
         captions, contexts = (
             scope.sequence.captions,
-            self.contexts or (scope.sequence.target_prompt,),
+            self.contexts or scope.sequence.target_prompt,
         )
         filled = [
-            context.format(concept=name, caption=captions[(i + shift) % len(captions)])
+            fill(fill_caption(context, captions[(i + shift) % len(captions)]), concept=name)
             for shift in range(len(captions))
             for context in contexts
             for i, name in enumerate(names)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, PositiveInt
 from tqdm import tqdm
 
+from cu_runner.concepts.templates import fill
 from cu_runner.methods.base import Batch, Method
 from cu_runner.models.parameters import gradients, largest
 from cu_runner.models.sampling import sample_partly
@@ -60,20 +61,22 @@ def topk_mask(
     }
 
 
-def score_trajectory(scope: Scope, steps: int) -> None:
-    """Add to .grad that of sum ||e(x_t, c*) - sg e(x_t, c)||^2 over DDIM's timesteps and the
-    targets.
+def score_trajectory(
+    scope: Scope, method: Method[Batch], steps: int, prompts: Literal["bare", "training"]
+) -> None:
+    """Add to .grad that of the method's scored_loss over DDIM's timesteps and the targets.
 
-    The sum is over elements too, as in the released code for ConAbl, whatever the method in use.
     For each t a fresh noise is denoised from the start down to t, for the prompt of c* with
-    guidance 3, which takes steps (steps - 1) / 2 guided passes per target. Where the released code
-    has the bare names of concept and anchor, the training prompts of the sequence follow each other
-    from one t to the next.
+    guidance 3, which takes steps (steps - 1) / 2 guided passes per target. DDIM's timesteps have no
+    offset, as in the released code. "bare" prompts are those of the concept and of its anchor
+    alone, as released; "training" ones are the sequence's pairs, which follow each other from one t
+    to the next.
     """
     model = scope.model
     sampler = Sampler(steps, GUIDANCE, "DDIMScheduler")
     for number, concept in enumerate(scope.request.targets):
-        pairs = scope.sequence.training_pairs(concept)
+        bare = (fill(scope.sequence.bare_prompt, concept=concept.prompt_name), concept.anchor or "")
+        pairs = [bare] if prompts == "bare" else scope.sequence.training_pairs(concept)
         for step in tqdm(
             range(steps),
             desc=f"  score {concept.name}",
@@ -88,12 +91,18 @@ def score_trajectory(scope: Scope, steps: int) -> None:
                     2**62, (), generator=scope.rng.generator("selft", number * steps + step)
                 )
             )
-            noisy, timestep = sample_partly(model, [target], [seed], sampler, step)  # [1, C, H, W]
+            noisy, timestep = sample_partly(
+                model, [target], [seed], sampler, step, steps_offset=0
+            )  # [1, C, H, W]
             arguments = (noisy, timestep.expand(1))
             with torch.no_grad():
-                wanted = model.predict_noise(*arguments, model.encode_prompts([anchor]))
-            predicted = model.predict_noise(*arguments, model.encode_prompts([target]))
-            (predicted - wanted).pow(2).sum().backward()
+                wanted, empty = (
+                    model.predict_noise(*arguments, model.encode_prompts([prompt]))
+                    for prompt in (anchor, "")
+                )
+            with method.trained_pass(model):
+                predicted = model.predict_noise(*arguments, model.encode_prompts([target]))
+            method.scored_loss(predicted, wanted, empty).backward()
 
 
 class SelFT(Regularizer):
@@ -106,26 +115,30 @@ class SelFT(Regularizer):
         num_batches: PositiveInt = 10,
         steps: PositiveInt = 50,
         apply: Literal["gradient", "update"] = "gradient",
+        prompts: Literal["bare", "training"] = "bare",
     ) -> None:
         """
         Args:
             fraction: of all trained elements together that may move.
             scoring: "loss" takes the gradient of the method's own loss over its first batches, with
                 its retain term where it has one and its multipliers as they start; "trajectory"
-                that of ConAbl's summed loss along DDIM sampling of the target, as released.
+                that along DDIM sampling of the target, as released: of ConAbl's summed loss, for
+                ESD of its own.
             num_batches: with scoring="loss"; their gradients are summed.
             steps: of DDIM, with scoring="trajectory".
             apply: "gradient" masks before the optimiser, as released: weight decay still shrinks
                 what is masked. "update" puts masked elements back after the step, bitwise.
+            prompts: with scoring="trajectory", of the concept and its anchor alone ("bare", as
+                released) or those of training.
         """
         self.fraction, self.scoring, self.num_batches = fraction, scoring, num_batches
-        self.steps, self.apply = steps, apply
+        self.steps, self.apply, self.prompts = steps, apply, prompts
         self.acts_on = ("gradient",) if apply == "gradient" else ("step",)
 
     def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Score the weights, make the mask, and return its size."""
         if self.scoring == "trajectory":
-            score_trajectory(scope, self.steps)
+            score_trajectory(scope, method, self.steps, self.prompts)
         elif method.closed_form:
             raise ValueError(
                 "reg.selft.scoring=loss scores weights by the method's loss, and the method sets "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from cu_runner.config.compose import compose
 from cu_runner.config.run_config import RunConfig
-from cu_runner.evaluators.metrics import ENOUGH_UA
+from cu_runner.evaluators.metrics import ENOUGH_UA, with_face
 from cu_runner.reporting.code_differences import made_by_other_code
 from cu_runner.reporting.intervals import of_sum, over_images, over_seeds
 from cu_runner.reporting.table_spec import Experiment, Overrides, Table
@@ -71,13 +71,13 @@ def open_run(plan: RunConfig) -> RunRecord:
 def num_images(run: RunRecord, metric: str) -> int:
     """Return how many images of the last request a metric rests on.
 
-    UA, where faces are looked for, rests on those that show one.
+    UA, where faces are looked for, rests on those that show one; RA-I too where these alone count.
     """
     last = len(run.records) - 1
     run.require(last, PREDICTIONS)
     rows = run.predictions(last)
-    if metric == "UA" and "face" in rows:
-        rows = rows.loc[rows["face"] == 1]
+    if metric == "UA" or (metric == "RA_I" and "face_only" in rows):
+        rows = with_face(rows)
     sequence = run.config["sequence"]
     concepts = {"UA": run.unlearned(last), "RA_I": sequence["retain"]}
     concepts["RA_C_retained"] = concepts["RA_I"]

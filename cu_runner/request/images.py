@@ -40,30 +40,47 @@ class CaptionedImages:
     """Images of some prompts, made by the untouched model, each with one or more captions."""
 
     def __init__(
-        self, scope: Scope, *captions: list[list[str]], number: int, flip: bool = False
+        self,
+        scope: Scope,
+        captions: list[list[str]],
+        *further: list[list[str]] | list[list[tuple[str, ...]]],
+        number: int,
+        flip: bool = False,
     ) -> None:
         """
         Args:
-            captions: each [G][M] prompts. The images are made from the first; the others are
-                further texts for the same images.
+            captions: [G][M] prompts, from which the images are made.
+            further: each [G][M] more texts for the same images: prompts, or several prompts of
+                which a draw takes one at random.
             number: images per concept; image i is made from prompt i modulo M.
             flip: mirror half of the images left to right when they are drawn.
         """
         self._model, self.flip = scope.model, flip
         device = scope.model.device
-        self.latents = torch.stack([scope.anchors(prompts, number) for prompts in captions[0]]).to(
+        self.latents = torch.stack([scope.anchors(prompts, number) for prompts in captions]).to(
             device
         )  # [G, N, C, H, W]
         if flip:
             self.mirrored = torch.stack(
-                [scope.anchors(prompts, number, mirrored=True) for prompts in captions[0]]
+                [scope.anchors(prompts, number, mirrored=True) for prompts in captions]
             ).to(device)
+        # [kind][G], one Text of M prompts for each way of saying it
         self.texts = [
-            [scope.model.encode_prompts(prompts) for prompts in groups] for groups in captions
+            [
+                [
+                    scope.model.encode_prompts(list(ways))
+                    for ways in zip(*map(as_tuple, prompts), strict=True)
+                ]
+                for prompts in groups
+            ]
+            for groups in (captions, *further)
         ]
 
     def draw(self, generator: Generator, batch_size: int) -> NoisyBatch:
-        """Draw a batch by the generator alone: concept, image, timestep, noise, mirroring."""
+        """Draw a batch by the generator alone.
+
+        It draws concepts, images, timesteps, noise, mirroring, and one of several prompts.
+        """
         model, device = self._model, self._model.device
         concepts = torch.randint(len(self.latents), (batch_size,), generator=generator).tolist()
         images = torch.randint(self.latents.shape[1], (batch_size,), generator=generator).tolist()
@@ -75,15 +92,26 @@ class CaptionedImages:
         if self.flip:
             chosen = (torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5).to(device)
             clean = torch.where(chosen, self.mirrored[concepts, images], clean)
-        rows = [
-            (concept, image % len(self.texts[0][concept]))
-            for concept, image in zip(concepts, images, strict=True)
-        ]
-        texts = tuple(
-            Text.cat([groups[concept][row : row + 1] for concept, row in rows])
-            for groups in self.texts
-        )
+        texts = tuple(self._texts_of(groups, concepts, images, generator) for groups in self.texts)
         return NoisyBatch(model.add_noise(clean, noise, timesteps), noise, timesteps, texts)
+
+    def _texts_of(
+        self, groups: list[list[Text]], concepts: list[int], images: list[int], generator: Generator
+    ) -> Text:
+        """Return the text of each row's image, one of several at random where there are several."""
+        several, rows = len(groups[0]), [0] * len(concepts)
+        if several > 1:
+            rows = torch.randint(several, (len(concepts),), generator=generator).tolist()
+        chosen = [groups[concept][way] for concept, way in zip(concepts, rows, strict=True)]
+        places = [image % len(text) for image, text in zip(images, chosen, strict=True)]
+        return Text.cat(
+            [text[place : place + 1] for text, place in zip(chosen, places, strict=True)]
+        )
+
+
+def as_tuple(prompts: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Return several prompts as they are, and one as the only of them."""
+    return (prompts,) if isinstance(prompts, str) else prompts
 
 
 def diffusion_loss(model: DiffusionModel, batch: NoisyBatch) -> Tensor:
@@ -131,14 +159,13 @@ class RetainSet:
                 for concept in scope.request.targets
                 for _, anchor in sequence.training_pairs(concept)
             ]
-            names, captions = kept_names(scope, self.names), sequence.captions
+            names = kept_names(scope, self.names)
+            prompts = [sequence.prompts_naming(name) for name in names]
             # name i meets caption i first: a few prompts already hold every name and caption
             named = [
-                sequence.target_prompt.format(
-                    concept=name, caption=captions[(i + shift) % len(captions)]
-                )
-                for shift in range(len(captions))
-                for i, name in enumerate(names)
+                naming[(i + shift) % len(naming)]
+                for shift in range(len(sequence.captions))
+                for i, naming in enumerate(prompts)
             ]
             share = {"anchors": self.prompts, "both": (self.prompts + 1) // 2, "names": 0}[
                 self.source

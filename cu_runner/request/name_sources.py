@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import ConfigDict, PositiveInt
@@ -11,16 +12,18 @@ from cu_runner.concepts.entries import read_file, read_shipped
 from cu_runner.request.language_model import ask, find_model
 from cu_runner.request.scope import Scope
 
+MARKED = re.compile(r"\{([^{}]+)\}")
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class NameSource:
     """Where names come from.
 
     source: "vocabulary" of the sequence, a "list" that ships with the package, a "file" of the
-    user's with one name a line, or an "llm" that is asked for names related to the targets. name:
-    which list, the path of the file, or the folder of the language model. number: how many names at
-    most. retained: whether the retained concepts themselves may be among them (they are what RA-I
-    measures).
+    user's with one name a line (or a whole prompt with the name in braces), or an "llm" that is
+    asked for names related to the targets. name: which list, the path of the file, or the folder of
+    the language model. number: how many names at most. retained: whether the retained concepts
+    themselves may be among them (they are what RA-I measures).
     """
 
     source: Literal["vocabulary", "list", "file", "llm"] = "vocabulary"
@@ -42,26 +45,18 @@ def read_listed(source: Literal["list", "file"], name: str | None) -> list[str]:
 
 
 def normalized(name: str) -> str:
-    """Return a name for comparison: lower case, single spaces, no underscores of label lists."""
-    return " ".join(name.lower().replace("_", " ").split())
+    """Return a name for comparison: lower case, single spaces, no underscores of label lists.
 
-
-def check_template(template: str, key: str) -> None:
-    """Raise ValueError unless a prompt holds {concept}, and at most {caption} besides."""
-    try:
-        complete = "{concept}" in template and bool(template.format(concept="x", caption="y"))
-    except (KeyError, IndexError, ValueError):
-        complete = False
-    if not complete:
-        raise ValueError(
-            f"{key}: {template!r} must hold {{concept}}, and besides {{caption}} at most"
-        )
+    Of a prompt with one part in braces it is that part.
+    """
+    marked = MARKED.search(name)
+    return " ".join((marked[1] if marked else name).lower().replace("_", " ").split())
 
 
 def earlier_targets(scope: Scope) -> list[str]:
-    """Return what earlier requests unlearned, in order."""
+    """Return what the weights had unlearned before this request, in order; as prompts name it."""
     targets = {concept.name for concept in scope.request.targets}
-    return [concept.name for concept in scope.request.erased if concept.name not in targets]
+    return [concept.prompt_name for concept in scope.request.erased if concept.name not in targets]
 
 
 def kept_names(scope: Scope, source: NameSource) -> list[str]:
@@ -73,19 +68,19 @@ def kept_names(scope: Scope, source: NameSource) -> list[str]:
         ValueError: the source cannot be read.
     """
     if source.source == "vocabulary":
-        candidates = list(scope.sequence.vocabulary)
+        candidates = [scope.sequence.prompt_name(label) for label in scope.sequence.vocabulary]
     elif source.source == "llm":
         candidates = ask_for_names(scope, source.name, source.number)
     else:
         candidates = read_listed(source.source, source.name)
-    banned = [concept.name for concept in (*scope.request.targets, *scope.request.erased)]
+    banned = [*scope.request.targets, *scope.request.erased]
     if not source.retained:
-        banned += [concept.name for concept in scope.sequence.retain]
-    shut = {normalized(name) for name in banned}
+        banned += scope.sequence.retain
+    shut = {normalized(name) for concept in banned for name in (concept.name, concept.prompt_name)}
     return [name for name in candidates if normalized(name) not in shut]
 
 
 def ask_for_names(scope: Scope, path: str | None, number: int) -> list[str]:
     """Ask a language model for names of the domain that are related to the targets."""
-    targets = [concept.name for concept in scope.request.targets]
+    targets = [concept.prompt_name for concept in scope.request.targets]
     return ask(find_model(path), scope.sequence.domain, targets, number, str(scope.model.device))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Literal
 
+from cu_runner.concepts.sequence import KNOWN
+from cu_runner.concepts.templates import check_template, fill
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.parameters import is_cross_attention_kv
-from cu_runner.request.name_sources import check_template
 from cu_runner.request.scope import Scope
 from cu_runner.runtime.lazy import F, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+MARKED = re.compile(r"([^{}]*)\{([^{}]+)\}([^{}]*)")
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +39,34 @@ def principal_columns(C: Tensor, energy: float | None = None, *, rank: int | Non
     return directions[:, : most if rank is None else min(rank, most)].to(C.dtype)
 
 
-def concept_vectors(model: DiffusionModel, names: list[str], context: str) -> Tensor:
-    """Return the mean text-encoder output over each name's own tokens, [D, K].
+def in_context(name: str, context: str) -> tuple[str, str]:
+    """Return a prompt, and the part of it whose tokens stand for the name.
 
-    The names stand in `context`.
+    A name that is a whole prompt with one part in braces ("An image of a {cat}") brings its own
+    context; any other stands in `context`.
     """
-    prompts = [context.format(concept=name) for name in names]
-    hidden = model.encode_prompts(prompts).hidden
-    spans = [model.token_span(name, prompt) for name, prompt in zip(names, prompts, strict=True)]
+    if marked := MARKED.fullmatch(name):
+        before, part, after = marked.groups()
+        return f"{before}{part}{after}", part
+    return fill(context, concept=name), name
+
+
+def concept_vectors(
+    model: DiffusionModel, names: list[str], context: str, tokens: Literal["own", "last"] = "own"
+) -> Tensor:
+    """Return a text-encoder output of each name, [D, K]; the names stand in `context`.
+
+    tokens: "own" is the mean over the name's own tokens, "last" the last token of the prompt before
+    its end.
+    """
+    prompts, parts = zip(*(in_context(name, context) for name in names), strict=True)
+    hidden = model.encode_prompts(list(prompts)).hidden
+    if tokens == "last":
+        lengths = [len(model.tokenizer(prompt).input_ids) for prompt in prompts]
+        # a prompt that is cut ends with the end of text too
+        last = [min(length, hidden.shape[1]) - 2 for length in lengths]
+        return hidden[range(len(last)), last].T
+    spans = [model.token_span(part, prompt) for part, prompt in zip(parts, prompts, strict=True)]
     return torch.stack([hidden[row, span].mean(0) for row, span in enumerate(spans)], dim=1)
 
 
@@ -61,20 +85,26 @@ def text_vectors(model: DiffusionModel, prompts: list[str]) -> Tensor:
 
 def prompt_vectors(model: DiffusionModel, names: list[str], context: str) -> Tensor:
     """Return text_vectors of the names, each standing in `context`."""
-    return text_vectors(model, [context.format(concept=name) for name in names])
+    return text_vectors(model, [in_context(name, context)[0] for name in names])
 
 
 def nearest_names(
-    model: DiffusionModel, names: list[str], targets: list[str], context: str, number: int
+    model: DiffusionModel,
+    names: list[str],
+    targets: list[str],
+    context: str,
+    number: int,
+    tokens: Literal["own", "last"] = "own",
 ) -> list[str]:
     """Return at most `number` of the names, those nearest to a target first.
 
-    Nearness is the cosine of their own tokens' means in `context`.
+    Nearness is the cosine of concept_vectors, of the targets' own tokens.
     """
     if not names:
         return []
     units = [
-        F.normalize(concept_vectors(model, group, context), dim=0) for group in (names, targets)
+        F.normalize(concept_vectors(model, names, context, tokens), dim=0),
+        F.normalize(concept_vectors(model, targets, context), dim=0),
     ]
     nearness = (units[0].T @ units[1]).amax(1)
     return [names[i] for i in nearness.argsort(descending=True, stable=True)[:number].tolist()]
@@ -96,6 +126,6 @@ def check_projected(scope: Scope, key: str) -> None:
 def check_contexts(contexts: tuple[str, ...], key: str) -> None:
     """Raise ValueError unless there is one context, and each is a template of prompts."""
     for context in contexts:
-        check_template(context, key)
+        check_template(context, key, ("concept",), KNOWN)
     if not contexts:
         raise ValueError(f"{key} is empty; give at least one prompt with {{concept}}")

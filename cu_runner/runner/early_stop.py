@@ -10,8 +10,8 @@ from cu_runner.schema.settings import PlanSettings
 class EarlyStop:
     """Ends a request when UA has reached setting.stop_at, measured every setting.interval steps.
 
-    UA comes from the images and the classifier that judge the run afterwards: such a run is tuned
-    on them.
+    It also ends one whose UA did not become better for setting.patience_steps steps. UA comes from
+    the images and the classifier that judge the run afterwards: such a run is tuned on them.
     """
 
     def __init__(
@@ -30,6 +30,16 @@ class EarlyStop:
             return False
         self.seen.append({"step": step, "UA": self._measure()})
         last = self.seen[-setting.patience :]
-        return len(last) == setting.patience and all(
+        reached = len(last) == setting.patience and all(
             entry["UA"] >= setting.stop_at for entry in last
         )
+        return reached or self._stalls(step)
+
+    def _stalls(self, step: int) -> bool:
+        """Tell whether the best UA, of 0 at the start, is patience_steps old."""
+        best, since = 0.0, 0.0
+        for entry in self.seen:
+            if entry["UA"] > best:
+                best, since = entry["UA"], entry["step"]
+        patience = self._setting.patience_steps
+        return patience is not None and step - since >= patience

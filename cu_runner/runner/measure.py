@@ -136,6 +136,7 @@ class Instruments:
                 for image in sequence.evaluation_images(concepts)
             ],
             "sampler": sampler_key(model, self.settings),
+            "jpeg": self.settings.jpeg,
             "device": model.device.type,
             "torch": torch.__version__,
         }

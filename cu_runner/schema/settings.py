@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Precision = Literal["fp32", "bf16", "fp16"]
-ParameterGroup = Literal["kv_xattn", "xattn", "non_xattn", "full"]
+ParameterGroup = Literal["kv_xattn", "xattn", "non_xattn", "full", "non_xattn_layers", "layers"]
 # Beyond 1e30 float32 overflows inside the optimiser.
 StepSize = Annotated[float, Field(gt=0, le=1e30)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -59,9 +59,13 @@ class Sampler:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class EvalSettings(Sampler):
-    """How evaluation images are sampled, and how many together."""
+    """How evaluation images are sampled, and how many together.
+
+    jpeg: quality of the JPEG files as which images are judged; None judges them as they are.
+    """
 
     batch_size: PositiveInt
+    jpeg: Annotated[int, Field(ge=1, le=95)] | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -120,6 +124,8 @@ class PlanSettings:
     stop_at: Annotated[float, Field(gt=0, le=100)] | None = None
     interval: PositiveInt = 100  # steps between measurements of UA
     patience: PositiveInt = 1  # measurements in a row that must reach it
+    # steps without a better UA after which a request ends too; None is never
+    patience_steps: PositiveInt | None = None
     last_only: bool = False  # of simultaneous requests only the one for all concepts
 
 

@@ -54,7 +54,7 @@ TABLE = {
         50,
         25000,
         0.05,
-        "auxiliary_styles",
+        "painting_captions",
         ("selft_gradproj", "reg.selft.fraction", 0.30),
     ),
     (OBJECT, "conabl"): (
@@ -70,12 +70,19 @@ TABLE = {
         0.10,
         100,
         0.05,
-        "celebrities",
+        "auxiliary_styles_objects",
         ("selft_gradproj", "reg.selft.fraction", 0.10),
     ),
-    (STYLE, "sculpmem"): (1000, 10, 25000, None, "auxiliary_styles", None),
+    (STYLE, "sculpmem"): (1000, 10, 25000, None, "painting_captions", None),
     (OBJECT, "sculpmem"): (2000, 100, 25000, None, "auxiliary_styles_objects", None),
-    (SDXL, "esd"): (200, 5, 100, 0.40, "celebrities", ("gradproj_merge", "reg.merge.lam", 1.25)),
+    (SDXL, "esd"): (
+        200,
+        5,
+        100,
+        0.40,
+        "auxiliary_styles_objects",
+        ("gradproj_merge", "reg.merge.lam", 1.25),
+    ),
 }
 ROWS = pytest.mark.parametrize(("experiment", "method"), list(TABLE), ids=lambda part: part)
 
@@ -109,7 +116,10 @@ def test_gradient_projection(experiment, method):
         "retained": False,
     }
     assert value(plan, "reg.gradproj.apply") == "gradient"
-    assert value(plan, "reg.gradproj.tokens") == "own"
+    assert value(plan, "reg.gradproj.tokens") == ("last" if experiment == STYLE else "own")
+    assert value(plan, "reg.gradproj.earlier") is (experiment != STYLE)
+    context = "{concept}" if experiment == STYLE else "An image of a {concept}"
+    assert value(plan, "reg.gradproj.contexts") == [context]
     assert value(plan, "reg.gradproj.threshold") == 0.95
     assert value(plan, "reg.gradproj.energy") == 1
 
@@ -164,17 +174,17 @@ def test_merging(experiment, method):
 
 
 @pytest.mark.parametrize(
-    ("experiment", "method", "steps", "interval"),
+    ("experiment", "method", "steps", "interval", "patience_steps"),
     [
-        (STYLE, "conabl", 4000, 100),
-        (OBJECT, "conabl", 4000, 100),
-        (STYLE, "sculpmem", 6000, 100),
-        (OBJECT, "sculpmem", 8000, 100),
-        (SD14, "conabl", 12000, 100),
-        (SDXL, "esd", 200, 10),
+        (STYLE, "conabl", 4000, 100, 1000),
+        (OBJECT, "conabl", 4000, 100, 1000),
+        (STYLE, "sculpmem", 6000, 100, 3000),
+        (OBJECT, "sculpmem", 8000, 100, 3000),
+        (SD14, "conabl", 12000, 100, 20000),
+        (SDXL, "esd", 300, 10, 200),
     ],
 )
-def test_simultaneous(experiment, method, steps, interval):
+def test_simultaneous(experiment, method, steps, interval, patience_steps):
     plan = preset(experiment, f"method={method}", "setting=simultaneous")
     assert (plan.setting.stop_at, plan.setting.interval, plan.setting.patience) == (
         99.0,
@@ -182,6 +192,7 @@ def test_simultaneous(experiment, method, steps, interval):
         1,
     )
     assert plan.spine.train.steps == steps
+    assert plan.setting.patience_steps == patience_steps
 
 
 # ---------------------------------------------------------------------------------- common settings
@@ -225,17 +236,18 @@ def test_esd_on_sdxl():
     assert plan.method_name == "esd"
     assert (train.optimizer, train.lr, train.batch_size, train.weight_decay, train.grad_clip) == (
         "adam",
-        5e-5,
+        2e-4,
         1,
         0.0,
         0.0,
     )
     settings = plan.method.arguments
-    assert [settings[key] for key in ("variant", "eta", "guidance", "teacher")] == [
+    assert [settings[key] for key in ("variant", "eta", "guidance", "teacher", "trajectories")] == [
         "esd-x-strict",
         1.0,
         3.0,
         "previous",
+        "teacher",
     ]
 
 
@@ -245,7 +257,7 @@ def test_esd_on_sdxl():
         (STYLE, 512, 100, 9.0, None),
         (OBJECT, 512, 100, 9.0, None),
         (SD14, 512, 50, 7.5, "DDIMScheduler"),
-        (SDXL, 1024, 50, 7.5, "DDIMScheduler"),
+        (SDXL, 1024, 50, 7.5, None),
     ],
 )
 def test_sampling(experiment, resolution, steps, guidance, scheduler):
@@ -308,7 +320,11 @@ def test_styles():
     assert prompt == "A Architectures image in Cold_Warm style"
     pairs = sequence.training_pairs(sequence.targets[3])
     assert len(set(pairs)) == 200
-    assert all(target == f"{anchor}, in the style of Cold_Warm" for target, anchor in pairs)
+    for i, (target, anchor) in enumerate(pairs):
+        prepended = f"In Cold Warm Style, {anchor}"
+        assert target == (f"{anchor}, in Cold Warm Style." if i % 2 else prepended)
+    for ways, anchor in sequence.training_prompts(sequence.targets[5]):
+        assert ways == (f"In Van Gogh Style, {anchor}", f"{anchor}, in Van Gogh Style.")
 
 
 def test_objects():
@@ -330,13 +346,16 @@ def test_objects():
         anchors
         == "horse butterfly horse horse butterfly butterfly flower horse flower tree tree tree"
     )
-    for concept in sequence.targets:
+    singulars = "bear bird cat dog fish frog jellyfish rabbit sandwich statue tower waterfall"
+    for concept, singular in zip(sequence.targets, singulars.split(), strict=True):
+        assert concept.prompt_name == singular
         pairs = sequence.training_pairs(concept)
         assert len(set(pairs)) == 200
         assert all(
-            target == anchor.replace(f" {concept.anchor} ", f" {concept.name} ", 1)
+            target == re.sub(rf"\b{concept.anchor}\b", singular, anchor) != anchor
             for target, anchor in pairs
         )
+        assert all(re.search(rf"\b{singular}\b", target) for target, _ in pairs)
 
 
 def test_celebrities():

@@ -164,7 +164,7 @@ def test_the_prompt_is_the_name_and_all_targets_are_drawn(make_scope, sequence):
 def test_a_prompt_that_cannot_be_filled_in_is_refused(prompt):
     with pytest.raises(
         ValueError,
-        match=r"^method.prompt: .* must hold \{concept\}, and besides \{caption\} at most$",
+        match=r"^method.prompt: .* (lacks the|has the unknown) placeholder \{(concept|artist|)\}",
     ):
         ESD(prompt=prompt)
 
@@ -172,7 +172,12 @@ def test_a_prompt_that_cannot_be_filled_in_is_refused(prompt):
 # ----------------------------------------------------------------------------------------- variants
 @pytest.mark.parametrize(
     ("variant", "group"),
-    [("esd-x", "xattn"), ("esd-x-strict", "kv_xattn"), ("esd-u", "non_xattn"), ("esd-all", "full")],
+    [
+        ("esd-x", "xattn"),
+        ("esd-x-strict", "kv_xattn"),
+        ("esd-u", "non_xattn_layers"),
+        ("esd-all", "layers"),
+    ],
 )
 def test_a_variant_trains_its_group_and_nothing_else(make_scope, settings, model, variant, group):
     method = ESD(variant, sampler_steps=STEPS)

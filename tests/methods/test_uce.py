@@ -158,7 +158,7 @@ def test_an_exact_fit_makes_the_concept_act_like_its_anchor(make_scope, settings
     """One caption, nothing preserved, hardly a ridge: the prediction becomes the anchor's."""
     scope = make_scope()
     sequence = dataclasses.replace(
-        scope.sequence, captions=("tree",), target_prompt="a {caption} image {concept}"
+        scope.sequence, captions=("tree",), target_prompt=("a {caption} image {concept}",)
     )
     scope = dataclasses.replace(scope, sequence=sequence)
     model, draw = scope.model, torch.Generator().manual_seed(0)

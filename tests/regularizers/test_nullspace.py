@@ -329,7 +329,7 @@ def test_bad_settings_are_refused(make_scope, tmp_path):
         ({"rank": 3}, r"^reg.nullspace: rank=3 and energy=0.97; give exactly one"),
         ({"energy": None}, r"^reg.nullspace: rank=None and energy=None"),
         ({"sources": ()}, r"^reg.nullspace.sources is empty"),
-        ({"contexts": ("no place",)}, r"^reg.nullspace.contexts: 'no place' must hold"),
+        ({"contexts": ("no place",)}, r"^reg.nullspace.contexts: 'no place' lacks the placeholder"),
         ({"file": str(tmp_path / "gone")}, r"^reg.nullspace.file=.*gone: no such file"),
     ):
         with pytest.raises(ValueError, match=message):

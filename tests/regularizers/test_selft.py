@@ -130,7 +130,7 @@ def test_trajectory_scoring_by_hand(make_scope):
     """
     scope = trainable(make_scope())
     before = snapshot(scope.params)
-    score_trajectory(scope, 3)
+    score_trajectory(scope, METHOD, 3, "training")
     found = {name: parameter.grad for name, parameter in scope.params.items()}
     assert all(torch.equal(parameter, before[name]) for name, parameter in scope.params.items())
 

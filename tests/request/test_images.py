@@ -62,9 +62,9 @@ def test_fewer_images_than_prompts_take_prompts_from_the_whole_list(make_scope):
     retain, scope = RetainSet("both", prompts=40, images=6), make_scope()
     images = retain.images_of(scope)
     assert images.latents.shape[:2] == (1, 6)
-    assert len(images.texts[0][0]) == 6
+    assert len(images.texts[0][0][0]) == 6
     text = scope.model.encode_prompts(spread(retain.read(scope), 6)).hidden
-    assert torch.equal(images.texts[0][0].hidden, text)
+    assert torch.equal(images.texts[0][0][0].hidden, text)
 
 
 def test_a_list_or_file_that_cannot_be_read_is_refused_at_once(tmp_path):
