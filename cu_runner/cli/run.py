@@ -103,6 +103,8 @@ def run_job(config: DictConfig) -> None:
         if is_finished(store):
             logger.info("complete already; nothing to do")
         else:
+            for note in plan.notes:
+                logger.warning("%s", note)
             execute(plan, store, outputs, stop)
         if distributed.is_main():
             print_table(plan.directory / "metrics.csv")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from typing import cast
 
 import hydra
@@ -11,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cu_runner.config.command import refuse_long_keys
 from cu_runner.config.permissions import allowed_modules, refuse_unasked_pickles, searched_folders
-from cu_runner.config.resolvers import choice, regularizer_cell, tuned_cell
+from cu_runner.config.resolvers import choice, regularizer_cell, training_cell, tuned_cell
 from cu_runner.config.run_config import MISSING, RunConfig, check_run
 from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import ConfigError
@@ -48,25 +50,27 @@ def plain(config: object, *, resolve: bool = True) -> ConfigTree:
 def parse(config: DictConfig) -> RunConfig:
     """Check a composed configuration. Raises ConfigError."""
     overrides = list(HydraConfig.get().overrides.task)
-    for group in {"reg", "tuned"} & set(config):
+    for group in {"reg", "tuned", "training"} & set(config):
         if not isinstance(config[group], DictConfig):
             raise ConfigError(
                 f"{group}={config[group]}: is no mapping; a configuration file sets it as a whole"
             )
     chosen = [override.partition("=")[0].lstrip("+") for override in overrides]
-    for key in tuned_cell(config):
+    cells = {"tuned": tuned_cell(config), "training": training_cell(config)}
+    for folder, key in ((folder, key) for folder, cell in cells.items() for key in cell):
         if OmegaConf.select(config, key, default=MISSING) == MISSING:
             raise ConfigError(
-                f"conf/tuned: {key} is not a setting of this run; "
-                "correct the name in the tuned file"
+                f"conf/{folder}: {key} is not a setting of this run; "
+                f"correct the name in the {folder} file"
             )
         if key not in chosen and not reads_tuned(config, key):
             raise ConfigError(
-                f"conf/tuned: {key} does not read its tuned value; "
+                f"conf/{folder}: {key} does not read its {folder} value; "
                 f"write it as ${{tuned:{key},DEFAULT}} in its file"
             )
     resolved = plain(config)
-    resolved.pop("tuned", None)
+    for group in ("tuned", "training"):
+        resolved.pop(group, None)
     allowed = allowed_modules(overrides)
     if list(allowed) != resolved.pop("allow_modules"):  # a file must not vouch for itself
         raise ConfigError(
@@ -74,7 +78,25 @@ def parse(config: DictConfig) -> RunConfig:
         )
     refuse_unasked_pickles(resolved, overrides)
     tuned = not config.reg or "tuned" not in config or regularizer_cell(config) is not None
-    return check_run(resolved, choice("method"), tuned, allowed)
+    plan = check_run(resolved, choice("method"), tuned, allowed)
+    return dataclasses.replace(plan, notes=tuple(notes_on(config)))
+
+
+def notes_on(config: DictConfig) -> Iterator[str]:
+    """Yield what a person should know of the settings: those of another model, those of nobody."""
+    sequence, model, method = (choice(group) for group in ("sequence", "model", "method"))
+    models = OmegaConf.select(config, "tuned.models")
+    if models is not None and model not in models:
+        yield (
+            f"conf/tuned/{sequence}.yaml was made on model={', '.join(models)} and this run has "
+            f"model={model}: its step sizes and weights may destroy it; give train.lr=... yourself"
+        )
+    regularizers = "+".join(str(name) for name in config.reg)
+    if regularizers and regularizer_cell(config) is None:
+        yield (
+            f"conf/tuned has no settings of method={method} with reg={regularizers} for "
+            f"sequence={sequence}: those of conf/reg are taken, which may do little or too much"
+        )
 
 
 def reads_tuned(config: DictConfig, key: str) -> bool:

@@ -18,8 +18,12 @@ def choice(group: str) -> str:
 
 
 def tuned(key: str, default: object, *, _root_: DictConfig) -> object:
-    """Return a setting of conf/tuned for the chosen parts, or the default: `${tuned:KEY,2e-4}`."""
-    value = tuned_cell(_root_).get(key, default)
+    """Return a setting of conf/tuned for the chosen parts, or the default: `${tuned:KEY,2e-4}`.
+
+    Between the two stands what conf/training has for the model. A default of ??? is a setting that
+    each model has to bring.
+    """
+    value = {**training_cell(_root_), **tuned_cell(_root_)}.get(key, default)
     return OmegaConf.create(value) if isinstance(value, dict | list) else value
 
 
@@ -30,12 +34,22 @@ def tuned_cell(config: DictConfig) -> ConfigTree:
     return {key: value for cell in found for key, value in (cell or {}).items()}
 
 
+def training_cell(config: DictConfig) -> ConfigTree:
+    """Return what conf/training has for the model: by default, and for the method."""
+    cells = entries_of(config, "training")
+    return {**cells.get("default", {}), **cells.get(choice("method"), {})}
+
+
 def method_cells(config: DictConfig) -> dict[str, ConfigTree]:
     """Return all entries of conf/tuned for the chosen method."""
-    method = choice("method")
-    cells = config.tuned.get(method) if "tuned" in config else None
-    entries = OmegaConf.to_container(cells) if OmegaConf.is_config(cells) else cells
-    found = validate(dict[str, dict[str, object] | None], entries or {}, f"tuned.{method}")
+    return entries_of(config, "tuned", choice("method"))
+
+
+def entries_of(config: DictConfig, *keys: str) -> dict[str, ConfigTree]:
+    """Return the cells of a part of conf/tuned or conf/training by name; none where it is not."""
+    part = OmegaConf.select(config, ".".join(keys))
+    entries = OmegaConf.to_container(part) if OmegaConf.is_config(part) else part
+    found = validate(dict[str, dict[str, object] | None], entries or {}, ".".join(keys))
     return {name: cell or {} for name, cell in found.items()}
 
 

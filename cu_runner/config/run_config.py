@@ -40,6 +40,7 @@ class RunConfig:
     retention: None where what general prompts keep is not measured. tuned: whether conf/tuned has
     settings for this method with these regularizers, where it has any at all. resolved: what
     config.yaml of the run directory holds. allowed: the user's modules that a _target_ may name.
+    notes: what whoever starts the run should know of where its settings come from.
     """
 
     spine: Spine
@@ -54,6 +55,7 @@ class RunConfig:
     tuned: bool
     resolved: ConfigTree
     allowed: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def signature(self) -> str:

@@ -71,6 +71,7 @@ def forecast(plan: RunConfig) -> str:
     lines = [
         f"plan: {sequence}, method {plan.method_name}, reg {regularizers or 'none'}, "
         f"{plan.setting.plan}",
+        *(f"note: {note}" for note in plan.notes),
         *work_lines(work, done),
     ]
     if not (left := work[done:]):

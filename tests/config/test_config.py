@@ -22,7 +22,12 @@ FILES = sorted(path.relative_to(config_dir()).as_posix() for path in config_dir(
 def choose(file: str) -> list[str]:
     """The overrides that bring a file of conf/ into the composition."""
     group, _, name = file.removesuffix(".yaml").rpartition("/")
-    return {"": [], "tuned": [f"sequence={name}"], "local": []}.get(group, [f"{group}={name}"])
+    return {
+        "": [],
+        "tuned": [f"sequence={name}"],
+        "training": [f"model={name}"],
+        "local": [],
+    }.get(group, [f"{group}={name}"])
 
 
 PARTS = "package:shapecanvas/weights"
@@ -246,6 +251,9 @@ def test_an_unknown_tuned_key_is_refused(tmp_path):
 def test_shipped_tuned_cells_apply(file):
     tuned = yaml.safe_load((config_dir() / file).read_text(encoding="utf-8"))
     tuned.pop("defaults", None)
+    assert set(tuned.pop("models", [])) <= {
+        path.stem for path in (config_dir() / "model").iterdir()
+    }
     for method, cells in tuned.items():
         for name, cell in cells.items():
             special = {
@@ -287,3 +295,48 @@ def test_the_defaults_of_a_yaml_file_are_those_of_its_class(group):
             )
             checked += 1
     assert checked >= 20
+
+
+# ------------------------------------------------------------------- training settings of the model
+SD = ("model=sd15", "evaluator=imagenet", "evaluator.paths.object=/x", "evaluator.paths.scene=/x")
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "optimizer", "batch_size", "lr"),
+    [
+        ("conabl", 1000, "adamw", 4, 8e-6),
+        ("sculpmem", 1000, "adamw", 4, 8e-6),
+        ("esd", 200, "adam", 1, 5e-5),
+        ("erasediff", 1000, "adamw", 8, 1e-5),
+        ("rgd", 100, "adamw", 8, 1e-5),
+    ],
+)
+def test_a_model_brings_its_own_training_settings(method, steps, optimizer, batch_size, lr):
+    for model in ("sd14", "sd15", "sd21_base", "sdxl"):
+        plan = parse(compose(*SD, f"model={model}", "sequence=duge", f"method={method}"))
+        train = plan.spine.train
+        assert (train.steps, train.optimizer, train.batch_size) == (steps, optimizer, batch_size)
+        assert train.lr == lr
+        assert plan.notes == ()
+    assert parse(compose("sequence=smoke")).spine.train.lr == 2e-4
+    assert parse(compose(*SD, "sequence=duge", "train.lr=3e-6")).spine.train.lr == 3e-6
+
+
+def test_a_model_without_training_settings_asks_for_them(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [sd15]\n", encoding="utf-8")
+    search = f"hydra.searchpath=[file://{tmp_path}]"
+    given = ("train.steps=5", "train.lr=1e-5", "train.optimizer=adam", "train.weight_decay=0")
+    with pytest.raises(ConfigError, match=r"^not set, and without a default: train.batch_size; "):
+        parse(compose(*SD, search, "model=mine", "sequence=duge", *given))
+    plan = parse(compose(*SD, search, "model=mine", "sequence=duge", *given, "train.batch_size=2"))
+    assert (plan.spine.train.lr, plan.spine.train.batch_size) == (1e-5, 2)
+
+
+def test_a_run_notes_settings_of_another_model_and_settings_of_nobody():
+    (note,) = parse(compose("model=sd15", "sequence=shapecanvas_style")).notes
+    assert note.startswith("conf/tuned/shapecanvas_style.yaml was made on model=shapecanvas and ")
+    (note,) = parse(compose("sequence=smoke", "reg=[l2,gradproj]")).notes
+    assert note.startswith("conf/tuned has no settings of method=conabl with reg=l2+gradproj for ")
+    for quiet in ("reg=none", "reg=gradproj"):
+        assert parse(compose(quiet)).notes == ()
