@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from cu_runner.schema.secrets import refuse_secrets
+
 
 def read_prompts(key: str, path: str, needed: tuple[str, ...]) -> list[dict[str, str]]:
     """Read the rows of a CSV file with a header, stripped; a column `seed` holds whole numbers from
@@ -48,5 +50,6 @@ def read_prompts(key: str, path: str, needed: tuple[str, ...]) -> list[dict[str,
             raise ValueError(
                 f"{key}={path}: line {number}: seed {row['seed']!r} is no whole number from 0 on"
             )
+        refuse_secrets((f"{key}={path}: line {number}", value) for value in row.values())
         rows.append(row)
     return rows

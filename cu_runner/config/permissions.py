@@ -76,6 +76,8 @@ def complain(message: str) -> NoReturn:
 def check_trees(loader: ConfigLoader, overrides: list[str], mode: RunMode) -> None:
     """Refuse with ConfigError a file outside conf/ that sets anything of Hydra's own node.
 
+    So is a file outside of all trees, which would be written into config.yaml.
+
     Args:
         loader: knows conf/ and the tree of --config-dir.
         overrides: bring files in, and with hydra.searchpath further trees.
@@ -86,10 +88,13 @@ def check_trees(loader: ConfigLoader, overrides: list[str], mode: RunMode) -> No
     others += [
         FileConfigSource("hydra.searchpath", folder) for folder in searched_folders(overrides)
     ]
-    if not others:
-        return
     for entry in loader.compute_defaults_list("config", overrides, mode).defaults:
         file = entry.config_path or ""
+        if ".." in Path(file).parts or Path(file).is_absolute():
+            raise ConfigError(
+                f"{file}: a defaults list reaches out of the configuration trees; name a file "
+                "inside of them, and a tree of yours by --config-dir"
+            )
         for source in [] if ours.is_config(file) else others:  # ours comes first
             if source.is_config(file):
                 placed = OmegaConf.create({"_": {}})

@@ -24,7 +24,7 @@ from cu_runner.config.compose import parse, without_hydra
 from cu_runner.config.permissions import check_trees, refuse_permissions
 from cu_runner.runtime.provenance import git_commit
 from cu_runner.schema.errors import ConfigError, one_line
-from cu_runner.schema.secrets import refuse_secrets
+from cu_runner.schema.secrets import redact, refuse_secrets
 from cu_runner.schema.settings import Cluster, Paths
 from cu_runner.schema.validate import validate
 from cu_runner.schema.values import walk_leaves
@@ -123,7 +123,7 @@ def note_of(job: DictConfig) -> JobNote | None:
     try:
         plan = parse(without_hydra(job))
     except ValueError as error:
-        return replace(note, error=one_line(error))
+        return replace(note, error=redact(one_line(error)))
     if plan.spine.dry_run:
         return None
     return replace(note, run=str(plan.directory.absolute()), signature=plan.signature)

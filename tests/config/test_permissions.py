@@ -5,6 +5,7 @@ take a secret along.
 import json
 import sys
 from contextlib import nullcontext
+from urllib.parse import quote, quote_plus
 
 import pytest
 from commands import assert_one_line
@@ -15,12 +16,13 @@ from cu_runner.cli.evaluate import main as cu_eval
 from cu_runner.cli.failures import explain_error
 from cu_runner.cli.report import main as cu_report
 from cu_runner.cli.table import main as cu_table
+from cu_runner.concepts.prompt_csv import read_prompts
 from cu_runner.config import compose as config
 from cu_runner.config.permissions import check_command, refuse_unasked_pickles
 from cu_runner.config.run_config import check_run
 from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import ConfigError
-from cu_runner.schema.secrets import names_secret, redact
+from cu_runner.schema.secrets import names_secret, redact, refuse_secrets
 
 SECRETS = {
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
@@ -294,6 +296,9 @@ def test_names_of_secrets():
         "GITHUB_PAT",
         "AWS_ACCESS_KEY_ID",
         "MY_TOKEN_2",
+        "PGPASS",
+        "SITE_JWT",
+        "SESSION_COOKIE",
     ):
         assert names_secret(name), name
     for name in (
@@ -379,6 +384,51 @@ def test_a_list_that_holds_a_secret_is_refused(planted, in_process, tmp_path):
         ["names.txt, name 2: holds the value of the environment variable HF_TOKEN"],
     )
     assert SECRETS["HF_TOKEN"] not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
+
+
+AWKWARD = 'p@ss/w+rd "quoted" \\ \u00fc'
+SPELLED = {
+    "itself": AWKWARD,
+    "in an address": quote(AWKWARD, safe=""),
+    "partly encoded": AWKWARD.replace("@", "%40").replace(" ", "%20"),
+    "in a form": quote_plus(AWKWARD),
+    "in JSON": json.dumps(AWKWARD)[1:-1],
+    "in Python": repr(AWKWARD)[1:-1],
+}
+
+
+@pytest.mark.parametrize("text", SPELLED.values(), ids=SPELLED)
+def test_a_secret_is_known_however_it_is_spelled(monkeypatch, text):
+    monkeypatch.setenv("DB_PASSWORD", AWKWARD)
+    for entry in (("x", f"https://me:{text}@host"), (f"x.{text}", 1)):
+        with pytest.raises(ValueError, match=r"environment variable DB_PASSWORD, a secret"):
+            refuse_secrets([entry])
+    refuse_secrets([("x", "https://me:password@host")])
+    if text != SPELLED["partly encoded"]:
+        assert redact(f"-> {text}!") == "-> <DB_PASSWORD>!"
+
+
+def test_prompts_of_a_file_that_hold_a_secret_are_refused(planted, tmp_path):
+    (tmp_path / "mine.csv").write_text(f"prompt,seed\na,1\n{SECRETS['HF_TOKEN']},2\n")
+    with pytest.raises(ValueError, match=r"mine.csv: line 3: holds the value of .* HF_TOKEN"):
+        read_prompts("sequence.prompts", str(tmp_path / "mine.csv"), ("prompt", "seed"))
+
+
+@pytest.mark.parametrize(
+    "entry", ["../../outside@_here_", "../../outside@wandb", "/{}/outside@wandb", "/{}/outside"]
+)
+def test_a_defaults_list_does_not_reach_out_of_the_trees(in_process, tmp_path, entry):
+    (tmp_path / "outside.yaml").write_text("planted: here\n", encoding="utf-8")
+    (tmp_path / "tree/experiment").mkdir(parents=True)
+    entry = entry.format(tmp_path)
+    (tmp_path / "tree/experiment/mine.yaml").write_text(
+        f"# @package _global_\ndefaults:\n  - {entry}\n", encoding="utf-8"
+    )
+    arguments = (f"--config-dir={tmp_path}/tree", "experiment=mine")
+    for more in ([], ["--cfg", "job"], ["-m"]):
+        result = in_process(*more[:2], *arguments, *SMOKE, *more[2:])
+        assert_one_line(result, 2, ["out of the configuration"])
+    assert not (tmp_path / "outputs/runs").exists()
 
 
 def test_a_line_for_the_terminal_or_the_log_is_redacted(planted):
