@@ -94,7 +94,10 @@ def footnotes(table: Table, measured: pd.DataFrame, seeds: list[int]) -> list[st
     """Return what a reader must know of the numbers."""
     notes = ["One seed: there is no interval over seeds."]
     if len(seeds) > 1:
-        notes = [f"{len(seeds)} seeds: mean and 95% interval over them (Student's t)."]
+        notes = [
+            f"{len(seeds)} seeds: mean and 95% interval, over them (Student's t) or over their "
+            "images (Wilson's) where that is wider, within 0 and 100."
+        ]
     if not measured["comparable"].dropna().all():
         why = "less was forgotten, so the retention is not comparable"
         notes.append(f"{DAGGER} UA is under {ENOUGH_UA:.0f}: {why}.")

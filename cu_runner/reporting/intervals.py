@@ -35,6 +35,21 @@ def over_images(percent: float, num_images: int) -> tuple[float, float]:
     return 100 * low, 100 * high
 
 
+def widest(percent: float, half: float | None, images: tuple[float, float]) -> tuple[float, float]:
+    """Return the interval of a percentage: over seeds, but never narrower than that of its images.
+
+    A few seeds can agree by chance. It stays within 0 and 100; NaN of NaN.
+
+    Args:
+        half: of the interval over seeds; None of one seed.
+        images: both ends of that over images.
+    """
+    if math.isnan(percent):
+        return math.nan, math.nan
+    low, high = min(images[0], percent - (half or 0.0)), max(images[1], percent + (half or 0.0))
+    return max(low, 0.0), min(high, 100.0)
+
+
 def of_sum(terms: list[tuple[int, float, tuple[float, float]]]) -> tuple[float, float]:
     """Return the interval of a sum of independent numbers, from those of each.
 

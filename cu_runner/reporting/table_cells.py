@@ -10,7 +10,7 @@ from cu_runner.config.compose import compose
 from cu_runner.config.run_config import RunConfig
 from cu_runner.evaluators.metrics import ENOUGH_UA, with_face
 from cu_runner.reporting.code_differences import made_by_other_code
-from cu_runner.reporting.intervals import of_sum, over_images, over_seeds
+from cu_runner.reporting.intervals import of_sum, over_images, over_seeds, widest
 from cu_runner.reporting.table_spec import Experiment, Overrides, Table
 from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
@@ -91,7 +91,8 @@ class Measured:
     """A metric of a cell, in percent: our mean over seeds and the published number.
 
     ours: NaN where the runs do not measure the metric, None where runs are missing. half: of its
-    interval over seeds. images_low, images_high: its interval over the images of all seeds.
+    interval over seeds. images_low, images_high: its interval over the images of all seeds. low,
+    high: the wider of the two, within 0 and 100.
     comparable: UA of our cell is at least 95. tuned: the settings were searched for this method
     with these regularizers. other_code: a run of ours was made by other code than the first run of
     the table, or by several. source: of the published number. runs: their directories.
@@ -105,6 +106,8 @@ class Measured:
     half: float | None
     images_low: float | None
     images_high: float | None
+    low: float | None
+    high: float | None
     seeds: int
     comparable: bool | None
     tuned: bool
@@ -126,11 +129,14 @@ def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
         last = [run.table.iloc[-1] for run in cell.runs] if not cell.missing() else []
         for metric in table.metrics:
             number = published.get(metric)
-            mean = half = low = high = comparable = None
+            mean = half = comparable = None
+            images: tuple[float, float] | tuple[None, None] = (None, None)
+            ends: tuple[float, float] | tuple[None, None] = (None, None)
             if last:
                 mean, half = over_seeds([float(entry[metric]) for entry in last])
                 comparable = sum(float(entry["UA"]) for entry in last) / len(last) >= ENOUGH_UA
-                low, high = over_images(mean, len(last) * num_images(cell.runs[0], metric))
+                images = over_images(mean, len(last) * num_images(cell.runs[0], metric))
+                ends = widest(mean, half, images)
             row = Measured(
                 cell.method,
                 cell.column,
@@ -138,8 +144,10 @@ def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
                 metric,
                 ours=mean,
                 half=half,
-                images_low=low,
-                images_high=high,
+                images_low=images[0],
+                images_high=images[1],
+                low=ends[0],
+                high=ends[1],
                 seeds=len(last),
                 comparable=comparable,
                 tuned=cell.plans[0].tuned,
@@ -186,7 +194,7 @@ def orderings(measured: pd.DataFrame, tolerance: float) -> pd.DataFrame:
             high, low = (one, other) if one["paper"] > other["paper"] else (other, one)
             if high["paper"] - low["paper"] <= tolerance:
                 continue
-            ends = of_sum([(1, high["ours"], widest(high)), (-1, low["ours"], widest(low))])
+            ends = of_sum([(1, high["ours"], ends_of(high)), (-1, low["ours"], ends_of(low))])
             pair = Pair(
                 method=str(method),
                 column=str(column),
@@ -204,7 +212,7 @@ def orderings(measured: pd.DataFrame, tolerance: float) -> pd.DataFrame:
     return pd.DataFrame(pairs, columns=[field.name for field in fields(Pair)])
 
 
-def widest(entry: Mapping[Hashable, float]) -> tuple[float, float]:
-    """Return the ends of an interval: over images, or over seeds where that reaches further."""
-    half, ours = 0.0 if pd.isna(entry["half"]) else entry["half"], entry["ours"]
-    return min(entry["images_low"], ours - half), max(entry["images_high"], ours + half)
+def ends_of(entry: Mapping[Hashable, float]) -> tuple[float, float]:
+    """Return the ends of the interval of a row (Measured)."""
+    half = None if pd.isna(entry["half"]) else float(entry["half"])
+    return widest(float(entry["ours"]), half, (entry["images_low"], entry["images_high"]))

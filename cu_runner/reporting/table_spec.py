@@ -46,8 +46,8 @@ class Targets:
     sources: dict[str, str]
     values: dict[str, dict[str, dict[str, dict[str, float | str]]]]
 
-    def complaint(self, table: Table) -> str | None:
-        """Return what names no cell, metric or source, so that a published number would be lost."""
+    def complaints(self, table: Table) -> Iterator[str]:
+        """Yield what names no cell, metric or source, so that a published number would be lost."""
         methods = {name for experiment in table.experiments.values() for name in experiment.methods}
         for method, columns in self.values.items():
             places = [(method, methods), *((column, table.columns()) for column in columns)]
@@ -55,12 +55,11 @@ class Targets:
             for name, allowed in places:
                 if name not in allowed:
                     known = ", ".join(sorted(allowed))
-                    return f"targets.values: {name!r} is no part of this table; allowed: {known}"
+                    yield f"targets.values: {name!r} is no part of this table; allowed: {known}"
             for row, published in (entry for rows in columns.values() for entry in rows.items()):
                 for key, value in published.items():
                     if complaint := self._complaint_of(key, value, table):
-                        return f"targets.values: {row}: {complaint}"
-        return None
+                        yield f"targets.values: {row}: {complaint}"
 
     def _complaint_of(self, key: str, value: float | str, table: Table) -> str | None:
         """Return what is wrong with an entry of a published cell, or None."""
@@ -91,26 +90,28 @@ class Table:
         """Return the labels of the columns of all experiments."""
         return {column for experiment in self.experiments.values() for column in experiment.columns}
 
-    def complaint(self) -> str | None:
-        """Return what is wrong with it though every type is right, or None."""
-        if unknown := [metric for metric in self.metrics if metric not in NAMES]:
-            return f"metrics: {unknown[0]!r} is not a share of images; allowed: {', '.join(NAMES)}"
+    def complaints(self) -> Iterator[str]:
+        """Yield what is wrong with it though every type is right."""
+        for metric in self.metrics:
+            if metric not in NAMES:
+                yield f"metrics: {metric!r} is not a share of images; allowed: {', '.join(NAMES)}"
         for kind in ("metrics", "rows", "experiments"):
             if not getattr(self, kind):
-                return f"{kind}: empty; a table needs one at least"
+                yield f"{kind}: empty; a table needs one at least"
         for name, experiment in self.experiments.items():
             if not experiment.methods or not experiment.columns:
                 what = "methods or columns are empty; a table needs one of each at least"
-                return f"experiments: {name}: {what}"
+                yield f"experiments: {name}: {what}"
             if not re.fullmatch(r"[\w.-]+", name):
                 what = "becomes part of a file's name; give letters, digits, '_', '-' and '.' only"
-                return f"experiments: {name!r} {what}"
+                yield f"experiments: {name!r} {what}"
         columns = self.columns()
         for label, overrides in self.rows.items():
             if isinstance(overrides, dict) and set(overrides) != columns:
                 given, needed = ", ".join(overrides), ", ".join(sorted(columns))
-                return f"row {label!r} gives overrides for {given}; give them for {needed}"
-        return self.targets.complaint(self) if self.targets else None
+                yield f"row {label!r} gives overrides for {given}; give them for {needed}"
+        if self.targets:
+            yield from self.targets.complaints(self)
 
     def overrides(self) -> Iterator[Overrides]:
         """Return every list of overrides that the file holds."""
@@ -136,9 +137,9 @@ def read_table(name: str) -> tuple[str, Table]:
         raise ConfigError(f"{name}: {what}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    table = validate(Table, content, path.name)
+    table = validate(Table, content, path.name, every=True)
     for overrides in table.overrides():
         refuse_permissions(overrides, path.name)
-    if complaint := table.complaint():
-        raise ConfigError(f"{path.name}: {complaint}")
+    if complaints := list(dict.fromkeys(table.complaints())):
+        raise ConfigError(f"{path.name}: {'; '.join(complaints)}")
     return path.stem, table

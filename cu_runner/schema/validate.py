@@ -6,6 +6,7 @@ import json
 from typing import Any, TypeVar, overload
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from cu_runner.schema.errors import ConfigError
 
@@ -13,26 +14,32 @@ Kind = TypeVar("Kind")
 
 
 @overload
-def validate(kind: type[Kind], value: object, path: str) -> Kind: ...
+def validate(kind: type[Kind], value: object, path: str, *, every: bool = False) -> Kind: ...
 
 
 @overload  # of Annotated and unions, which are no classes, type checkers cannot say more
-def validate(kind: object, value: object, path: str) -> Any: ...
+def validate(kind: object, value: object, path: str, *, every: bool = False) -> Any: ...
 
 
-def validate(kind: Any, value: object, path: str) -> Any:
+def validate(kind: Any, value: object, path: str, *, every: bool = False) -> Any:
     """Validate one value against a type; ConfigError names the key, the value and what is allowed.
 
-    It is strict: true is no 1, and "2" is no 2.
+    It is strict: true is no 1, and "2" is no 2. every: says all that is wrong, not the first alone.
     """
     try:
         return TypeAdapter(kind).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        names = [part for part in first["loc"] if isinstance(part, str)]
-        key = ".".join([path] * bool(path) + names)
-        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            raise ConfigError(f"unknown key {key}; `cu-run --cfg job` prints every key") from None
-        message = first["msg"].removeprefix("Value error, ").replace("array", "list")
-        shown = key if isinstance(first["input"], dict) else f"{key}={first['input']!r}"
-        raise ConfigError(f"{shown}: {message[0].lower() + message[1:]}") from None
+        errors = error.errors()
+        found = [what_is_wrong(entry, path) for entry in (errors if every else errors[:1])]
+        raise ConfigError("; ".join(dict.fromkeys(found))) from None
+
+
+def what_is_wrong(error: ErrorDetails, path: str) -> str:
+    """Return the words for one of pydantic's errors."""
+    names = [part for part in error["loc"] if isinstance(part, str)]
+    key = ".".join([path] * bool(path) + names)
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown key {key}; `cu-run --cfg job` prints every key"
+    message = error["msg"].removeprefix("Value error, ").replace("array", "list")
+    shown = key if isinstance(error["input"], dict) else f"{key}={error['input']!r}"
+    return f"{shown}: {message[0].lower() + message[1:]}"

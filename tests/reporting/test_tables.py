@@ -3,6 +3,7 @@ of orderings, bad input.
 """
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from cu_runner.cli import fill_table, table
 from cu_runner.config.compose import compose
 from cu_runner.reporting import table_cells as tables
-from cu_runner.reporting.intervals import of_sum, over_images, over_seeds
+from cu_runner.reporting.intervals import of_sum, over_images, over_seeds, widest
 from cu_runner.reporting.table_spec import read_table
 from cu_runner.runtime.paths import shipped_dir
 from cu_runner.store.files import hash_json
@@ -165,6 +166,15 @@ def test_the_wider_interval_decides():
         "undecided",
         pytest.approx(10 - 128**0.5),
     )
+
+
+def test_an_interval_stays_within_0_and_100_and_is_no_narrower_than_that_of_the_images():
+    images = over_images(37.5, 192)
+    assert widest(37.5, 158.8, images) == (0.0, 100.0)
+    assert widest(37.5, 0.0, images) == images
+    assert widest(0.0, 0.0, over_images(0.0, 4)) == (0.0, pytest.approx(48.99, abs=0.01))
+    assert widest(37.5, None, images) == images
+    assert all(math.isnan(end) for end in widest(float("nan"), 1.0, (0.0, 1.0)))
 
 
 def test_near_0_percent_an_interval_reaches_up_only():
@@ -336,7 +346,7 @@ def test_seeds_become_mean_and_interval_in_every_format(cu_table, own_table, tmp
     status, out, err = cu_table(own_table(), "--seeds", "0,1,2")
     assert (status, err) == (0, "")
     marked = (
-        "96.0 \N{PLUS-MINUS SIGN} 0.0 \N{DOUBLE DAGGER} | 100 | 2.0 \N{PLUS-MINUS SIGN} 2.5 "
+        "96.0 (92.9 to 97.6) \N{DOUBLE DAGGER} | 100 | 2.0 (0.0 to 4.5) "
         "\N{DOUBLE DAGGER} | 15 | - | 45.5 |"
     )
     assert f"| sequential | {marked}" in out
@@ -345,9 +355,10 @@ def test_seeds_become_mean_and_interval_in_every_format(cu_table, own_table, tmp
     table = pd.read_csv(tmp_path / "outputs/tables/mine-smoke.csv").set_index("metric")
     assert table.loc["RA_I", ["ours", "half", "seeds"]].tolist() == [2.0, 2.484, 3]
     latex = (tmp_path / "outputs/tables/mine-smoke.tex").read_text()
-    assert "2.0 $\\pm$ 2.5$^\\ddagger$ & " in latex
+    assert table.loc["UA", ["low", "high"]].tolist() == [92.859, 97.601]  # Wilson's, of 288 images
+    assert "2.0 (0.0 to 4.5)$^\\ddagger$ & " in latex
     assert (
-        "{\\footnotesize 3 seeds: mean and 95\\% interval over them (Student's t).\\par}" in latex
+        "{\\footnotesize 3 seeds: mean and 95\\% interval, over them (Student's t) or over" in latex
     )
 
 
@@ -523,6 +534,28 @@ def test_bad_input_is_one_line(cu_table, arguments, message):
     assert status == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_all_that_is_wrong_with_a_file_is_said_at_once(cu_table, own_table):
+    wrong = own_table(
+        metrics=["UA", "FID", "KID"],
+        rows={"a": {"object": ["reg=none"]}, "b": []},
+        experiments={"bad name": {"model": "x", "methods": {}, "columns": {}}},
+    )
+    status, out, err = cu_table(wrong)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    for said in (
+        "metrics: 'FID' is not a share",
+        "metrics: 'KID' is not a share",
+        "experiments: bad name: methods or columns are empty",
+        "experiments: 'bad name' becomes part of a file's name",
+        "row 'a' gives overrides for object",
+    ):
+        assert said in err
+    wrong = own_table(metrics=7, rows=[], title=None)
+    status, out, err = cu_table(wrong)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert all(f"mine.yaml.{key}" in err for key in ("metrics", "rows", "title"))
 
 
 def test_a_table_file_is_checked(cu_table, own_table, tmp_path):
