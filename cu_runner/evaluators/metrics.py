@@ -18,6 +18,9 @@ FACE_COLUMNS: dict[Faceless, str] = {"excluded": "face", "forgotten": "face_only
 # Percent; a run below it has forgotten too little for its retention to be compared with that of
 # others.
 ENOUGH_UA = 95.0
+# Percent of the untouched model's images that must be recognised for anything to be measured; by
+# chance it is a few percent.
+RECOGNISED = 50.0
 
 
 def read_predictions(file: Path | BinaryIO) -> pd.DataFrame:
@@ -161,7 +164,8 @@ def step_metrics(
     """Compute the metrics of one step of a run, in percent, to a thousandth.
 
     They are those of metrics(), and UA_current: UA of the concept unlearned last; UA_previous: of
-    the others (their rebound). Where faces are looked for: faceless_unlearned and
+    the others (their rebound). Of the untouched model, which has unlearned nothing, UA is the base
+    rate: that of all targets. Where faces are looked for: faceless_unlearned and
     faceless_retained, the numbers of images without one.
     """
     retain, cross_retain = (
@@ -174,6 +178,9 @@ def step_metrics(
         retain,
         cross_retain if sequence.cross_domain in sequence.measured_domains else None,
     )
+    if not unlearned:
+        targets = [concept.name for concept in sequence.targets]
+        measured["UA"] = unlearning_accuracy(predictions, sequence.domain, targets)
     for name, concepts in (("UA_current", unlearned[-1:]), ("UA_previous", unlearned[:-1])):
         measured[name] = unlearning_accuracy(predictions, sequence.domain, concepts)
     if any(column in predictions for column in FACE_COLUMNS.values()):

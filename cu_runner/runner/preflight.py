@@ -18,6 +18,7 @@ from cu_runner.concepts.sequence import Sequence
 from cu_runner.config.run_config import RunConfig
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.evaluators.evaluate import check_labels
+from cu_runner.evaluators.metrics import RECOGNISED
 from cu_runner.methods.base import Method
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.parameters import select_parameters
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 Part = TypeVar("Part", DiffusionModel, Evaluator, Retention)
 Made = Generator[Finding, None, Part | None]
 
-RECOGNISED = 50.0  # percent of images that must be recognised: by chance it is a few percent
 SPARE_DISK = 1.2  # the disk must hold so many times what is expected
 SPARE_MEMORY = 1.1  # and memory so many times what the check took: in hours it is fragmented
 UNKNOWN = "; the model does not know these names, or the labels are in another order"

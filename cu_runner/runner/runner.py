@@ -20,7 +20,7 @@ import psutil
 from cu_runner.concepts.requests import Request
 from cu_runner.concepts.sequence import Concept
 from cu_runner.config.run_config import RunConfig
-from cu_runner.evaluators.metrics import unlearning_accuracy
+from cu_runner.evaluators.metrics import RECOGNISED, unlearning_accuracy
 from cu_runner.models.parameters import Drift, drift, snapshot, subtract
 from cu_runner.request.anchors import AnchorImages
 from cu_runner.request.scope import Scope
@@ -130,7 +130,14 @@ class Runner:
         started = time.monotonic()
         files, metrics = self.instruments.measure(0, [], "", self.cache)
         seconds = {"train": 0.0, "eval": time.monotonic() - started}
-        return self._commit(0, None, files, self._row(None, metrics, seconds), seconds, None)
+        step = self._commit(0, None, files, self._row(None, metrics, seconds), seconds, None)
+        if (weak := unrecognised(step.row)) and distributed.is_main():
+            logger.warning(
+                "   the untouched model is hardly recognised (%s): what it does not show cannot be "
+                "forgotten or kept. Check prompts and labels; cu-doctor with the same words helps",
+                ", ".join(weak),
+            )
+        return step
 
     def _serve(self, request: Request, steps: list[StepRecord]) -> StepRecord:
         """Serve one request: weights, unlearn, save, evaluate, commit."""
@@ -334,6 +341,21 @@ class Runner:
         folder = self.store.step_dir(step.index)
         training = (folder / TRAINING).read_bytes() if TRAINING in step.files else None
         self.tracker.log(step.row, (folder / GRID).read_bytes(), training)
+
+
+def unrecognised(row: Row) -> list[str]:
+    """Return what too few images of the untouched model show, with the percentage that does."""
+    ua, ra_i, ra_c = (row.metrics[name] for name in ("UA", "RA_I", "RA_C"))
+    shares = {
+        "targets": None if ua is None else 100 - ua,
+        "retained concepts": ra_i,
+        "the other domain": ra_c,
+    }
+    return [
+        f"{what} {share:.0f}%"
+        for what, share in shares.items()
+        if share is not None and share < RECOGNISED
+    ]
 
 
 def describe(row: Row, total: int) -> str:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -21,6 +22,7 @@ from conftest import SMOKE, run_directory
 from PIL import Image
 
 from cu_runner.cli.failures import explain_error
+from cu_runner.runner.runner import unrecognised
 from cu_runner.runtime.paths import config_dir
 
 COLUMNS = [
@@ -88,9 +90,26 @@ def test_metrics_csv(finished_run):
     assert table["train_steps"].tolist() == [0, 3, 3]
     assert table["drift_l2"][0] == table["step_l2"][0] == 0.0
     assert 0 < table["drift_l2"][1] == pytest.approx(table["step_l2"][1])
-    assert table["UA"].isna().tolist() == [True, False, False]
+    base = pd.read_csv(finished_run[1] / "steps/00/predictions.csv")
+    targets = base[base["style"].isin(["ember stripe", "glacier dot"])]
+    base_rate = 100 * (targets["style"] != targets["predicted_style"]).mean()
+    assert table["UA"][0] == base_rate  # of the targets, before anything is unlearned
+    assert table["UA_current"].isna().tolist() == [True, False, False]
     assert table["UA_previous"].isna().tolist() == [True, True, False]
     assert (table["peak_memory_mb"] < 2000).all()
+
+
+def test_a_base_that_is_hardly_recognised_is_said(in_process):
+    """After one step of sampling there is nothing to see."""
+    status, out, err = in_process(*SMOKE, "eval.steps=1", "eval.guidance=1")
+    assert status == 0
+    assert (
+        "untouched model is hardly recognised (targets 0%, retained concepts 0%, the " in out + err
+    )
+    row = SimpleNamespace(metrics={"UA": 49.0, "RA_I": 50.0, "RA_C": None})
+    assert unrecognised(row) == []
+    row.metrics |= {"UA": 51.0, "RA_C": 7.0}
+    assert unrecognised(row) == ["targets 49%", "the other domain 7%"]
 
 
 def test_predictions_csv(finished_run):

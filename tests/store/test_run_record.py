@@ -32,7 +32,8 @@ def test_what_a_run_directory_says(run_copy):
         assert run.table[name].tolist()[1:] == pytest.approx(saved[name].tolist()[1:], rel=1e-12), (
             name
         )
-    assert pd.isna(run.table["UA"][0])
+    assert run.table["UA"][0] == pytest.approx(saved["UA"][0])
+    assert pd.isna(run.table["UA_current"][0])
     assert [run.unlearned(index) for index in (0, 1, 2)] == [
         [],
         ["ember stripe"],
