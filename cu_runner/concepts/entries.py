@@ -11,6 +11,7 @@ from cu_runner.schema.secrets import refuse_secrets
 
 UNSEEN = "\ufeff\u200b\r"  # byte-order mark, space of no width, carriage return
 
+LARGEST_FILE = 16 * 10**6  # bytes
 LISTS = Path(__file__).parent / "lists"
 
 
@@ -55,6 +56,8 @@ def read_file(path: str | None) -> list[str]:
     file = Path(path or "").expanduser()
     if not file.is_file():
         raise ValueError(f"{path}: no such file; give a text file with one name a line")
+    if file.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{path}: has over {LARGEST_FILE // 10**6} MB; give fewer entries")
     try:
         names = parse_names(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from pathlib import Path
 
 from cu_runner.schema.secrets import refuse_secrets
+
+LARGEST_FILE = 64 * 10**6  # bytes
+MOST_ROWS = 200_000
 
 
 def read_prompts(key: str, path: str, needed: tuple[str, ...]) -> list[dict[str, str]]:
@@ -25,15 +29,19 @@ def read_prompts(key: str, path: str, needed: tuple[str, ...]) -> list[dict[str,
         raise ValueError(
             f"{key}={path}: no such file; give a CSV file with the columns {', '.join(needed)}"
         )
+    if file.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{key}={path}: has over {LARGEST_FILE // 10**6} MB; give fewer images")
     try:
         with file.open(encoding="utf-8-sig", newline="") as text:
             reader = csv.DictReader(text, strict=True)
-            lines = [(reader.line_num, row) for row in reader]
+            lines = [(reader.line_num, row) for row in itertools.islice(reader, MOST_ROWS + 1)]
             columns = reader.fieldnames or []
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{key}={path}: cannot be read as CSV in UTF-8 ({error})") from None
     if missing := [name for name in needed if name not in columns]:
         raise ValueError(f"{key}={path}: has no column {missing[0]}; needed: {', '.join(needed)}")
+    if len(lines) > MOST_ROWS:
+        raise ValueError(f"{key}={path}: has over {MOST_ROWS} rows; give fewer images")
     if not lines:
         raise ValueError(f"{key}={path}: holds no row below its header")
     rows = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from cu_runner.concepts.sequence import Concept, Sequence
@@ -14,26 +14,49 @@ PlanName = Literal["sequential", "independent", "simultaneous"]
 class Request:
     """One unlearning request.
 
-    index counts from 1. targets are trained on together; the last of them is the concept that the
-    request adds. erased is everything that the weights have unlearned when it is done. start: the
-    weights that it begins with. earlier: what the requests before it add, also where each starts
-    from the untouched model, as merging needs.
+    index counts from 1. plan: how requests follow one another. listed: what all requests of the run
+    add, in order, one each. is_only: it is the only request, and adds all of them.
     """
 
     index: int
-    targets: tuple[Concept, ...]
-    erased: tuple[Concept, ...]
-    start: Literal["base", "previous"]
-    earlier: tuple[Concept, ...] = ()
+    plan: PlanName
+    listed: tuple[Concept, ...]
+    is_only: bool = False
+
+    @property
+    def targets(self) -> tuple[Concept, ...]:
+        """Return what is trained on together; the last is the concept that the request adds."""
+        together = self.plan == "simultaneous"
+        return self.requested if together else (self.listed[self.index - 1],)
+
+    @property
+    def requested(self) -> tuple[Concept, ...]:
+        """Return what the requests up to this one add."""
+        return self.listed if self.is_only else self.listed[: self.index]
+
+    @property
+    def erased(self) -> tuple[Concept, ...]:
+        """Return everything that the weights have unlearned when it is done."""
+        return self.targets if self.plan == "independent" else self.requested
+
+    @property
+    def earlier(self) -> tuple[Concept, ...]:
+        """Return what the requests before it add.
+
+        That is also so where each starts from the untouched model, as merging needs. Simultaneous
+        requests train on it.
+        """
+        return () if self.plan == "simultaneous" else self.listed[: self.index - 1]
+
+    @property
+    def start(self) -> Literal["base", "previous"]:
+        """Return the weights that it begins with."""
+        return "previous" if self.plan == "sequential" else "base"
 
     @property
     def label(self) -> str:
         """Return the concept that it adds, or their number where it adds several."""
-        return (
-            self.targets[-1].name
-            if self.index >= len(self.targets)
-            else f"{len(self.targets)} concepts"
-        )
+        return f"{len(self.listed)} concepts" if self.is_only else self.requested[-1].name
 
 
 def plan_requests(sequence: Sequence, plan: PlanName, last_only: bool = False) -> list[Request]:
@@ -45,14 +68,6 @@ def plan_requests(sequence: Sequence, plan: PlanName, last_only: bool = False) -
     concepts: it needs none of those before it.
     """
     targets = sequence.targets
-    plans = {
-        "sequential": lambda n: Request(
-            n, (targets[n - 1],), targets[:n], "previous", targets[: n - 1]
-        ),
-        "independent": lambda n: Request(
-            n, (targets[n - 1],), (targets[n - 1],), "base", targets[: n - 1]
-        ),
-        "simultaneous": lambda n: Request(n, targets[:n], targets[:n], "base"),
-    }
-    requests = [plans[plan](n) for n in range(1, len(targets) + 1)]
-    return [replace(requests[-1], index=1)] if last_only else requests
+    if last_only:
+        return [Request(1, plan, targets, is_only=len(targets) > 1)]
+    return [Request(n, plan, targets) for n in range(1, len(targets) + 1)]

@@ -6,9 +6,10 @@ Sequence files are checked here. The values hold no model and no randomness.
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Annotated
 
 from pydantic import Field
@@ -151,18 +152,27 @@ class Sequence:
         They are the grid with cross_retain and seeds, or the user's own.
         """
         if self.images:
-            return [
-                image
-                for concept in concepts
-                for image in self.images
-                if image.concept == concept.name
-            ]
+            return [image for concept in concepts for image in self._images_of[concept.name]]
         return [
             ImagePrompt(self.evaluation_prompt(concept, cross), seed, concept.name, cross.name)
             for concept in concepts
             for cross in self.cross_retain
             for seed in self.seeds
         ]
+
+    def num_images(self, concept: Concept) -> int:
+        """Return by how many images a concept is measured."""
+        if self.images:
+            return len(self._images_of[concept.name])
+        return len(self.cross_retain) * len(self.seeds)
+
+    @cached_property
+    def _images_of(self) -> dict[str, list[ImagePrompt]]:
+        """Return the user's own images by concept."""
+        found: dict[str, list[ImagePrompt]] = defaultdict(list)
+        for image in self.images:
+            found[image.concept].append(image)
+        return found
 
     def evaluation_prompt(self, concept: Concept, cross: Concept) -> str:
         """Return the prompt of an image that shows both concepts."""
@@ -356,17 +366,18 @@ def read_images(sequence: Sequence, path: str) -> tuple[ImagePrompt, ...]:
         ImagePrompt(row["prompt"], int(row["seed"]), row["concept"], row.get(cross_domain, ""))
         for row in rows
     ]
-    known = [concept.name for concept in (*sequence.targets, *sequence.retain)]
+    known = dict.fromkeys(concept.name for concept in (*sequence.targets, *sequence.retain))
     if strangers := [image.concept for image in images if image.concept not in known]:
         raise ValueError(
             f"{key}={path}: {strangers[0]!r} is neither in sequence.targets nor in sequence.retain"
         )
-    if missing := [name for name in known if name not in {image.concept for image in images}]:
+    shown = {image.concept for image in images}
+    if missing := [name for name in known if name not in shown]:
         raise ValueError(
             f"{key}={path}: holds no image of {', '.join(missing)}; every target and retained "
             "concept needs one"
         )
-    if twice := [image for image in images if images.count(image) > 1]:
+    if twice := [image for image, count in Counter(images).items() if count > 1]:
         raise ValueError(
             f"{key}={path}: {twice[0].prompt!r} with seed {twice[0].seed} is there twice; it would "
             "be one image"

@@ -26,6 +26,7 @@ from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.secrets import refuse_secrets
 from cu_runner.schema.validate import validate
 from cu_runner.schema.values import ConfigTree, walk_leaves
+from cu_runner.schema.yaml_files import check_tree
 
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
 
@@ -55,6 +56,9 @@ def check_command(arguments: list[str]) -> None:
     if options.config_dir and not Path(options.config_dir).is_dir():
         raise ConfigError(f"--config-dir {options.config_dir}: no such directory")
     refuse_long_keys(options.overrides)
+    for folder in (options.config_dir, *searched_folders(options.overrides)):
+        if folder:
+            check_tree(Path(folder.removeprefix("file://")))
     path = create_config_search_path(str(config_dir()))
     if options.config_dir:
         tree = f"file://{Path(options.config_dir).absolute()}"

@@ -31,6 +31,7 @@ PLACES = ("model.path", "model.revision", "model.config")  # the weights there h
 # Characters of a run directory's name, which is also the id of its W&B run (128 at most); a number
 # may follow.
 LONGEST = 124
+LARGEST_NUMBER = 10**18  # no setting and no seed is beyond it
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,8 @@ def check_values(resolved: ConfigTree, method_name: str) -> None:
         asked = " ".join(f"{key}=..." for key in missing)
         raise ConfigError(f"not set, and without a default: {', '.join(missing)}; add {asked}")
     for path, value in leaves:
+        if isinstance(value, int) and abs(value) >= LARGEST_NUMBER:
+            raise ConfigError(f"{path}: a whole number of {len(str(value))} digits; at most 18")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{path}={value}: not a finite number; give a finite one")
 

@@ -20,6 +20,7 @@ from cu_runner.runtime.paths import shipped_dir
 from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.settings import STRICT
 from cu_runner.schema.validate import validate
+from cu_runner.schema.yaml_files import check_yaml
 
 Overrides = list[str]
 
@@ -129,6 +130,7 @@ def read_table(name: str) -> tuple[str, Table]:
     """
     own = name.endswith((".yaml", ".yml"))
     path = Path(name) if own else shipped_dir("tables") / f"{name}.yaml"
+    check_yaml(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

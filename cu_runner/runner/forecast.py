@@ -141,13 +141,15 @@ def plan_work(
         merging: whether every concept so far is measured, though each request unlearns one.
     """
 
-    def count(unlearned: Iterable[Concept]) -> int:
-        return len(sequence.evaluation_images([*unlearned, *sequence.retain]))
+    def count(concepts: Iterable[Concept]) -> int:
+        return sum(map(sequence.num_images, concepts))
 
-    work = [Work(0, "untouched model", "", 0, count(sequence.targets))]
+    retained, so_far = count(sequence.retain), 0
+    work = [Work(0, "untouched model", "", 0, count(sequence.targets) + retained)]
     for request in requests:
-        so_far = [each.targets[-1] for each in requests[: request.index]]
-        images = count(so_far if merging else request.erased)
+        added = count(request.listed if request.is_only else [request.listed[request.index - 1]])
+        so_far += added
+        images = retained + (added if request.plan == "independent" and not merging else so_far)
         work.append(Work(request.index, request.label, request.start, train_steps, images))
     return work
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import zipfile
 import zlib
 from pathlib import Path
@@ -17,10 +18,13 @@ from cu_runner.store.run_record import RunRecord
 MANIFEST = "manifest.json"
 TEXTS = (CONFIG, TABLE, SUMMARY)
 
+# What is packed is images, numbers and weights: they become little smaller.
+LARGEST_RATIO = 100
 # All that zipfile raises.
 ZIP_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
+    lzma.LZMAError,
     ValueError,
     EOFError,
     OSError,
@@ -86,6 +90,12 @@ def unpack(source: Path, folder: Path) -> Path:
             for name in (root, *hashes):
                 if set(name.split("/")) & {"", ".", ".."} or "\\" in name or "\0" in name:
                     raise StoreError(f"{source}: {name!r} in it is no name of a packed file")
+            size = sum(entry.file_size for entry in archive.infolist())
+            if size > LARGEST_RATIO * source.stat().st_size:
+                raise StoreError(
+                    f"{source}: unpacks to {size / 1e6:.0f} MB, over {LARGEST_RATIO} times its "
+                    "size; no packed run does"
+                )
             for name, expected in hashes.items():
                 there = f"{root}/{name}" in archive.namelist()
                 content = archive.read(f"{root}/{name}") if there else b""
