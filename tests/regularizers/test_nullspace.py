@@ -307,9 +307,7 @@ def test_a_scaled_step_moves_the_targets_text_as_much_as_an_unprojected_one(make
 
 def test_requests_with_several_targets_move_one_direction_for_each(make_scope):
     scope = make_scope()
-    both = dataclasses.replace(
-        scope.request, targets=scope.sequence.targets, erased=scope.sequence.targets
-    )
+    both = dataclasses.replace(scope.request, index=2, plan="simultaneous")
     regularizer = NullSpace(scaled=False)
     record = begun(regularizer, dataclasses.replace(scope, request=both))
     assert regularizer._projector.trace().item() == pytest.approx(2, abs=1e-4)
