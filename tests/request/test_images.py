@@ -122,10 +122,8 @@ def test_each_of_two_templates_is_drawn_about_half_of_the_time(make_scope):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize(
-    "further", [["a fish image", "a cup image"], [("a fish image",), ("a cup image",)]]
-)
-def test_one_template_draws_what_was_drawn_before_there_were_several(make_scope, flip, further):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_one_template_draws_what_was_drawn_before_there_were_several(make_scope, flip, wrapped):
     """Concepts, images, timesteps, noise, mirroring: in this order, and nothing after them."""
     scope = make_scope()
     model, latents = scope.model, scope.anchors([], 4)
