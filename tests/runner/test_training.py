@@ -191,7 +191,7 @@ def test_patience_in_steps_against_a_plain_loop():
     draw, ends = random.Random(0), []
     for _ in range(400):
         interval = draw.choice([1, 10, 100])
-        stop_at, patience = draw.choice([50.0, 99.0]), interval * draw.randint(1, 5)
+        stop_at, patience = draw.choice([50.0, 99.0]), interval * draw.randint(1, 14)
         # not always a multiple of the interval
         patience -= draw.choice([0, interval // 2])
         setting = PlanSettings("simultaneous", stop_at, interval=interval, patience_steps=patience)
