@@ -270,10 +270,8 @@ def top(size: torch.Tensor, count: int) -> list[int]:
     return size.argsort(descending=True, stable=True)[:count].tolist()
 
 
-def plain(
-    script, steps: int, mask: str, schedule: str, *, warmup, interval, exchanged, epoch_steps
-):
-    """The released loop, written anew: AdamW by its formula; weights and masks after every step."""
+def plain(script, steps: int, mask: str, schedule: str, warmup, interval, exchanged, epoch_steps):
+    """The released loop, AdamW by its formula; weights and masks after every step."""
     weights = start_weights()
     first, second = ({n: torch.zeros(s) for n, s in SHAPES.items()} for _ in range(2))
     gathered, active = {n: torch.zeros(s).flatten() for n, s in SHAPES.items()}, {}
