@@ -406,3 +406,28 @@ def test_two_targets_have_epochs_twice_as_long(make_scope, sequence):
     assert found.exchanges() == list(range(2, 10))
     found = Script(scope, method, 12, scripted_gradients(12))  # 2 steps; int(4.8) = 4 of 6
     assert found.exchanges() == list(range(2, 9))
+
+
+@pytest.mark.parametrize(
+    ("loss_sum", "border", "begin_token"),
+    [("channels", "kept", "trained"), ("mean", "masked", "trained"), ("mean", "kept", "detached")],
+)
+def test_the_options_of_conabl_reach_its_loss(make_scope, loss_sum, border, begin_token):
+    scope = make_scope()
+    options = {"loss_sum": loss_sum, "border": border, "begin_token": begin_token}
+    method = SculpMem(loss="noise", num_anchors=4, warmup=1, **options)
+    method.begin_request(scope)
+    for parameter in scope.params.values():
+        parameter.requires_grad_(True)
+    batch, inner = method.batch(scope, 0), slice(1, -1) if border == "masked" else slice(None)
+    loss, _ = method.loss(scope, batch)
+    predicted = scope.model.predict_noise(batch.noisy, batch.timesteps, batch.texts[1])
+    error = (predicted - batch.noise).square()[:, :, inner, inner]
+    expected = error.sum(1).mean() if loss_sum == "channels" else error.mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    pairs = zip(
+        *(torch.autograd.grad(one, list(scope.params.values())) for one in (loss, expected)),
+        strict=True,
+    )
+    same = [torch.allclose(one, other, rtol=1e-4, atol=1e-7) for one, other in pairs]
+    assert all(same) == (begin_token == "trained")
