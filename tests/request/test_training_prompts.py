@@ -138,7 +138,7 @@ def test_a_prompt_name_is_the_label_with_spaces_or_the_one_that_is_given():
         (" {caption}", "Dog", " dog"),
         ("{caption}", "A {concept}", "A {concept}"),
         ("no place", "A dog.", "no place"),
-        ("{concept}: {caption}", "Élan", "{concept}: élan"),
+        ("{concept}: {caption}", "\u00c9lan", "{concept}: \u00e9lan"),
     ],
 )
 def test_a_caption_gets_a_small_letter_behind_words_and_no_full_stop_before_them(
