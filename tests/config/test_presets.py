@@ -498,6 +498,45 @@ def test_generic_lists_name_no_concept(captions, labels):
         assert not found, label
 
 
+SINGULAR = {
+    "Architectures": "architecture",
+    "Bears": "bear",
+    "Birds": "bird",
+    "Butterfly": "butterfly",
+    "Cats": "cat",
+    "Dogs": "dog",
+    "Fishes": "fish",
+    "Flame": "flame",
+    "Flowers": "flower",
+    "Frogs": "frog",
+    "Horses": "horse",
+    "Human": "human",
+    "Jellyfish": "jellyfish",
+    "Rabbits": "rabbit",
+    "Sandwiches": "sandwich",
+    "Sea": "sea",
+    "Statues": "statue",
+    "Towers": "tower",
+    "Trees": "tree",
+    "Waterfalls": "waterfall",
+}
+
+
+@pytest.mark.parametrize("anchor", ["horse", "butterfly", "flower", "tree"])
+def test_captions_of_an_anchor_hold_its_word_once_and_no_other_object(anchor):
+    captions = read_shipped(f"{anchor}_captions")
+    assert len(captions) == len({caption.lower() for caption in captions}) == 200
+    plurals = {
+        word: word[:-1] + "ies" if word.endswith("y") else word + "s" for word in SINGULAR.values()
+    } | {"fish": "fishes", "jellyfish": "jellyfishes", "sandwich": "sandwiches"}
+    others = {*plurals, *plurals.values(), *map(str.lower, SINGULAR)} - {anchor}
+    assert sorted(SINGULAR) == read_shipped("unlearncanvas_objects")
+    for caption in captions:
+        words = re.findall(r"[a-z0-9]+", caption.lower())
+        assert words.count(anchor) == 1, caption
+        assert not others & set(words), caption
+
+
 def test_people_in_lists():
     sequence = sequence_of(SD14)
     concepts = {concept.name for concept in (*sequence.targets, *sequence.retain)}

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 import safetensors.torch
@@ -13,21 +14,26 @@ import timm
 import torch
 import transformers
 from conftest import read_conf
+from PIL import Image
 
 from cu_runner.concepts.sequence import make_sequence
+from cu_runner.evaluators.base import Evaluator
 from cu_runner.evaluators.classifier import Classifier
-from cu_runner.evaluators.evaluate import evaluate
+from cu_runner.evaluators.evaluate import evaluate, through_jpeg
 from cu_runner.evaluators.faces import FaceSettings
 from cu_runner.evaluators.labels import read_labels
 from cu_runner.evaluators.metrics import metrics, read_predictions, step_metrics
 from cu_runner.evaluators.open_clip import OpenClip
 from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.image_text import ImageTextSource, load_image_text
+from cu_runner.runner.measure import Instruments
+from cu_runner.runtime.code_identity import identify
 from cu_runner.schema.errors import ModelError, WeightFileError
 from cu_runner.schema.settings import EvalSettings
 from cu_runner.shapecanvas.objects import OBJECTS
 from cu_runner.shapecanvas.render import render
 from cu_runner.shapecanvas.styles import STYLES
+from cu_runner.store.cache import Cache
 
 HALF = [0.5, 0.5, 0.5]
 PREPROCESSING = {"size": 32, "mean": HALF, "std": HALF}
@@ -485,6 +491,116 @@ def test_unlearning_accuracy_is_over_images_with_a_face(tmp_path):
     assert metrics(rows, ["b"], ["r"], ["hall"])["UA"] is None
     with pytest.raises(ValueError, match="predictions hold no image of q"):
         metrics(rows, ["b", "q"], ["r"], ["hall"])
+
+
+@pytest.mark.parametrize(("faceless", "column"), [("excluded", "face"), ("forgotten", "face_only")])
+def test_predictions_say_what_images_without_a_face_count_for(
+    detector, model, sequence, tmp_path, faceless, column
+):
+    settings = EvalSettings(2, 2.5, None, batch_size=8)
+    concepts = [*sequence.targets, *sequence.retain]
+    found = {}
+    for classes, face in ((("face",), 1), (("cat",), 0)):
+        faces = FaceSettings(path=detector, domain="style", classes=classes)
+        judge = Classifier(
+            **read_conf("evaluator/shapecanvas.yaml"), faces=faces, faceless=faceless
+        )
+        rows = evaluate(model, judge, sequence, concepts, 1, settings).predictions
+        rows.to_csv(tmp_path / "predictions.csv", index=False)
+        header = (tmp_path / "predictions.csv").read_text().splitlines()[0].split(",")
+        assert [name for name in header if name.startswith("face")] == [column]
+        rows = read_predictions(tmp_path / "predictions.csv")
+        assert rows[column].tolist() == [face] * 8
+        found[face] = step_metrics(rows, [target.name for target in sequence.targets], sequence)
+    # not one face: nothing is known of UA, or everything is forgotten
+    assert found[0]["UA"] == (None if faceless == "excluded" else 100.0)
+    assert found[0]["RA_I"] == 0.0
+    assert found[0]["faceless_unlearned"] == found[0]["faceless_retained"] == 4
+    assert found[1]["faceless_unlearned"] == found[1]["faceless_retained"] == 0
+
+
+def test_what_faceless_images_count_for_is_part_of_the_fingerprint(detector):
+    faces = FaceSettings(path=detector, domain="style")
+    conf = read_conf("evaluator/shapecanvas.yaml")
+    prints = [
+        Classifier(**conf, faces=faces, faceless=faceless).fingerprint()
+        for faceless in ("excluded", "forgotten")
+    ]
+    assert prints[0] != prints[1]
+
+
+# --------------------------------------------------------------------------------------------- JPEG
+class Seeing(Evaluator):
+    """Notes the images that another evaluator gets."""
+
+    def __init__(self, judge: Evaluator) -> None:
+        self.judge, self.images = judge, []
+
+    def predict(self, images):
+        self.images.append(images)
+        return self.judge.predict(images)
+
+    def labels(self):
+        return self.judge.labels()
+
+    def fingerprint(self):
+        return self.judge.fingerprint()
+
+
+def as_files(pictures: torch.Tensor, folder, quality: int) -> torch.Tensor:
+    """Images [B, 3, S, S] in 0..1 as PIL reads them from the files that it wrote."""
+    read = []
+    for picture in pictures:
+        pixels = np.rint(picture.numpy().transpose(1, 2, 0) * 255).astype("uint8")
+        Image.fromarray(pixels).save(folder / "image.jpg", quality=quality)
+        with Image.open(folder / "image.jpg") as file:
+            read.append(torch.from_numpy(np.asarray(file).transpose(2, 0, 1) / np.float32(255)))
+    return torch.stack(read)
+
+
+def test_through_jpeg_is_what_a_file_gives(images, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    wide, large = (torch.rand(1, 3, *size, generator=draw) for size in ((24, 40), (200, 200)))
+    for pictures in (images[0][:4], wide, large):
+        results = []
+        for quality in (10, 75, 95):
+            found = through_jpeg(pictures, quality)
+            expected = as_files(pictures, tmp_path, quality)
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+            results.append((found - pictures).abs().mean().item())
+        assert results[0] > results[1] > results[2] > 1e-4
+
+
+def test_the_evaluator_judges_what_jpeg_left(model, evaluator, sequence, tmp_path):
+    concepts, seen = [*sequence.targets, *sequence.retain], {}
+    for jpeg in (None, 75):
+        judge = Seeing(evaluator)
+        settings = EvalSettings(2, 2.5, None, batch_size=3, jpeg=jpeg)
+        rows = evaluate(model, judge, sequence, concepts, 1, settings).predictions
+        seen[jpeg] = torch.cat(judge.images)
+        labels = evaluator.predict(seen[jpeg])["style"]
+        assert rows["predicted_style"].tolist() == labels.labels
+        assert rows["score_style"].tolist() == pytest.approx(labels.scores, abs=1e-4)
+    assert len(seen[None]) == 8
+    expected = as_files(seen[None], tmp_path, 75)
+    torch.testing.assert_close(seen[75], expected, rtol=0, atol=1e-7)
+    assert (seen[75] - seen[None]).abs().mean() > 1e-3
+
+
+def test_images_of_the_untouched_model_are_kept_by_jpeg_quality(
+    model, evaluator, sequence, tmp_path
+):
+    cache, seen = Cache(tmp_path, identify()), Seeing(evaluator)
+    judged = []
+    for jpeg in (None, 75, 20, 75):
+        settings = EvalSettings(2, 2.5, None, batch_size=8, jpeg=jpeg)
+        instruments = Instruments(model, seen, sequence, None, settings, "model", "judge")
+        files, _ = instruments.measure(0, [], "base", cache)
+        judged.append(files["predictions.csv"])
+    assert len(list((tmp_path / "base_eval").iterdir())) == len(seen.images) == 3
+    assert judged[1] == judged[3]
+    assert len(set(judged)) == 3
 
 
 # ------------------------------------------------------------------------------ images of one's own

@@ -110,3 +110,65 @@ def test_names_that_look_like_numbers_or_gaps_stay_text(tmp_path):
         "score_style": 0.5,
     }
     assert accuracy_per_concept(rows, "style") == {"NA": 100.0}
+
+
+# -------------------------------------------------------------------------------------------- faces
+# who, predicted, whether the image shows a face; the label of one without is ""
+SHOWN = [
+    ("a", "a", 1),
+    ("a", "x", 1),
+    ("a", "a", 1),
+    ("a", "", 0),  # 2 of 3 with a face, of 4
+    ("b", "", 0),
+    ("b", "", 0),  # none
+    ("c", "x", 1),
+    ("c", "", 0),  # 0 of 1
+    ("r", "r", 1),
+    ("r", "", 0),
+    ("r", "", 0),
+    ("r", "x", 1),  # 1 of 2 with a face, of 4
+    ("s", "", 0),  # none
+    ("t", "t", 1),  # 1 of 1
+]
+
+
+def faces(column: str) -> pd.DataFrame:
+    rows = pd.DataFrame(SHOWN, columns=["who", "predicted_who", column])
+    scenes = ["hall", "park"] * 7
+    return rows.assign(scene=scenes, predicted_scene=["hall"] * 14)
+
+
+@pytest.mark.parametrize(
+    ("column", "unlearned", "ua"),
+    [
+        # released: correct / with a face, 0 of a name without any
+        ("face_only", ["a", "b", "c"], 100 - (200 / 3 + 0 + 0) / 3),
+        ("face_only", ["a"], 100 / 3),
+        ("face_only", ["b"], 100.0),
+        # a name without any face leaves UA alone
+        ("face", ["a", "b", "c"], 100 - (200 / 3 + 0) / 2),
+        ("face", ["a"], 100 / 3),
+        ("face", ["b"], None),
+    ],
+)
+def test_a_name_without_a_face_is_forgotten_or_left_out(column, unlearned, ua):
+    found = metrics(faces(column), unlearned, ["r", "s", "t"], ["hall", "park"])
+    assert found["UA"] == (None if ua is None else pytest.approx(ua))
+    # with faces alone r has 1 of 2, s none, t 1 of 1; else r 1 of 4, s 0 of 1
+    kept = (50 + 0 + 100) / 3 if column == "face_only" else (25 + 0 + 100) / 3
+    assert found["RA_I"] == pytest.approx(kept)
+    assert (found["RA_C"], found["RA_C_retained"]) == (50.0, 50.0)  # scenes need no face
+
+
+@pytest.mark.parametrize("column", ["face", "face_only"])
+def test_a_name_without_an_image_is_an_error_in_both(column):
+    for unlearned, retain in ((["a", "q"], ["r"]), (["a"], ["r", "q"])):
+        with pytest.raises(ValueError, match=r"^predictions hold no image of .*q"):
+            metrics(faces(column), unlearned, retain, ["hall"])
+
+
+def test_without_faces_every_image_counts():
+    rows = faces("face").drop(columns="face")
+    found = metrics(rows, ["a", "b"], ["r", "s", "t"], ["hall", "park"])
+    assert found["UA"] == pytest.approx(100 - (50 + 0) / 2)
+    assert found["RA_I"] == pytest.approx((25 + 0 + 100) / 3)

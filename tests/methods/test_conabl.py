@@ -1,13 +1,21 @@
-"""Concept ablation: its loss worked out from predict_noise, its teachers, its batches."""
+"""Concept ablation: its loss worked out from predict_noise, its teachers, its batches; the released
+loss and its detached begin token.
+"""
 
 import dataclasses
 import itertools
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import nn
 
-from cu_runner.methods.conabl import ConAbl
+from cu_runner.methods.conabl import ConAbl, squared_error
+from cu_runner.models.diffusion import load_model
+from cu_runner.models.parameters import select_parameters
+from cu_runner.schema.settings import Sampler
 
 NUM_ANCHORS = 6
 
@@ -129,6 +137,228 @@ def test_a_frozen_teacher_leaves_weights_and_gradients_alone(scope, teacher):
         torch.equal(now[name], weight) and not weight.requires_grad
         for name, weight in frozen.items()
     )
+
+
+# ---------------------------------------------------------------------------------------- released
+def released_error(predicted, wanted, border: str) -> torch.Tensor:
+    """sum((a - b)^2 m) / sum(m) of every image, m [1, H, W]; averaged over images."""
+    mask = torch.ones(1, *predicted.shape[2:])
+    if border == "masked":
+        mask[:, [0, -1]] = 0
+        mask[:, :, [0, -1]] = 0
+    images = zip(predicted, wanted, strict=True)
+    return sum(((a - b) ** 2 * mask).sum() / mask.sum() for a, b in images) / len(predicted)
+
+
+@pytest.mark.parametrize("border", ["kept", "masked"])
+@pytest.mark.parametrize("loss_sum", ["mean", "channels"])
+def test_squared_error_is_the_released_one_with_its_mask(loss_sum, border):
+    draw = torch.Generator().manual_seed(0)
+    predicted, wanted = torch.randn(2, 3, 4, 7, 5, generator=draw)
+    predicted.requires_grad_(True)
+    expected = released_error(predicted, wanted, border) / (1 if loss_sum == "channels" else 4)
+    found = squared_error(predicted, wanted, loss_sum, border)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    if (loss_sum, border) == ("mean", "kept"):
+        torch.testing.assert_close(found, (predicted - wanted).square().mean(), rtol=1e-5, atol=0)
+    gradients = [torch.autograd.grad(loss, predicted)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
+    assert gradients[0][:, :, 1:-1, 1:-1].all()
+    assert bool(gradients[0][:, :, [0, -1]].any()) == (border == "kept")
+
+
+@pytest.mark.parametrize("loss", ["model", "noise"])
+def test_the_preservation_term_stays_a_plain_mean(scope, loss):
+    method = ConAbl(
+        loss, num_anchors=NUM_ANCHORS, preservation=0.75, loss_sum="channels", border="masked"
+    )
+    batch = first_batch(method, scope)
+    total, logs = method.loss(scope, batch)
+    with torch.no_grad():
+        anchor, predicted = (
+            scope.model.predict_noise(batch.noisy, batch.timesteps, text) for text in batch.texts
+        )
+    forgotten = released_error(predicted, anchor if loss == "model" else batch.noise, "masked")
+    kept = (anchor - batch.noise).square().mean()
+    assert logs["unlearn_loss"] == pytest.approx(forgotten.item(), rel=1e-5)
+    assert logs["preservation_loss"] == pytest.approx(kept.item(), rel=1e-5)
+    assert total.item() == pytest.approx((forgotten + 0.75 * kept).item(), rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------- begin token
+def split(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, L, heads * d] as [B, heads, L, d]."""
+    return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attention_by_hand(layer, image, text, detached: bool) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d)) v, with m k + (1 - m) sg k and the same of v, m = 0 at token 0."""
+    m = torch.ones(text.shape[1], 1)
+    m[0] = 0.0 if detached else 1.0
+    key, value = (text @ weight.weight.T for weight in (layer.to_k, layer.to_v))
+    key, value = (m * part + (1 - m) * part.detach() for part in (key, value))
+    query = split(image @ layer.to_q.weight.T, 2)
+    key, value = split(key, 2), split(value, 2)
+    weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
+    mixed = (weights @ value).transpose(1, 2).flatten(2)
+    return mixed @ layer.to_out[0].weight.T + layer.to_out[0].bias
+
+
+def test_an_attention_layer_with_a_detached_begin_token_by_hand(model, monkeypatch):
+    torch.manual_seed(0)
+    layer = Attention(query_dim=6, cross_attention_dim=5, heads=2, dim_head=4)
+    monkeypatch.setattr(model, "unet", nn.ModuleDict({"attn2": layer}))
+    draw = torch.Generator().manual_seed(1)
+    image = torch.randn(2, 9, 6, generator=draw, requires_grad=True)
+    text, wanted = (torch.randn(2, *shape, generator=draw) for shape in ((7, 5), (9, 6)))
+    weights = [layer.to_k.weight, layer.to_v.weight, layer.to_q.weight, image]
+
+    def gradients(output):
+        return torch.autograd.grad(F.mse_loss(output, wanted), weights)
+
+    plain = layer(image, text)
+    with model.begin_token_detached():
+        detached = layer(image, text)
+    with model.begin_token_detached(False):
+        assert torch.equal(layer(image, text), plain)
+        unchanged = gradients(layer(image, text))
+    assert torch.equal(detached, plain)
+    found = {False: gradients(plain), True: gradients(detached)}
+    for is_detached, gradient in found.items():
+        expected = gradients(attention_by_hand(layer, image, text, is_detached))
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
+    assert all(torch.equal(*pair) for pair in zip(unchanged, found[False], strict=True))
+    for gradient, other in list(zip(found[True], found[False], strict=True))[:2]:
+        assert (gradient - other).norm() > 0.05 * other.norm()
+
+
+def test_nothing_of_a_detached_block_is_left_also_after_an_error(model):
+    readers = [
+        layer
+        for name, layer in model.unet.named_modules()
+        if name.endswith(("attn2.to_k", "attn2.to_v"))
+    ]
+
+    def hooked() -> list[nn.Module]:
+        return [layer for layer in model.unet.modules() if layer._forward_hooks]
+
+    def fail() -> None:
+        with model.begin_token_detached():
+            with model.begin_token_detached():  # inside another one: it stays detached
+                assert hooked() == readers
+            assert hooked() == readers
+            assert all(len(layer._forward_hooks) == 1 for layer in readers)
+            raise KeyError
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            fail()
+        assert hooked() == []
+
+
+@contextmanager
+def constant_first_row(model):
+    """Keys and values whose weight is a constant where it reads the text's row 0."""
+
+    def reader(layer):
+        return lambda text: torch.cat(
+            [text[:, :1] @ layer.weight.detach().T, text[:, 1:] @ layer.weight.T], dim=1
+        )
+
+    layers = [
+        layer
+        for name, layer in model.unet.named_modules()
+        if name.endswith(("attn2.to_k", "attn2.to_v"))
+    ]
+    for layer in layers:
+        layer.forward = reader(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def gradient_of(method, scope, batch) -> torch.Tensor:
+    loss, _ = method.loss(scope, batch)
+    return flat(torch.autograd.grad(loss, list(scope.params.values())))
+
+
+def flat(gradients) -> torch.Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def detached_by_hand(scope, batch, preservation: float) -> torch.Tensor:
+    """The gradient of mse(e(c*), sg e(c)) + w mse(e(c), noise) without that through token 0."""
+    arguments = (batch.noisy, batch.timesteps)
+    with torch.no_grad():
+        target = scope.model.predict_noise(*arguments, batch.texts[0])
+    with constant_first_row(scope.model):
+        anchor, predicted = (scope.model.predict_noise(*arguments, text) for text in batch.texts)
+        loss = (predicted - target).square().mean()
+        loss = loss + preservation * (anchor - batch.noise).square().mean()
+        return flat(torch.autograd.grad(loss, list(scope.params.values())))
+
+
+@pytest.mark.parametrize("preservation", [0.0, 0.5])
+def test_the_detached_gradient_is_without_what_goes_through_the_first_row(scope, preservation):
+    options = {"num_anchors": NUM_ANCHORS, "preservation": preservation}
+    detached, trained = (
+        ConAbl(**options, begin_token=begin_token) for begin_token in ("detached", "trained")
+    )
+    batch = first_batch(detached, scope)
+    found, whole = (gradient_of(method, scope, batch) for method in (detached, trained))
+    expected = detached_by_hand(scope, batch, preservation)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    assert (found - whole).norm() > 0.1 * whole.norm()
+    assert detached.loss(scope, batch)[0].item() == trained.loss(scope, batch)[0].item()
+
+
+def test_the_detached_gradient_survives_gradient_checkpointing(make_scope):
+    plain = make_scope()
+    for parameter in plain.params.values():
+        parameter.requires_grad_(True)
+    saving = load_model("package:shapecanvas/weights/pipeline", 64, Sampler(2, 2.5))
+    saving.checkpoint_gradients()
+    params = select_parameters(saving.unet, "kv_xattn")
+    for parameter in params.values():
+        parameter.requires_grad_(True)
+    calls = []
+    reader = next(layer for name, layer in saving.unet.named_modules() if "attn2.to_k" in name)
+    reader.register_forward_pre_hook(lambda *_: calls.append(1))
+    scope = dataclasses.replace(plain, model=saving, params=params)
+    found = {}
+    for begin_token in ("detached", "trained"):
+        method = ConAbl("noise", num_anchors=NUM_ANCHORS, begin_token=begin_token)
+        batch = first_batch(method, plain)
+        calls.clear()
+        found[begin_token] = gradient_of(method, scope, batch)
+        assert len(calls) == 2  # computed again on the way back
+        expected = gradient_of(method, plain, batch)
+        torch.testing.assert_close(
+            found[begin_token], expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
+        )
+    assert (found["detached"] - found["trained"]).norm() > 0.1 * found["trained"].norm()
+    assert not any(hooks for layer in saving.unet.modules() if (hooks := layer._forward_hooks))
+
+
+def test_a_detached_pass_does_not_go_through_a_compiled_unet(scope, monkeypatch):
+    class Compiled(Exception):
+        """Stands for a UNet whose compilation does not know the hooks."""
+
+    def forward(*_, **__):
+        raise Compiled
+
+    model = scope.model
+    method = ConAbl(teacher="base", num_anchors=NUM_ANCHORS, begin_token="detached")
+    batch = first_batch(method, scope)
+    expected = gradient_of(method, scope, batch)
+    monkeypatch.setattr(model, "_forward", forward)
+    assert torch.equal(gradient_of(method, scope, batch), expected)
+    with pytest.raises(Compiled):
+        gradient_of(ConAbl(teacher="base", num_anchors=1), scope, batch)
+    with pytest.raises(Compiled):  # nor do other passes avoid it afterwards
+        model.predict_noise(batch.noisy, batch.timesteps, batch.texts[0])
 
 
 # ------------------------------------------------------------------------------------------ batches

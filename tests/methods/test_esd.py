@@ -3,10 +3,12 @@
 import dataclasses
 import itertools
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import run_directory
+from torch import nn
 
 from cu_runner.concepts.requests import plan_requests
 from cu_runner.methods.esd import ESD, erasing_target
@@ -128,6 +130,40 @@ def test_a_batch_is_a_partly_denoised_sample_of_the_current_weights(scope):
     assert len(timesteps) > 2
 
 
+@pytest.mark.parametrize("teacher", ["previous", "base"])
+def test_samples_of_the_teacher_are_those_of_a_model_with_its_weights(scope, teacher):
+    other = {name: 1.3 * weight for name, weight in scope.base.items()}
+    scope = dataclasses.replace(scope, base=other)  # start, base and current are three
+    now = snapshot(scope.params)
+    frozen = {name: (scope.start[name].clone(), scope.base[name].clone()) for name in now}
+    options = {"teacher": teacher, "prompt": "a {concept} image"}
+    taught = stream(scope, 4, trajectories="teacher", **options)
+    assert all(torch.equal(weight, now[name]) for name, weight in scope.params.items())
+    assert all(weight.requires_grad and weight.grad is None for weight in scope.params.values())
+    own = stream(scope, 4, trajectories="current", **options)
+    weights = {"previous": scope.start, "base": scope.base}[teacher]
+    with torch.no_grad():
+        for name, parameter in scope.params.items():
+            parameter.copy_(weights[name])
+    denoised = 0
+    for step, batch in enumerate(taught):
+        generator = scope.rng.generator("train", step)
+        stop = int(torch.randint(STEPS, (), generator=generator))
+        torch.randint(1, (2,), generator=generator)
+        seeds = torch.randint(2**62, (2,), generator=generator).tolist()
+        prompts = ["a ember stripe image"] * 2
+        noisy, timestep = sample_partly(scope.model, prompts, seeds, Sampler(STEPS, 3.0), stop)
+        assert torch.equal(batch.noisy, noisy)
+        assert batch.timesteps.tolist() == own[step].timesteps.tolist() == [int(timestep)] * 2
+        assert not batch.noisy.requires_grad
+        assert torch.equal(batch.noisy, own[step].noisy) == (stop == 0)  # else other weights
+        denoised += stop > 0
+    assert denoised > 0
+    for name, (start, base) in frozen.items():
+        assert torch.equal(scope.start[name], start)
+        assert torch.equal(scope.base[name], base)
+
+
 def test_batches_depend_on_weights_seed_request_and_step_alone(make_scope):
     scope = make_scope()
     first = stream(scope, 4)
@@ -192,6 +228,29 @@ def test_a_variant_trains_its_group_and_nothing_else(make_scope, settings, model
     }
     assert moved == set(scope.params)
     assert all(weight.grad is None for weight in model.unet.parameters())
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd21_base", "sdxl", "shapecanvas"])
+@pytest.mark.parametrize(("variant", "in_attn2"), [("esd-u", False), ("esd-all", True)])
+def test_linear_layers_and_convolutions_are_trained_and_no_norms(
+    pipelines, model, kind, variant, in_attn2
+):
+    """By a walk over the modules, as released."""
+    unet = model.unet
+    if kind != "shapecanvas":
+        config = diffusers.UNet2DConditionModel.load_config(pipelines[kind] / "unet")
+        with torch.device("meta"):
+            unet = diffusers.UNet2DConditionModel.from_config(config)
+    wanted, norms = set(), 0
+    for name, module in unet.named_modules():
+        norms += isinstance(module, nn.GroupNorm | nn.LayerNorm)
+        if isinstance(module, nn.Linear | nn.Conv2d) and (in_attn2 or "attn2" not in name):
+            wanted |= {f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)}
+    found = select_parameters(unet, ESD(variant).params)
+    assert set(found) == wanted
+    assert norms > 20
+    assert any("attn2" in name for name in wanted) == in_attn2
+    assert list(found) == [name for name, _ in unet.named_parameters() if name in wanted]
 
 
 def test_a_later_request_does_not_depend_on_an_earlier_one(make_scope, settings):

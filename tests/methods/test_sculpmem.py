@@ -1,10 +1,12 @@
 """SculpMem: choosing and exchanging masks, the schedule, and that what is shut does not move."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from conftest import ended_after, run_directory
+from torch import nn
 
 from cu_runner.methods.conabl import ConAbl
 from cu_runner.methods.sculpmem import SculpMem, exchange, keep_top, turnover
@@ -216,3 +218,216 @@ def test_two_requests_with_gradient_projection(in_process, filled_cache, tmp_pat
     assert (run_directory(out, tmp_path) / "metrics.csv").read_text().count(
         "\n"
     ) == 4  # header, base, two requests
+
+
+# -------------------------------------------------------------------------------- released schedule
+SHAPES = {"a": (6, 5), "b": (7,), "c": (2, 3, 2)}
+LR, DECAY, BETAS = 1e-2, 0.1, (0.9, 0.99)
+
+
+def scripted_gradients(steps: int) -> list[dict[str, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    return [
+        {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
+        for _ in range(steps)
+    ]
+
+
+def start_weights() -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
+
+
+class Script:
+    """What the method made of the scripted gradients: weights and masks after every step."""
+
+    def __init__(self, scope, method: SculpMem, steps: int, script) -> None:
+        params = {name: nn.Parameter(weight) for name, weight in start_weights().items()}
+        scope = dataclasses.replace(scope, params=params, steps=steps, batch_size=4)
+        method.begin_request(scope)
+        optimizer = torch.optim.AdamW(params.values(), lr=LR, betas=BETAS, weight_decay=DECAY)
+        self.weights, self.masks = [snapshot(params)], [{}]
+        for gradients in script[:steps]:
+            for name, parameter in params.items():
+                parameter.grad = gradients[name].clone()
+            method.on_gradients(params)
+            method.update(scope, optimizer)
+            self.weights.append(snapshot(params))
+            self.masks.append(dict(method._masks))
+        self.record = method.end_request(scope)
+
+    def exchanges(self) -> list[int]:
+        """The steps after which a mask is another one than before."""
+        return [
+            step
+            for step in range(1, len(self.masks))
+            if self.masks[step - 1]
+            and any(not torch.equal(self.masks[step][n], self.masks[step - 1][n]) for n in SHAPES)
+        ]
+
+
+def top(size: torch.Tensor, count: int) -> list[int]:
+    return size.argsort(descending=True, stable=True)[:count].tolist()
+
+
+def plain(script, steps: int, mask: str, schedule: str, warmup, interval, exchanged, epoch_steps):
+    """The released loop, AdamW by its formula; weights and masks after every step."""
+    weights = start_weights()
+    first, second = ({n: torch.zeros(s) for n, s in SHAPES.items()} for _ in range(2))
+    gathered, active = {n: torch.zeros(s).flatten() for n, s in SHAPES.items()}, {}
+    history, made = [dict(weights)], [{}]
+    epochs, taken = math.ceil(steps / epoch_steps), 0
+    for step in range(1, steps + 1):
+        moves = not (schedule == "epochs" and step == warmup)
+        taken += moves
+        for name, gradient in script[step - 1].items():
+            gathered[name] = gathered[name] + gradient.flatten()
+            open_ = torch.ones_like(gradient)
+            if active:
+                open_ = torch.zeros(gradient.numel())
+                open_[sorted(active[name])] = 1
+                open_ = open_.view_as(gradient)
+            if not moves:
+                continue
+            masked = gradient * open_
+            first[name] = BETAS[0] * first[name] + (1 - BETAS[0]) * masked
+            second[name] = BETAS[1] * second[name] + (1 - BETAS[1]) * masked**2
+            step_size = LR / (1 - BETAS[0] ** taken)
+            deviation = (second[name] / (1 - BETAS[1] ** taken)).sqrt() + 1e-8
+            moved = weights[name] * (1 - LR * DECAY) - step_size * first[name] / deviation
+            free = open_ == 1 if mask == "update" else torch.ones_like(open_, dtype=torch.bool)
+            weights[name] = torch.where(free, moved, weights[name])
+        if step == warmup:
+            active = {n: set(top(G.abs(), len(G) // 2)) for n, G in gathered.items()}
+        elif step > warmup and step % interval == 0:
+            if schedule == "epochs":
+                epoch = math.floor((step - 1) / epoch_steps)
+                progress, on = epoch / epochs, epoch < int(epochs * 0.8)
+            else:
+                progress, on = step / steps, step < 0.8 * steps
+            fraction = exchanged * 0.5 * (1 + math.cos(math.pi * progress))
+            for name, G in gathered.items() if on else ():
+                size, inside = G.abs(), sorted(active[name])
+                outside = [i for i in range(len(G)) if i not in active[name]]
+                count = int(fraction * len(inside))
+                if schedule == "epochs":
+                    count = max(count, 1)
+                leaving = sorted(inside, key=lambda i: size[i].item())[:count]
+                entering = sorted(outside, key=lambda i: -size[i].item())[:count]
+                active[name] = active[name] - set(leaving) | set(entering)
+        if step == warmup or (step > warmup and step % interval == 0 and on):
+            gathered = {name: torch.zeros_like(G) for name, G in gathered.items()}
+        history.append(dict(weights))
+        made.append({name: set(indices) for name, indices in active.items()})
+    return history, made
+
+
+@pytest.mark.parametrize("schedule", ["steps", "epochs"])
+@pytest.mark.parametrize("mask", ["gradient", "update"])
+def test_a_script_of_gradients_against_a_plain_loop(make_scope, mask, schedule):
+    """30 steps, epochs of 4: warm-up 5, exchanges at multiples of 3, some of them of one entry."""
+    steps, script = 30, scripted_gradients(30)
+    method = SculpMem(
+        warmup=5, interval=3, exchanged=0.6, num_anchors=15, mask=mask, schedule=schedule
+    )
+    found = Script(make_scope(), method, steps, script)
+    history, made = plain(script, steps, mask, schedule, 5, 3, 0.6, epoch_steps=4)
+    for step in range(steps + 1):
+        active = {
+            name: set(chosen.flatten().nonzero().flatten().tolist())
+            for name, chosen in found.masks[step].items()
+        }
+        assert active == made[step], step
+        for name, weight in history[step].items():
+            torch.testing.assert_close(found.weights[step][name], weight, rtol=1e-5, atol=1e-6)
+    # epochs of 8: int(6.4) = 6 of them exchange, so up to step 24; of steps: those below 24
+    last = 24 if schedule == "epochs" else 21
+    assert found.exchanges() == list(range(6, last + 1, 3))
+    assert found.record == {"masked_fraction": 25 / 49, "exchanges": (last - 3) // 3}
+
+
+def test_the_step_that_makes_the_first_mask_moves_nothing(make_scope):
+    script = scripted_gradients(8)
+    for schedule, still in (("epochs", [5]), ("steps", [])):
+        method = SculpMem(warmup=5, interval=100, num_anchors=8, schedule=schedule)
+        weights = Script(make_scope(), method, 8, script).weights
+        assert [
+            step
+            for step in range(1, 9)
+            if all(torch.equal(weights[step][name], weights[step - 1][name]) for name in SHAPES)
+        ] == still
+
+
+@pytest.mark.parametrize("mask", ["gradient", "update"])
+def test_shut_entries_move_by_momentum_and_decay_or_not_at_all(make_scope, mask):
+    """A torch AdamW on the masked gradients does the same to all of them, or to the active ones."""
+    script = scripted_gradients(12)
+    method = SculpMem(warmup=4, interval=100, num_anchors=8, mask=mask, schedule="epochs")
+    found = Script(make_scope(), method, 12, script)
+    other = {name: nn.Parameter(weight) for name, weight in start_weights().items()}
+    optimizer = torch.optim.AdamW(other.values(), lr=LR, betas=BETAS, weight_decay=DECAY)
+    for step, gradients in enumerate(script, start=1):
+        shut = {name: ~chosen for name, chosen in found.masks[step - 1].items()}
+        for name, parameter in other.items():
+            parameter.grad = gradients[name].clone()
+            if shut:
+                parameter.grad[shut[name]] = 0.0
+        if step != 4:
+            optimizer.step()
+        for name, parameter in other.items():
+            now, before = found.weights[step][name], found.weights[step - 1][name]
+            if mask == "update" and shut:
+                assert torch.equal(now[shut[name]], before[shut[name]])
+                assert not (now == before)[~shut[name]].any()
+                with torch.no_grad():
+                    parameter[shut[name]] = before[shut[name]]
+            elif shut:
+                assert not (now == before)[shut[name]].any()
+            assert torch.equal(now, parameter)
+
+
+@pytest.mark.parametrize(("steps", "last"), [(1000, 800), (2000, 1600)])
+def test_the_presets_exchange_every_100_steps_to_80_percent(make_scope, steps, last):
+    script = scripted_gradients(20)
+    method = SculpMem(mask="gradient", schedule="epochs")  # warm-up 50, 200 anchors, batch 4
+    assert (method.warmup, method.interval, method.until, method.num_anchors) == (50, 100, 0.8, 200)
+    found = Script(make_scope(), method, steps, script * (steps // 20))
+    assert found.exchanges() == list(range(100, last + 1, 100))
+    assert found.record["exchanges"] == last // 100
+    assert [bool(masks) for masks in found.masks] == [False] * 50 + [True] * (steps - 49)
+
+
+def test_two_targets_have_epochs_twice_as_long(make_scope, sequence):
+    """2 * 6 images in batches of 4 are 3 steps: of 12 steps 4 epochs, int(3.2) = 3 exchange."""
+    scope = make_scope()
+    both = dataclasses.replace(scope.request, targets=sequence.targets)
+    method = SculpMem(warmup=1, interval=1, num_anchors=6, schedule="epochs")
+    found = Script(dataclasses.replace(scope, request=both), method, 12, scripted_gradients(12))
+    assert found.exchanges() == list(range(2, 10))
+    found = Script(scope, method, 12, scripted_gradients(12))  # 2 steps; int(4.8) = 4 of 6
+    assert found.exchanges() == list(range(2, 9))
+
+
+@pytest.mark.parametrize(
+    ("loss_sum", "border", "begin_token"),
+    [("channels", "kept", "trained"), ("mean", "masked", "trained"), ("mean", "kept", "detached")],
+)
+def test_the_options_of_conabl_reach_its_loss(make_scope, loss_sum, border, begin_token):
+    scope = make_scope()
+    options = {"loss_sum": loss_sum, "border": border, "begin_token": begin_token}
+    method = SculpMem(loss="noise", num_anchors=4, warmup=1, **options)
+    method.begin_request(scope)
+    for parameter in scope.params.values():
+        parameter.requires_grad_(True)
+    batch, inner = method.batch(scope, 0), slice(1, -1) if border == "masked" else slice(None)
+    loss, _ = method.loss(scope, batch)
+    predicted = scope.model.predict_noise(batch.noisy, batch.timesteps, batch.texts[1])
+    error = (predicted - batch.noise).square()[:, :, inner, inner]
+    expected = error.sum(1).mean() if loss_sum == "channels" else error.mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    pairs = zip(
+        *(torch.autograd.grad(one, list(scope.params.values())) for one in (loss, expected)),
+        strict=True,
+    )
+    same = [torch.allclose(one, other, rtol=1e-4, atol=1e-7) for one, other in pairs]
+    assert all(same) == (begin_token == "trained")

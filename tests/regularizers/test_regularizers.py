@@ -9,7 +9,10 @@ from doubles import Pull
 from torch import nn
 
 from cu_runner.concepts.entries import read_shipped
+from cu_runner.concepts.requests import plan_requests
+from cu_runner.concepts.sequence import make_sequence
 from cu_runner.methods.conabl import ConAbl
+from cu_runner.models.diffusion import load_model
 from cu_runner.models.parameters import assign, subtract
 from cu_runner.regularizers.gradproj import GradProj, kept_columns, orthogonal_projector
 from cu_runner.regularizers.l1 import L1
@@ -17,6 +20,7 @@ from cu_runner.regularizers.l2 import L2
 from cu_runner.request.name_sources import NameSource
 from cu_runner.request.text_subspace import concept_vectors, principal_columns, prompt_vectors
 from cu_runner.runner.training import erase
+from cu_runner.schema.settings import Sampler
 
 METHOD = ConAbl(num_anchors=4)
 
@@ -356,3 +360,175 @@ def test_a_projected_update_leaves_the_auxiliary_concepts_alone_and_a_projected_
         assert min(change.norm() for change in subtract(scope.params, scope.base).values()) > 0.01
     assert changes["update"] < 1e-6
     assert changes["gradient"] > 1e-3
+
+
+# ------------------------------------------------------------------------- released names, tokens
+@torch.no_grad()
+def encoded(model, prompt: str) -> tuple[list[int], torch.Tensor]:
+    """The tokens of one prompt, cut and padded, and its text-encoder output [L, D]."""
+    ids = model.tokenizer(prompt, padding="max_length", truncation=True).input_ids
+    return ids, model.text_encoders[0](torch.tensor([ids]))[0][0]
+
+
+def last_by_hand(model, prompt: str) -> torch.Tensor:
+    """The output at the token before the first end of text."""
+    ids, hidden = encoded(model, prompt)
+    return hidden[ids.index(model.tokenizer.eos_token_id) - 1]
+
+
+def own_by_hand(model, before: str, part: str, after: str = "") -> torch.Tensor:
+    """The mean over the tokens of `part` in before + part + after, found by counting."""
+    _, hidden = encoded(model, before + part + after)
+    start, end = (len(model.tokenizer(text).input_ids) - 1 for text in (before, before + part))
+    return hidden[start:end].mean(0)
+
+
+def projector_by_hand(columns: list[torch.Tensor], threshold: float = 0.95) -> torch.Tensor:
+    """I - C (C^T C + r I)^-1 C^T of the columns that are near no kept one before them."""
+    kept: list[torch.Tensor] = []
+    for column in (column.double() for column in columns):
+        if all(column @ k <= threshold * column.norm() * k.norm() for k in kept):
+            kept.append(column)
+    C = torch.stack(kept, dim=1)
+    gram = C.T @ C
+    ridge = max(1e-4, 1e-6 * gram.trace().item() / len(kept))
+    inverse = torch.linalg.inv(gram + ridge * torch.eye(len(kept)).double())
+    return (torch.eye(len(C)).double() - C @ inverse @ C.T).float()
+
+
+@pytest.fixture(scope="module")
+def of_77_tokens(pipelines):
+    return load_model(str(pipelines["sd15"]), 64, Sampler(2, 2.5))
+
+
+def test_last_tokens_stand_before_the_end_of_each_prompt(model):
+    names = ["a quiet harbor with boats", "star", "a {tree} on a hill"]
+    found = concept_vectors(model, names, "see {concept}, now", "last")
+    prompts = ["see a quiet harbor with boats, now", "see star, now", "a tree on a hill"]
+    expected = torch.stack([last_by_hand(model, prompt) for prompt in prompts], dim=1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prompt_that_is_cut_has_its_last_token_at_75(of_77_tokens):
+    model = of_77_tokens
+    prompt = "a harbor with boats " * 20
+    ids, hidden = encoded(model, prompt)
+    assert len(model.tokenizer(prompt).input_ids) > len(ids) == 77
+    assert ids[76] == model.tokenizer.eos_token_id
+    assert model.tokenizer.eos_token_id not in ids[:76]
+    whole = " ".join(["boat"] * 75)  # 77 tokens: not cut
+    found = concept_vectors(model, [prompt, whole, "a boat"], "{concept}", "last")
+    expected = [hidden[75], encoded(model, whole)[1][75], last_by_hand(model, "a boat")]
+    torch.testing.assert_close(found, torch.stack(expected, dim=1), rtol=1e-5, atol=1e-5)
+    assert (found[:, 0] - hidden[74]).norm() > 0.1 * hidden[74].norm()
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_name_in_braces_is_read_at_its_own_tokens_in_its_own_prompt(model, of_77_tokens, large):
+    model = of_77_tokens if large else model
+    names = ["An image of a {tabby cat}", "{fog} in style", "stained glass", "the {dot} of"]
+    found = concept_vectors(model, names, "a {concept}!")
+    expected = [
+        own_by_hand(model, "An image of a ", "tabby cat"),
+        own_by_hand(model, "", "fog", " in style"),
+        own_by_hand(model, "a ", "stained glass", "!"),
+        own_by_hand(model, "the ", "dot", " of"),
+    ]
+    torch.testing.assert_close(found, torch.stack(expected, dim=1), rtol=1e-5, atol=1e-5)
+
+
+def objects_scope(make_scope, plan: str, index: int):
+    """Request `index` of three: bears (in prompts "bear"), sea birds, dogs; horses are retained."""
+    sequence = make_sequence(
+        name="objects",
+        domain="object",
+        cross_domain="style",
+        targets=["Bears", "Sea_Birds", "Dogs"],
+        retain=["Horses"],
+        cross_retain=["Rust"],
+        vocabulary=["Bears", "Sea_Birds", "Dogs", "Horses", "Cows", "Sheep"],
+        prompt="A {object} image in {style} style",
+        target_prompt="{concept}",
+        anchor_prompt="x",
+        captions=["c"],
+        seeds=[1],
+        prompt_names={"Bears": "bear", "Horses": "horse", "Cows": "cow"},
+    )
+    scope = dataclasses.replace(make_scope(), sequence=sequence)
+    return dataclasses.replace(scope, request=plan_requests(sequence, plan)[index - 1])
+
+
+@pytest.mark.parametrize(
+    ("plan", "index", "earlier", "first", "others"),
+    [
+        ("sequential", 1, True, [], ["Sea Birds", "Dogs", "cow", "Sheep"]),
+        ("sequential", 2, True, ["bear"], ["Dogs", "cow", "Sheep"]),
+        ("sequential", 2, False, [], ["Dogs", "cow", "Sheep"]),
+        ("sequential", 3, True, ["bear", "Sea Birds"], ["cow", "Sheep"]),
+        ("sequential", 3, False, [], ["cow", "Sheep"]),
+        ("independent", 1, True, [], ["Sea Birds", "Dogs", "cow", "Sheep"]),
+        ("independent", 3, True, ["bear", "Sea Birds"], ["cow", "Sheep"]),
+        # does not know what other requests unlearn: they are names as any others
+        ("independent", 3, False, [], ["bear", "Sea Birds", "cow", "Sheep"]),
+        ("simultaneous", 2, True, [], ["Dogs", "cow", "Sheep"]),
+    ],
+)
+def test_earlier_targets_join_when_asked_for(make_scope, plan, index, earlier, first, others):
+    scope = objects_scope(make_scope, plan, index)
+    names = names_of(GradProj(threshold=1.0, earlier=earlier), scope)
+    assert names[: len(first)] == first
+    assert sorted(names[len(first) :]) == sorted(others)
+
+
+@pytest.mark.parametrize("plan", ["sequential", "independent", "simultaneous"])
+def test_targets_and_retained_concepts_never_join_by_label_or_prompt_name(
+    make_scope, tmp_path, plan
+):
+    banned = ["bear", "Bears", "BEAR", "horse", "Horses"]
+    prompts = [f"An image of a {{{name}}}" for name in banned] + ["{BEARS} here"]
+    path = tmp_path / "names.txt"
+    path.write_text("\n".join([*banned, *prompts, "cow", "An image of a {bearing}", "{sea horse}"]))
+    names = names_of(
+        GradProj(auxiliary=NameSource("file", str(path)), threshold=1.0),
+        objects_scope(make_scope, plan, 1),
+    )
+    assert sorted(names) == ["An image of a {bearing}", "cow", "{sea horse}"]
+
+
+@pytest.mark.parametrize("tokens", ["own", "last"])
+def test_the_projected_gradient_from_columns_by_hand(make_scope, tmp_path, tokens):
+    scope = objects_scope(make_scope, "sequential", 2)
+    model, contexts = scope.model, ("An image of a {concept}", "a {concept}")
+    path = tmp_path / "names.txt"
+    path.write_text("An old {tree} image\nfish\nstar\nAn image of a {fish}\n")
+    regularizer = GradProj(
+        auxiliary=NameSource("file", str(path)), tokens=tokens, contexts=contexts
+    )
+    listed = {"An old {tree} image": ("An old ", "tree", " image"), "fish": None, "star": None}
+    listed["An image of a {fish}"] = ("An image of a ", "fish", "")
+
+    def column(name: str, context: str) -> torch.Tensor:
+        parts = listed.get(name) or (context.removesuffix("{concept}"), name, "")
+        if tokens == "last":
+            return last_by_hand(model, "".join(parts))
+        return own_by_hand(model, *parts)
+
+    goal = own_by_hand(model, "An image of a ", "Sea Birds")
+    nearness = {
+        name: nn.functional.cosine_similarity(column(name, contexts[0]), goal, dim=0).item()
+        for name in listed
+    }
+    names = ["bear", *sorted(listed, key=lambda name: -nearness[name])]
+    columns = [column(name, context) for context in contexts for name in names]
+    P = projector_by_hand(columns)
+    record = regularizer.begin_request(scope, METHOD)
+    assert record["rank"] == round(64 * 2 - P.trace().item()) < len(columns)  # of width 128
+    outside = ((P @ goal).norm() / goal.norm()).item()
+    assert record["target_outside_subspace"] == pytest.approx(outside, rel=1e-4)
+    draw = torch.Generator().manual_seed(1)
+    gradients = {name: torch.randn(w.shape, generator=draw) for name, w in scope.params.items()}
+    for name, parameter in scope.params.items():
+        parameter.grad = gradients[name].clone()
+    regularizer.on_gradients(scope.params)
+    for name, parameter in scope.params.items():
+        torch.testing.assert_close(parameter.grad, gradients[name] @ P, rtol=1e-5, atol=1e-5)

@@ -1,24 +1,33 @@
 """SelFT: the mask by hand, both ways of scoring, what may move, and its combinations."""
 
 import dataclasses
+import itertools
 import json
 import math
 
+import diffusers
 import pytest
 import torch
 from conftest import SMOKE, compose, run_directory
+from doubles import Pull
 from safetensors.torch import load_file
 
 from cu_runner.concepts.requests import plan_requests
+from cu_runner.concepts.sequence import make_sequence
 from cu_runner.config.compose import parse
 from cu_runner.methods.base import Method
 from cu_runner.methods.conabl import ConAbl
-from cu_runner.models.parameters import assign, snapshot, subtract
+from cu_runner.methods.esd import ESD
+from cu_runner.methods.sculpmem import SculpMem
+from cu_runner.models.diffusion import load_model
+from cu_runner.models.parameters import assign, select_parameters, snapshot, subtract
 from cu_runner.models.sampling import sample_partly
 from cu_runner.regularizers.gradproj import GradProj
 from cu_runner.regularizers.selft import SelFT, score_trajectory, topk_mask
 from cu_runner.request.name_sources import NameSource
+from cu_runner.request.scope import Scope
 from cu_runner.runner.training import check_composition, erase
+from cu_runner.runtime.seeding import RandomSource, image_noise
 from cu_runner.schema.settings import Sampler
 
 METHOD = ConAbl(num_anchors=4)
@@ -155,6 +164,180 @@ def test_trajectory_scoring_by_hand(make_scope):
         torch.testing.assert_close(
             gradient, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item()
         )
+
+
+# Stable Diffusion 1 and 2 as published: their own sampler begins one timestep later.
+PUBLISHED = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "set_alpha_to_one": False,
+    "clip_sample": False,
+}
+
+
+@pytest.fixture(scope="module")
+def small_pipelines(pipelines):
+    """Of Stable Diffusion 1.5 and 2.1, loaded."""
+    return {
+        kind: load_model(str(pipelines[kind]), 64, Sampler(3, 5.0))
+        for kind in ("sd15", "sd21_base")
+    }
+
+
+@pytest.fixture
+def released_scope(small_pipelines):
+    """Returns make(kind) -> a request for Van_Gogh on a small pipeline; its anchor is "a boat"."""
+
+    def make(kind: str = "sd15") -> Scope:
+        sequence = make_sequence(
+            name="released",
+            domain="style",
+            cross_domain="object",
+            targets=["Van_Gogh"],
+            retain=["Rust"],
+            cross_retain=["Sea"],
+            vocabulary=[],
+            prompt="A {object} image in {style} style",
+            target_prompt=["In {concept} Style, {caption}", "{caption}, in {concept} Style."],
+            anchor_prompt="{caption}",
+            captions=["An old bridge.", "a red tree"],
+            seeds=[1],
+            anchors={"Van_Gogh": "a boat"},
+            bare_prompt="{concept} Style",
+        )
+        model = small_pipelines[kind]
+        params = select_parameters(model.unet, "kv_xattn")
+        for parameter in params.values():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        return Scope(
+            model=model,
+            sequence=sequence,
+            request=plan_requests(sequence, "sequential")[0],
+            params=params,
+            start=snapshot(params),
+            base=snapshot(params),
+            rng=RandomSource(0, 1),
+            batch_size=2,
+            steps=3,
+            anchors=lambda prompts, number, mirrored=False: torch.zeros(number, 4, 8, 8),
+        )
+
+    return make
+
+
+def scored_by_hand(scope, steps: int, pairs, loss, offset: int = 0, detached: bool = False):
+    """The gradient along DDIM's trajectory with guidance 3, by UNet and diffusers' scheduler."""
+    model, unet = scope.model, scope.model.unet
+    readers = [
+        layer for name, layer in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))
+    ]
+
+    def text_of(prompt: str) -> torch.Tensor:
+        ids = model.tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
+        return model.text_encoders[0](ids)[0]
+
+    def constant_first_row(layer):
+        return lambda text: torch.cat(
+            [text[:, :1] @ layer.weight.detach().T, text[:, 1:] @ layer.weight.T], dim=1
+        )
+
+    scheduler = diffusers.DDIMScheduler(**PUBLISHED, steps_offset=offset)
+    scheduler.set_timesteps(steps)
+    total = 0.0
+    for step in range(steps):
+        target, anchor = pairs[step % len(pairs)]
+        seed = torch.randint(2**62, (), generator=scope.rng.generator("selft", step)).item()
+        x = image_noise([target], [seed], (4, 8, 8))
+        with torch.no_grad():
+            c, other, null = (text_of(prompt) for prompt in (target, anchor, ""))
+            for t in scheduler.timesteps[:step]:
+                without, given = (unet(x, t, text).sample for text in (null, c))
+                x = scheduler.step(without + 3 * (given - without), t, x).prev_sample
+            t = scheduler.timesteps[step]
+            wanted, empty = (unet(x, t, text).sample for text in (other, null))
+        for layer in readers if detached else ():
+            layer.forward = constant_first_row(layer)
+        total = total + loss(unet(x, t, c).sample, wanted, empty)
+        for layer in readers if detached else ():
+            del layer.forward
+    return flat(torch.autograd.grad(total, list(scope.params.values())))
+
+
+def flat(gradients) -> torch.Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def scored(scope, method, steps: int, prompts: str) -> torch.Tensor:
+    score_trajectory(scope, method, steps, prompts)
+    found = flat(parameter.grad for parameter in scope.params.values()).clone()
+    for parameter in scope.params.values():
+        parameter.grad = None
+    return found
+
+
+BARE = [("Van Gogh Style", "a boat")]
+TRAINING = [
+    ("In Van Gogh Style, an old bridge.", "An old bridge."),
+    ("a red tree, in Van Gogh Style.", "a red tree"),
+]
+
+
+def to_anchor(concept, anchor, empty):
+    return (concept - anchor).square().sum()
+
+
+def to_empty(concept, anchor, empty):
+    return (concept - empty).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "prompts", "pairs", "loss", "detached"),
+    [
+        ("sd15", ConAbl(), "bare", BARE, to_anchor, False),
+        ("sd15", ConAbl(), "training", TRAINING, to_anchor, False),
+        ("sd15", ConAbl(begin_token="detached"), "bare", BARE, to_anchor, True),
+        ("sd15", SculpMem(begin_token="detached"), "training", TRAINING, to_anchor, True),
+        ("sd15", Pull(), "bare", BARE, to_anchor, False),
+        ("sd15", ESD(eta=2.0), "bare", BARE, to_empty, False),
+        ("sd21_base", ConAbl(loss_sum="channels", border="masked"), "bare", BARE, to_anchor, False),
+    ],
+)
+def test_released_scoring_by_hand(released_scope, kind, method, prompts, pairs, loss, detached):
+    """DDIM without an offset; ESD by its own loss, the others by ConAbl's, summed."""
+    scope = released_scope(kind)
+    found = scored(scope, method, 3, prompts)
+    expected = scored_by_hand(scope, 3, pairs, loss, detached=detached)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    assert all(torch.equal(weight, scope.start[name]) for name, weight in scope.params.items())
+
+
+def test_what_the_released_scoring_fixes_matters(released_scope):
+    """Timesteps, prompts, begin token and loss: with another of them it is another gradient."""
+    scope = released_scope()
+    gradients = [
+        scored_by_hand(scope, 2, BARE, to_anchor),
+        scored_by_hand(scope, 2, BARE, to_anchor, offset=1),
+        scored_by_hand(scope, 2, BARE, to_anchor, detached=True),
+        scored_by_hand(scope, 2, TRAINING, to_anchor),
+        scored_by_hand(scope, 2, BARE, to_empty),
+    ]
+    for one, other in itertools.combinations(gradients, 2):
+        assert (one - other).norm() > 0.01 * max(one.norm(), other.norm())
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd21_base"])
+def test_scored_timesteps_have_no_offset_where_those_of_images_have_one(small_pipelines, kind):
+    model, sampler = small_pipelines[kind], Sampler(4, 3.0, "DDIMScheduler")
+    reached = [
+        [sample_partly(model, ["x"], [1], sampler, stop, **offset)[1].item() for stop in range(4)]
+        for offset in ({"steps_offset": 0}, {})
+    ]
+    assert reached == [[750, 500, 250, 0], [751, 501, 251, 1]]
+    scheduler = diffusers.DDIMScheduler(**PUBLISHED, steps_offset=0)
+    scheduler.set_timesteps(4)
+    assert reached[0] == scheduler.timesteps.tolist()
 
 
 def test_scorings_choose_different_weights_and_repeat_themselves(make_scope):

@@ -92,3 +92,62 @@ def test_every_caption_list_follows_the_images(make_scope):
         pair = 0 if torch.equal(batch.texts[0].hidden[row], made[0]) else 1
         assert torch.equal(batch.texts[0].hidden[row], made[pair])
         assert torch.equal(batch.texts[1].hidden[row], other[pair])
+
+
+# ---------------------------------------------------------------------------------------- templates
+MADE = ["a tree image", "a star image"]
+WAYS = [("a fish image", "a cup image"), ("a ball image", "a hoop image")]
+
+
+def test_each_of_two_templates_is_drawn_about_half_of_the_time(make_scope):
+    scope = make_scope()
+    images = CaptionedImages(scope, [MADE], [WAYS], number=4)
+    encoded = {
+        prompt: scope.model.encode_prompts([prompt]).hidden[0]
+        for prompt in (*MADE, *(way for ways in WAYS for way in ways))
+    }
+    counts = dict.fromkeys(sum(WAYS, ()), 0)
+    for seed in range(100):
+        batch = images.draw(torch.Generator().manual_seed(seed), 8)
+        again = images.draw(torch.Generator().manual_seed(seed), 8)
+        assert torch.equal(batch.texts[1].hidden, again.texts[1].hidden)
+        for made, other in zip(batch.texts[0].hidden, batch.texts[1].hidden, strict=True):
+            (caption,) = (i for i, prompt in enumerate(MADE) if torch.equal(made, encoded[prompt]))
+            (way,) = (prompt for prompt in WAYS[caption] if torch.equal(other, encoded[prompt]))
+            counts[way] += 1
+    for first, second in WAYS:
+        # of about 400 draws each: three standard deviations
+        share = counts[first] / (counts[first] + counts[second])
+        assert abs(share - 0.5) < 1.5 / (counts[first] + counts[second]) ** 0.5
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_one_template_draws_what_was_drawn_before_there_were_several(make_scope, flip, wrapped):
+    """Concepts, images, timesteps, noise, mirroring: in this order, and nothing after them."""
+    scope = make_scope()
+    model, latents = scope.model, scope.anchors([], 4)
+    other = ["a fish image", "a cup image"]
+    further = [(prompt,) for prompt in other] if wrapped else other
+    images = CaptionedImages(scope, [MADE, MADE], [further, further], number=4, flip=flip)
+    generator, plain = (torch.Generator().manual_seed(5) for _ in range(2))
+    several = CaptionedImages(scope, [MADE, MADE], [WAYS, WAYS], number=4, flip=flip)
+    of_several = several.draw(torch.Generator().manual_seed(5), 6)
+    batch = images.draw(generator, 6)
+    torch.randint(2, (6,), generator=plain)
+    chosen = torch.randint(4, (6,), generator=plain)
+    timesteps = torch.randint(model.num_train_timesteps, (6,), generator=plain)
+    noise = torch.randn(6, *model.latent_shape, generator=plain)
+    clean = latents[chosen]
+    if flip:
+        mirrored = torch.rand(6, 1, 1, 1, generator=plain) < 0.5
+        clean = torch.where(mirrored, clean.flip(-1), clean)
+    for drawn in (batch, of_several):  # the choice of a template comes last
+        assert torch.equal(drawn.timesteps, timesteps)
+        assert torch.equal(drawn.noise, noise)
+        assert torch.equal(drawn.noisy, model.add_noise(clean, noise, timesteps))
+        captions = model.encode_prompts([MADE[i % 2] for i in chosen.tolist()])
+        assert torch.equal(drawn.texts[0].hidden, captions.hidden)
+    others = model.encode_prompts([other[i % 2] for i in chosen.tolist()])
+    assert torch.equal(batch.texts[1].hidden, others.hidden)
+    assert torch.equal(generator.get_state(), plain.get_state())

@@ -3,7 +3,9 @@ commute.
 """
 
 import dataclasses
+import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -169,6 +171,50 @@ def test_early_stop_waits_for_its_interval_and_its_patience():
 
 def test_early_stop_takes_exactly_the_threshold():
     assert EarlyStop(PlanSettings("simultaneous", 99.0, interval=1), lambda: 99.0)(1)
+
+
+def stops_at(uas, stop_at: float, interval: int, patience_steps: int) -> int | None:
+    """The released loop: the step at which a request ends."""
+    best, count = 0.0, 0
+    for step, ua in zip(itertools.count(interval, interval), uas, strict=False):
+        if ua > best:
+            best, count = ua, 0
+        else:
+            count += interval
+        if ua >= stop_at or count >= patience_steps:
+            return step
+    return None
+
+
+def test_patience_in_steps_against_a_plain_loop():
+    """Random UA, with repeats and zeros; also of a request that goes on after an interruption."""
+    draw, ends = random.Random(0), []
+    for _ in range(400):
+        interval = draw.choice([1, 10, 100])
+        stop_at, patience = draw.choice([50.0, 99.0]), interval * draw.randint(1, 14)
+        # not always a multiple of the interval
+        patience -= draw.choice([0, interval // 2])
+        setting = PlanSettings("simultaneous", stop_at, interval=interval, patience_steps=patience)
+        ceiling = draw.choice([0, 3, 60, 100])
+        uas = [float(draw.randint(0, ceiling)) for _ in range(12)]
+        expected = stops_at(uas, stop_at, interval, patience)
+        steps = range(1, 12 * interval + 1)
+        values = iter(uas)
+        stop = EarlyStop(setting, lambda values=values: next(values))
+        found = next((step for step in steps if stop(step)), None)
+        assert found == expected
+        ends.append("never" if expected is None else uas[expected // interval - 1] >= stop_at)
+        # stopped after some steps, and begun again with what it had seen
+        cut = interval * draw.randint(0, (expected or 12 * interval) // interval - 1)
+        seen, rest = stop.seen[: cut // interval], iter(uas[cut // interval :])
+        again = EarlyStop(setting, rest.__next__, seen)
+        assert next((step for step in steps[cut:] if again(step)), None) == expected
+    assert min(ends.count(end) for end in (True, False, "never")) > 20
+
+
+def test_without_patience_in_steps_only_the_threshold_ends_a_request():
+    stop = EarlyStop(PlanSettings("simultaneous", 99.0, interval=1), lambda: 0.0)
+    assert not any(stop(step) for step in range(1, 500))
 
 
 class Solve(Method[None]):
