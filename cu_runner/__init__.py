@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cu_runner.concepts.requests import Request, plan_requests
-    from cu_runner.concepts.sequence import Concept, Sequence, make_sequence
+    from cu_runner.concepts.sequence import Concept, Sequence
+    from cu_runner.concepts.sequence_file import make_sequence
     from cu_runner.evaluators.base import Evaluator, Prediction
     from cu_runner.evaluators.evaluate import evaluate
     from cu_runner.evaluators.metrics import metrics
@@ -51,7 +52,8 @@ __all__ = [
 ]
 _MODULES = {
     "concepts.requests": ("Request", "plan_requests"),
-    "concepts.sequence": ("Concept", "Sequence", "make_sequence"),
+    "concepts.sequence": ("Concept", "Sequence"),
+    "concepts.sequence_file": ("make_sequence",),
     "evaluators.base": ("Evaluator", "Prediction"),
     "evaluators.evaluate": ("evaluate",),
     "evaluators.metrics": ("metrics",),

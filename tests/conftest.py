@@ -28,7 +28,7 @@ from omegaconf import OmegaConf, open_dict
 
 from cu_runner.cli.run import main
 from cu_runner.concepts.requests import plan_requests
-from cu_runner.concepts.sequence import make_sequence
+from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.evaluators.classifier import Classifier
 from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.diffusion import load_model

@@ -204,6 +204,10 @@ def check_setting(resolved: ConfigTree, regularizers: dict[str, Node[Regularizer
             f"setting.last_only: requests are {setting.plan}, and each needs its own; "
             "use setting=simultaneous"
         )
+    if setting.patience_steps is not None and setting.stop_at is None:
+        raise ConfigError(
+            "setting.patience_steps: UA is measured where setting.stop_at ends a request; give both"
+        )
     if not setting.last_only:  # a run without it has the signature of one that does not know it
         resolved["setting"] = without_paths(resolved["setting"], ("last_only",))
     merging = [name for name, node in regularizers.items() if node.made.independent_starts]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Container, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import PositiveInt
@@ -19,6 +20,7 @@ from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.checkpoints import Components, PredictionType, read_components
 from cu_runner.models.hashing import describe, describe_tokenizer, hash_weights, to_bytes
 from cu_runner.models.text import PromptEncoder, Text
+from cu_runner.models.text_readers import TextReaders
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import nn, torch, without_gradients
 from cu_runner.schema.errors import ModelError
@@ -28,24 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # names in torch
-
-
-class Remembered:
-    """A function of one tensor that is not computed again for the tensor that it saw last."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self._function = function
-        self._seen: Tensor | None = None
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        if tensor is not self._seen:
-            self._seen, self._result = tensor, self._function(tensor)
-        return self._result
-
-
-def detach_first_token(layer: nn.Module, inputs: object, output: Tensor) -> Tensor:
-    """Return keys or values [B, L, out] without gradient at token 0; a forward hook."""
-    return torch.cat([output[:, :1].detach(), output[:, 1:]], dim=1)
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -92,7 +76,7 @@ class DiffusionModel:
         self._prompts = PromptEncoder(components, device)
         self._forward: Callable[..., Any] = self.unet
         self._caches_text = False
-        self._detaches_begin = False
+        self._readers = TextReaders(self.unet)
 
     def speed_up(self, speed: Speed) -> None:
         """Choose what gives the same results faster, up to rounding.
@@ -117,38 +101,16 @@ class DiffusionModel:
         if not self._caches_text:
             yield
             return
-        layers = self._text_readers()
-        for layer in layers:
-            layer.forward = Remembered(layer.forward)
-        try:
+        with self._readers.remembering():
             yield
-        finally:
-            for layer in layers:
-                del layer.forward
 
-    def _text_readers(self) -> list[nn.Module]:
-        """Return the layers that make keys and values of a text."""
-        modules = self.unet.named_modules()
-        return [layer for name, layer in modules if name.endswith(("attn2.to_k", "attn2.to_v"))]
-
-    @contextlib.contextmanager
-    def begin_token_detached(self, detached: bool = True) -> Iterator[None]:
+    def begin_token_detached(self, detached: bool = True) -> AbstractContextManager[None]:
         """Let no gradient through keys and values of token 0, the begin of the text.
 
         The released code of concept ablation trains so (Kumari et al. 2023); outputs are the same.
         Passes inside are not compiled, also with speed.compile.
         """
-        if not detached or self._detaches_begin:
-            yield
-            return
-        hooks = [layer.register_forward_hook(detach_first_token) for layer in self._text_readers()]
-        self._detaches_begin = True
-        try:
-            yield
-        finally:
-            self._detaches_begin = False
-            for hook in hooks:
-                hook.remove()
+        return self._readers.begin_token_detached(detached)
 
     @property
     def num_train_timesteps(self) -> int:
@@ -168,11 +130,15 @@ class DiffusionModel:
         """Return the text of B prompts; each distinct one is encoded once per process, in fp32."""
         return self._prompts(prompts)
 
-    def token_span(self, text: str, inside: str) -> slice:
-        """Return the token positions of `text` in the prompt `inside`; begin-of-text has 0."""
+    def token_span(self, text: str, inside: str, before: str = "") -> slice:
+        """Return the token positions of `text` in the prompt `inside`; begin-of-text has 0.
+
+        before: what stands in the prompt before it; the text may be there too.
+        """
         whole = self.tokenizer(inside).input_ids
-        part = self.tokenizer(text).input_ids[1:-1]
-        for start in range(1, len(whole) - len(part)):
+        part, earlier = (self.tokenizer(words).input_ids[1:-1] for words in (text, before))
+        first = 1 + len(earlier) if whole[1 : 1 + len(earlier)] == earlier else 1
+        for start in range(first, len(whole) - len(part)):
             if whole[start : start + len(part)] == part:
                 return slice(start, start + len(part))
         raise ValueError(f"{text!r} is not a run of whole tokens in the prompt {inside!r}")
@@ -219,7 +185,7 @@ class DiffusionModel:
         with self.autocast():
             if weights is None:
                 # a compiled UNet does not see hooks that came after its compilation
-                forward = self.unet if self._detaches_begin else self._forward
+                forward = self.unet if self._readers.detaches_begin else self._forward
                 output = forward(*arguments, **more).sample
             else:
                 output = torch.func.functional_call(self.unet, weights, arguments, more).sample
@@ -281,10 +247,10 @@ class DiffusionModel:
         from torch.utils.checkpoint import checkpoint
 
         def run(module: nn.Module, *arguments: object) -> object:
-            # the weights and the hooks as they are now: on the way back, those of a functional_call
-            # and of begin_token_detached are no longer in place
+            # the weights and the detaching as they are now: on the way back, those of a
+            # functional_call and of begin_token_detached are no longer in place
             weights: dict[str, Tensor] = dict(module.named_parameters())
-            detached = self._detaches_begin
+            detached = self._readers.detaches_begin
 
             def call(*inputs: object) -> object:
                 with self.begin_token_detached(detached):

@@ -19,7 +19,7 @@ from cu_runner.concepts.templates import fill_caption
 from cu_runner.methods.base import Batch, Method
 from cu_runner.models.parameters import gradients, is_cross_attention_kv
 from cu_runner.regularizers.base import Regularizer
-from cu_runner.request.name_sources import NameSource, kept_names
+from cu_runner.request.name_sources import NameSource, kept_names, normalized, spellings
 from cu_runner.request.scope import Scope
 from cu_runner.request.text_subspace import (
     check_contexts,
@@ -122,7 +122,10 @@ class GradProj(Regularizer):
         targets = [concept.prompt_name for concept in scope.request.targets]
         joining = scope.request.earlier if self.earlier else ()
         earlier = [concept.prompt_name for concept in joining]
-        candidates = [name for name in kept_names(scope, self.auxiliary) if name not in earlier]
+        shut = spellings(joining)
+        candidates = [
+            name for name in kept_names(scope, self.auxiliary) if normalized(name) not in shut
+        ]
         if not candidates and not earlier:
             raise ValueError(
                 "reg.gradproj.auxiliary: no name is left beside the target and the retained "

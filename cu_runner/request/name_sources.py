@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import ConfigDict, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from cu_runner.concepts.entries import read_file, read_shipped
+from cu_runner.concepts.sequence import Concept
 from cu_runner.request.language_model import ask, find_model
 from cu_runner.request.scope import Scope
 
@@ -53,6 +55,13 @@ def normalized(name: str) -> str:
     return " ".join((marked[1] if marked else name).lower().replace("_", " ").split())
 
 
+def spellings(concepts: Iterable[Concept]) -> set[str]:
+    """Return the labels and names of concepts for comparison."""
+    return {
+        normalized(name) for concept in concepts for name in (concept.name, concept.prompt_name)
+    }
+
+
 def earlier_targets(scope: Scope) -> list[str]:
     """Return what the weights had unlearned before this request, in order; as prompts name it."""
     targets = {concept.name for concept in scope.request.targets}
@@ -76,7 +85,7 @@ def kept_names(scope: Scope, source: NameSource) -> list[str]:
     banned = [*scope.request.targets, *scope.request.erased]
     if not source.retained:
         banned += scope.sequence.retain
-    shut = {normalized(name) for concept in banned for name in (concept.name, concept.prompt_name)}
+    shut = spellings(banned)
     return [name for name in candidates if normalized(name) not in shut]
 
 

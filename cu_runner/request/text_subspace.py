@@ -39,16 +39,18 @@ def principal_columns(C: Tensor, energy: float | None = None, *, rank: int | Non
     return directions[:, : most if rank is None else min(rank, most)].to(C.dtype)
 
 
-def in_context(name: str, context: str) -> tuple[str, str]:
-    """Return a prompt, and the part of it whose tokens stand for the name.
+def in_context(name: str, context: str) -> tuple[str, str, str]:
+    """Return a prompt, the part of it that stands for the name, and what comes before that part.
 
     A name that is a whole prompt with one part in braces ("An image of a {cat}") brings its own
-    context; any other stands in `context`.
+    context; any other stands in `context`. Raises ValueError for braces that mark no one part.
     """
     if marked := MARKED.fullmatch(name):
         before, part, after = marked.groups()
-        return f"{before}{part}{after}", part
-    return fill(context, concept=name), name
+        return f"{before}{part}{after}", part, before
+    if "{" in name or "}" in name:
+        raise ValueError(f"{name!r}: a prompt among names has one part in braces: the name itself")
+    return fill(context, concept=name), name, context.partition("{concept}")[0]
 
 
 def concept_vectors(
@@ -59,14 +61,15 @@ def concept_vectors(
     tokens: "own" is the mean over the name's own tokens, "last" the last token of the prompt before
     its end.
     """
-    prompts, parts = zip(*(in_context(name, context) for name in names), strict=True)
-    hidden = model.encode_prompts(list(prompts)).hidden
+    placed = [in_context(name, context) for name in names]
+    prompts = [prompt for prompt, *_ in placed]
+    hidden = model.encode_prompts(prompts).hidden
     if tokens == "last":
         lengths = [len(model.tokenizer(prompt).input_ids) for prompt in prompts]
         # a prompt that is cut ends with the end of text too
         last = [min(length, hidden.shape[1]) - 2 for length in lengths]
         return hidden[range(len(last)), last].T
-    spans = [model.token_span(part, prompt) for part, prompt in zip(parts, prompts, strict=True)]
+    spans = [model.token_span(part, prompt, before) for prompt, part, before in placed]
     return torch.stack([hidden[row, span].mean(0) for row, span in enumerate(spans)], dim=1)
 
 

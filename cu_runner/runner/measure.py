@@ -1,4 +1,4 @@
-"""What a step is measured with: images of some weights, what is seen in them, and what follows."""
+"""What a step is measured with: images of weights, what is seen in them, and how it is said."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.evaluators.evaluate import Evaluation, check_labels, evaluate
 from cu_runner.evaluators.grid import draw_grid
-from cu_runner.evaluators.metrics import read_predictions, step_metrics
+from cu_runner.evaluators.metrics import RECOGNISED, read_predictions, step_metrics
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.request.anchors import sampler_key
 from cu_runner.retention.base import Retention
@@ -21,7 +21,7 @@ from cu_runner.schema.settings import EvalSettings
 from cu_runner.store.cache import Cache
 from cu_runner.store.files import to_csv, to_json
 from cu_runner.store.layout import GRID, METRICS, PREDICTIONS
-from cu_runner.store.records import Metrics, StepRecord
+from cu_runner.store.records import Metrics, Row, StepRecord
 from cu_runner.store.run_directory import RunStore
 
 
@@ -140,3 +140,28 @@ class Instruments:
             "device": model.device.type,
             "torch": torch.__version__,
         }
+
+
+def unrecognised(row: Row) -> list[str]:
+    """Return what too few images of the untouched model show, with the percentage that does."""
+    ua, ra_i, ra_c = (row.metrics[name] for name in ("UA", "RA_I", "RA_C"))
+    shares = {
+        "targets": None if ua is None else 100 - ua,
+        "retained concepts": ra_i,
+        "the other domain": ra_c,
+    }
+    return [
+        f"{what} {share:.0f}%"
+        for what, share in shares.items()
+        if share is not None and share < RECOGNISED
+    ]
+
+
+def describe(row: Row, total: int) -> str:
+    """Return the line that the terminal shows for a step."""
+    width = len(str(total))
+    shown = (row.metrics[name] for name in ("UA", "RA_I", "RA_C"))
+    ua, ra_i, ra_c = ("    -" if value is None else f"{value:5.1f}" for value in shown)
+    cost = f"{row.train_seconds:.0f} s train, {row.eval_seconds:.0f} s eval"
+    head = f"{row.request:>{width}}/{total}  {row.concept or 'untouched model':<18}"
+    return f"{head} UA {ua}  RA-I {ra_i}  RA-C {ra_c}  drift {row.drift_l2:7.3f}  ({cost})"

@@ -20,12 +20,12 @@ import psutil
 from cu_runner.concepts.requests import Request
 from cu_runner.concepts.sequence import Concept
 from cu_runner.config.run_config import RunConfig
-from cu_runner.evaluators.metrics import RECOGNISED, unlearning_accuracy
+from cu_runner.evaluators.metrics import unlearning_accuracy
 from cu_runner.models.parameters import Drift, drift, snapshot, subtract
 from cu_runner.request.anchors import AnchorImages
 from cu_runner.request.scope import Scope
 from cu_runner.runner.early_stop import EarlyStop
-from cu_runner.runner.measure import Instruments
+from cu_runner.runner.measure import Instruments, describe, unrecognised
 from cu_runner.runner.parts import RunParts
 from cu_runner.runner.tracking import Tracker
 from cu_runner.runner.training import Training, check_composition, erase
@@ -341,28 +341,3 @@ class Runner:
         folder = self.store.step_dir(step.index)
         training = (folder / TRAINING).read_bytes() if TRAINING in step.files else None
         self.tracker.log(step.row, (folder / GRID).read_bytes(), training)
-
-
-def unrecognised(row: Row) -> list[str]:
-    """Return what too few images of the untouched model show, with the percentage that does."""
-    ua, ra_i, ra_c = (row.metrics[name] for name in ("UA", "RA_I", "RA_C"))
-    shares = {
-        "targets": None if ua is None else 100 - ua,
-        "retained concepts": ra_i,
-        "the other domain": ra_c,
-    }
-    return [
-        f"{what} {share:.0f}%"
-        for what, share in shares.items()
-        if share is not None and share < RECOGNISED
-    ]
-
-
-def describe(row: Row, total: int) -> str:
-    """Return the line that the terminal shows for a step."""
-    width = len(str(total))
-    shown = (row.metrics[name] for name in ("UA", "RA_I", "RA_C"))
-    ua, ra_i, ra_c = ("    -" if value is None else f"{value:5.1f}" for value in shown)
-    cost = f"{row.train_seconds:.0f} s train, {row.eval_seconds:.0f} s eval"
-    head = f"{row.request:>{width}}/{total}  {row.concept or 'untouched model':<18}"
-    return f"{head} UA {ua}  RA-I {ra_i}  RA-C {ra_c}  drift {row.drift_l2:7.3f}  ({cost})"

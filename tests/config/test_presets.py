@@ -9,7 +9,7 @@ from conftest import SMOKE, compose, read_conf
 
 from cu_runner.concepts.entries import read_shipped
 from cu_runner.concepts.requests import plan_requests
-from cu_runner.concepts.sequence import make_sequence
+from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.config.compose import parse
 from cu_runner.config.run_config import RunConfig
 from cu_runner.models.checkpoint_files import HUB_ID

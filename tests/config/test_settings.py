@@ -10,9 +10,17 @@ import safetensors.torch
 from conftest import SMOKE, compose, run_directory
 
 from cu_runner.concepts.requests import plan_requests
-from cu_runner.concepts.sequence import reorder
+from cu_runner.concepts.sequence_file import reorder
 from cu_runner.config.compose import parse
+from cu_runner.schema.errors import ConfigError
 from cu_runner.store.run_record import read_run
+
+
+def test_patience_without_a_measurement_is_refused():
+    arguments = ("sequence=smoke", "setting=simultaneous", "setting.patience_steps=10")
+    with pytest.raises(ConfigError, match=r"^setting.patience_steps: .* give both$"):
+        parse(compose(*arguments, "setting.stop_at=null"))
+    assert parse(compose(*arguments, "setting.stop_at=99")).setting.patience_steps == 10
 
 
 def names(concepts) -> str:

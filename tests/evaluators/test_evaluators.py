@@ -16,7 +16,7 @@ import transformers
 from conftest import read_conf
 from PIL import Image
 
-from cu_runner.concepts.sequence import make_sequence
+from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.evaluators.classifier import Classifier
 from cu_runner.evaluators.evaluate import evaluate, through_jpeg

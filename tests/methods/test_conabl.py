@@ -15,6 +15,7 @@ from torch import nn
 from cu_runner.methods.conabl import ConAbl, squared_error
 from cu_runner.models.diffusion import load_model
 from cu_runner.models.parameters import select_parameters
+from cu_runner.models.text_readers import TextReaders
 from cu_runner.schema.settings import Sampler
 
 NUM_ANCHORS = 6
@@ -207,7 +208,7 @@ def attention_by_hand(layer, image, text, detached: bool) -> torch.Tensor:
 def test_an_attention_layer_with_a_detached_begin_token_by_hand(model, monkeypatch):
     torch.manual_seed(0)
     layer = Attention(query_dim=6, cross_attention_dim=5, heads=2, dim_head=4)
-    monkeypatch.setattr(model, "unet", nn.ModuleDict({"attn2": layer}))
+    monkeypatch.setattr(model, "_readers", TextReaders(nn.ModuleDict({"attn2": layer})))
     draw = torch.Generator().manual_seed(1)
     image = torch.randn(2, 9, 6, generator=draw, requires_grad=True)
     text, wanted = (torch.randn(2, *shape, generator=draw) for shape in ((7, 5), (9, 6)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cu_runner.concepts.requests import plan_requests
-from cu_runner.concepts.sequence import make_sequence
+from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.methods.conabl import ConAbl
 from cu_runner.models.diffusion import load_model
 from cu_runner.models.parameters import select_parameters, snapshot

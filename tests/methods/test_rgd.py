@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from test_baselines import SMALL, diffusion, first_batch, recording, scope  # noqa: F401
 
 from cu_runner.concepts.entries import read_shipped
-from cu_runner.concepts.sequence import make_sequence
+from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.methods._forgetting import flat_gradient, split
 from cu_runner.methods.rgd import RGD, restricted_gradient, without_concept
 from cu_runner.models.parameters import snapshot

@@ -194,7 +194,7 @@ def test_a_request_that_ends_in_its_warm_up_was_dense(make_scope, settings):
 def test_both_targets_of_a_simultaneous_request(make_scope, settings, sequence):
     scope = make_scope(request=2, steps=3)
     both = dataclasses.replace(
-        scope, request=dataclasses.replace(scope.request, targets=sequence.targets)
+        scope, request=dataclasses.replace(scope.request, index=2, plan="simultaneous")
     )
     report = erase(both, SculpMem(num_anchors=4, warmup=1), {}, settings())
     assert len(report.logs) == 3
@@ -400,7 +400,7 @@ def test_the_presets_exchange_every_100_steps_to_80_percent(make_scope, steps, l
 def test_two_targets_have_epochs_twice_as_long(make_scope, sequence):
     """2 * 6 images in batches of 4 are 3 steps: of 12 steps 4 epochs, int(3.2) = 3 exchange."""
     scope = make_scope()
-    both = dataclasses.replace(scope.request, targets=sequence.targets)
+    both = dataclasses.replace(scope.request, index=2, plan="simultaneous")
     method = SculpMem(warmup=1, interval=1, num_anchors=6, schedule="epochs")
     found = Script(dataclasses.replace(scope, request=both), method, 12, scripted_gradients(12))
     assert found.exchanges() == list(range(2, 10))

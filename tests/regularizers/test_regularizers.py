@@ -10,7 +10,7 @@ from torch import nn
 
 from cu_runner.concepts.entries import read_shipped
 from cu_runner.concepts.requests import plan_requests
-from cu_runner.concepts.sequence import make_sequence
+from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.methods.conabl import ConAbl
 from cu_runner.models.diffusion import load_model
 from cu_runner.models.parameters import assign, subtract
@@ -532,3 +532,32 @@ def test_the_projected_gradient_from_columns_by_hand(make_scope, tmp_path, token
     regularizer.on_gradients(scope.params)
     for name, parameter in scope.params.items():
         torch.testing.assert_close(parameter.grad, gradients[name] @ P, rtol=1e-5, atol=1e-5)
+
+
+def test_a_name_is_read_where_it_is_marked_not_where_its_word_stands_before(model):
+    """With the word twice, the part in braces counts, and the place of {concept}."""
+    for names, context, prompt in (
+        (["dot of a {dot}"], "{concept}", "dot of a dot"),
+        (["dot"], "dot of a {concept}", "dot of a dot"),
+    ):
+        hidden = model.encode_prompts([prompt]).hidden[0]
+        second = len(model.tokenizer(prompt).input_ids) - 2
+        assert torch.equal(concept_vectors(model, names, context)[:, 0], hidden[second])
+    for name in ("a {cow} with a {bear}", "a {cow", "a cow}", "{}"):
+        with pytest.raises(ValueError, match="has one part in braces: the name itself"):
+            concept_vectors(model, [name], "{concept}")
+
+
+def test_no_spelling_of_an_earlier_target_joins_a_merging_request_twice(make_scope, tmp_path):
+    scope = make_scope()
+    first, second = scope.sequence.targets
+    bear = dataclasses.replace(first, name="Bears", spelling="ember stripe")
+    request = dataclasses.replace(scope.request, index=2, plan="independent", listed=(bear, second))
+    (tmp_path / "names.txt").write_text(
+        "Bears\nbears\nan image of a {Ember  Stripe}\nember_stripe\nfog mist\n", encoding="utf-8"
+    )
+    source = NameSource("file", str(tmp_path / "names.txt"))
+    record = GradProj(auxiliary=source).begin_request(
+        dataclasses.replace(scope, request=request), ConAbl()
+    )
+    assert record["auxiliary"] == ["ember stripe", "fog mist"]

@@ -13,7 +13,7 @@ from doubles import Pull
 from safetensors.torch import load_file
 
 from cu_runner.concepts.requests import plan_requests
-from cu_runner.concepts.sequence import make_sequence
+from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.config.compose import parse
 from cu_runner.methods.base import Method
 from cu_runner.methods.conabl import ConAbl

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from cu_runner.concepts.entries import read_entries
-from cu_runner.concepts.sequence import Concept, Sequence, make_sequence
+from cu_runner.concepts.sequence import Concept, Sequence
+from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.concepts.templates import check_template, fill_caption, replace_word
 
 TWO = ["In {concept} Style, {caption}", "{caption}, in {concept} Style."]

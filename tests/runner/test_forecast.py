@@ -11,7 +11,7 @@ import yaml
 from conftest import SMOKE, read_conf
 
 from cu_runner.concepts.requests import plan_requests
-from cu_runner.concepts.sequence import make_sequence
+from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.config.compose import compose
 from cu_runner.models.parameters import select_parameters
 from cu_runner.runner.forecast import (

@@ -22,7 +22,7 @@ from conftest import SMOKE, run_directory
 from PIL import Image
 
 from cu_runner.cli.failures import explain_error
-from cu_runner.runner.runner import unrecognised
+from cu_runner.runner.measure import unrecognised
 from cu_runner.runtime.paths import config_dir
 
 COLUMNS = [

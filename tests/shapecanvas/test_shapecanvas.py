@@ -8,7 +8,7 @@ import torch
 from conftest import SMOKE, read_conf
 
 from cu_runner.concepts.entries import read_shipped
-from cu_runner.concepts.sequence import make_sequence
+from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.models.checkpoint_files import locate
 from cu_runner.runtime.paths import config_dir
 from cu_runner.shapecanvas.objects import OBJECTS
