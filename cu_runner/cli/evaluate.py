@@ -55,7 +55,9 @@ def main() -> None:
         from cu_runner.config.revise import revise
         from cu_runner.config.run_config import check_run
         from cu_runner.runner.remeasure import load, measure_again
+        from cu_runner.store.proof import require_true
 
+        require_true(run)
         allowed = allowed_modules(arguments.overrides)
         revised = revise(run.config, arguments.overrides)
         refuse_unasked_pickles(revised, arguments.overrides)

@@ -119,7 +119,7 @@ def is_finished(store: RunStore) -> bool:
     """
     from cu_runner.store.run_record import is_complete
 
-    steps = store.finished()
+    steps = store.proven()
     if not is_complete(store.directory):
         return False
     store.write_metrics(steps)

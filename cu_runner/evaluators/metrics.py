@@ -168,24 +168,31 @@ def step_metrics(
     rate: that of all targets. Where faces are looked for: faceless_unlearned and
     faceless_retained, the numbers of images without one.
     """
-    retain, cross_retain = (
+    targets, retain, cross_retain = (
         [concept.name for concept in concepts]
-        for concepts in (sequence.retain, sequence.cross_retain)
+        for concepts in (sequence.targets, sequence.retain, sequence.cross_retain)
     )
-    measured = metrics(
-        predictions,
-        unlearned,
-        retain,
-        cross_retain if sequence.cross_domain in sequence.measured_domains else None,
-    )
+    across = cross_retain if sequence.cross_domain in sequence.measured_domains else None
+    return named_metrics(predictions, unlearned, sequence.domain, targets, retain, across)
+
+
+def named_metrics(
+    predictions: pd.DataFrame,
+    unlearned: list[str],
+    domain: str,
+    targets: list[str],
+    retain: list[str],
+    cross_retain: list[str] | None,
+) -> dict[str, float | None]:
+    """Compute step_metrics() from the names of the concepts alone."""
+    measured = metrics(predictions, unlearned, retain, cross_retain)
     if not unlearned:
-        targets = [concept.name for concept in sequence.targets]
-        measured["UA"] = unlearning_accuracy(predictions, sequence.domain, targets)
+        measured["UA"] = unlearning_accuracy(predictions, domain, targets)
     for name, concepts in (("UA_current", unlearned[-1:]), ("UA_previous", unlearned[:-1])):
-        measured[name] = unlearning_accuracy(predictions, sequence.domain, concepts)
+        measured[name] = unlearning_accuracy(predictions, domain, concepts)
     if any(column in predictions for column in FACE_COLUMNS.values()):
-        measured["faceless_unlearned"] = count_faceless(predictions, sequence.domain, unlearned)
-        measured["faceless_retained"] = count_faceless(predictions, sequence.domain, retain)
+        measured["faceless_unlearned"] = count_faceless(predictions, domain, unlearned)
+        measured["faceless_retained"] = count_faceless(predictions, domain, retain)
     return {name: None if value is None else round(value, 3) for name, value in measured.items()}
 
 

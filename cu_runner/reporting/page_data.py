@@ -24,6 +24,7 @@ from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
 from cu_runner.schema.values import ConfigTree, numbers_by_value, without_paths
 from cu_runner.store.layout import GRID, PREDICTIONS, STEP
+from cu_runner.store.proof import require_true
 from cu_runner.store.run_record import RunRecord, read_run
 from cu_runner.store.signature import NOT_SCIENTIFIC
 
@@ -104,6 +105,7 @@ def read_all(directories: list[Path]) -> tuple[list[Shown], list[str]]:
         if missing := [name for name in NEEDED if name not in run.config["sequence"]]:
             what = f"sequence has no {', '.join(missing)}; restore the file"
             raise StoreError(f"{run.directory}/config.yaml: {what}")
+        require_true(run)
     labels = label_runs(runs)
     shown = [Shown(number, labels[number], run) for number, run in enumerate(runs)]
     return shown, [directory.name for directory in directories if directory not in started]

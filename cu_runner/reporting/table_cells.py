@@ -15,6 +15,7 @@ from cu_runner.reporting.table_spec import Experiment, Overrides, Table
 from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
 from cu_runner.store.layout import PREDICTIONS, STEP
+from cu_runner.store.proof import require_true
 from cu_runner.store.run_record import RunRecord, read_run
 
 
@@ -65,6 +66,7 @@ def open_run(plan: RunConfig) -> RunRecord:
     if run.records[0].signature != plan.signature:
         what = "holds a run of another configuration; move it back to where it was made"
         raise StoreError(f"{plan.directory}: {what}")
+    require_true(run, [len(run.records) - 1])
     return run
 
 

@@ -29,14 +29,13 @@ from cu_runner.retention.base import Retention
 from cu_runner.retention.features import FeatureExtractor, FeatureSource
 from cu_runner.runtime.lazy import torch
 from cu_runner.schema.settings import EvalSettings
-from cu_runner.store.cache import Cache
+from cu_runner.store.cache import ARRAYS, Cache
 from cu_runner.store.files import from_safetensors, sha256_of, to_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-ARRAYS = "arrays.safetensors"
 
 
 class PromptScorer:

@@ -83,7 +83,7 @@ class Runner:
         self.weights = TrainedWeights.of(parts.model, parts.method.params)
         self.device = parts.model.device
         self._checkpoint = Checkpoint(self.store.directory, spine.train.save_every, self.device)
-        steps = self.store.finished()
+        steps = self.store.proven()
         if not steps:
             steps.append(self._evaluate_base())
         else:

@@ -8,13 +8,25 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from filelock import FileLock
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
 
 from cu_runner.runtime import distributed
 from cu_runner.runtime.code_identity import CodeIdentity
-from cu_runner.store.files import hash_json, to_json, write_atomic
+from cu_runner.store.files import from_safetensors, hash_json, to_json, write_atomic
+from cu_runner.store.layout import DELTA, FILE_NAME, GRID, PREDICTIONS, TRAINING
+from cu_runner.store.records import TrainingRecord
 
+ARRAYS, RECORD = "arrays.safetensors", "record.json"
 # Kinds that hold images of the untouched model, or what was seen in them.
 IMAGES = ("anchors", "base_eval", "retention")
+# Files of an entry without which it is none, by its kind.
+FILES = {
+    "anchors": ("latents.safetensors",),
+    "base_eval": (PREDICTIONS, GRID),
+    "deltas": (DELTA, TRAINING, RECORD),
+    "retention": (ARRAYS,),
+}
 
 
 class Cache:
@@ -32,15 +44,20 @@ class Cache:
         directory = self._directory(kind, key)
         try:
             index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
+            if not all(FILE_NAME.fullmatch(name) for name in index["files"]):
+                return None
             files = {name: (directory / name).read_bytes() for name in index["files"]}
             same = index["key"] == json.loads(json.dumps(key))
             whole = all(
                 hashlib.sha256(content).hexdigest() == index["files"][name]
                 for name, content in files.items()
             )
-        except (OSError, ValueError, KeyError, TypeError):
+            sound = same and whole and set(FILES[kind]) <= set(files)
+            for name, content in files.items() if sound else ():
+                check_content(name, content)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
             return None
-        return files if same and whole else None
+        return files if sound else None
 
     def put(self, kind: str, key: Mapping[str, object], files: Mapping[str, bytes]) -> None:
         """Write an entry, its index last. Two runs may write the same one, with one content."""
@@ -61,3 +78,11 @@ class Cache:
 
     def _directory(self, kind: str, key: Mapping[str, object]) -> Path:
         return self.root / kind / hash_json(key)[:8]
+
+
+def check_content(name: str, content: bytes) -> None:
+    """Raise SafetensorError, ValueError or KeyError if a file is none of its kind, or is empty."""
+    if name.endswith(".safetensors") and not from_safetensors(content):
+        raise ValueError(f"{name} holds no tensor")
+    if name == RECORD:
+        TypeAdapter(TrainingRecord).validate_json(content)

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 import safetensors
 
 from cu_runner.runtime.lazy import pd
-from cu_runner.schema.errors import StoreError
+from cu_runner.schema.errors import StoreError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+# What reading a safetensors file raises, whatever is in it.
+DAMAGED = (OSError, ValueError, KeyError, safetensors.SafetensorError)
 HEADER = b"# sha256 of the lines below: "
 
 
@@ -75,8 +77,8 @@ def read_delta(path: Path, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     try:
         delta = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise StoreError(f"{path}: cannot be read ({error})") from None
+    except DAMAGED as error:
+        raise StoreError(unreadable(path, error)) from None
     shapes = {name: tuple(tensor.shape) for name, tensor in delta.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in params.items()}
     if shapes != wanted:
@@ -105,9 +107,26 @@ def from_safetensors(content: bytes) -> dict[str, Tensor]:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """Read one tensor of a delta, and none of the others."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
+    """Read one tensor of a delta, and none of the others. Raises StoreError."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except DAMAGED as error:
+        raise StoreError(unreadable(path, error)) from None
+
+
+def read_names(path: Path) -> list[str]:
+    """Read the names of the tensors of a delta. Raises StoreError."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except DAMAGED as error:
+        raise StoreError(unreadable(path, error)) from None
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """Return the words for a file of weights that cannot be read."""
+    return f"{path}: cannot be read ({one_line(error)}); restore it"
 
 
 def hash_json(value: object) -> str:

@@ -14,6 +14,8 @@ SWEEP = "sweep.json"  # in the sweep's folder: its command, launcher and commit
 
 NUMBER = re.compile(r"\d{2,}", re.ASCII)  # the name of a step's folder
 
+FILE_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)  # what a record or an index may name
+
 
 def step_dir(run: Path, index: int) -> Path:
     """Return the folder of a step: 00 is the untouched model, 01 what request 1 made, ..."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, field
 from pathlib import Path
@@ -15,10 +16,20 @@ from cu_runner import __version__
 from cu_runner.runtime.code_identity import CodeIdentity
 from cu_runner.schema.errors import StoreError
 from cu_runner.store.files import hash_json
-from cu_runner.store.layout import STEP, finished_steps, step_dir
+from cu_runner.store.layout import (
+    DELTA,
+    FILE_NAME,
+    GRID,
+    METRICS,
+    PREDICTIONS,
+    STEP,
+    finished_steps,
+    step_dir,
+)
 
 STRICT = ConfigDict(extra="forbid")
 Metrics = dict[str, float | int | None]  # columns of metrics.csv by name, accuracies in percent
+COLUMNS = ("UA", "RA_I", "RA_C", "RA_C_retained")  # of every row, whatever else is measured
 # Entries that are written only where they say something.
 OPTIONAL = ("retention_sha256", "allowed_other_code", "run_sha256", "weights", "run_code")
 
@@ -199,10 +210,29 @@ def read_record(path: Path) -> tuple[StepRecord | None, str | None]:
             refuse_other_version(path, entries)
         content = entries | {"row": Row.of(entries["row"])}
         record = TypeAdapter(StepRecord).validate_python(content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None, "cannot be read"
     whole = whole and record.sha256 == chain(record.parent_sha256, record.files)
-    return record, None if whole else "does not match its own sha256"
+    if not whole:
+        return record, "does not match its own sha256"
+    strange = what_is_strange(record)
+    return (None, strange) if strange else (record, None)
+
+
+def what_is_strange(record: StepRecord) -> str | None:
+    """Say what a record lacks, or holds, that no step's does; None of a sound one."""
+    if missing := [name for name in COLUMNS if name not in record.row.metrics]:
+        return f"its row lacks {', '.join(missing)}"
+    trained = record.index > 0 and record.run_sha256 is None
+    needed = (PREDICTIONS, METRICS, GRID, *([DELTA] if trained else []))
+    if missing := [name for name in needed if name not in record.files]:
+        return f"its files lack {', '.join(missing)}"
+    if foreign := [name for name in record.files if not FILE_NAME.fullmatch(name)]:
+        return f"its files name {foreign[0]!r}, which is no file of a step"
+    numbers = [value for value in record.row.flat().values() if isinstance(value, float)]
+    if not all(map(math.isfinite, numbers)):
+        return "its row holds a number that is not finite"
+    return None
 
 
 def refuse_other_version(path: Path, entries: Mapping[str, Any]) -> None:

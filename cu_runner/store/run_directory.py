@@ -29,9 +29,9 @@ from cu_runner.store.files import (
     write_atomic,
 )
 from cu_runner.store.layout import CONFIG, STEP, SUMMARY, TABLE, step_dir
-from cu_runner.store.records import StepRecord, StepResult, chain, read_chain
-
-SUMMARISED = ("UA", "RA_I", "RA_C", "RA_C_retained")
+from cu_runner.store.proof import require_true
+from cu_runner.store.records import COLUMNS, StepRecord, StepResult, chain, read_chain
+from cu_runner.store.run_record import RunRecord
 
 
 class RunStore:
@@ -147,6 +147,18 @@ class RunStore:
         self._goes_on = any(self._code.changes(code) for code in codes)
         return steps
 
+    def proven(self) -> list[StepRecord]:
+        """Return the finished steps, each also held against what its files say.
+
+        Raises:
+            StoreError: as finished(), or metrics and drift are not those of the files.
+        """
+        steps = self.finished()
+        if steps:
+            run = RunRecord(self.directory, self._config, steps)
+            distributed.from_main(lambda: require_true(run))
+        return steps
+
     # ------------------------------------------------------------------------------------ writing
     def save_step(self, result: StepResult, parent: StepRecord | None) -> StepRecord:
         """Write a step and commit it. parent: the step before, None for step 0."""
@@ -187,7 +199,7 @@ class RunStore:
             "signature": self.signature,
             "requests": len(steps) - 1,
             "sha256": steps[-1].sha256,
-            "metrics": {name: row[name] for name in (*SUMMARISED, "drift_l2")},
+            "metrics": {name: row[name] for name in (*COLUMNS, "drift_l2")},
             "seconds": round(seconds, 1),
         }
         self._write(SUMMARY, lambda: to_json(summary))

@@ -13,8 +13,8 @@ from cu_runner import __version__
 from cu_runner.runtime.code_identity import identify
 from cu_runner.schema.errors import StoreError
 from cu_runner.store.cache import Cache
-from cu_runner.store.files import hash_json, read_delta, with_header, write_atomic
-from cu_runner.store.records import Row, StepResult, chain, read_record
+from cu_runner.store.files import hash_json, read_delta, to_safetensors, with_header, write_atomic
+from cu_runner.store.records import COLUMNS, Row, StepResult, chain, read_record
 from cu_runner.store.run_directory import RunStore
 
 FILES = {
@@ -38,7 +38,7 @@ def result(index: int, files: dict[str, bytes]) -> StepResult:
     return StepResult(
         index=index,
         files=files,
-        row=Row(request=index, concept="a", metrics={"UA": 50.5}),
+        row=Row(request=index, concept="a", metrics=dict.fromkeys(COLUMNS, 50.5)),
         targets=["a"],
         model_sha256="m" * 64,
         evaluator_sha256="e" * 64,
@@ -335,14 +335,16 @@ def test_read_delta_checks_names_and_shapes(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------- cache
+LATENTS = "latents.safetensors"
+CONTENT = to_safetensors({"latents": torch.ones(3)})
 KEY = {"model": "m", "prompts": ["a", "b"], "guidance": 2.5}
 
 
 def test_cache_gives_back_what_was_put(tmp_path):
     cache = Cache(tmp_path, identify())
     assert cache.fetch("anchors", KEY) is None
-    cache.put("anchors", KEY, {"latents": b"123", "names": b"ab"})
-    assert cache.fetch("anchors", KEY) == {"latents": b"123", "names": b"ab"}
+    cache.put("anchors", KEY, {LATENTS: CONTENT, "names": b"ab"})
+    assert cache.fetch("anchors", KEY) == {LATENTS: CONTENT, "names": b"ab"}
     assert cache.fetch("base_eval", KEY) is None
     assert cache.fetch("anchors", KEY | {"guidance": 2.6}) is None
 
@@ -352,15 +354,15 @@ def damage_index(content: str):
 
 
 def truncate(directory) -> None:
-    (directory / "latents").write_bytes(b"12")
+    (directory / LATENTS).write_bytes(CONTENT[:-1])
 
 
 def flip(directory) -> None:
-    (directory / "latents").write_bytes(b"122")
+    (directory / LATENTS).write_bytes(CONTENT[:-1] + b"!")
 
 
 def delete(directory) -> None:
-    (directory / "latents").unlink()
+    (directory / LATENTS).unlink()
 
 
 DAMAGE = {"truncated": truncate, "flipped": flip, "deleted": delete} | {
@@ -373,7 +375,7 @@ DAMAGE = {"truncated": truncate, "flipped": flip, "deleted": delete} | {
         "5",
         "null",
         '{"files": {}}',
-        '{"files": {"latents": "0"}}',
+        '{"files": {"latents.safetensors": "0"}}',
         '{"key": {}, "files": {}}',
     )
 }
@@ -382,9 +384,9 @@ DAMAGE = {"truncated": truncate, "flipped": flip, "deleted": delete} | {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_cache_entry_is_ignored_and_filled_again(tmp_path, kind):
     cache = Cache(tmp_path, identify())
-    cache.put("anchors", KEY, {"latents": b"123"})
+    cache.put("anchors", KEY, {LATENTS: CONTENT})
     (entry,) = (tmp_path / "anchors").iterdir()
     DAMAGE[kind](entry)
     assert cache.fetch("anchors", KEY) is None
-    cache.put("anchors", KEY, {"latents": b"123"})
-    assert cache.fetch("anchors", KEY) == {"latents": b"123"}
+    cache.put("anchors", KEY, {LATENTS: CONTENT})
+    assert cache.fetch("anchors", KEY) == {LATENTS: CONTENT}
