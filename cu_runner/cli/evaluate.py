@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from cu_runner.cli.console import Parser, quiet_libraries
 from cu_runner.cli.failures import one_line_failures
 from cu_runner.store.directories import choose_directory, first_name
-from cu_runner.store.layout import EVALUATIONS
+from cu_runner.store.layout import EVALUATIONS, finished_steps
 from cu_runner.store.run_directory import RunStore
 from cu_runner.store.run_record import read_run
 from cu_runner.store.signature import signature
@@ -66,7 +66,7 @@ def main() -> None:
         directory = choose_directory(
             run.directory / EVALUATIONS / named, plan.code, plan.spine.fresh
         )
-        complete = len(list((directory / "steps").glob("*/step.json"))) == len(run.records)
+        complete = len(finished_steps(directory)) == len(run.records)
         if not complete:
             quiet_libraries()
         # loaded first: what cannot be loaded leaves no directory behind

@@ -12,7 +12,7 @@ EVALUATIONS = "evaluations"  # folder of a run in which cu-eval puts what it mea
 JOB = "job.json"  # in a job's folder: its run directory, signature, command, commit and error
 SWEEP = "sweep.json"  # in the sweep's folder: its command, launcher and commit
 
-NUMBER = re.compile(r"\d{2,}", re.ASCII)  # the name of a step's folder
+NUMBER = re.compile(r"\d{2}|[1-9]\d{2,8}", re.ASCII)  # the name of a step's folder
 
 FILE_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)  # what a record or an index may name
 

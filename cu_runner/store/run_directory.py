@@ -8,7 +8,7 @@ flushed to disk and renamed.
 from __future__ import annotations
 
 import hashlib
-import shutil
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -29,9 +29,12 @@ from cu_runner.store.files import (
     write_atomic,
 )
 from cu_runner.store.layout import CONFIG, STEP, SUMMARY, TABLE, step_dir
+from cu_runner.store.leftovers import clear, refuse_what_is_in_the_way, strangers
 from cu_runner.store.proof import require_true
 from cu_runner.store.records import COLUMNS, StepRecord, StepResult, chain, read_chain
 from cu_runner.store.run_record import RunRecord
+
+logger = logging.getLogger(__name__)
 
 
 class RunStore:
@@ -65,6 +68,7 @@ class RunStore:
         self.signature, self._command = signature_of(config), command
         self._code, self._allow_other_code = code or identify(), allow_other_code
         self._lock = FileLock(directory / ".lock")
+        self._looked = False  # for what is no step
         self._goes_on = False  # whether finished steps are of other code
 
     def __enter__(self) -> RunStore:
@@ -125,6 +129,7 @@ class RunStore:
 
     def _read_finished(self) -> list[StepRecord]:
         steps: list[StepRecord] = []
+        refuse_what_is_in_the_way(self.directory)
         for position, link in enumerate(read_chain(self.directory)):
             folder = self.step_dir(position)
             problem, record = link.problem, link.record
@@ -154,6 +159,10 @@ class RunStore:
             StoreError: as finished(), or metrics and drift are not those of the files.
         """
         steps = self.finished()
+        if distributed.is_main() and not self._looked:
+            for path in strangers(self.directory):
+                logger.warning("%s: is no step and is left alone", path)
+        self._looked = True
         if steps:
             run = RunRecord(self.directory, self._config, steps)
             distributed.from_main(lambda: require_true(run))
@@ -166,8 +175,7 @@ class RunStore:
 
     def _write_step(self, result: StepResult, parent: StepRecord | None) -> StepRecord:
         directory = self.step_dir(result.index)
-        if directory.exists():  # left by a process that was killed before its commit
-            shutil.rmtree(directory)
+        clear(directory)  # of what a process left that was killed before its commit
         directory.mkdir(parents=True)
         for name, content in result.files.items():
             write_atomic(directory / name, content)

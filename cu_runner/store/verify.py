@@ -19,7 +19,8 @@ from cu_runner.schema.errors import StoreError
 from cu_runner.schema.values import ConfigTree
 from cu_runner.store.directories import first_name
 from cu_runner.store.files import has_intact_header, sha256_of, to_csv
-from cu_runner.store.layout import CONFIG, METRICS, PREDICTIONS, STEP, TABLE, step_dir
+from cu_runner.store.layout import CONFIG, METRICS, NUMBER, PREDICTIONS, STEP, TABLE, step_dir
+from cu_runner.store.leftovers import entries, obstacles
 from cu_runner.store.proof import ROUNDING, size_of
 from cu_runner.store.records import StepRecord, read_chain
 from cu_runner.store.run_record import RunRecord
@@ -45,6 +46,7 @@ def verify_run(directory: Path, sequence: Sequence, config: ConfigTree) -> Itera
         sequence: of the run; its configuration, as config.yaml holds it.
     """
     yield from verify_configuration(directory, config)
+    yield from verify_places(directory)
     records: list[StepRecord] = []
     for index, link in enumerate(read_chain(directory)):
         place, record = f"steps/{index:02d}", link.record
@@ -79,6 +81,15 @@ def verify_configuration(directory: Path, config: ConfigTree) -> Iterator[Findin
     named, found = first_name(directory.name).rpartition("-")[2], signature(config)[:8]
     detail = f"the name ends in {named}, the configuration hashes to {found}"
     yield Finding("name of the directory", named == found, "" if named == found else detail)
+
+
+def verify_places(directory: Path) -> Iterator[Finding]:
+    """Look for what lies among the steps and is none."""
+    for path in entries(directory):
+        if not NUMBER.fullmatch(path.name):
+            yield Finding(f"steps/{path.name}", None, "is no step")
+        elif why := next(obstacles(path), None):
+            yield Finding(f"steps/{path.name}", False, why)
 
 
 def verify_files(directory: Path, record: StepRecord) -> Iterator[Finding]:

@@ -95,7 +95,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 def test_a_step_without_its_commit_is_not_there_and_is_made_again(directory):
     (directory / "steps/02/step.json").unlink()
-    (directory / "steps/02/half.tmp").write_bytes(b"x")
+    (directory / "steps/02/.grid.png.tmp").write_bytes(b"x")
     with make_store(directory) as store:
         steps = store.finished()
         assert [step.index for step in steps] == [0, 1]
