@@ -24,6 +24,7 @@ from cu_runner.schema.errors import (
 )
 from cu_runner.schema.secrets import redact
 from cu_runner.schema.values import ConfigTree
+from cu_runner.schema.words import did_you_mean, nearest
 
 LAUNCHERS = ("submitit", "hydra_plugins")  # what submits the jobs of a sweep, and waits for them
 READERS = ("hydra", "omegaconf", "antlr4", "yaml")  # what reads a user's configuration
@@ -99,14 +100,26 @@ def explain_hydra(text: str, overrides: list[str]) -> str:
             given = next(entry for entry in overrides if entry.startswith(key))
             return f"{given}: conf/{key} holds no file yet"
         if beside := sibling_keys(key, overrides):
-            return f"unknown key {key}; allowed: {', '.join(beside)}"
-        return f"unknown key {key}; `cu-run --cfg job` prints every key"
+            head, dot, last = key.rpartition(".")
+            meant = nearest(last, beside)
+            hint = f"; did you mean {head}{dot}{meant}?" if meant else ""
+            return f"unknown key {key}{hint}; allowed: {', '.join(beside)}"
+        meant = did_you_mean(key, top_keys()) if "." not in key else ""
+        return f"unknown key {key}{meant}; `cu-run --cfg job` prints every key"
     if found := re.search(r"Key '(\w+)' is not in struct", text):
         return f"{found[1]}: choose one file, as in {found[1]}=NAME; only reg takes a list"
     # one of our own resolvers may have raised it
-    text = text.partition(" raised while resolving interpolation: ")[2] or text
+    said, text = text, text.partition(" raised while resolving interpolation: ")[2] or text
+    ours = "ConfigError raised while" in said  # and says itself how to mend it
     text = NOISE.split(text)[0]
+    if ours:
+        return text
     return f"{text}; overrides are KEY=VALUE, `cu-run --help` lists every group and option"
+
+
+def top_keys() -> list[str]:
+    """Return the keys that a command line may begin with: groups and those of config.yaml."""
+    return [*GROUPS, *(str(key) for key in read(config_dir() / "config.yaml") if key != "defaults")]
 
 
 def sibling_keys(key: str, overrides: list[str]) -> list[str]:

@@ -8,16 +8,18 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated
 
-from pydantic import Field
-
 from cu_runner.concepts.entries import read_entries
 from cu_runner.concepts.prompt_csv import read_prompts
 from cu_runner.concepts.sequence import KNOWN, Concept, ImagePrompt, Sequence
 from cu_runner.concepts.templates import check_template, replace_word
+from cu_runner.schema.words import Matches
+
+FOLDER = "up to 64 letters, digits and . - _, for a folder of outputs/runs"
+ORDERS = "paper, reversed, or shuffle-1 and so on"
 
 
 def make_sequence(
-    name: Annotated[str, Field(pattern=r"^\w[\w.-]{0,63}$")],  # a folder of outputs/runs
+    name: Annotated[str, Matches(r"\w[\w.-]{0,63}", FOLDER)],
     domain: str,
     cross_domain: str,
     targets: list[str],
@@ -32,7 +34,7 @@ def make_sequence(
     anchors: dict[str, str] | None = None,
     prompt_names: dict[str, str] | None = None,
     bare_prompt: str = "{concept}",
-    order: Annotated[str, Field(pattern=r"^(paper|reversed|shuffle-\d+)$")] = "paper",
+    order: Annotated[str, Matches(r"paper|reversed|shuffle-\d+", ORDERS)] = "paper",
     prompts: str | None = None,
 ) -> Sequence:
     """Check the lists of a sequence file (conf/sequence) and build the Sequence.

@@ -7,6 +7,7 @@ conf/; other trees are not.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -18,17 +19,18 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
-from pydantic import Field
 
-from cu_runner.config.command import refuse_long_keys
+from cu_runner.config.command import key_of, refuse_long_keys
 from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.secrets import refuse_secrets
 from cu_runner.schema.validate import validate
 from cu_runner.schema.values import ConfigTree, walk_leaves
+from cu_runner.schema.words import Matches
 from cu_runner.schema.yaml_files import check_tree
 
-ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
+MODULE = "the name of a module as Python imports it: package.module"
+ModuleName = Annotated[str, Matches(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", MODULE)]
 
 
 def check_command(arguments: list[str]) -> None:
@@ -56,6 +58,8 @@ def check_command(arguments: list[str]) -> None:
     if options.config_dir and not Path(options.config_dir).is_dir():
         raise ConfigError(f"--config-dir {options.config_dir}: no such directory")
     refuse_long_keys(options.overrides)
+    if options.multirun:
+        refuse_repeated_keys(options.overrides)
     for folder in (options.config_dir, *searched_folders(options.overrides)):
         if folder:
             check_tree(Path(folder.removeprefix("file://")))
@@ -68,6 +72,18 @@ def check_command(arguments: list[str]) -> None:
         options.overrides,
         RunMode.MULTIRUN if options.multirun else RunMode.RUN,
     )
+
+
+def refuse_repeated_keys(overrides: list[str]) -> None:
+    """Refuse with ConfigError a sweep that gives a key twice: the second alone would be swept."""
+    given = Counter(map(key_of, overrides))
+    if repeated := [key for key, count in given.items() if count > 1]:
+        said = [text for text in overrides if key_of(text) == repeated[0]]
+        values = ",".join(text.partition("=")[2] for text in said)
+        raise ConfigError(
+            f"{' '.join(said)}: {repeated[0]} is given {len(said)} times, and the last alone would "
+            f"count; give it once, as in {repeated[0]}={values}"
+        )
 
 
 def complain(message: str) -> NoReturn:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers import oc
 
 from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.secrets import names_secret
+from cu_runner.schema.settings import WandbMode
 from cu_runner.schema.validate import validate
 from cu_runner.schema.values import ConfigTree
+
+WANDB_MODES = get_args(WandbMode)
 
 
 def choice(group: str) -> str:
@@ -75,7 +80,13 @@ def environment(name: str, *default: str | None) -> str | None:
             f"oc.env:{name}: looks like a secret, and config.yaml would hold it; "
             "rename the variable if it is none"
         )
-    return oc.env(name, *default)
+    value = oc.env(name, *default)
+    if name == "WANDB_MODE" and value not in WANDB_MODES:
+        raise ConfigError(
+            f"the environment variable WANDB_MODE is {value!r}; allowed: "
+            f"{', '.join(WANDB_MODES)}; set it to one of them, unset it, or give wandb.mode=..."
+        )
+    return value
 
 
 for _name, _resolver in (

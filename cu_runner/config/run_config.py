@@ -22,6 +22,7 @@ from cu_runner.schema.secrets import refuse_secrets
 from cu_runner.schema.settings import PlanSettings, Spine
 from cu_runner.schema.validate import validate
 from cu_runner.schema.values import ConfigTree, numbers_by_value, walk_leaves, without_paths
+from cu_runner.schema.words import did_you_mean
 from cu_runner.store.directories import choose_directory
 from cu_runner.store.signature import NOT_SCIENTIFIC, file_hashes, signature
 
@@ -139,7 +140,8 @@ def check_run(
         resolved.pop("retention", None)
     known = {*GROUPS, *(field.name for field in dataclasses.fields(Spine))}
     if unknown := sorted(set(resolved) - known):
-        raise ConfigError(f"unknown key {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
+        meant = did_you_mean(unknown[0], known)
+        raise ConfigError(f"unknown key {unknown[0]!r}{meant}; allowed: {', '.join(sorted(known))}")
     spine = validate(Spine, {key: resolved[key] for key in resolved if key not in GROUPS}, "")
     if spine.fresh and spine.allow_other_code:
         raise ConfigError(

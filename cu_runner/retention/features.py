@@ -9,7 +9,7 @@ import hashlib
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import ConfigDict, Field, PositiveInt
+from pydantic import ConfigDict, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from cu_runner.models.checkpoint_files import locate
@@ -18,9 +18,13 @@ from cu_runner.models.image_text import ImageTextModel, ImageTextSource, load_im
 from cu_runner.models.weight_files import check_pickle, load_tensors
 from cu_runner.runtime.lazy import F, nn, timm, torch, without_gradients
 from cu_runner.schema.errors import ModelError, one_line
+from cu_runner.schema.words import Matches
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+ARCHITECTURE = r"inception|timm:.+|open_clip(:.+)?|module"
+NAMES = "inception, timm:NAME, open_clip, open_clip:NAME or module"
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -37,7 +41,7 @@ class FeatureSource:
     allow_pickle: files other than safetensors that may be read; a module file must be among them.
     """
 
-    architecture: Annotated[str, Field(pattern=r"^(inception|timm:.+|open_clip(:.+)?|module)$")]
+    architecture: Annotated[str, Matches(ARCHITECTURE, NAMES)]
     path: str
     size: PositiveInt = 224
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)

@@ -10,18 +10,23 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from cu_runner.schema.words import Matches
+
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+WandbMode = Literal["offline", "online", "disabled"]
 Precision = Literal["fp32", "bf16", "fp16"]
 ParameterGroup = Literal["kv_xattn", "xattn", "non_xattn", "full", "non_xattn_layers", "layers"]
 # Beyond 1e30 float32 overflows inside the optimiser.
 StepSize = Annotated[float, Field(gt=0, le=1e30)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+SAVED = "a number of steps, minutes as 10min, or null for never"
+PLAIN = "letters, digits and . , : @ + - _"
 # Steps, or minutes as "10min".
-SaveEvery = PositiveInt | Annotated[str, Field(pattern=r"^\d+(\.\d+)?min$")] | None
+SaveEvery = PositiveInt | Annotated[str, Matches(r"\d+(\.\d+)?min", SAVED)] | None
 # Both stand in the scripts of jobs, which a line break would cut.
-ClusterName = Annotated[str, Field(pattern=r"^[\w.,:@+-]+$")]
-FolderName = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
+ClusterName = Annotated[str, Matches(r"[\w.,:@+-]+", PLAIN)]
+FolderName = Annotated[str, Matches(r"[^\x00-\x1f\x7f]+", "a path without control characters")]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -72,7 +77,7 @@ class EvalSettings(Sampler):
 class WandbSettings:
     """Where and whether the W&B mirror is written."""
 
-    mode: Literal["offline", "online", "disabled"]
+    mode: WandbMode
     project: Annotated[str, Field(min_length=1)]
     entity: str | None
 
@@ -138,7 +143,7 @@ class Spine:
     allow_other_code: bool
     seed: NonNegativeInt
     num_threads: PositiveInt | None
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    device: Annotated[str, Matches(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda, or cuda:1 and so on")]
     train: TrainSettings
     anchors: Sampler
     eval: EvalSettings

@@ -22,7 +22,7 @@ OURS = {*FILES, *(f".{name}.tmp" for name in FILES)}
 
 
 def strangers(run: Path) -> list[Path]:
-    """Return what lies in the folder of steps under a name that no step has: 01.bak, 0², ..."""
+    """Return what lies in the folder of steps under a name that no step has: 01.bak, ..."""
     return [path for path in entries(run) if not NUMBER.fullmatch(path.name)]
 
 

@@ -73,7 +73,7 @@ CONFIGURATION = [
     (["sequence.prompt=a picture"], ["sequence.prompt", "'a picture'", "{object}"]),
     (["setting.plan=parallel"], ["setting.plan='parallel'", "sequential"]),
     (["wandb.mode=maybe"], ["wandb.mode='maybe'", "'offline', 'online' or 'disabled'"]),
-    (["device=tpu"], ["device='tpu'", "auto|cpu|cuda"]),
+    (["device=tpu"], ["device='tpu'", "allowed: auto, cpu, cuda, or cuda:1"]),
     (["model.path=/nowhere/model"], ["/nowhere/model", "no such file or directory", "diffusers"]),
     (["model.precision=fp8"], ["model.precision='fp8'", "'fp32', 'bf16' or 'fp16'"]),
     (["model.resolution=63"], ["model.resolution=63", "multiple of 4"]),
@@ -83,6 +83,14 @@ CONFIGURATION = [
         ["method._target_=cu_runner.nope.Nope", "cannot be imported"],
     ),
     (["=="], ["=="]),
+    (["methd=esd"], ["unknown key methd; did you mean method?"]),
+    (["+methd=esd"], ["unknown key 'methd'; did you mean method?"]),
+    (["regularizer=l2"], ["unknown key regularizer; did you mean reg?"]),
+    (["Seed=1"], ["unknown key Seed; did you mean seed?"]),
+    (["train.step=1"], ["unknown key train.step; did you mean train.steps?"]),
+    (["device=cude"], ["device='cude'", "allowed: auto, cpu, cuda, or cuda:1 and so on"]),
+    (["sequence.order=sorted"], ["'sorted'", "allowed: paper, reversed, or shuffle-1"]),
+    (["seed=0,1", "seed=2,3", "-m"], ["seed=0,1 seed=2,3: seed is given 2 times", "seed=0,1,2,3"]),
 ]
 
 
@@ -91,6 +99,14 @@ CONFIGURATION = [
 )
 def test_configuration(in_process, overrides, fragments):
     assert_one_line(in_process(*SMOKE, *overrides), 2, fragments)
+
+
+@pytest.mark.parametrize("mode", ["", "dryrun"])
+def test_the_variable_of_wandb_is_named(in_process, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    own = [word for word in SMOKE if not word.startswith("wandb.mode")]
+    fragments = [f"WANDB_MODE is {mode!r}", "offline, online, disabled", "wandb.mode=..."]
+    assert "KEY=VALUE" not in assert_one_line(in_process(*own), 2, fragments)
 
 
 def test_the_same_in_a_terminal(cu_run):
