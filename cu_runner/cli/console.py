@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from cu_runner import __version__
 from cu_runner.runtime.lazy import diffusers, transformers
+from cu_runner.runtime.signals import Stopped
 from cu_runner.schema.secrets import redact
 
 NOISY = ("transformers", "diffusers", "torch", "accelerate", "huggingface_hub", "filelock", "wandb")
@@ -73,7 +74,8 @@ def logging_to(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        said = ("stopped by %r", (error,), sys.exc_info())
+        asked = isinstance(error, Stopped | KeyboardInterrupt)  # no traceback for that
+        said = ("stopped by %r", (error,), None if asked else sys.exc_info())
         file.handle(package.makeRecord(__name__, logging.ERROR, "", 0, *said))
         raise
     finally:

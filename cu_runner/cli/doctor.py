@@ -54,6 +54,9 @@ def main() -> None:
         "--all", action="store_true", help="print the checks of a run that hold as well"
     )
     arguments = parser.parse_intermixed_args()
+    if not arguments.what:
+        parser.print_usage(sys.stderr)
+        parser.error("give a run, or overrides as to cu-run: cu-doctor method=esd reg=l2")
     overrides = [text for text in arguments.what if "=" in text]
     if overrides and len(overrides) < len(arguments.what):
         parser.error("give runs or overrides, not both")

@@ -1,8 +1,9 @@
 """What a run does when it is asked to stop.
 
-That is by `kill`, or by a cluster that takes the machine away or whose time limit is near. A signal
-never cuts a training step or a commit in two: there it is noted, and the run stops at the next safe
-place, having saved what it trained. Elsewhere (sampling, loading) it stops at once.
+That is by ctrl-C, by `kill`, or by a cluster that takes the machine away or whose time limit is
+near. A signal never cuts a training step or a commit in two: there it is noted, and the run stops
+at the next safe place, having saved what it trained. Elsewhere (sampling, loading) it stops at
+once, and so it does anywhere at a second ctrl-C.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ Handler = Callable[[int, FrameType | None], object] | int | None
 
 # A cluster's warning that the job must make room; submitit's handler requeues the job.
 REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
-SIGNALS = (signal.SIGTERM, *REQUEUE)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *REQUEUE)
 
 
 class Stopped(BaseException):
     """The run was asked to stop, and nothing of it is half-written."""
 
     def __init__(self, signum: int, previous: dict[int, Handler]) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        name = signal.Signals(signum).name
+        super().__init__("interrupted" if signum == signal.SIGINT else f"stopped by {name}")
         self.signum, self._previous = signum, previous
 
     @property
@@ -48,9 +50,9 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """What receives SIGTERM, SIGUSR1 and SIGUSR2 while it is entered, in the main thread.
+    """What receives SIGNALS while it is entered, in the main thread; raises Stopped.
 
-    Raises Stopped.
+    A shell's background job, which ignores ctrl-C, goes on to do so.
     """
 
     def __init__(self) -> None:
@@ -59,7 +61,9 @@ class StopSignals:
         self._previous: dict[int, Handler] = {}
 
     def __enter__(self) -> StopSignals:
-        self._previous = {signum: signal.signal(signum, self._receive) for signum in SIGNALS}
+        ignores = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        signals = SIGNALS[1:] if ignores else SIGNALS
+        self._previous = {signum: signal.signal(signum, self._receive) for signum in signals}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -67,7 +71,10 @@ class StopSignals:
             signal.signal(signum, handler)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if self._received is None:  # a second one changes nothing: stopping is under way
+        if self._received is not None:  # stopping is under way: only ctrl-C hastens it
+            if signum == signal.SIGINT:
+                raise KeyboardInterrupt
+        else:
             self._received = signum
             if not self._deferred:
                 self.check()

@@ -548,6 +548,13 @@ def test_a_full_disk_and_a_missing_login_are_wrong(check, monkeypatch):
     assert found["W&B"] == ("WRONG", "no key; run `wandb login`, or use wandb.mode=offline")
 
 
+def test_without_arguments_it_says_how_it_is_used(call_command):
+    status, out, err = call_command(doctor.main, "cu-doctor")
+    assert (status, out) == (2, "")
+    assert err.startswith("usage: cu-doctor")
+    assert "give a run, or overrides" in err
+
+
 def test_a_bad_plan_is_one_line(call_command):
     status, out, err = call_command(doctor.main, "cu-doctor", "sequence=smoke", "train.lr=-1")
     assert (status, out) == (2, "")

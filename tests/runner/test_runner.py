@@ -270,8 +270,7 @@ def test_a_second_process_is_refused_and_ctrl_c_keeps_what_is_finished(start, in
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert (
-        err
-        == "cu-run: interrupted; finished requests are kept. Run the same command again to resume\n"
+        err == "cu-run: interrupted; what was done is kept. Run the same command again to go on\n"
     )
     assert "0/2" in out
     (directory,) = (tmp_path / "outputs/runs/smoke").iterdir()

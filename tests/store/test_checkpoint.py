@@ -202,6 +202,23 @@ def test_a_signal_stops_at_once_elsewhere_and_the_handlers_come_back():
     ] == before
 
 
+def test_the_second_ctrl_c_stops_at_once():
+    reached = []
+
+    def work(stop: StopSignals) -> None:
+        with stop.deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            reached.append("after the first")
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append("after the second")
+
+    with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
+        work(stop)
+    assert reached == ["after the first"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.parametrize(
     ("sent", "requeued"),
     [(signal.SIGUSR1, [signal.SIGUSR2]), (signal.SIGUSR2, [signal.SIGUSR2]), (signal.SIGTERM, [])],
@@ -288,6 +305,23 @@ def test_early_stop_goes_on_with_what_it_has_measured(
         for path in (directory, run_directory(out, tmp_path))
     ]
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+def test_ctrl_c_saves_the_request_and_is_one_line_everywhere(
+    in_process, filled_cache, tmp_path, monkeypatch
+):
+    chosen = [*SMOKE, "train.steps=5", "train.save_every=null"]
+    with monkeypatch.context() as patch:
+        kill_after(patch, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
+        status, out, err = in_process(*chosen)
+    assert (status, err.count("\n")) == (130, 1)
+    assert err.startswith("cu-run: interrupted; what was done is kept.")
+    (log,) = (tmp_path / "outputs/runs/smoke").glob("*/run.log")
+    assert "Traceback" not in log.read_text()
+    assert log.read_text().count("interrupted") == 1
+    status, out, err = in_process(*chosen)
+    assert (status, err) == (0, "")
+    assert "request 1 goes on after step 4" in out
 
 
 class Slow(ConAbl):
