@@ -77,6 +77,7 @@ def logging_to(path: Path) -> Iterator[None]:
         asked = isinstance(error, Stopped | KeyboardInterrupt)  # no traceback for that
         said = ("stopped by %r", (error,), None if asked else sys.exc_info())
         file.handle(package.makeRecord(__name__, logging.ERROR, "", 0, *said))
+        vars(error)["log"] = path  # for the line that tells of it
         raise
     finally:
         package.removeHandler(terminal)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import yaml
 
 from cu_runner.runtime.paths import GROUPS, config_dir
 from cu_runner.runtime.signals import Stopped
+from cu_runner.runtime.user_code import allowed_in, place_of, raised_in
 from cu_runner.schema.errors import (
     LaunchError,
     MirrorError,
@@ -26,6 +29,7 @@ from cu_runner.schema.secrets import redact
 from cu_runner.schema.values import ConfigTree
 from cu_runner.schema.words import did_you_mean, nearest
 
+DEBUG = "CU_RUNNER_DEBUG"  # of the environment: 1 shows the traceback of every failure
 LAUNCHERS = ("submitit", "hydra_plugins")  # what submits the jobs of a sweep, and waits for them
 READERS = ("hydra", "omegaconf", "antlr4", "yaml")  # what reads a user's configuration
 OURS = (StoreError, TrainingError, SamplingError, LaunchError, MirrorError)
@@ -50,6 +54,9 @@ def explain_error(error: Exception, overrides: list[str]) -> tuple[int, str]:
         return 2, f"a configuration file is no valid YAML: {one_line(error)}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return 2, explain_hydra(one_line(error), overrides)
+    told = isinstance(error, OURS) or type(error).__name__ == "OutOfMemoryError"
+    if not told and raised_in(error, allowed_in(overrides)):
+        return explain_own(error)
     if isinstance(error, BrokenPipeError):
         return 1, "whatever read the output has ended (a pipe); what was done is kept"
     if isinstance(error, OSError) and error.errno is not None:
@@ -75,6 +82,14 @@ def explain_error(error: Exception, overrides: list[str]) -> tuple[int, str]:
         said = f"{type(error).__name__}: {one_line(error)}"
         return 2, f"the configuration cannot be composed ({said}); `cu-run --help` shows the form"
     raise error
+
+
+def explain_own(error: Exception) -> tuple[int, str]:
+    """Return status and message of what a user's own code raised: where, and what holds more."""
+    log = vars(error).get("log")  # of a run that had begun
+    more = f"{log} holds the traceback" if log else f"{DEBUG}=1 shows the traceback"
+    where = f"{place_of(error)}: {type(error).__name__}"
+    return 1 if log else 2, f"{where}: {one_line(error)}; raised in your own code, {more}"
 
 
 def raised_by(error: BaseException) -> str:
@@ -175,6 +190,8 @@ def one_line_failures(
         tell(f"{program}: interrupted; finished requests are kept. {again} resume")
         sys.exit(130)
     except Exception as error:
+        if os.environ.get(DEBUG) == "1":
+            tell("".join(traceback.format_exception(error)).rstrip())
         status, message = explain_error(error, sys.argv[1:])
         if getattr(error, "told", False):  # by the first of several processes
             sys.exit(status)

@@ -19,6 +19,7 @@ from cu_runner.methods.base import Method
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.retention.base import Retention
+from cu_runner.runtime.user_code import place_of
 from cu_runner.schema.errors import ConfigError, first_line
 from cu_runner.schema.validate import validate
 from cu_runner.schema.values import ConfigTree
@@ -83,7 +84,8 @@ def locate_target(path: str, target: str, allowed: tuple[str, ...]) -> Callable[
     try:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever importing the user's module raises
-        raise ConfigError(f"{said}: cannot be imported ({first_line(error)})") from error
+        place = f"; see {where}" if (where := place_of(error)) else ""
+        raise ConfigError(f"{said}: cannot be imported ({first_line(error)}){place}") from error
     if not (inspect.isclass(found) or inspect.isfunction(found)):
         raise ConfigError(f"{said}: neither a class nor a function")
     home = found.__module__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +93,7 @@ class Training:
     def step(self) -> None:
         """Make a step. Raises TrainingError for a loss that is not finite: the weights are lost."""
         scope, method, regularizers = self._scope, self._method, self._regularizers.values()
-        logs = method.backward(scope, method.batch(scope, self.done))
+        logs = numbers_in(method.backward(scope, method.batch(scope, self.done)), method)
         for name, regularizer in self._regularizers.items():
             penalty = regularizer.penalty(scope.params)
             if penalty is not None:
@@ -213,6 +213,23 @@ def make_optimizer(params: list[nn.Parameter], settings: TrainSettings) -> torch
         weight_decay=settings.weight_decay,
         fused=fused,
     )
+
+
+def numbers_in(logs: Mapping[str, object], method: Method[Any]) -> dict[str, float]:
+    """Return what a step logs as numbers, tensors of one too. Raises TrainingError."""
+    numbers: dict[str, float] = {}
+    for name, value in logs.items():
+        shape, item = getattr(value, "shape", None), getattr(value, "item", None)
+        one = item() if item and shape is not None and math.prod(shape) == 1 else value
+        if not isinstance(one, int | float):
+            raise TrainingError(
+                f"{type(method).__name__}: logs {name!r}, which is a {type(value).__name__}; "
+                "log numbers, or tensors of one number"
+            )
+        numbers[name] = one
+    if "loss" not in numbers:
+        raise TrainingError(f"{type(method).__name__}: logs no 'loss', which is needed; add it")
+    return numbers
 
 
 def diverged(what: str, request: Request, step: int, steps: int) -> str:
