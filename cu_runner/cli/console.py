@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
+import os
+import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +22,38 @@ from cu_runner.schema.secrets import redact
 NOISY = ("transformers", "diffusers", "torch", "accelerate", "huggingface_hub", "filelock", "wandb")
 
 
+NARROWEST = 40  # columns; argparse fails in a terminal of a few
+
+
+class NarrowFormatter(argparse.HelpFormatter):
+    """Help for a terminal of any width."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        """Take the command's name; the width is the terminal's, but no less than NARROWEST."""
+        columns = shutil.get_terminal_size().columns - 2
+        super().__init__(prog, **{"width": max(columns, NARROWEST), **options})
+
+
+def without_reader(main: Callable[[], None]) -> Callable[[], None]:
+    """Let a command end in peace where nobody reads its output: `cu-run --help | head -1`."""
+
+    @functools.wraps(main)
+    def called() -> None:
+        if sys.stdout is None:  # closed by whoever started the command
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        try:
+            main()
+        except BrokenPipeError:  # elsewhere than in what one_line_failures() holds: in --help
+            pass
+        finally:
+            try:
+                sys.stdout.flush()
+            except OSError:  # the interpreter would try again at its end, and say so
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    return called
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line, and knows --version."""
 
@@ -27,6 +62,7 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         """Take the command's name, and its module's docstring, whose first paragraph is shown."""
         first = " ".join((description or "").partition("\n\n")[0].split())
+        options.setdefault("formatter_class", NarrowFormatter)
         super().__init__(prog=prog, description=first or None, **options)
         self.add_argument("--version", action="version", version=f"{self.prog} {__version__}")
 

@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cu_runner.cli.console import Parser, quiet_libraries
+from cu_runner.cli.console import Parser, quiet_libraries, without_reader
 from cu_runner.cli.failures import one_line_failures
 from cu_runner.retention.base import Retention
 from cu_runner.schema.errors import ModelError, WeightFileError
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 MARKS = {True: "ok", False: "WRONG", None: "not checked"}
 
 
+@without_reader
 def main() -> None:
     """Call `cu-doctor` with its command line."""
     parser = Parser(prog="cu-doctor", description=__doc__)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cu_runner.cli.console import Parser, quiet_libraries
+from cu_runner.cli.console import Parser, quiet_libraries, without_reader
 from cu_runner.cli.failures import one_line_failures
 from cu_runner.store.directories import choose_directory, first_name
 from cu_runner.store.layout import EVALUATIONS, finished_steps
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SHOWN = ("UA", "RA_I", "RA_C", "RA_C_retained")
 
 
+@without_reader
 def main() -> None:
     """Call `cu-eval` with its command line."""
     parser = Parser(prog="cu-eval", description=__doc__)

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from cu_runner.cli.console import Parser, whole_number
+from cu_runner.cli.console import Parser, whole_number, without_reader
 from cu_runner.cli.failures import one_line_failures
 from cu_runner.store.run_record import RunRecord
 
 
+@without_reader
 def main() -> None:
     """Call `cu-report` with its command line."""
     parser = Parser(prog="cu-report", description=__doc__)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cu_runner import __version__
-from cu_runner.cli.console import logging_to, quiet_libraries
+from cu_runner.cli.console import logging_to, quiet_libraries, without_reader
 from cu_runner.cli.failures import one_line_failures
 from cu_runner.cli.help import help_text
 from cu_runner.runtime.devices import choose_device, limit_threads
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("cu_runner.cli")  # __name__ is another under `python -m`
 
 
+@without_reader
 def main() -> None:
     """Call `cu-run` with its command line."""
     arguments = sys.argv[1:]

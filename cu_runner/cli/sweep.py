@@ -16,12 +16,13 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from cu_runner.cli.console import Parser
+from cu_runner.cli.console import Parser, without_reader
 from cu_runner.cli.failures import one_line_failures
 from cu_runner.sweeps.job_note import read_sweep_note
 from cu_runner.sweeps.status import STATES, Job, read_sweep
 
 
+@without_reader
 def main() -> None:
     """Call `cu-sweep` with its command line."""
     parser = Parser(prog="cu-sweep", description=__doc__)

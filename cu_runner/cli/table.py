@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cu_runner.cli.console import Parser, whole_number
+from cu_runner.cli.console import Parser, whole_number, without_reader
 from cu_runner.cli.failures import one_line_failures
 from cu_runner.runtime.paths import config_dir
 
 
+@without_reader
 def main() -> None:
     """Call `cu-table` with its command line."""
     launchers = sorted(path.stem for path in (config_dir() / "hydra/launcher").glob("*.yaml"))

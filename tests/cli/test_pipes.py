@@ -1,0 +1,31 @@
+"""Every command where nobody reads what it prints, and in a terminal of one column."""
+
+import os
+
+import pytest
+from commands import ENTRIES, environment, run_forked
+
+
+def nobody_reads() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+    os.close(writing)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_help_that_nobody_reads(name, tmp_path):
+    done = run_forked(name, "--help", cwd=tmp_path, before=nobody_reads)
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("columns", [1, 30])
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_narrow_terminal(name, columns, tmp_path):
+    done = run_forked(name, "--help", cwd=tmp_path, env=environment(COLUMNS=str(columns)))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout) > 300
+    wrong = run_forked(name, "--nope", cwd=tmp_path, env=environment(COLUMNS=str(columns)))
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr
