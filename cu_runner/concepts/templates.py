@@ -41,7 +41,8 @@ def check_template(template: str, key: str, needed: Iterable[str], known: Iterab
     found, needed = PLACEHOLDER.findall(template), list(needed)
     allowed = list(dict.fromkeys([*needed, *known]))
     if missing := [name for name in needed if name not in found]:
-        raise ValueError(f"{key}: {template!r} lacks the placeholder {{{missing[0]}}}")
+        listed = ", ".join(f"{{{name}}}" for name in missing)
+        raise ValueError(f"{key}: {template!r} lacks the placeholder {listed}")
     if "{" in (rest := PLACEHOLDER.sub("", template)) or "}" in rest:
         raise ValueError(f"{key}: {template!r} has a brace without its other half")
     if strange := [name for name in found if name not in allowed]:

@@ -6,8 +6,8 @@ whether they name the retained ones?
 One setting at a time is changed from those of conf/tuned: the number of names (the nearest to the
 target), their source (random ones from a file, a list of painting styles, a list of objects),
 whether retained names may be among them, and the threshold of duplicates. That is read with the
-names' own tokens only; where conf/tuned takes every token, its runs have the settings OWN. 10 runs
-of the sequence; auxiliary.md has the seconds of each.
+names' own tokens only; where conf/tuned takes others, its runs have the settings OWN_OF. 10
+runs of the sequence; auxiliary.md has the seconds of each.
 """
 
 import json
@@ -24,18 +24,22 @@ NUMBERS = (10, 50)
 RANDOM = 25  # names in the file
 THRESHOLDS = (0.3, 0.7, 0.95)
 LISTS = ("painting_styles", "common_objects")
-# The published subspace on the embedded model: one column per name, and a step size at which the
-# collapse is not that of the step.
+# The published subspace of names: one column per name; on the embedded model with a step size at
+# which the collapse is not that of the step, elsewhere with names in place of captions.
 OWN = [
     "reg.gradproj.tokens=own",
     "reg.gradproj.energy=1.0",
     "reg.gradproj.contexts=['{concept}']",
-    "train.lr=3e-4",
 ]
+OWN_OF = {
+    "own": [],
+    "all": [*OWN, "train.lr=3e-4"],
+    "last": [*OWN, "reg.gradproj.auxiliary.name=auxiliary_styles"],
+}
 
 
 def cells(study: Study, random_names: Path) -> dict[str, list[str]]:
-    own = OWN if study.plan(["reg=gradproj"]).resolved["reg"]["gradproj"]["tokens"] == "all" else []
+    own = OWN_OF[study.plan(["reg=gradproj"]).resolved["reg"]["gradproj"]["tokens"]]
     source = "reg.gradproj.auxiliary.source"
     changes = {"as tuned": []}
     changes |= {

@@ -43,7 +43,7 @@ CONFIGURATION = [
     (["method.num_anchors=-4"], ["method.num_anchors=-4", "greater than 0"]),
     (
         ["method.params=everything"],
-        ["method.params='everything'", "'kv_xattn', 'xattn', 'non_xattn' or 'full'"],
+        ["method.params='everything'", "'non_xattn', 'full', 'non_xattn_layers' or 'layers'"],
     ),
     (["reg=l2", "reg.l2.weight=-1"], ["reg.l2.weight=-1", "greater than or equal to 0"]),
     (["reg=l2", "reg.l2.weight=nan"], ["reg.l2.weight=nan", "finite"]),
