@@ -236,4 +236,6 @@ def test_order_is_a_choice_of_the_sequence(in_process, filled_cache, tmp_path):
     assert table["concept"].fillna("").tolist() == ["", "glacier dot", "ember stripe"]
     status, _, err = in_process(*SMOKE, "sequence.order=random")
     assert status == 2
-    assert err.startswith("cu-run: sequence.order='random': string should match pattern")
+    assert err.startswith(
+        "cu-run: sequence.order='random': allowed: paper, reversed, or shuffle-1 and so on"
+    )

@@ -250,7 +250,11 @@ def test_the_cost_of_a_method(bench):
             2,
             "bench.py: argument --batch-size: '0' is not a whole number from 1 on; ",
         ),
-        (("--device", "gpu"), 2, "bench.py: device='gpu': string should match pattern"),
+        (
+            ("--device", "gpu"),
+            2,
+            "bench.py: device='gpu': allowed: auto, cpu, cuda, or cuda:1 and so on",
+        ),
         (
             ("--methods", "conabl", "nope"),
             2,

@@ -202,7 +202,15 @@ def test_a_signal_stops_at_once_elsewhere_and_the_handlers_come_back():
     ] == before
 
 
-def test_the_second_ctrl_c_stops_at_once():
+@pytest.fixture
+def ctrl_c():
+    """ctrl-C as at a terminal, also where a shell made its background job ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_second_ctrl_c_stops_at_once(ctrl_c):
     reached = []
 
     def work(stop: StopSignals) -> None:
@@ -308,7 +316,7 @@ def test_early_stop_goes_on_with_what_it_has_measured(
 
 
 def test_ctrl_c_saves_the_request_and_is_one_line_everywhere(
-    in_process, filled_cache, tmp_path, monkeypatch
+    in_process, ctrl_c, filled_cache, tmp_path, monkeypatch
 ):
     chosen = [*SMOKE, "train.steps=5", "train.save_every=null"]
     with monkeypatch.context() as patch:

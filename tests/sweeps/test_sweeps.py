@@ -64,22 +64,23 @@ def finish(run: Path, summarised: str | None = None) -> None:
     """Writes a run of one step. summarised: the sha256 of another step, for which summary.json
     stands.
     """
+    files = dict.fromkeys(("predictions.csv", "metrics.json", "grid.png"), "d" * 64)
     record = StepRecord(
         index=0,
         signature="0" * 64,
         parent_sha256="a" * 64,
-        sha256=chain("a" * 64, {}),
-        files={},
+        sha256=chain("a" * 64, files),
+        files=files,
         targets=[],
         model_sha256="a" * 64,
         evaluator_sha256="b" * 64,
         training=TrainingRecord(),
-        seconds={},
+        seconds={"train": 0.0, "eval": 0.0},
         versions={"cu_runner": __version__},
         device="cpu",
         git_commit=None,
         code=CodeIdentity("c" * 64, "c" * 64, {}, {}, None),
-        row=Row(0, "", {}),
+        row=Row(0, "", dict.fromkeys(("UA", "RA_I", "RA_C", "RA_C_retained"), 99.0)),
     )
     (run / "steps/00").mkdir(parents=True)
     (run / "steps/00/step.json").write_bytes(to_json(record.entries()))
