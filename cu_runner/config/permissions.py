@@ -108,6 +108,8 @@ def check_trees(loader: ConfigLoader, overrides: list[str], mode: RunMode) -> No
     others += [
         FileConfigSource("hydra.searchpath", folder) for folder in searched_folders(overrides)
     ]
+    if not others and not any(".." in override for override in overrides):
+        return  # conf/ alone is read, which is trusted
     for entry in loader.compute_defaults_list("config", overrides, mode).defaults:
         file = entry.config_path or ""
         if ".." in Path(file).parts or Path(file).is_absolute():

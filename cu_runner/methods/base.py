@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.request.scope import Resumable, Scope
@@ -30,6 +30,7 @@ class Method(Resumable, ABC, Generic[Batch]):
     params: ParameterGroup = "kv_xattn"  # which weights are trained
     # True: one step sets the weights; there is no loss or gradient for regularizers to change
     closed_form: bool = False
+    scored_against: Literal["anchor", "empty"] = "anchor"  # which prompt, in scored_loss()
 
     def begin_request(self, scope: Scope) -> None:
         """Prepare for a request: anchor sets, teachers, masks.
@@ -54,17 +55,17 @@ class Method(Resumable, ABC, Generic[Batch]):
         """Return what surrounds the forward passes that are trained; SelFT scores inside it too."""
         return contextlib.nullcontext()
 
-    def scored_loss(self, concept: Tensor, anchor: Tensor, empty: Tensor) -> Tensor:
+    def scored_loss(self, concept: Tensor, wanted: Tensor) -> Tensor:
         """Return the loss by which SelFT scores weights along a sampling trajectory.
 
         The released code (Lee et al. 2026) takes that of concept ablation, sum ||e(c*) - e(c)||^2,
         for every method but ESD.
 
         Args:
-            concept, anchor, empty: predictions [B, C, H, W] for the concept's prompt, with
-                gradient, and for its anchor's and the empty one, without.
+            concept, wanted: predictions [B, C, H, W] for the concept's prompt, with gradient, and
+                for the one that scored_against names, without.
         """
-        return (concept - anchor).pow(2).sum()
+        return (concept - wanted).pow(2).sum()
 
     def backward(self, scope: Scope, batch: Batch) -> dict[str, float]:
         """Add the method's gradient to .grad of scope.params; return what to log, "loss" among it.

@@ -59,6 +59,8 @@ class ESD(Method[Trajectories]):
     The teacher's is pushed from the concept to the empty prompt's side.
     """
 
+    scored_against = "empty"
+
     def __init__(
         self,
         variant: Literal["esd-x", "esd-x-strict", "esd-u", "esd-all"] = "esd-x",
@@ -119,13 +121,13 @@ class ESD(Method[Trajectories]):
     def _teacher_weights(self, scope: Scope) -> dict[str, Tensor]:
         return {"previous": scope.start, "base": scope.base}[self.teacher]
 
-    def scored_loss(self, concept: Tensor, anchor: Tensor, empty: Tensor) -> Tensor:
+    def scored_loss(self, concept: Tensor, wanted: Tensor) -> Tensor:
         """Return the mean of ||e(c*) - e(null)||^2.
 
         The released code scores by this method's own loss with the empty prompt for an anchor: the
         target e(null) - eta (e(anchor) - e(null)) is then e(null).
         """
-        return F.mse_loss(concept, empty)
+        return F.mse_loss(concept, wanted)
 
     def loss(self, scope: Scope, batch: Trajectories) -> tuple[Tensor, dict[str, float]]:
         """Return E ||e(x_t, c*) - sg [e_q(x_t, null) - eta (e_q(x_t, c*) - e_q(x_t, null))]||^2

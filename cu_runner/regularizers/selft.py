@@ -95,14 +95,12 @@ def score_trajectory(
                 model, [target], [seed], sampler, step, steps_offset=0
             )  # [1, C, H, W]
             arguments = (noisy, timestep.expand(1))
+            other = anchor if method.scored_against == "anchor" else ""
             with torch.no_grad():
-                wanted, empty = (
-                    model.predict_noise(*arguments, model.encode_prompts([prompt]))
-                    for prompt in (anchor, "")
-                )
+                wanted = model.predict_noise(*arguments, model.encode_prompts([other]))
             with method.trained_pass(model):
                 predicted = model.predict_noise(*arguments, model.encode_prompts([target]))
-            method.scored_loss(predicted, wanted, empty).backward()
+            method.scored_loss(predicted, wanted).backward()
 
 
 class SelFT(Regularizer):

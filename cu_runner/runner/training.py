@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from tqdm import tqdm
@@ -219,14 +220,13 @@ def numbers_in(logs: Mapping[str, object], method: Method[Any]) -> dict[str, flo
     """Return what a step logs as numbers, tensors of one too. Raises TrainingError."""
     numbers: dict[str, float] = {}
     for name, value in logs.items():
-        shape, item = getattr(value, "shape", None), getattr(value, "item", None)
-        one = item() if item and shape is not None and math.prod(shape) == 1 else value
-        if not isinstance(one, int | float):
+        one = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+        if not isinstance(one, Real):
             raise TrainingError(
                 f"{type(method).__name__}: logs {name!r}, which is a {type(value).__name__}; "
                 "log numbers, or tensors of one number"
             )
-        numbers[name] = one
+        numbers[name] = float(one)
     if "loss" not in numbers:
         raise TrainingError(f"{type(method).__name__}: logs no 'loss', which is needed; add it")
     return numbers

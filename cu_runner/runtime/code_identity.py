@@ -30,8 +30,11 @@ PRESENTING = (
     "runner/preflight.py",
     "runner/tracking.py",
     "runtime/paths.py",
+    "runtime/user_code.py",
     "schema/secrets.py",
     "store/archive.py",
+    "store/leftovers.py",
+    "store/proof.py",
     "store/verify.py",
     "config/permissions.py",
 )
