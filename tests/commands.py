@@ -44,6 +44,15 @@ def patch(module: str, name: str, value: object) -> None:
     setattr(importlib.import_module(module), name, value)
 
 
+# Code of a process that a test starts: used() is its own peak of memory in MB. That of
+# resource.getrusage would begin with the peak of the process that started it.
+USED = """
+def used():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
+"""
+
+
 def start_warm_process() -> None:
     """Start the process that is forked, unless it runs.
 

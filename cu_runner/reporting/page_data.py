@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 
 from cu_runner.evaluators.grid import read_grid
 from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
 from cu_runner.schema.values import ConfigTree, numbers_by_value, without_paths
+from cu_runner.store.files import squared_norms
 from cu_runner.store.layout import GRID, PREDICTIONS, STEP
-from cu_runner.store.proof import require_true
+from cu_runner.store.proof import ROUNDING, require_true
 from cu_runner.store.run_record import RunRecord, read_run
 from cu_runner.store.signature import NOT_SCIENTIFIC
 
@@ -44,8 +44,6 @@ BLOCKS = (
     "conv_out",
 )
 WORDS = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
-# relative; the norms of the layers and the recorded drift are sums in float64, in another order
-SAME_DRIFT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -169,17 +167,11 @@ def drift_by_layer(run: RunRecord) -> dict[str, float]:
     if last == 0:
         return {}
     squares: dict[str, float] = {}
-    try:
-        with safe_open(run.weights(last), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118, safe_open is no mapping
-                layer = name.rpartition(".")[0] or name
-                square = file.get_tensor(name).double().square().sum().item()
-                squares[layer] = squares.get(layer, 0.0) + square
-    except (OSError, SafetensorError) as error:
-        why = " ".join(str(error).split())
-        raise StoreError(f"{run.weights(last)}: cannot be read ({why}); restore it") from None
-    whole = math.sqrt(sum(squares.values()))
-    if not math.isclose(whole, run.records[last].row.drift_l2, rel_tol=SAME_DRIFT):
+    for name, square in squared_norms(run.weights(last)).items():
+        layer = name.rpartition(".")[0] or name
+        squares[layer] = squares.get(layer, 0.0) + square
+    whole = math.sqrt(math.fsum(squares.values()))
+    if not math.isclose(whole, run.records[last].row.drift_l2, rel_tol=ROUNDING):
         raise StoreError(
             f"{run.weights(last)}: does not have the drift that {STEP} names; restore it"
         )

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import safetensors
 
 from cu_runner.runtime.lazy import pd
@@ -115,12 +116,19 @@ def read_tensor(path: Path, name: str) -> Tensor:
         raise StoreError(unreadable(path, error)) from None
 
 
-def read_names(path: Path) -> list[str]:
-    """Read the names of the tensors of a delta. Raises StoreError."""
+def squared_norms(path: Path) -> dict[str, float]:
+    """Return the squared L2 norm of each tensor of a file of weights; it needs no torch.
+
+    Raises:
+        StoreError: it cannot be read, or is of a type that no run writes (bf16).
+    """
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except DAMAGED as error:
+        with safetensors.safe_open(path, framework="np") as file:
+            tensors = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            return {
+                name: float(np.square(tensor, dtype=np.float64).sum()) for name, tensor in tensors
+            }
+    except (*DAMAGED, TypeError) as error:
         raise StoreError(unreadable(path, error)) from None
 
 

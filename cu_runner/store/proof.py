@@ -12,7 +12,7 @@ from pathlib import Path
 from cu_runner.evaluators.metrics import named_metrics
 from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError, one_line
-from cu_runner.store.files import read_names, read_tensor
+from cu_runner.store.files import squared_norms
 from cu_runner.store.layout import PREDICTIONS, STEP
 from cu_runner.store.run_record import RunRecord
 
@@ -80,11 +80,10 @@ def size_of(path: Path) -> float:
     Raises:
         StoreError: it cannot be read, or is empty.
     """
-    names = read_names(path)
-    if not names:
+    squares = squared_norms(path)
+    if not squares:
         raise StoreError(f"{path}: holds no weights; restore it")
-    squares = (read_tensor(path, name).double().square().sum().item() for name in names)
-    return math.sqrt(math.fsum(squares))
+    return math.sqrt(math.fsum(squares.values()))
 
 
 def remedy(run: RunRecord) -> str:

@@ -5,6 +5,7 @@ image in bf16. Minutes each.
 import pytest
 import torch
 from conftest import read_conf
+from filelock import FileLock
 
 from cu_runner.concepts.requests import plan_requests
 from cu_runner.concepts.sequence_file import make_sequence
@@ -25,11 +26,18 @@ PARAMETERS = {
 }  # of the published UNets
 
 
+@pytest.fixture
+def alone(tmp_path_factory):
+    """No other worker has a model of full size meanwhile: two do not fit into memory."""
+    with FileLock(tmp_path_factory.getbasetemp().parent / "full_size.lock"):
+        yield
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", PARAMETERS)
 def test_one_training_step_and_one_image_in_bf16(
-    kind, random_pipeline, settings, tmp_path, record_property
+    kind, alone, random_pipeline, settings, tmp_path, record_property
 ):
     random_pipeline.make_pipeline(kind, tmp_path / kind, dtype=torch.float16)
     side = read_conf(f"model/{kind}.yaml")["resolution"]

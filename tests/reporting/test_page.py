@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 import wandb
+from commands import USED
 from conftest import SMOKE
 from matplotlib.figure import Figure
 from PIL import Image
@@ -26,6 +27,7 @@ from cu_runner import __version__
 from cu_runner.cli import report
 from cu_runner.config.compose import compose
 from cu_runner.evaluators.grid import draw_grid
+from cu_runner.evaluators.metrics import named_metrics
 from cu_runner.models.parameters import drift
 from cu_runner.reporting import page_data
 from cu_runner.reporting.page_data import (
@@ -88,9 +90,10 @@ def make_run(
     sequence: str = "hand",
     science: int = 0,
     code: CodeIdentity | None = None,
+    computed: bool = False,
 ) -> Path:
     """A run directory with the steps 0 to `finished`: retained "kept" and "near", cross concepts
-    "tree" and "cup", one seed.
+    "tree" and "cup", one seed. computed: its metrics follow from its predictions.
     """
     retain, crosses = ["kept", "near"], ["tree", "cup"]
     names = {
@@ -159,6 +162,9 @@ def make_run(
                 "eval_seconds": 4.0,
                 "peak_memory_mb": 1000 + 10 * index,
             }
+            if computed:
+                gone, shown = list(targets[:index]), pd.DataFrame(rows)
+                row |= named_metrics(shown, gone, "style", list(targets), retain, crosses)
             result = StepResult(
                 index=index,
                 files=files | ({"delta.safetensors": to_safetensors(delta)} if index else {}),
@@ -769,10 +775,10 @@ def test_a_hundred_runs(tmp_path):
     """
     targets = tuple(f"concept {number}" for number in range(12))
     for number in range(100):
-        make_run(tmp_path, "conabl" if number % 2 else "esd", targets, finished=12, seed=number)
-    code = "import resource, sys, time\nfrom cu_runner.cli import report\n"
-    code += "import cu_runner.reporting.page\n"
-    code += "def used(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        method = "conabl" if number % 2 else "esd"
+        make_run(tmp_path, method, targets, finished=12, seed=number, computed=True)
+    code = "import sys, time\nfrom cu_runner.cli import report\n"
+    code += f"import cu_runner.reporting.page\n{USED}\n"
     code += "before, started = used(), time.monotonic()\nreport.main()\n"
     code += "print(time.monotonic() - started, before, used(), file=sys.stderr)"
     command = [sys.executable, "-c", code, "runs"]

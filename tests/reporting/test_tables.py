@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import yaml
+from commands import USED
 from conftest import SMOKE, run_directory
 from hydra.core.global_hydra import GlobalHydra
 
@@ -473,13 +474,10 @@ def test_a_hundred_cells(own_table, run_copy, tmp_path):
         targets=None,
     )
     code = (
-        "import resource, sys, time\nstarted = time.monotonic()\nfrom cu_runner.cli "
+        f"import sys, time\n{USED}\nstarted = time.monotonic()\nfrom cu_runner.cli "
         "import table\ntable.main()\n"
     )
-    code += (
-        "print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss "
-        "/ 1024, file=sys.stderr)"
-    )
+    code += "print(time.monotonic() - started, used(), file=sys.stderr)"
     done = subprocess.run(
         [sys.executable, "-c", code, path],
         cwd=tmp_path,

@@ -5,9 +5,12 @@ entries of other content. What is read is held against its files before anything
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
+import torch
 from conftest import SMOKE
 
 from cu_runner.cli import report
@@ -15,7 +18,7 @@ from cu_runner.runtime.code_identity import identify
 from cu_runner.schema.errors import StoreError
 from cu_runner.store.cache import Cache
 from cu_runner.store.files import hash_json, to_safetensors
-from cu_runner.store.proof import require_true
+from cu_runner.store.proof import require_true, size_of
 from cu_runner.store.records import chain
 from cu_runner.store.run_record import read_run
 
@@ -157,3 +160,28 @@ def test_a_cache_entry_of_other_content_is_none(tmp_path, kind):
     assert cache.fetch("deltas", key) is None
     cache.put("deltas", key, files)
     assert cache.fetch("deltas", key) == files
+
+
+def test_a_run_is_held_against_its_files_without_torch(finished_run):
+    """A table of a hundred cells needs neither the seconds nor the memory."""
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from cu_runner.store.proof import require_true, size_of\n"
+        "from cu_runner.store.run_record import read_run\n"
+        "run = read_run(Path(sys.argv[1]))\nrequire_true(run)\n"
+        "print(size_of(run.weights(2)), 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(finished_run[1])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    size, has_torch = done.stdout.split()
+    tensors = safetensors.torch.load_file(finished_run[1] / "steps/02/delta.safetensors").values()
+    norm = sum(tensor.double().square().sum() for tensor in tensors).sqrt().item()
+    assert float(size) == pytest.approx(norm, rel=1e-12)
+    assert has_torch == "False"
+
+
+def test_weights_of_a_type_that_no_run_writes(tmp_path):
+    path = tmp_path / "delta.safetensors"
+    safetensors.torch.save_file({"w": torch.ones(2, dtype=torch.bfloat16)}, path)
+    with pytest.raises(StoreError, match=r"delta\.safetensors: cannot be read .*bfloat16"):
+        size_of(path)
