@@ -7,27 +7,49 @@ refused where the libraries would only warn.
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import safetensors
 
+from cu_runner.models.checkpoint_checks import check_classes, mismatches
 from cu_runner.models.checkpoint_files import COMPONENTS, SECOND, WeightFiles, find_weights, locate
-from cu_runner.models.weight_files import check_pickle
-from cu_runner.runtime.lazy import diffusers, torch, transformers
-from cu_runner.schema.errors import ModelError, first_line
+from cu_runner.models.schedulers import build_scheduler, find_scheduler
+from cu_runner.models.weight_files import (
+    check_finite,
+    check_pickle,
+    load_tensors,
+    refuse_adapters,
+    refuse_strangers,
+)
+from cu_runner.runtime.lazy import diffusers, nn, torch, transformers
+from cu_runner.schema.errors import ModelError, WeightFileError, first_line
 
 Network = TypeVar("Network")
 
 PredictionType = Literal["epsilon", "v_prediction"]
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt")
-NO_DIFFUSION = (
-    "has no noise schedule of a diffusion model (alphas_cumprod); give one such as DDIMScheduler"
+# Keys of a single file that say how its model was trained, and what they change of a scheduler.
+MARKERS = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
+# Where a single file keeps the weights of components; SDXL's second text encoder is not renamed
+# one by one.
+ORIGINAL = (
+    ("model.diffusion_model.", "unet"),
+    ("first_stage_model.", "vae"),
+    ("cond_stage_model.transformer.text_model.", "text_encoder"),
+    ("conditioner.embedders.0.transformer.", "text_encoder"),
 )
-TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+# What a single file may hold beside the weights that are read: the training's own averages and
+# noise schedule, and what of a whole CLIP its text encoder does not use.
+UNREAD = re.compile(
+    r"(model_ema\.|denoiser\.|first_stage_model\.loss\.|cond_stage_model\.|conditioner\.).*"
+    r"|(alphas|betas|log|lvlb|posterior|sqrt|logvar|scale_factor|v_pred|ztsnr)\w*"
+)
 
 
 @dataclass(frozen=True)
@@ -65,57 +87,25 @@ def read_components(
     Raises:
         ModelError: missing or damaged components, weights that are incomplete or do not fit.
     """
+    asked = {} if prediction_type is None else {"prediction_type": prediction_type}
     parts = (
-        read_single_file(root, config, allow_pickle)
+        read_single_file(root, config, asked, allow_pickle)
         if root.is_file()
-        else read_directory(root, allow_pickle)
+        else read_directory(root, asked, allow_pickle)
     )
-    if prediction_type is not None:
-        own = parts.scheduler.config
-        parts = replace(
-            parts, scheduler=type(parts.scheduler).from_config(own, prediction_type=prediction_type)
-        )
     for mismatch in mismatches(parts):
         raise ModelError(f"{root}: {mismatch}")
     return parts
 
 
-def mismatches(parts: Components) -> Iterator[str]:
-    """Yield why components do not work together, or not with this program."""
-    unet, vae, scheduler = parts.unet.config, parts.vae.config, parts.scheduler.config
-    num_encoders = len(parts.text_encoders)
-    width = sum(encoder.config.hidden_size for encoder in parts.text_encoders)
-    if unet.cross_attention_dim != width:
-        names = " and ".join(["text_encoder", "text_encoder_2"][:num_encoders])
-        writes = "writes" if num_encoders == 1 else "write"
-        yield (
-            f"unet reads text of width {unet.cross_attention_dim}, {names} {writes} {width}; "
-            "they must match"
-        )
-    if unet.in_channels != vae.latent_channels:
-        yield (
-            f"unet has {unet.in_channels} latent channels, vae {vae.latent_channels}; "
-            "they must match"
-        )
-    wanted = "text_time" if num_encoders == 2 else None
-    if unet.addition_embed_type != wanted:
-        yield (
-            f"unet has addition_embed_type {unet.addition_embed_type!r} with {num_encoders} text "
-            "encoders; Stable Diffusion 1 and 2 (none, one) and SDXL ('text_time', two) are known"
-        )
-    if vae.latents_mean is not None:
-        yield (
-            "vae shifts its latents (latents_mean); Stable Diffusion 1, 2 and SDXL do not, and "
-            "other models are not known"
-        )
-    if not hasattr(parts.scheduler, "alphas_cumprod"):
-        yield f"the scheduler {type(parts.scheduler).__name__} {NO_DIFFUSION}"
-    elif scheduler.prediction_type not in ("epsilon", "v_prediction"):
-        yield f"prediction type {scheduler.prediction_type!r}; epsilon and v_prediction are known"
+def read_directory(
+    root: Path, asked: Mapping[str, object], allow_pickle: Sequence[str]
+) -> Components:
+    """Read a diffusers directory, as save_pretrained writes it. Raises ModelError.
 
-
-def read_directory(root: Path, allow_pickle: Sequence[str]) -> Components:
-    """Read a diffusers directory, as save_pretrained writes it. Raises ModelError."""
+    Args:
+        asked: what replaces values of the scheduler's configuration.
+    """
     try:
         index = json.loads((root / "model_index.json").read_text(encoding="utf-8"))
         entries = index.items()
@@ -137,12 +127,9 @@ def read_directory(root: Path, allow_pickle: Sequence[str]) -> Components:
             f"{root}: the component {missing[0]} is missing; a complete pipeline has "
             f"{', '.join(needed)}"
         )
+    check_classes(root, {part: classes[part] for part in needed})
+    scheduler = read_scheduler(root / "scheduler", classes["scheduler"], asked)
     encoders = [name for name in ("text_encoder", "text_encoder_2") if name in needed]
-    for name in encoders:
-        if classes[name] not in TEXT_ENCODERS:
-            raise ModelError(
-                f"{root}: {name} is a {classes[name]}; {' and '.join(TEXT_ENCODERS)} are known"
-            )
     unet = load_weights(diffusers.UNet2DConditionModel, root / "unet", allow_pickle)
     vae = load_weights(diffusers.AutoencoderKL, root / "vae", allow_pickle)
     texts = tuple(
@@ -154,11 +141,8 @@ def read_directory(root: Path, allow_pickle: Sequence[str]) -> Components:
         tokenizers = tuple(
             transformers.AutoTokenizer.from_pretrained(root / name) for name in names
         )
-        scheduler = getattr(diffusers, classes["scheduler"]).from_pretrained(root / "scheduler")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(
-            f"{root}: tokenizer or scheduler cannot be read: {first_line(error)}"
-        ) from error
+    except Exception as error:  # of files that are damaged or no tokenizer's, many types
+        raise ModelError(f"{root}: tokenizer cannot be read: {first_line(error)}") from error
     return Components(
         unet,
         vae,
@@ -169,8 +153,35 @@ def read_directory(root: Path, allow_pickle: Sequence[str]) -> Components:
     )
 
 
-def read_single_file(file: Path, config: str | None, allow_pickle: Sequence[str]) -> Components:
-    """Read a checkpoint in the original layout, all weights in one file. Raises ModelError."""
+def read_scheduler(
+    directory: Path, name: str, asked: Mapping[str, object]
+) -> diffusers.SchedulerMixin:
+    """Read a scheduler from its directory, with other values for what is asked for.
+
+    Raises:
+        ModelError: an unknown class, no configuration, or one that the class cannot take.
+    """
+    file = directory / "scheduler_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("no mapping")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read: {first_line(error)}") from None
+    try:
+        return build_scheduler(find_scheduler(name), config, asked)
+    except ValueError as error:
+        raise ModelError(f"{file}: the scheduler {name} {error}") from None
+
+
+def read_single_file(
+    file: Path, config: str | None, asked: Mapping[str, object], allow_pickle: Sequence[str]
+) -> Components:
+    """Read a checkpoint in the original layout, all weights in one file. Raises ModelError.
+
+    Args:
+        asked: what replaces values of the scheduler's configuration.
+    """
     if file.suffix not in SINGLE_FILES:
         raise ModelError(
             f"{file}: is no checkpoint; give a diffusers directory or a file that ends in "
@@ -178,15 +189,19 @@ def read_single_file(file: Path, config: str | None, allow_pickle: Sequence[str]
         )
     check_pickle(file, allow_pickle)
     place = None if config is None else str(locate(config, download=False))
+    reason = (
+        f"cannot be read with the configuration of {place}"
+        if place
+        else "cannot be read, or its configuration not be had"
+    )
     try:
-        pipe = read_original(file, place)
+        names = names_in(file)
+        refuse_adapters(file, names)
+        pipe = read_original(file, names, place)
+    except WeightFileError:
+        raise
     # a damaged file, one of another model, no network for the configuration: many types
     except Exception as error:
-        reason = (
-            f"cannot be read with the configuration of {place}"
-            if place
-            else "cannot be read, or its configuration not be had"
-        )
         raise ModelError(
             f"{file}: {reason} ({first_line(error)}); give model.config a local diffusers "
             "directory of the same kind of model (its weights are not read)"
@@ -194,40 +209,87 @@ def read_single_file(file: Path, config: str | None, allow_pickle: Sequence[str]
     second = "text_encoder_2" in pipe.components
     texts = (pipe.text_encoder, pipe.text_encoder_2) if second else (pipe.text_encoder,)
     tokenizers = (pipe.tokenizer, pipe.tokenizer_2) if second else (pipe.tokenizer,)
-    for name, part in zip(
-        ("unet", "vae", "text_encoder", "text_encoder_2"),
-        (pipe.unet, pipe.vae, *texts),
-        strict=False,
-    ):
+    parts = dict(
+        zip(
+            ("unet", "vae", "text_encoder", "text_encoder_2"),
+            (pipe.unet, pipe.vae, *texts),
+            strict=False,
+        )
+    )
+    for name, part in parts.items():
         lacking = [key for key, tensor in part.state_dict().items() if tensor.is_meta]
         if lacking:
             raise ModelError(f"{file}: weights of the {name} are missing, e.g. {lacking[0]}")
+        check_finite(f"{file}: {name}", part.state_dict())
+    refuse_unread(file, names, parts, allow_pickle)
+    marked = dict(MARKERS[name] for name in MARKERS if name in names)
+    kind = type(pipe.scheduler)
+    try:
+        scheduler = build_scheduler(kind, pipe.scheduler.config, {**marked, **asked})
+    except ValueError as error:
+        raise ModelError(f"{file}: the scheduler {kind.__name__} {error}") from None
+    if unheard := [key for key in marked if key not in inspect.signature(kind).parameters]:
+        raise ModelError(
+            f"{file}: its key {next(name for name in MARKERS if MARKERS[name][0] == unheard[0])} "
+            f"asks for {unheard[0]}, which {kind.__name__} does not have; give model.config a "
+            "directory with another scheduler, such as EulerDiscreteScheduler"
+        )
     return Components(
         pipe.unet,
         pipe.vae,
         texts,
         tokenizers,
-        pipe.scheduler,
+        scheduler,
         bool(second and pipe.config.force_zeros_for_empty_prompt),
     )
 
 
-def read_original(file: Path, config: str | None) -> diffusers.DiffusionPipeline:
+def names_in(file: Path) -> list[str]:
+    """Return the names of the weights in a single file."""
+    if file.suffix == ".safetensors":
+        with safetensors.safe_open(file, framework="pt") as weights:
+            return list(weights.keys())
+    content = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    return list(content.get("state_dict", content))
+
+
+def read_original(
+    file: Path, names: Sequence[str], config: str | None
+) -> diffusers.DiffusionPipeline:
     """Return the pipeline that diffusers makes of a single file.
 
     It is SDXL's if the file has its two text encoders.
     """
-    if file.suffix == ".safetensors":
-        with safetensors.safe_open(file, framework="pt") as weights:
-            names = list(weights.keys())
-    else:
-        content = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-        names = list(content.get("state_dict", content))
     is_sdxl = any(name.startswith("conditioner.") for name in names)
     kind = diffusers.StableDiffusionXLPipeline if is_sdxl else diffusers.StableDiffusionPipeline
     places = {} if config is None else {"config": config, "local_files_only": True}
     unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
     return kind.from_single_file(str(file), torch_dtype=torch.float32, **places, **unused)
+
+
+def refuse_unread(
+    file: Path, names: Sequence[str], parts: Mapping[str, nn.Module], allow_pickle: Sequence[str]
+) -> None:
+    """Raise ModelError if a single file holds weights that no component has taken."""
+    known = tuple(prefix for prefix, _ in ORIGINAL)
+    refuse_strangers(
+        file, [name for name in names if not (name.startswith(known) or UNREAD.fullmatch(name))]
+    )
+    for prefix, part in ORIGINAL:
+        own = [
+            name for name in names if name.startswith(prefix) and not name.endswith("position_ids")
+        ]
+        taken = parts[part].state_dict()
+        if len(own) > len(taken):
+            # diffusers renames them: a stranger is known by what it holds
+            contents = {(tensor.numel(), tensor.double().sum().item()) for tensor in taken.values()}
+            tensors = load_tensors(file, allow_pickle)
+            strange = [
+                name
+                for name in own
+                if (tensors[name].numel(), tensors[name].double().sum().item()) not in contents
+            ]
+            refuse_strangers(file, strange or own[-1:])
 
 
 def load_weights(
@@ -259,10 +321,14 @@ def load_weights(
         raise ModelError(
             f"{directory}: cannot be loaded as {kind.__name__}: {first_line(error)}"
         ) from error
+    strangers = sorted(info["unexpected_keys"])
+    refuse_adapters(directory, strangers)
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):
             raise ModelError(
                 f"{directory}: {problem.replace('_', ' ')}, e.g. {next(iter(info[problem]))}; "
                 "the weights do not fit config.json"
             )
+    refuse_strangers(directory, strangers)
+    check_finite(directory, model.state_dict())
     return model

@@ -211,14 +211,18 @@ class DiffusionModel:
 
     @without_gradients
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Decode scaled latents [B, C, H, W] to images [B, 3, S, S] in 0..1."""
+        """Decode scaled latents [B, C, H, W] to images [B, 3, S, S] in 0..1.
+
+        What is not finite is NaN.
+        """
         # SDXL's autoencoder overflows in fp16; others leave force_upcast at its default, and their
         # pipeline does not read it
         is_sdxl, config = len(self.text_encoders) == 2, self.vae.config
         overflows = self.precision == "fp16" and config.force_upcast and is_sdxl
         with contextlib.nullcontext() if overflows else self.autocast():
             images = self.vae.decode(latents / config.scaling_factor).sample
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        images = images.float() / 2 + 0.5
+        return images.clamp(0, 1).masked_fill(images.isinf(), torch.nan)
 
     def lower_frozen(self, trained: Container[str]) -> None:
         """Hold the UNet's matrices that are not trained in bf16, with precision=bf16.

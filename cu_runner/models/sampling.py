@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 from tqdm import tqdm
 
-from cu_runner.models.checkpoints import NO_DIFFUSION
 from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.schedulers import DEFAULTED, build_scheduler, find_scheduler
 from cu_runner.runtime import distributed
-from cu_runner.runtime.lazy import diffusers, torch, without_gradients
+from cu_runner.runtime.lazy import torch, without_gradients
 from cu_runner.runtime.seeding import derive_seed, image_noise
 from cu_runner.schema.settings import Sampler
 
 if TYPE_CHECKING:
+    import diffusers
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -135,27 +136,25 @@ def make_scheduler(
 ) -> diffusers.SchedulerMixin:
     """Make a fresh scheduler with its timesteps set; the state of one trajectory lives in it.
 
-    Whatever a checkpoint says or leaves to defaults, latents are not clipped to -1..1, and Stable
-    Diffusion 1 and 2 offset their timesteps by one, as diffusers' pipelines make them, unless
-    steps_offset says otherwise.
+    As diffusers' pipelines make them, Stable Diffusion 1 and 2 offset their timesteps by one,
+    unless steps_offset says otherwise, and do not clip latents to -1..1, whatever a checkpoint
+    says. SDXL believes its checkpoint. One that leaves clip_sample out is not clipped either,
+    where the pipeline would with some schedulers: SDXL was trained without.
 
     Raises:
-        ValueError: diffusers has no such scheduler, or it is none of a diffusion model.
+        ValueError: diffusers has no such scheduler, or it is none of a diffusion model, or cannot
+            take the checkpoint's configuration.
     """
-    kind: Any = type(model.scheduler)
-    if sampler.scheduler is not None:
-        kind = getattr(diffusers, sampler.scheduler, None)
-        if not (inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)):
-            raise ValueError(
-                f"scheduler={sampler.scheduler}: diffusers has no such scheduler; "
-                "give a class such as DDIMScheduler"
-            )
-    offset = {"steps_offset": 1} if len(model.text_encoders) == 1 else {}
-    if steps_offset is not None:
-        offset = {"steps_offset": steps_offset}
-    scheduler = kind.from_config(model.scheduler.config, clip_sample=False, **offset)
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(f"scheduler={sampler.scheduler}: {NO_DIFFUSION}")
+    kind, name, config = type(model.scheduler), sampler.scheduler, model.scheduler.config
+    is_sdxl = len(model.text_encoders) == 2
+    left_out = "clip_sample" not in config or "clip_sample" in config.get(DEFAULTED, [])
+    changes: dict[str, object] = {"clip_sample": False} if left_out or not is_sdxl else {}
+    if steps_offset is not None or not is_sdxl:
+        changes["steps_offset"] = 1 if steps_offset is None else steps_offset
+    try:
+        scheduler: Any = build_scheduler(find_scheduler(name) if name else kind, config, changes)
+    except ValueError as error:
+        raise ValueError(f"scheduler={name or kind.__name__}: {error}") from None
     scheduler.set_timesteps(sampler.steps, device=model.device)
     return scheduler
 
@@ -206,9 +205,12 @@ def denoise(
     noise = image_noise(prompts, seeds, model.latent_shape).to(model.device)
     latents = noise * scheduler.init_noise_sigma
     text = model.encode_prompts(([""] * len(prompts) if guidance != 1 else []) + prompts)
-    extra = {}
+    extra: dict[str, object] = {}
+    parameters = inspect.signature(scheduler.step).parameters
+    if "eta" in parameters:
+        extra["eta"] = 0.0  # as diffusers' pipelines pass it; TCDScheduler's own is 0.3
     # stochastic samplers draw per image too
-    if "generator" in inspect.signature(scheduler.step).parameters:
+    if "generator" in parameters:
         extra["generator"] = [
             torch.Generator().manual_seed(derive_seed("sampler", prompt, seed))
             for prompt, seed in zip(prompts, seeds, strict=True)

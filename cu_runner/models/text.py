@@ -85,10 +85,10 @@ class PromptEncoder:
         side by side, and the second's projection.
         """
         ids: list[Tensor] = []
+        masks: list[Tensor] = []
         for tokenizer in self._parts.tokenizers:
-            tokens = tokenizer(
-                prompts, padding="max_length", truncation=True, return_tensors="pt"
-            ).input_ids
+            padded = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
+            tokens = padded.input_ids
             longest = max(len(tokenizer(prompt).input_ids) for prompt in prompts)
             limit = tokens.shape[1]
             if longest > limit and not ids:
@@ -96,9 +96,13 @@ class PromptEncoder:
                     "a prompt of %d tokens is cut to the %d that the model reads", longest, limit
                 )
             ids.append(tokens.to(self._device))
+            masks.append(padded.attention_mask.to(self._device))
         encoders = self._parts.text_encoders
         if len(ids) == 1:
-            return Text(encoders[0](ids[0])[0].float())
+            # as the pipeline of Stable Diffusion does; SDXL's never does
+            masked = getattr(encoders[0].config, "use_attention_mask", False)
+            mask = masks[0] if masked else None
+            return Text(encoders[0](ids[0], attention_mask=mask)[0].float())
         outputs = [
             encoder(rows, output_hidden_states=True)
             for encoder, rows in zip(encoders, ids, strict=True)

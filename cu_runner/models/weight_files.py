@@ -5,7 +5,8 @@ safetensors hold nothing else; a pickle is read only where the user names it, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from cu_runner.schema.errors import WeightFileError
 if TYPE_CHECKING:
     from torch import Tensor
 
+ADAPTER = re.compile(r"lora_|\.lora\.|\.base_layer\.|hada_w|lokr_")
 NESTS = ("model_state_dict", "state_dict")  # where checkpoints of training scripts keep the weights
 
 
@@ -72,4 +74,35 @@ def check_pickle(file: str | Path, allow_pickle: Sequence[str]) -> None:
         raise WeightFileError(
             f"{file}: is no .safetensors file, and other formats can carry code; convert it, or "
             f"allow this one with allow_pickle=[{file}]"
+        )
+
+
+def check_finite(place: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """Raise WeightFileError for a weight with infinities or NaNs. place: begins the line."""
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise WeightFileError(
+                f"{place}: {name} is not finite (it holds infinity or NaN); the file is damaged, "
+                "or its training diverged: give another one"
+            )
+
+
+def refuse_adapters(place: str | Path, names: Sequence[str]) -> None:
+    """Raise WeightFileError if weights of an adapter are among the names."""
+    if adapters := [name for name in names if ADAPTER.search(name)]:
+        raise WeightFileError(
+            f"{place}: holds weights of an adapter (LoRA), e.g. {adapters[0]}, which would not be "
+            "read; merge them into the model (diffusers: fuse_lora and unload_lora_weights, peft: "
+            "merge_and_unload) and save it again"
+        )
+
+
+def refuse_strangers(place: str | Path, names: Sequence[str]) -> None:
+    """Raise WeightFileError for names of weights that no layer has taken, if there are any."""
+    refuse_adapters(place, names)
+    if names:
+        raise WeightFileError(
+            f"{place}: holds {names[0]}, which no layer takes, and {len(names) - 1} more; the "
+            "weights belong to another configuration, or something was saved with them: "
+            "remove it"
         )

@@ -121,7 +121,7 @@ def test_a_pickle_that_would_run_code_does_not(pipeline_of, tmp_path):
         (
             "model_index.json",
             {"text_encoder": ["transformers", "T5EncoderModel"]},
-            "text_encoder is a T5EncoderModel; CLIPText",
+            "text_encoder is a T5EncoderModel; known: CLIPText",
         ),
         (
             "model_index.json",
@@ -140,7 +140,7 @@ def test_a_pickle_that_would_run_code_does_not(pipeline_of, tmp_path):
         (
             "model_index.json",
             {"scheduler": ["diffusers", "Nothing"]},
-            "tokenizer or scheduler cannot be read",
+            "the scheduler Nothing diffusers has no such scheduler",
         ),
         (
             "model_index.json",

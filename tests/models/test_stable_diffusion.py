@@ -2,6 +2,7 @@
 own pipelines make.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -20,11 +21,35 @@ from cu_runner.evaluators.classifier import Classifier
 from cu_runner.models.diffusion import DiffusionModel, load_model
 from cu_runner.models.parameters import select_parameters
 from cu_runner.models.sampling import generate
+from cu_runner.models.schedulers import build_scheduler, find_scheduler
 from cu_runner.models.text import Text
-from cu_runner.runtime.seeding import image_noise
+from cu_runner.runtime.seeding import derive_seed, image_noise
 from cu_runner.schema.settings import Sampler
 
 KINDS = ("sd15", "sd21_base", "sdxl")
+SCHEDULERS = [  # those that are accepted
+    "CogVideoXDDIMScheduler",
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+]
 PROMPTS, SEEDS = ["a painting of a dog in Van Gogh style", "two cats"], [3, 4]
 
 
@@ -41,6 +66,11 @@ def our_images(
 
 
 @functools.cache
+def loaded(directory: Path) -> DiffusionModel:
+    return load(directory)
+
+
+@functools.cache
 def networks(directory: Path) -> dict[str, object]:
     """The parts of diffusers' pipeline that no test changes."""
     parts = diffusers.DiffusionPipeline.from_pretrained(directory).components
@@ -48,7 +78,7 @@ def networks(directory: Path) -> dict[str, object]:
 
 
 def their_images(
-    directory: Path, scheduler: str | None = None, guidance: float = 5.0, **changes: str
+    directory: Path, scheduler: str | None = None, guidance: float = 5.0, **changes: object
 ) -> torch.Tensor:
     """Those of diffusers' own pipeline; changes: of the scheduler's configuration."""
     index = json.loads((directory / "model_index.json").read_text())
@@ -62,6 +92,10 @@ def their_images(
     return pipe(
         PROMPTS,
         latents=noise,
+        generator=[
+            torch.Generator().manual_seed(derive_seed("sampler", *image))
+            for image in zip(PROMPTS, SEEDS, strict=True)
+        ],
         num_inference_steps=3,
         guidance_scale=guidance,
         height=64,
@@ -90,6 +124,50 @@ def test_the_same_images_as_the_pipeline(pipelines, kind, prediction_type):
         prediction_type={"epsilon": "v_prediction", "v_prediction": "epsilon"}[prediction_type],
     )
     assert (our_images(other) - our_images(model)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_every_scheduler_gives_the_images_of_the_pipeline(pipelines, kind, scheduler):
+    """Also those that draw noise of their own, and TCDScheduler, whose eta the pipeline sets."""
+    theirs = their_images(pipelines[kind], scheduler)
+    ours = our_images(loaded(pipelines[kind]), scheduler=scheduler)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_no_other_scheduler_is_accepted(random_pipeline):
+    accepted = []
+    for name in (name for name in dir(diffusers) if "Scheduler" in name):
+        with contextlib.suppress(ValueError):
+            build_scheduler(find_scheduler(name), random_pipeline.NOISE, {})
+            accepted.append(name)
+    assert accepted == SCHEDULERS
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "clips"),
+    [("sdxl", "DDIMScheduler", True), ("sd15", "DDIMScheduler", False)],
+)
+def test_a_checkpoint_that_says_that_latents_are_clipped(pipeline_of, kind, scheduler, clips):
+    """The pipeline of SDXL believes it, that of Stable Diffusion 1 does not."""
+    directory = pipeline_of(kind)
+    plain = our_images(load(directory), scheduler=scheduler)
+    path = directory / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": True}))
+    ours = our_images(load(directory), scheduler=scheduler)
+    torch.testing.assert_close(ours, their_images(directory, scheduler), atol=1e-5, rtol=0)
+    assert ((ours - plain).abs().max() > 1e-2) == clips
+
+
+def test_a_text_encoder_that_reads_an_attention_mask(pipeline_of):
+    directory = pipeline_of("sd15")
+    plain = load(directory)
+    path = directory / "text_encoder/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_attention_mask": True}))
+    model = load(directory)
+    torch.testing.assert_close(our_images(model), their_images(directory), atol=1e-5, rtol=0)
+    assert (our_images(model) - our_images(plain)).abs().max() > 1e-3
+    assert model.fingerprint() != plain.fingerprint()
 
 
 @pytest.mark.parametrize("scheduler", [None, "DDIMScheduler", "DDPMScheduler"])

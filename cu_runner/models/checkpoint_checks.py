@@ -1,0 +1,165 @@
+"""What of a checkpoint does not go together, or asks for an input that this program does not give.
+
+diffusers' own pipelines give some of these inputs: without them the images would be others, without
+a word.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cu_runner.schema.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from cu_runner.models.checkpoints import Components
+
+CLASSES = {  # component -> classes that are known
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+}
+UNET_INPUTS = {  # key of the UNet's configuration -> the input that it asks for
+    "time_cond_proj_dim": "the guidance scale, as models distilled with guidance do (LCM)",
+    "num_class_embeds": "a class label beside the prompt",
+    "class_embed_type": "a class label beside the prompt",
+    "encoder_hid_dim": "a text or an image that is projected first",
+    "encoder_hid_dim_type": "a text or an image that is projected first",
+}
+
+
+def check_classes(root: Path, classes: Mapping[str, str]) -> None:
+    """Raise ModelError for a component of a directory that is of no known class.
+
+    Args:
+        classes: component -> its class by model_index.json; config.json may say another.
+    """
+    for part in [part for part in CLASSES if part in classes]:
+        try:
+            config = json.loads((root / part / "config.json").read_text(encoding="utf-8"))
+            own = config.get("_class_name", classes[part])  # diffusers writes it
+        except (OSError, ValueError, AttributeError):
+            own = classes[part]  # it cannot be read; loading says why
+        for name in (classes[part], own):
+            if name not in CLASSES[part]:
+                known = " and ".join(CLASSES[part])
+                raise ModelError(f"{root}: {part} is a {name}; known: {known}")
+    last = "text_encoder_2" if "text_encoder_2" in classes else "text_encoder"
+    projects = classes.get(last) == "CLIPTextModelWithProjection"
+    if projects != (last == "text_encoder_2"):
+        wanted = "CLIPTextModel" if projects else "CLIPTextModelWithProjection"
+        model = "Stable Diffusion 1 and 2 read" if projects else "SDXL reads"
+        raise ModelError(f"{root}: {last} is a {classes.get(last)}; {model} that of a {wanted}")
+
+
+def mismatches(parts: Components) -> Iterator[str]:
+    """Yield why components do not work together, or not with this program."""
+    unet, vae = parts.unet.config, parts.vae.config
+    num_encoders = len(parts.text_encoders)
+    names = ["text_encoder", "text_encoder_2"][:num_encoders]
+    for key, wanted in UNET_INPUTS.items():
+        if unet[key] is not None:
+            yield f"unet has {key}={unet[key]!r}: it asks for {wanted}, which is not supplied"
+    if unet.attention_type != "default":
+        yield (
+            f"unet has attention_type={unet.attention_type!r}: it asks for places in the image "
+            "(GLIGEN), which are not supplied"
+        )
+    width = sum(encoder.config.hidden_size for encoder in parts.text_encoders)
+    if unet.cross_attention_dim != width:
+        writes = "writes" if num_encoders == 1 else "write"
+        yield (
+            f"unet reads text of width {unet.cross_attention_dim}, {' and '.join(names)} {writes} "
+            f"{width}; they must match"
+        )
+    kind = "text_time" if num_encoders == 2 else None
+    if unet.addition_embed_type != kind:
+        yield (
+            f"unet has addition_embed_type {unet.addition_embed_type!r} with {num_encoders} text "
+            "encoders; Stable Diffusion 1 and 2 (none, one) and SDXL ('text_time', two) are known"
+        )
+    if unet.in_channels != vae.latent_channels:
+        yield (
+            f"unet has {unet.in_channels} latent channels, vae {vae.latent_channels}; "
+            "they must match"
+        )
+    if unet.out_channels != unet.in_channels:
+        yield (
+            f"unet has out_channels={unet.out_channels} and in_channels={unet.in_channels}; "
+            "models that predict noise alone, with as many of both, are known"
+        )
+    yield from mismatches_of_vae(parts)
+    for name, tokenizer, encoder in zip(names, parts.tokenizers, parts.text_encoders, strict=True):
+        yield from mismatches_of_text(name.replace("text_encoder", "tokenizer"), tokenizer, encoder)
+    lengths = [tokenizer.model_max_length for tokenizer in parts.tokenizers]
+    if len(set(lengths)) > 1:
+        yield f"tokenizer has model_max_length={lengths[0]}, tokenizer_2 {lengths[1]}; must match"
+    yield from mismatches_of_noise(parts)
+
+
+def mismatches_of_vae(parts: Components) -> Iterator[str]:
+    """Yield why latents cannot be made of images by this autoencoder, or images of latents."""
+    config, factor = parts.vae.config, parts.vae.config.scaling_factor
+    if config.latents_mean is not None or config.latents_std is not None:
+        yield (
+            "vae shifts its latents (latents_mean, latents_std); Stable Diffusion 1, 2 and SDXL do "
+            "not, and other models are not known"
+        )
+    if (config.in_channels, config.out_channels) != (3, 3):
+        yield (
+            f"vae has in_channels={config.in_channels} and out_channels={config.out_channels}; "
+            "images have 3"
+        )
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        yield f"vae has scaling_factor={factor!r}; it must be a number above 0"
+
+
+def mismatches_of_text(
+    name: str, tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel
+) -> Iterator[str]:
+    """Yield why a tokenizer does not make the tokens that its text encoder reads."""
+    ids, added = tokenizer.get_vocab(), tokenizer.added_tokens_encoder
+    most, config = tokenizer.model_max_length, encoder.config
+    if not set(ids) - set(added):
+        yield (
+            f"{name} has no vocabulary, so that every prompt is the same; it needs vocab.json and "
+            "merges.txt, or tokenizer.json"
+        )
+    elif max(ids.values()) >= config.vocab_size:
+        yield (
+            f"{name} has tokens up to number {max(ids.values())}, and its text encoder "
+            f"{config.vocab_size} of them (vocab_size); they must match"
+        )
+    if most > config.max_position_embeddings:
+        says = "no model_max_length" if most > 10**9 else f"model_max_length={most}"
+        yield (
+            f"{name} has {says}, and its text encoder reads {config.max_position_embeddings} "
+            "tokens; correct tokenizer_config.json"
+        )
+    if several := [token for token in added if f"{token}_1" in added]:
+        yield (
+            f"{name} has {several[0]}, which stands for several vectors (textual inversion): it "
+            f"would be read as one; write {several[0]} {several[0]}_1 ... under other names"
+        )
+
+
+def mismatches_of_noise(parts: Components) -> Iterator[str]:
+    """Yield why the UNet's predictions cannot be read by the scheduler's noise levels."""
+    scheduler = parts.scheduler.config
+    predicted = scheduler.prediction_type
+    if predicted not in ("epsilon", "v_prediction"):
+        yield f"prediction type {predicted!r}; epsilon and v_prediction are known"
+    no_signal = scheduler.get("rescale_betas_zero_snr") or not parts.scheduler.alphas_cumprod.all()
+    if predicted == "epsilon" and no_signal:
+        yield (
+            "the scheduler ends in pure noise (rescale_betas_zero_snr, zero terminal SNR) and the "
+            "prediction type is epsilon, which says nothing of an image there; set "
+            "model.prediction_type=v_prediction if the model predicts v, else "
+            "rescale_betas_zero_snr=false in scheduler_config.json"
+        )

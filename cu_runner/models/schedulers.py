@@ -1,0 +1,93 @@
+"""Schedulers of diffusers: found by name, and made of configurations that they can take."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from cu_runner.runtime.lazy import diffusers, torch
+from cu_runner.schema.errors import first_line
+
+NO_DIFFUSION = (
+    "has no noise schedule of a diffusion model (alphas_cumprod); give one such as DDIMScheduler"
+)
+LONGEST = 100_000  # steps of a noise schedule; published ones have 1000
+DEFAULTED = "_use_default_values"  # in a configuration: the keys that its file left out
+SHOWN = 60  # characters of a value in a line
+
+
+def find_scheduler(name: str) -> type[diffusers.SchedulerMixin]:
+    """Return a scheduler class of diffusers. Raises ValueError, which does not repeat the name."""
+    kind = getattr(diffusers, name, None)
+    if isinstance(kind, diffusers.utils.DummyObject):  # its package is not installed
+        packages = " and ".join(kind._backends[1:])
+        raise ValueError(
+            f"needs the package {packages}, and draws noise that an image's seed does not fix; "
+            "give one such as EulerAncestralDiscreteScheduler"
+        )
+    bases = (diffusers.SchedulerMixin, diffusers.ConfigMixin)
+    if not (inspect.isclass(kind) and all(issubclass(kind, base) for base in bases)):
+        raise ValueError("diffusers has no such scheduler; give a class such as DDIMScheduler")
+    return kind
+
+
+def build_scheduler(
+    kind: type[diffusers.SchedulerMixin],
+    config: Mapping[str, Any],
+    changes: Mapping[str, object],
+) -> diffusers.SchedulerMixin:
+    """Make a scheduler of a configuration, with other values for some keys.
+
+    Raises:
+        ValueError: it cannot be made, or cannot denoise; the line names the key of the
+            configuration that is at fault, where it is one.
+    """
+    # what a file left to defaults is left to those of this class too, unless it is changed
+    default = [key for key in config.get(DEFAULTED, []) if key not in changes]
+    config = {**config, **changes, DEFAULTED: default}
+    library: Any = kind  # without types
+    reason = failure(library, json.dumps(config, default=str))
+    if reason == NO_DIFFUSION:
+        raise ValueError(reason)
+    if reason is not None:
+        for key, value in config.items():
+            rest = {name: entry for name, entry in config.items() if name != key}
+            if not key.startswith("_") and failure(library, json.dumps(rest, default=str)) is None:
+                shown = repr(value)
+                shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+                raise ValueError(
+                    f"cannot take {key}={shown} ({reason}); correct it or leave it out"
+                )
+        raise ValueError(f"cannot be used ({reason}); give one such as DDIMScheduler")
+    return library.from_config(config)
+
+
+@functools.cache
+def failure(kind: type[diffusers.SchedulerMixin], config: str) -> str | None:
+    """Say why a scheduler of a configuration, as JSON, cannot take two steps; None if it can."""
+    library: Any = kind  # without types
+    settings = json.loads(config)
+    length = settings.get("num_train_timesteps", 1000)
+    if not isinstance(length, int) or not 1 <= length <= LONGEST:
+        return f"allowed: whole numbers from 1 to {LONGEST}"
+    try:
+        scheduler = library.from_config(settings)
+        if not hasattr(scheduler, "alphas_cumprod"):
+            return NO_DIFFUSION
+        levels = scheduler.alphas_cumprod
+        if not (levels.isfinite().all() and (levels >= 0).all() and (levels < 1).all()):
+            return "its noise levels are not between 0 and 1"
+        if len(levels) != scheduler.config.num_train_timesteps:
+            return f"it has {len(levels)} noise levels"
+        scheduler.set_timesteps(2)
+        latents = torch.ones(1, 1, 8, 8)
+        with torch.random.fork_rng(devices=[]):  # some draw noise of their own
+            for timestep in scheduler.timesteps:
+                scaled = scheduler.scale_model_input(latents, timestep)
+                latents = scheduler.step(torch.ones_like(scaled), timestep, latents).prev_sample
+    except Exception as error:  # what a configuration breaks raises many types
+        return first_line(error)[:150]
+    return None if latents.isfinite().all() else "what it denoises is not finite"
