@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,9 @@ from cu_runner.evaluators.base import Evaluator
 from cu_runner.evaluators.grid import to_picture
 from cu_runner.evaluators.metrics import FACE_COLUMNS
 from cu_runner.models.diffusion import DiffusionModel
-from cu_runner.models.sampling import generate
+from cu_runner.models.sampling import generate, not_finite
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import pd, torch, without_gradients
-from cu_runner.schema.errors import SamplingError
 from cu_runner.schema.settings import EvalSettings
 
 if TYPE_CHECKING:
@@ -107,13 +107,8 @@ def evaluate(
     parts = distributed.in_turn(dict(zip(own, found, strict=True)))
     seen = {place: image for part in parts for place, image in part.items() if image is not None}
     if len(seen) < len(wanted):
-        raise SamplingError(
-            f"the images after request {step} are not finite: the weights diverged; "
-            "lower train.lr. Finished requests are kept"
-            if step
-            else "the images of the untouched model are not finite: its checkpoint is damaged, or "
-            f"model.precision={model.precision} is not for it; try fp32"
-        )
+        after = f"after request {step}" if step else "of the untouched model"
+        raise not_finite(model, f"the images {after}", step)
     table, thumbnails = [], {}
     for place, shown in enumerate(wanted):
         row: dict[str, str | int | float] = {
@@ -152,8 +147,18 @@ class Seen:
 def classify(
     evaluator: Evaluator, images: Tensor, sequence: Sequence
 ) -> list[dict[str, str | int | float]]:
-    """Return the evaluator's columns of predictions.csv for each of the images [B, 3, S, S]."""
+    """Return the evaluator's columns of predictions.csv for each of the images [B, 3, S, S].
+
+    Raises:
+        ValueError: a score is no number.
+    """
     predictions = evaluator.predict(images)
+    for kind in sequence.measured_domains:
+        if not all(math.isfinite(score) for score in predictions[kind].scores):
+            raise ValueError(
+                f"evaluator: its judge of {kind} answers NaN to a finite image, so its labels mean "
+                "nothing; its weights or its mean and std are damaged: give another one"
+            )
     found = []
     for i in range(len(images)):
         row: dict[str, str | int | float] = {}

@@ -17,6 +17,7 @@ from cu_runner.models.schedulers import DEFAULTED, build_scheduler, find_schedul
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import torch, without_gradients
 from cu_runner.runtime.seeding import derive_seed, image_noise
+from cu_runner.schema.errors import SamplingError
 from cu_runner.schema.settings import Sampler
 
 if TYPE_CHECKING:
@@ -129,6 +130,25 @@ def sample_images(
 ) -> Tensor:
     """Sample one batch of images [B, 3, S, S], float in 0..1, on the model's device."""
     return model.decode_latents(sample_latents(model, prompts, seeds, sampler))
+
+
+def not_finite(model: DiffusionModel, what: str, step: int = 0) -> SamplingError:
+    """Return the error for images that are not finite.
+
+    Args:
+        what: which images they are, in words.
+        step: the request after which they were made; 0: the weights are untouched.
+    """
+    if step:
+        advice = "the weights diverged; lower train.lr. Finished requests are kept"
+    elif model.precision != "fp32":
+        advice = f"the model overflows in model.precision={model.precision}; try fp32"
+    else:
+        advice = (
+            "the checkpoint overflows, or its sampler does; try others of steps, guidance and "
+            "scheduler, or another checkpoint"
+        )
+    return SamplingError(f"{what} are not finite: {advice}")
 
 
 def make_scheduler(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.parameters import placed
-from cu_runner.models.sampling import generate, make_scheduler
+from cu_runner.models.sampling import generate, make_scheduler, not_finite
 from cu_runner.runtime.lazy import nn, torch
 from cu_runner.runtime.seeding import derive_seed
 from cu_runner.schema.settings import Sampler
@@ -77,6 +77,8 @@ class AnchorImages:
         return from_safetensors(files["latents.safetensors"])["mirrored" if mirrored else "latents"]
 
     def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if not images.isfinite().all():
+            raise not_finite(self.model, "the anchor images")
         return self.model.encode_images(images), self.model.encode_images(images.flip(-1))
 
 

@@ -22,12 +22,13 @@ from cu_runner.concepts.entries import read_entries
 from cu_runner.concepts.prompt_csv import read_prompts
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.image_text import ImageTextSource, load_image_text
-from cu_runner.models.sampling import generate
+from cu_runner.models.sampling import generate, not_finite
 from cu_runner.request.anchors import sampler_key
 from cu_runner.request.images import spread
 from cu_runner.retention.base import Retention
 from cu_runner.retention.features import FeatureExtractor, FeatureSource
 from cu_runner.runtime.lazy import torch
+from cu_runner.schema.errors import ModelError
 from cu_runner.schema.settings import EvalSettings
 from cu_runner.store.cache import ARRAYS, Cache
 from cu_runner.store.files import from_safetensors, sha256_of, to_safetensors
@@ -136,7 +137,8 @@ class GeneralRetention(Retention):
 
             def measure_pictures() -> dict[str, Tensor]:
                 batches = read_pictures(paths, side, settings.batch_size)
-                return {"features": torch.cat([extractor(images) for images in batches])}
+                features = torch.cat([extractor(images) for images in batches])
+                return {"features": refuse_nan("features", features)}
 
             self._reference = fetch(cache, common | named, measure_pictures)["features"]
 
@@ -145,7 +147,7 @@ class GeneralRetention(Retention):
 
         fid and kid of the untouched model against itself are None.
         """
-        arrays = self._measure_images() if step else self._base
+        arrays = self._measure_images(step) if step else self._base
         measured: dict[str, float | None] = {}
         if self._scorer:
             measured["clip_score"] = round(100 * arrays["cosines"].mean().item(), 3)
@@ -170,7 +172,7 @@ class GeneralRetention(Retention):
             repr((hashes, bool(self._scorer), bool(self._extractor))).encode()
         ).hexdigest()
 
-    def _measure_images(self) -> dict[str, Tensor]:
+    def _measure_images(self, step: int = 0) -> dict[str, Tensor]:
         """Return the cosines of the images with their prompts [N], and their features [N, D]."""
         cosines, features, done = [], [], 0
         for images in generate(
@@ -181,13 +183,26 @@ class GeneralRetention(Retention):
             batch_size=self._settings.batch_size,
             label="retention",
         ):
+            if not images.isfinite().all():
+                raise not_finite(self._model, "the images of general prompts", step)
             if self._scorer:
                 cosines.append(self._scorer(images, done))
             if self._extractor:
                 features.append(self._extractor(images))
             done += len(images)
         arrays = {"cosines": cosines, "features": features}
-        return {name: torch.cat(rows) for name, rows in arrays.items() if rows}
+        return {name: refuse_nan(name, torch.cat(rows)) for name, rows in arrays.items() if rows}
+
+
+def refuse_nan(name: str, rows: Tensor) -> Tensor:
+    """Return what a judge made of images. Raises ModelError where it is not finite."""
+    if not rows.isfinite().all():
+        key = {"cosines": "clip_score"}.get(name, name)
+        raise ModelError(
+            f"retention.{key}: its network answers NaN to a finite image; its weights or its mean "
+            "and std are damaged: give another one"
+        )
+    return rows
 
 
 def read_images(

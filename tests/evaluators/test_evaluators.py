@@ -19,7 +19,7 @@ from PIL import Image
 from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.evaluators.classifier import Classifier
-from cu_runner.evaluators.evaluate import evaluate, through_jpeg
+from cu_runner.evaluators.evaluate import classify, evaluate, through_jpeg
 from cu_runner.evaluators.faces import FaceSettings
 from cu_runner.evaluators.labels import read_labels
 from cu_runner.evaluators.metrics import metrics, read_predictions, step_metrics
@@ -675,3 +675,16 @@ def test_bad_files_of_images_are_one_line(tmp_path, text, message):
     ) as caught:
         make_sequence(**read_conf("sequence/smoke.yaml"), prompts=str(tmp_path / "mine.csv"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_judge_that_answers_nan_is_one_line(sequence, evaluator, monkeypatch):
+    real = evaluator.predict
+
+    def predict(images):
+        found = real(images)
+        found["object"].scores[1] = float("nan")
+        return found
+
+    monkeypatch.setattr(evaluator, "predict", predict)
+    with pytest.raises(ValueError, match=r"^evaluator: its judge of object answers NaN to a fin"):
+        classify(evaluator, torch.rand(2, 3, 64, 64), sequence)

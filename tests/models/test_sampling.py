@@ -316,23 +316,38 @@ def test_evaluation_goes_on_with_half_the_batch_when_memory_runs_out(
 
 
 @pytest.mark.parametrize(
-    ("step", "advice"),
-    [(0, "or model.precision=fp32 is not for it; try fp32"), (1, "lower train.lr")],
+    ("step", "precision", "advice"),
+    [
+        (0, "fp32", "the checkpoint overflows, or its sampler does"),
+        (0, "bf16", "the model overflows in model.precision=bf16; try fp32"),
+        (1, "bf16", "the weights diverged; lower train.lr"),
+    ],
 )
-def test_images_that_are_not_finite(model, evaluator, sequence, monkeypatch, step, advice):
-    monkeypatch.setattr(
-        model, "decode_latents", lambda latents: torch.full((len(latents), 3, 8, 8), torch.nan)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_images_that_are_not_finite(
+    model, evaluator, sequence, monkeypatch, step, precision, advice, value
+):
+    """Infinity in the decoder too, which a clamp would make a black or a white pixel."""
+    monkeypatch.setattr(model, "precision", precision)
+    handle = model.vae.decoder.register_forward_hook(
+        lambda module, arguments, output: output.index_fill(3, torch.tensor([5]), value)
     )
+    arguments = (model, evaluator, sequence, list(sequence.targets), step)
     with pytest.raises(SamplingError, match="not finite") as caught:
-        evaluate(
-            model,
-            evaluator,
-            sequence,
-            list(sequence.targets),
-            step,
-            EvalSettings(1, 1.0, batch_size=8),
-        )
-    assert (advice in str(caught.value), "train.lr" in str(caught.value)) == (True, step > 0)
+        evaluate(*arguments, EvalSettings(1, 1.0, batch_size=8))
+    handle.remove()
+    assert str(caught.value).split(": ", 1)[1].startswith(advice)
+
+
+def test_anchor_images_that_are_not_finite_are_not_kept(model, tmp_path):
+    params = select_parameters(model.unet, "kv_xattn")
+    cache = Cache(tmp_path / "cache", identify())
+    anchors = AnchorImages(model, "", params, snapshot(params), Sampler(1, 1.0), cache, 2)
+    handle = model.vae.decoder.register_forward_hook(lambda *_: _[2] / 0)
+    with pytest.raises(SamplingError, match=r"^the anchor images are not finite: the checkpoint"):
+        anchors.latents(PROMPTS[:2], 2)
+    handle.remove()
+    assert anchors.latents(PROMPTS[:2], 2).isfinite().all()
 
 
 def test_images_go_on_with_half_the_batch_too_and_it_is_remembered(any_batch, monkeypatch):

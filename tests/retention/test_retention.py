@@ -20,9 +20,9 @@ from cu_runner.models.image_text import ImageTextSource, load_image_text
 from cu_runner.models.sampling import generate
 from cu_runner.retention.distances import frechet_distance, kernel_distance
 from cu_runner.retention.features import FeatureExtractor, FeatureSource
-from cu_runner.retention.general import GeneralRetention, read_images, read_pictures
+from cu_runner.retention.general import GeneralRetention, PromptScorer, read_images, read_pictures
 from cu_runner.runtime.code_identity import identify
-from cu_runner.schema.errors import ModelError, WeightFileError
+from cu_runner.schema.errors import ModelError, SamplingError, WeightFileError
 from cu_runner.schema.settings import EvalSettings
 from cu_runner.store.cache import Cache
 
@@ -239,6 +239,24 @@ def test_the_numbers_are_those_of_the_images(model, tmp_path):
     # the weights are not the base: it must come from the cache
     again.begin(model, "base", SETTINGS, Cache(tmp_path / "cache", identify()))
     assert again.measure(2) == found
+
+
+@pytest.mark.parametrize(
+    ("layer", "error", "message"),
+    [
+        ("vae", SamplingError, "^the images of general prompts are not finite: the checkpoint"),
+        ("clip", ModelError, "^retention.clip_score: its network answers NaN to a finite image"),
+    ],
+)
+def test_what_is_not_finite_stops_the_run(model, tmp_path, monkeypatch, layer, error, message):
+    retention = GeneralRetention(["a", "b"], [5], clip_score=ImageTextSource(CLIP))
+    if layer == "vae":
+        monkeypatch.setattr(model, "decode_latents", lambda _: torch.full((2, 3, 8, 8), torch.nan))
+    else:
+        monkeypatch.setattr(PromptScorer, "__call__", lambda *_: torch.tensor([1.0, torch.nan]))
+    with pytest.raises(error, match=message) as caught:
+        retention.begin(model, "base", SETTINGS, Cache(tmp_path / "cache", identify()))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_of_pictures_is_the_reference(model, tmp_path):
