@@ -270,6 +270,7 @@ def make_classifiers(
                 label2id={name: i for i, name in names.items()},
             )
             transformers.ViTForImageClassification(config).save_pretrained(directory / domain)
+            transformers.ViTImageProcessor().save_pretrained(directory / domain)
         if judged == "celebrity":
             write_open_clip(directory / "scene", tiny)
             write_face_detector(directory / "faces", tiny)

@@ -15,12 +15,13 @@ LARGEST_FILE = 16 * 10**6  # bytes
 LISTS = Path(__file__).parent / "lists"
 
 
-def read_entries(key: str, source: str | list[str]) -> list[str]:
+def read_entries(key: str, source: str | list[str], *, repeats: bool = False) -> list[str]:
     """Return the entries as given, or read a shipped list or a text file.
 
     Args:
         key: the configuration key that names the source, for the error's text.
         source: entries, the name of a list, or a path (it holds a slash or ends in .txt).
+        repeats: keep entries of a file that are there twice; their places mean something.
 
     Raises:
         ValueError: no such list or file, or it cannot be read.
@@ -29,7 +30,9 @@ def read_entries(key: str, source: str | list[str]) -> list[str]:
         return [cleaned(entry) for entry in source]
     try:
         return (
-            read_file(source) if "/" in source or source.endswith(".txt") else read_shipped(source)
+            read_file(source, repeats=repeats)
+            if "/" in source or source.endswith(".txt")
+            else read_shipped(source)
         )
     except ValueError as error:
         raise ValueError(f"{key}={error}") from None
@@ -47,7 +50,7 @@ def read_shipped(name: str | None) -> list[str]:
     return parse_names((LISTS / f"{name}.txt").read_text(encoding="utf-8"))
 
 
-def read_file(path: str | None) -> list[str]:
+def read_file(path: str | None, *, repeats: bool = False) -> list[str]:
     """Read the entries of a user's file.
 
     Raises:
@@ -59,7 +62,7 @@ def read_file(path: str | None) -> list[str]:
     if file.stat().st_size > LARGEST_FILE:
         raise ValueError(f"{path}: has over {LARGEST_FILE // 10**6} MB; give fewer entries")
     try:
-        names = parse_names(file.read_text(encoding="utf-8-sig"))
+        names = parse_names(file.read_text(encoding="utf-8-sig"), repeats=repeats)
     except UnicodeDecodeError:
         raise ValueError(f"{path}: is not a text file in UTF-8; give one name a line") from None
     if not names:
@@ -68,10 +71,11 @@ def read_file(path: str | None) -> list[str]:
     return names
 
 
-def parse_names(text: str) -> list[str]:
-    """Return cleaned lines in order, without blanks, comments and repeats."""
+def parse_names(text: str, *, repeats: bool = False) -> list[str]:
+    """Return cleaned lines in order, without blanks and comments, and without repeats."""
     lines = [cleaned(line) for line in text.splitlines()]
-    return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    names = [line for line in lines if line and not line.startswith("#")]
+    return names if repeats else list(dict.fromkeys(names))
 
 
 def cleaned(text: str) -> str:

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from pydantic import PositiveInt
 
 from cu_runner.evaluators.base import Evaluator, Faceless, Prediction
 from cu_runner.evaluators.faces import FaceDetector, FaceSettings
-from cu_runner.evaluators.labels import read_labels
+from cu_runner.evaluators.labels import check_label_maps, read_labels
 from cu_runner.evaluators.open_clip import OpenClip
 from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.checkpoints import load_weights
 from cu_runner.models.hashing import describe, describe_timm, hash_weights, to_bytes
-from cu_runner.models.weight_files import load_tensors
-from cu_runner.runtime.lazy import F, nn, timm, torch, transformers, without_gradients
+from cu_runner.models.preprocessing import Interpolation, Preprocessing, choose_preprocessing
+from cu_runner.models.weight_files import check_finite, load_tensors
+from cu_runner.runtime.lazy import nn, timm, torch, transformers, without_gradients
 from cu_runner.schema.errors import ModelError, one_line
 
 if TYPE_CHECKING:
@@ -35,14 +37,14 @@ class Classifier(Evaluator):
     def __init__(
         self,
         paths: dict[str, str],
-        size: PositiveInt,
-        mean: list[float],
-        std: list[float],
+        size: PositiveInt | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
         *,
         architectures: dict[str, str] | None = None,
         labels: dict[str, str | list[str]] | None = None,
         templates: dict[str, list[str]] | None = None,
-        interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+        interpolation: Interpolation | None = "bilinear",
         allow_pickle: list[str] | None = None,
         faces: FaceSettings | None = None,
         faceless: Faceless = "excluded",
@@ -53,7 +55,9 @@ class Classifier(Evaluator):
             paths: domain -> classifier directory or weight file; `package:...` is one inside the
                 installed package.
             size: image side that the classifiers read, in pixels; other sizes are resized with
-                anti-aliasing.
+                anti-aliasing. None is each classifier's own, as are mean, std and interpolation:
+                of a transformers directory that of preprocessor_config.json, of timm that which the
+                architecture was trained with.
             mean, std: of each colour channel, for images in 0..1.
             architectures: domain -> what a weight file belongs to, `timm:NAME` or `open_clip:NAME`,
                 or `open_clip` for an open_clip directory. Any other directory is one of
@@ -90,6 +94,10 @@ class Classifier(Evaluator):
         }
         self._networks: dict[str, tuple[nn.Module, list[str]]] = {}
         self._descriptions: dict[str, object] = {}  # what of a network is no weight
+        self._preprocessing: dict[str, Preprocessing] = {}
+        # as runs record them
+        channels = [None if values is None else [[[[v]] for v in values]] for values in (mean, std)]
+        self._settings = [size, *channels, interpolation]
         self._zero_shot: dict[str, OpenClip] = {}
         for domain, path in paths.items():
             kind, _, name = architectures.get(domain, "transformers").partition(":")
@@ -120,13 +128,20 @@ class Classifier(Evaluator):
                 network = load_timm(name, path, len(named[domain]), allow_pickle or [])
                 self._descriptions[domain] = describe_timm(name)
             else:
+                check_label_maps(locate(path))
                 network = load_weights(transformers.AutoModelForImageClassification, locate(path))
                 self._descriptions[domain] = describe(network, network.config.to_dict())
             outputs = check_outputs(path, network, named.get(domain))
             self._networks[domain] = (network.to(device).eval(), outputs)
-        self._size, self._interpolation = size, interpolation
-        self._mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
-        self._std = torch.tensor(std, device=device).view(1, -1, 1, 1)
+            self._preprocessing[domain] = choose_preprocessing(
+                "evaluator",
+                str(locate(path)),
+                network,
+                size=size,
+                mean=None if mean is None else tuple(mean),
+                std=None if std is None else tuple(std),
+                interpolation=interpolation,
+            )
         self._detector = FaceDetector(faces, device) if faces else None
         self._faceless = faceless
 
@@ -137,13 +152,9 @@ class Classifier(Evaluator):
             domain: zero_shot.predict(images)[domain]
             for domain, zero_shot in self._zero_shot.items()
         }
-        resized = images
-        if images.shape[-1] != self._size:
-            side = (self._size, self._size)
-            resized = F.interpolate(images, size=side, mode=self._interpolation, antialias=True)
-        inputs = (resized - self._mean) / self._std
+        inputs = {way: way(images) for way in set(self._preprocessing.values())}
         for domain, (network, names) in self._networks.items():
-            output = network(inputs)
+            output = network(inputs[self._preprocessing[domain]])
             logits = output if isinstance(output, torch.Tensor) else output.logits
             best = logits.float().softmax(1).max(1)
             predictions[domain] = Prediction(
@@ -164,11 +175,11 @@ class Classifier(Evaluator):
 
     def fingerprint(self) -> str:
         """Return the sha256 over all networks, their labels, and what else decides predictions."""
-        digest = hashlib.sha256(
-            to_bytes([self._size, self._mean.tolist(), self._std.tolist(), self._interpolation])
-        )
+        digest = hashlib.sha256(to_bytes(self._settings))
         for domain, (network, names) in sorted(self._networks.items()):
             digest.update(to_bytes([domain, names, self._descriptions[domain]]))
+            if None in self._settings:
+                digest.update(to_bytes(asdict(self._preprocessing[domain])))
             hash_weights(digest, network)
         for domain, zero_shot in sorted(self._zero_shot.items()):
             digest.update(f"{domain}{zero_shot.fingerprint()}".encode())
@@ -201,6 +212,11 @@ def check_outputs(path: str, network: nn.Module, labels: list[str] | None) -> li
         return labels
     own = [network.config.id2label[index] for index in range(network.config.num_labels)]
     if labels is None:
+        if repeated := [label for index, label in enumerate(own) if label in own[:index]]:
+            raise ModelError(
+                f"{path}: {repeated[0]} stands for two outputs in its config.json; give "
+                "evaluator.labels in the order of the outputs"
+            )
         return own
     if len(labels) != len(own):
         raise ModelError(
@@ -256,5 +272,6 @@ def load_timm(architecture: str, path: str, num_labels: int, allow_pickle: list[
             f"{path}: holds {strangers[0]}, which {architecture} has not; the file belongs to "
             "another architecture"
         )
+    check_finite(path, weights)
     network.load_state_dict(weights)
     return network

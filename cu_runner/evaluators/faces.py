@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from cu_runner.evaluators.labels import check_label_maps
 from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.checkpoints import load_weights
 from cu_runner.models.hashing import describe, hash_weights, to_bytes
@@ -48,6 +49,7 @@ class FaceDetector:
         """
         self.domain = settings.domain
         directory = locate(settings.path)
+        check_label_maps(directory)
         self.network = (
             load_weights(transformers.AutoModelForObjectDetection, directory).to(device).eval()
         )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from cu_runner.concepts.entries import read_entries
+from cu_runner.schema.errors import ModelError
 
 IMAGENET = "imagenet"  # the 1000 classes in their usual order, as open_clip spells them
 
@@ -17,7 +21,7 @@ def read_labels(key: str, source: str | list[str]) -> list[str]:
     Raises:
         ValueError: there is no such list or file, a label is there twice, or fewer than two are.
     """
-    labels = imagenet_classes() if source == IMAGENET else read_entries(key, source)
+    labels = imagenet_classes() if source == IMAGENET else read_entries(key, source, repeats=True)
     if repeated := sorted({label for label in labels if labels.count(label) > 1}):
         raise ValueError(f"{key}: {repeated[0]} stands for two outputs; labels must differ")
     if len(labels) < 2:
@@ -36,3 +40,20 @@ def imagenet_classes() -> list[str]:
     return [
         f"{name} ({index})" if name in names[:index] else name for index, name in enumerate(names)
     ]
+
+
+def check_label_maps(directory: Path) -> None:
+    """Raise ModelError if a transformers directory's label2id contradicts its id2label."""
+    file = directory / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        names = {int(index): name for index, name in config["id2label"].items()}
+        places = {name: int(index) for name, index in config["label2id"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # there are not both; what cannot be read is told when it is loaded
+    for name, index in places.items():
+        if names.get(index) != name:
+            raise ModelError(
+                f"{file}: label2id has {name!r} at output {index}, where id2label has "
+                f"{names.get(index)!r}; correct the one that is wrong"
+            )

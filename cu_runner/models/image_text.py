@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.hashing import describe, describe_tokenizer, effective, hash_weights, to_bytes
-from cu_runner.models.weight_files import check_pickle
+from cu_runner.models.weight_files import check_finite, check_pickle
 from cu_runner.runtime.lazy import F, open_clip, torch, transformers, without_gradients
 from cu_runner.schema.errors import ModelError, one_line
 
@@ -119,6 +119,7 @@ def load_image_text(source: ImageTextSource, device: str) -> ImageTextModel:
     except Exception as error:  # open_clip, torch and transformers raise many types
         reason = one_line(error)[:300]
         raise ModelError(f"{source.model}: cannot be loaded by open_clip ({reason})") from error
+    check_finite(weights, network.state_dict())
     towers = [
         module for module in network.modules() if isinstance(module, transformers.PreTrainedModel)
     ]
@@ -168,18 +169,7 @@ def find_parts(source: ImageTextSource) -> tuple[str, Path]:
     elif "/" in name:
         folder = locate(name)
         check_config(folder / "open_clip_config.json", json_key="model_cfg")
-        found = sorted(
-            path
-            for kind in ("safetensors", "bin", "pth", "pt")
-            for path in folder.glob(f"*.{kind}")
-        )
-        if not found:
-            raise ModelError(
-                f"{folder}: holds no weight file; an open_clip directory has "
-                "open_clip_model.safetensors"
-            )
-        name = f"local-dir:{folder}"
-        weights = next((path for path in found if path.suffix == ".safetensors"), found[0])
+        name, weights = f"local-dir:{folder}", weights_in(folder)
     else:
         raise ModelError(
             f"{name}: open_clip knows no such architecture; give one such as ViT-L-14, a .json of "
@@ -187,6 +177,30 @@ def find_parts(source: ImageTextSource) -> tuple[str, Path]:
         )
     check_pickle(weights, source.allow_pickle)
     return name, weights
+
+
+def weights_in(folder: Path) -> Path:
+    """Return the weight file of an open_clip directory; safetensors come first.
+
+    Raises:
+        ModelError: there is none, or more than one that could be it.
+    """
+    kinds = ("safetensors", "bin", "pth", "pt")
+    found = [path for kind in kinds for path in sorted(folder.glob(f"*.{kind}"))]
+    # it may hold the same model as transformers keeps it, too
+    best = [path for path in found if path.name.startswith("open_clip")] or found
+    if not best:
+        raise ModelError(
+            f"{folder}: holds no weight file; an open_clip directory has "
+            "open_clip_model.safetensors"
+        )
+    first, *others = [path for path in best if path.suffix == best[0].suffix]
+    if others:
+        raise ModelError(
+            f"{folder}: holds {first.name} and {others[0].name}; name the one that is meant "
+            f"open_clip_model{first.suffix}"
+        )
+    return first
 
 
 def given_weights(source: ImageTextSource) -> Path:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ADAPTER = re.compile(r"lora_|\.lora\.|\.base_layer\.|hada_w|lokr_")
+WRAPPERS = ("module.", "_orig_mod.")
 NESTS = ("model_state_dict", "state_dict")  # where checkpoints of training scripts keep the weights
 
 
@@ -25,7 +26,8 @@ def load_tensors(path: str | Path, allow_pickle: Sequence[str] = ()) -> dict[str
 
     Args:
         path: a `.safetensors` file, or a pickle (`.pth`, `.pt`, `.bin`, `.ckpt`) that allow_pickle
-            names. Weights nested under `model_state_dict` or `state_dict` are found.
+            names. Weights nested under `model_state_dict` or `state_dict` are found, and those
+            that were saved under DataParallel or torch.compile.
         allow_pickle: the pickle files that may be read. They are read with torch's
             weights_only=True, whatever they hold.
 
@@ -39,7 +41,7 @@ def load_tensors(path: str | Path, allow_pickle: Sequence[str] = ()) -> dict[str
         if file.suffix == ".safetensors":
             import safetensors.torch
 
-            return safetensors.torch.load_file(file)
+            return unwrapped(safetensors.torch.load_file(file))
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and refused files raise many types; the line says which
         reason = " ".join(str(error).split()).partition(" In PyTorch 2.6")[0][:300]
@@ -61,7 +63,17 @@ def load_tensors(path: str | Path, allow_pickle: Sequence[str] = ()) -> dict[str
             f"{path}: {others[0]} is no tensor; save a state_dict, alone or under "
             f"{' or '.join(NESTS)}"
         )
-    return content
+    return unwrapped(content)
+
+
+def unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights under the names of the network that DataParallel or compile() had wrapped."""
+    for wrapper in WRAPPERS:
+        if weights and all(name.startswith(wrapper) for name in weights):
+            return unwrapped(
+                {name.removeprefix(wrapper): tensor for name, tensor in weights.items()}
+            )
+    return weights
 
 
 def check_pickle(file: str | Path, allow_pickle: Sequence[str]) -> None:

@@ -43,7 +43,7 @@ class NameSource:
 
 def read_listed(source: Literal["list", "file"], name: str | None) -> list[str]:
     """Read the entries of a shipped list or of a user's file. Raise ValueError."""
-    return {"list": read_shipped, "file": read_file}[source](name)
+    return read_shipped(name) if source == "list" else read_file(name)
 
 
 def normalized(name: str) -> str:

@@ -6,8 +6,9 @@ Shapes: B batch, S image side, D feature width.
 from __future__ import annotations
 
 import hashlib
+import logging
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import ConfigDict, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -15,13 +16,15 @@ from pydantic.dataclasses import dataclass
 from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.hashing import describe_timm, hash_weights, to_bytes
 from cu_runner.models.image_text import ImageTextModel, ImageTextSource, load_image_text
-from cu_runner.models.weight_files import check_pickle, load_tensors
+from cu_runner.models.weight_files import check_finite, check_pickle, load_tensors
 from cu_runner.runtime.lazy import F, nn, timm, torch, without_gradients
 from cu_runner.schema.errors import ModelError, one_line
 from cu_runner.schema.words import Matches
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 ARCHITECTURE = r"inception|timm:.+|open_clip(:.+)?|module"
 NAMES = "inception, timm:NAME, open_clip, open_clip:NAME or module"
@@ -37,15 +40,16 @@ class FeatureSource:
     path: weight file, directory or module file; nothing is fetched. Of "inception": a pickle, see
     conf/retention/coco.yaml.
     size, mean, std: what "timm" and "module" read, in pixels and for images in 0..1; the others
-    know theirs.
+    know theirs. None is 224 pixels and, of "timm", the mean and std that the architecture was
+    trained with, of "module" 0.5.
     allow_pickle: files other than safetensors that may be read; a module file must be among them.
     """
 
     architecture: Annotated[str, Matches(ARCHITECTURE, NAMES)]
     path: str
-    size: PositiveInt = 224
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    size: PositiveInt | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
     allow_pickle: tuple[str, ...] = ()
 
 
@@ -63,6 +67,15 @@ class FeatureExtractor:
         self._network = (
             network if isinstance(network, ImageTextModel) else network.to(device).eval()
         )
+        trained: Any = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+        if not isinstance(network, ImageTextModel) and source.architecture.startswith("timm:"):
+            trained = network.pretrained_cfg
+        self._size = source.size or 224
+        self._mean: tuple[float, ...] = source.mean or tuple(trained["mean"])
+        self._std: tuple[float, ...] = source.std or tuple(trained["std"])
+        if source.architecture.startswith(("timm:", "module")):
+            reading = (source.path, self._size, self._mean, self._std)
+            logger.info("retention: %s reads images with size=%d mean=%s std=%s", *reading)
 
     @without_gradients
     def __call__(self, images: Tensor) -> Tensor:
@@ -78,13 +91,13 @@ class FeatureExtractor:
             # it resizes by itself, as the published implementation does
             features = network((images * 255).round().to(torch.uint8))
         else:
-            if images.shape[-1] != source.size:
-                side = (source.size, source.size)
+            if images.shape[-1] != self._size:
+                side = (self._size, self._size)
                 images = F.interpolate(images, size=side, mode="bicubic", antialias=True)
                 images = images.clamp(0, 1)
             mean, std = (
                 torch.tensor(value, device=self._device).view(1, -1, 1, 1)
-                for value in (source.mean, source.std)
+                for value in (self._mean, self._std)
             )
             features = network((images - mean) / std)
         is_tensor = isinstance(features, torch.Tensor)
@@ -98,7 +111,7 @@ class FeatureExtractor:
         """Return the sha256 over weights, what else decides the features, and preprocessing."""
         source = self._source
         kind, _, name = source.architecture.partition(":")
-        digest = hashlib.sha256(to_bytes([kind, source.size, source.mean, source.std]))
+        digest = hashlib.sha256(to_bytes([kind, self._size, self._mean, self._std]))
         if isinstance(self._network, ImageTextModel):
             digest.update(self._network.fingerprint().encode())
             return digest.hexdigest()
@@ -145,6 +158,7 @@ def load_network(source: FeatureSource, device: str) -> nn.Module | ImageTextMod
             "another architecture"
         )
     # the head of the file, if there is one, is not needed
+    check_finite(source.path, weights)
     network.load_state_dict({name: weights[name] for name in wanted})
     return network
 

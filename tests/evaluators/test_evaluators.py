@@ -4,6 +4,7 @@ images show no face.
 
 import dataclasses
 import json
+import logging
 import shutil
 
 import numpy as np
@@ -688,3 +689,148 @@ def test_a_judge_that_answers_nan_is_one_line(sequence, evaluator, monkeypatch):
     monkeypatch.setattr(evaluator, "predict", predict)
     with pytest.raises(ValueError, match=r"^evaluator: its judge of object answers NaN to a fin"):
         classify(evaluator, torch.rand(2, 3, 64, 64), sequence)
+
+
+# ------------------------------------------------------------------------------------ preprocessing
+OWN = {"size": None, "mean": None, "std": None, "interpolation": None}
+
+
+def vit_directory(folder, processor=None, **config) -> str:
+    """A tiny ViT that reads 32 pixels, with its image processor's configuration."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
+    made = transformers.ViTConfig(**sizes, image_size=32, patch_size=16, **names | config)
+    transformers.ViTForImageClassification(made).save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        transformers.ViTImageProcessor(size=32, image_mean=[0.1, 0.2, 0.3], image_std=[0.4] * 3),
+        transformers.ViTImageProcessor(size=32, resample=3, do_normalize=False),
+        transformers.CLIPImageProcessor(size={"shortest_edge": 40}, crop_size=32),
+        transformers.ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.8),
+    ],
+)
+def test_a_directorys_own_preprocessing_holds_unless_settings_say_otherwise(
+    tmp_path, caplog, processor
+):
+    path = vit_directory(tmp_path / "vit", processor)
+    logging.getLogger("cu_runner").propagate = True
+    caplog.set_level(logging.INFO, "cu_runner")
+    judge = Classifier({"style": path}, **OWN)
+    assert f"evaluator: {path} reads images with size=" in caplog.text
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    network = transformers.ViTForImageClassification.from_pretrained(path)
+    with torch.no_grad():
+        inputs = processor(list(images), do_rescale=False, return_tensors="pt").pixel_values
+        expected = network(inputs).logits.softmax(1).max(1)
+    found = judge.predict(images)["style"]
+    assert found.scores == pytest.approx(expected.values.tolist(), abs=1e-4)
+    overruled = Classifier({"style": path}, **OWN | {"size": 32, "mean": [0.9] * 3})
+    assert overruled.predict(images)["style"].scores != found.scores
+    assert overruled.fingerprint() != judge.fingerprint()
+    before = judge.fingerprint()
+    change = json.loads((tmp_path / "vit/preprocessor_config.json").read_text())
+    change |= {"do_normalize": True, "image_mean": [0.7] * 3, "image_std": [0.4] * 3}
+    (tmp_path / "vit/preprocessor_config.json").write_text(json.dumps(change))
+    assert Classifier({"style": path}, **OWN).fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        (None, "holds no preprocessor_config.json; set evaluator.size, evaluator.mean,"),
+        (transformers.ViTImageProcessor(size={"height": 32, "width": 48}), "is no square"),
+        (transformers.ViTImageProcessor(size=32, do_rescale=False), "rescale_factor is not 1/255"),
+        (transformers.ViTImageProcessor(size=32, resample=1), r"cannot be followed \(KeyError: 1"),
+        (transformers.ViTImageProcessor(size=32, do_resize=False), "it does not resize"),
+    ],
+)
+def test_preprocessing_that_cannot_be_followed(tmp_path, processor, message):
+    path = vit_directory(tmp_path / "vit", processor)
+    with pytest.raises(ModelError, match=message) as caught:
+        Classifier({"style": path}, **OWN)
+    assert "\n" not in str(caught.value)
+    assert Classifier({"style": path}, **PREPROCESSING).labels() == {"style": LABELS}
+
+
+def test_timm_reads_as_it_was_trained(tmp_path):
+    """resnet10t: mean and std of ImageNet, 176 pixels, bicubic."""
+    torch.manual_seed(0)
+    network = timm.create_model("resnet10t", num_classes=3).eval()
+    path = str(tmp_path / "net.safetensors")
+    safetensors.torch.save_file(network.state_dict(), path)
+    config = network.pretrained_cfg
+    assert config["mean"] == (0.485, 0.456, 0.406)
+    side = config["input_size"][1]
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    mean, std = (torch.tensor(config[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        expected = network((images - mean) / std).softmax(1).max(1)
+    settings = {"architectures": {"style": "timm:resnet10t"}, "labels": {"style": LABELS}}
+    own = Classifier({"style": path}, **OWN, **settings)
+    assert own.predict(images)["style"].scores == pytest.approx(expected.values.tolist(), abs=1e-5)
+    half = Classifier({"style": path}, **OWN | {"mean": HALF, "std": HALF}, **settings)
+    assert half.predict(images)["style"].scores != own.predict(images)["style"].scores
+    assert half.fingerprint() != own.fingerprint()
+
+
+# ---------------------------------------------------------------------------------- files of judges
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_that_a_wrapper_has_renamed(resnet, resnet_file, tmp_path, wrapper):
+    wrapped = {f"{wrapper}{name}": tensor for name, tensor in resnet.state_dict().items()}
+    path = str(tmp_path / "wrapped.pth")
+    torch.save({"state_dict": wrapped}, path)
+    found = judge(path, allow_pickle=[path])
+    assert found.fingerprint() == judge(resnet_file).fingerprint()
+
+
+def test_weights_of_a_judge_that_are_not_finite(resnet, tmp_path):
+    weights = {name: tensor.clone() for name, tensor in resnet.state_dict().items()}
+    weights["fc.bias"][0] = torch.inf
+    safetensors.torch.save_file(weights, tmp_path / "net.safetensors")
+    with pytest.raises(WeightFileError, match=r"net.safetensors: fc.bias is not finite"):
+        judge(str(tmp_path / "net.safetensors"))
+    folder = shutil.copytree(locate(CLIP), tmp_path / "clip")
+    tensors = safetensors.torch.load_file(folder / "open_clip_model.safetensors")
+    tensors["logit_scale"] += torch.nan
+    safetensors.torch.save_file(tensors, folder / "open_clip_model.safetensors")
+    with pytest.raises(WeightFileError, match=r"open_clip_model.safetensors: logit_scale is not"):
+        load_image_text(ImageTextSource(str(folder)), "cpu")
+
+
+def test_label_maps_that_contradict_each_other(tmp_path):
+    path = vit_directory(tmp_path / "vit", label2id={"a": 1, "b": 0, "c": 2})
+    with pytest.raises(
+        ModelError, match=r"config.json: label2id has 'a' at output 1, where id2label has 'b'; "
+    ):
+        Classifier({"style": path}, **PREPROCESSING)
+    path = vit_directory(tmp_path / "twice", id2label={0: "a", 1: "b", 2: "a"}, label2id={})
+    with pytest.raises(ModelError, match=r"twice: a stands for two outputs in its config.json"):
+        Classifier({"style": path}, **PREPROCESSING)
+    named = Classifier({"style": path}, **PREPROCESSING, labels={"style": ["x", "y", "z"]})
+    assert named.labels() == {"style": ["x", "y", "z"]}
+
+
+def test_a_repeated_label_in_a_file_is_refused_and_not_dropped(resnet_file, tmp_path):
+    (tmp_path / "labels.txt").write_text("\ufeffa\r\nb\na\nc\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^evaluator.labels.style: a stands for two outputs"):
+        judge(resnet_file, str(tmp_path / "labels.txt"))
+
+
+def test_an_open_clip_directory_beside_transformers_weights(tmp_path):
+    folder = shutil.copytree(locate(CLIP), tmp_path / "clip")
+    safetensors.torch.save_file({"other": torch.ones(1)}, folder / "model.safetensors")
+    (folder / "a.bin").write_bytes(b"not read")
+    plain = load_image_text(ImageTextSource(CLIP), "cpu").fingerprint()
+    assert load_image_text(ImageTextSource(str(folder)), "cpu").fingerprint() == plain
+    (folder / "open_clip_model.safetensors").rename(folder / "mine.safetensors")
+    with pytest.raises(
+        ModelError, match=r"holds mine.safetensors and model.safetensors; name the one that is"
+    ):
+        load_image_text(ImageTextSource(str(folder)), "cpu")

@@ -89,6 +89,27 @@ def test_a_timm_tower_without_its_head(tmp_path):
         FeatureExtractor(FeatureSource("timm:test_vit", str(tmp_path / "net.safetensors")), "cpu")
 
 
+def test_a_timm_tower_reads_as_it_was_trained(tmp_path):
+    torch.manual_seed(0)
+    network = timm.create_model("resnet10t").eval()
+    path = str(tmp_path / "net.safetensors")
+    safetensors.torch.save_file(network.state_dict(), path)
+    extract = FeatureExtractor(FeatureSource("timm:resnet10t", path, size=32), "cpu")
+    half = FeatureExtractor(
+        FeatureSource("timm:resnet10t", path, size=32, mean=(0.5,) * 3, std=(0.5,) * 3), "cpu"
+    )
+    images = torch.rand(2, 3, 32, 32)
+    mean, std = (
+        torch.tensor(network.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std")
+    )
+    expected = network.forward_head(
+        network.forward_features((images - mean) / std), pre_logits=True
+    )
+    torch.testing.assert_close(extract(images), expected.detach().double())
+    assert (half(images) - extract(images)).abs().max() > 1e-3
+    assert half.fingerprint() != extract.fingerprint()
+
+
 def test_a_module_file_must_be_named_and_make_rows(tmp_path):
     path = str(tmp_path / "mean.pt")
     torch.jit.script(torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())).save(
