@@ -42,8 +42,9 @@ def kernel_distance(reference: Tensor, features: Tensor, subset: int) -> float:
     metric = KernelInceptionDistance(
         Given(features.shape[1]), subsets=KID_SUBSETS, subset_size=size
     )
-    metric.update(reference, real=True)
-    metric.update(features, real=False)
+    # cubes of large features need the precision
+    metric.update(reference.double(), real=True)
+    metric.update(features.double(), real=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return metric.compute()[0].item()

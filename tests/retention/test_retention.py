@@ -71,6 +71,13 @@ def test_kernel_distance():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_kernel_distance_is_computed_in_float64():
+    """Features far from zero have kernels of 1e18, whose differences float32 does not hold."""
+    one, other = (features(40, seed).float() + 1000 for seed in (0, 1))
+    exact = kernel_distance(one.double(), other.double(), 20)
+    assert kernel_distance(one, other, 20) == pytest.approx(exact, rel=1e-9)
+
+
 # ------------------------------------------------------------------------------------------- judges
 def test_a_timm_tower_without_its_head(tmp_path):
     torch.manual_seed(0)
