@@ -11,11 +11,9 @@ Shapes: N images, B batch, S image side, D feature width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import NonNegativeInt, PositiveInt
 
 from cu_runner.concepts.entries import read_entries
@@ -27,6 +25,7 @@ from cu_runner.request.anchors import sampler_key
 from cu_runner.request.images import spread
 from cu_runner.retention.base import Retention
 from cu_runner.retention.features import FeatureExtractor, FeatureSource
+from cu_runner.retention.pictures import find_pictures, read_pictures
 from cu_runner.runtime.lazy import torch
 from cu_runner.schema.errors import ModelError
 from cu_runner.schema.settings import EvalSettings
@@ -35,8 +34,6 @@ from cu_runner.store.files import from_safetensors, sha256_of, to_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class PromptScorer:
@@ -77,8 +74,9 @@ class GeneralRetention(Retention):
             num_prompts: at most so many, evenly spread over all.
             clip_score: the image-text model of the CLIP score; None: not measured.
             features: what FID and KID compare; None: neither is measured.
-            reference: a folder of images, each cropped to its middle square; None: the untouched
-                model's own images.
+            reference: a folder of images, each turned as its camera held it, on white where it is
+                transparent, and cropped to its middle square; None: the untouched model's own
+                images.
             kid_subset: images in each random subset of KID.
 
         Raises:
@@ -226,43 +224,6 @@ def read_images(
             f"{'retention.seeds' if entries else key} is empty; it needs at least one entry"
         )
     return [(prompt, seed) for prompt in entries for seed in seeds]
-
-
-def find_pictures(folder: str) -> list[Path]:
-    """Find the image files in a folder and below, by name. Raises ValueError for none."""
-    found = sorted(
-        path for path in Path(folder).expanduser().rglob("*") if path.suffix.lower() in PICTURES
-    )
-    if not found:
-        raise ValueError(
-            f"retention.reference={folder}: no such folder, or no {', '.join(PICTURES)} file in it"
-        )
-    return found
-
-
-def read_pictures(paths: list[Path], side: int, batch_size: int) -> Iterator[Tensor]:
-    """Yield image files as batches [B, 3, side, side] in 0..1, cropped to their middle square.
-
-    Raises:
-        ValueError: a file is damaged.
-    """
-    from torchvision.transforms.functional import pil_to_tensor
-
-    for start in range(0, len(paths), batch_size):
-        rows = []
-        for path in paths[start : start + batch_size]:
-            try:
-                with Image.open(path) as picture:
-                    square = ImageOps.fit(
-                        picture.convert("RGB"), (side, side), Image.Resampling.BICUBIC
-                    )
-            except (OSError, UnidentifiedImageError) as error:
-                raise ValueError(
-                    f"{path}: cannot be read as an image ({error}); "
-                    "remove it from retention.reference"
-                ) from None
-            rows.append(pil_to_tensor(square) / 255)
-        yield torch.stack(rows)
 
 
 def fetch(

@@ -20,7 +20,8 @@ from cu_runner.models.image_text import ImageTextSource, load_image_text
 from cu_runner.models.sampling import generate
 from cu_runner.retention.distances import frechet_distance, kernel_distance
 from cu_runner.retention.features import FeatureExtractor, FeatureSource
-from cu_runner.retention.general import GeneralRetention, PromptScorer, read_images, read_pictures
+from cu_runner.retention.general import GeneralRetention, PromptScorer, read_images
+from cu_runner.retention.pictures import find_pictures, read_pictures
 from cu_runner.runtime.code_identity import identify
 from cu_runner.schema.errors import ModelError, SamplingError, WeightFileError
 from cu_runner.schema.settings import EvalSettings
@@ -204,6 +205,92 @@ def test_pictures_are_cropped_to_their_middle(tmp_path):
     (tmp_path / "b.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"b.png: cannot be read as an image"):
         list(read_pictures([tmp_path / "b.png"], 4, 8))
+
+
+def read_one(path, side: int = 4) -> np.ndarray:
+    """The picture as [side, side, 3] in 0..255."""
+    (batch,) = read_pictures([path], side, 8)
+    return (batch[0] * 255).round().permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_a_picture_is_turned_as_its_camera_held_it(tmp_path, turn):
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels[0, :2] = [[200, 30, 30], [30, 200, 30]]
+    plain = Image.fromarray(pixels)
+    # what a camera stores for what is seen: by the EXIF standard, each turn undone
+    ways = Image.Transpose
+    stored = {
+        2: ways.FLIP_LEFT_RIGHT,
+        3: ways.ROTATE_180,
+        4: ways.FLIP_TOP_BOTTOM,
+        5: ways.TRANSPOSE,
+        6: ways.ROTATE_90,
+        7: ways.TRANSVERSE,
+        8: ways.ROTATE_270,
+    }
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    kept = plain.transpose(stored[turn]) if turn in stored else plain
+    kept.save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(read_one(tmp_path / "a.png"), pixels)
+
+
+def test_pictures_of_every_kind_look_as_in_a_viewer(tmp_path):
+    ramp = np.linspace(0, 65535, 16).astype(np.uint16).reshape(4, 4)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    expected = np.repeat((ramp / 257).round()[..., None], 3, 2)
+    assert np.abs(read_one(tmp_path / "deep.png") - expected).max() <= 1
+    clear = np.zeros((4, 4, 4), np.uint8)
+    clear[..., 3] = 128
+    clear[0, 0] = [255, 0, 0, 255]
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    found = read_one(tmp_path / "clear.png")
+    assert found[0, 0].tolist() == [255, 0, 0]
+    assert found[1, 1].tolist() == [127, 127, 127]  # half black on white
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    palette.save(tmp_path / "palette.png")
+    assert read_one(tmp_path / "palette.png")[2, 2].tolist() == [10, 200, 30]
+    palette.save(tmp_path / "keyed.png", transparency=1)
+    assert read_one(tmp_path / "keyed.png")[2, 2].tolist() == [255, 255, 255]
+    Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "ink.jpg", quality=100)
+    assert np.abs(read_one(tmp_path / "ink.jpg") - [255, 0, 0]).max() < 8
+    Image.new("1", (4, 4), 1).save(tmp_path / "bits.png")
+    assert read_one(tmp_path / "bits.png").min() == 255
+    Image.fromarray(clear[..., [0, 3]], "LA").save(tmp_path / "grey.png")
+    assert read_one(tmp_path / "grey.png")[1, 1].tolist() == [127, 127, 127]
+
+
+def test_files_that_are_no_picture_are_named(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    for suffix in ("png", "jpg", "webp"):
+        Image.fromarray(noise).save(tmp_path / f"a.{suffix}")
+        cut = tmp_path / f"cut.{suffix}"
+        cut.write_bytes((tmp_path / f"a.{suffix}").read_bytes()[:-900])
+        with pytest.raises(ValueError, match=rf"cut.{suffix}: cannot be read as an image \(") as e:
+            read_one(cut)
+        assert "\n" not in str(e.value)
+        cut.unlink()
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moves.webp", save_all=True, append_images=frames[1:], lossless=True)
+    with pytest.raises(ValueError, match=r"moves.webp: cannot be read .*it has 2 frames"):
+        read_one(tmp_path / "moves.webp")
+    frames[0].save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=frames[1:])
+    assert np.abs(read_one(tmp_path / "phone.jpg") - [255, 0, 0]).max() < 8
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "b.png").mkdir()
+    assert [path.name for path in find_pictures(str(tmp_path))] == [
+        "a.jpg",
+        "a.png",
+        "a.webp",
+        "moves.webp",
+        "phone.jpg",
+    ]
+    for suffix in ("TIFF", "gif", "heic"):
+        (tmp_path / f"z.{suffix}").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"z.TIFF and 2 more are pictures in a format that is not"):
+        find_pictures(str(tmp_path))
 
 
 def test_nothing_to_measure_is_refused(tmp_path):
