@@ -130,10 +130,16 @@ class DiffusionModel:
         """Return the text of B prompts; each distinct one is encoded once per process, in fp32."""
         return self._prompts(prompts)
 
-    def token_span(self, text: str, inside: str, before: str = "") -> slice:
-        """Return the token positions of `text` in the prompt `inside`; begin-of-text has 0.
+    @property
+    def num_tokens(self) -> int:
+        """Return how many tokens of a prompt are read, its begin and its end among them."""
+        return int(self.tokenizer.model_max_length)
 
-        before: what stands in the prompt before it; the text may be there too.
+    def find_tokens(self, text: str, inside: str, before: str = "") -> slice | None:
+        """Return the token positions of `text` in the prompt `inside`, None where it has none.
+
+        They may lie beyond num_tokens. Begin-of-text has 0. before: what stands in the prompt
+        before it; the text may be there too.
         """
         whole = self.tokenizer(inside).input_ids
         part, earlier = (self.tokenizer(words).input_ids[1:-1] for words in (text, before))
@@ -141,7 +147,32 @@ class DiffusionModel:
         for start in range(first, len(whole) - len(part)):
             if whole[start : start + len(part)] == part:
                 return slice(start, start + len(part))
-        raise ValueError(f"{text!r} is not a run of whole tokens in the prompt {inside!r}")
+        return None
+
+    def token_span(self, text: str, inside: str, before: str = "") -> slice:
+        """Return the token positions of `text` as find_tokens() does.
+
+        A text that is the whole prompt may be longer than what is read: it has the positions that
+        are.
+
+        Raises:
+            ValueError: it has none, or not all of them are read.
+        """
+        span = self.find_tokens(text, inside, before)
+        if span is None:
+            raise ValueError(f"{text!r} is not a run of whole tokens in the prompt {inside!r}")
+        last = self.num_tokens - 1  # the last that is read is the end of the text
+        if span.stop > last and text != inside:
+            raise self.beyond(text, inside)
+        return slice(span.start, min(span.stop, last))
+
+    def beyond(self, text: str, inside: str) -> ValueError:
+        """Return the error for a text that lies beyond the tokens that are read of a prompt."""
+        shown = inside if len(inside) <= 100 else f"{inside[:60]} ... {inside[-37:]}"
+        return ValueError(
+            f"{text!r} lies beyond the {self.num_tokens} tokens that the model reads of the prompt "
+            f"{shown!r}; shorten the prompt, or name it earlier"
+        )
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noise clean latents x_0 to x_t, all [B, C, H, W], at timesteps [B]."""

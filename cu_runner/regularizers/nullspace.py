@@ -36,6 +36,7 @@ from cu_runner.request.text_subspace import (
     principal_columns,
     text_vectors,
 )
+from cu_runner.request.token_limit import check_read
 from cu_runner.runtime.lazy import nn, torch, without_gradients
 
 if TYPE_CHECKING:
@@ -170,6 +171,14 @@ class NullSpace(Regularizer):
             "rank": len(P) - round(P.trace().item()),
             "energy": 1 - ((X @ P).square().sum() / X.square().sum()).item(),
         }
+        check_read(
+            scope.model,
+            (
+                (concept.prompt_name, prompt)
+                for concept in scope.request.targets
+                for prompt in self.fill(scope, [concept.prompt_name])
+            ),
+        )
         targets, earlier = (
             [text_vectors(scope.model, self.fill(scope, [name])).T.double() for name in group]
             for group in (

@@ -65,6 +65,7 @@ def concept_vectors(
     prompts = [prompt for prompt, *_ in placed]
     hidden = model.encode_prompts(prompts).hidden
     if tokens == "last":
+        check_begin(model, placed)
         lengths = [len(model.tokenizer(prompt).input_ids) for prompt in prompts]
         # a prompt that is cut ends with the end of text too
         last = [min(length, hidden.shape[1]) - 2 for length in lengths]
@@ -88,7 +89,20 @@ def text_vectors(model: DiffusionModel, prompts: list[str]) -> Tensor:
 
 def prompt_vectors(model: DiffusionModel, names: list[str], context: str) -> Tensor:
     """Return text_vectors of the names, each standing in `context`."""
-    return text_vectors(model, [in_context(name, context)[0] for name in names])
+    placed = [in_context(name, context) for name in names]
+    check_begin(model, placed)
+    return text_vectors(model, [prompt for prompt, *_ in placed])
+
+
+def check_begin(model: DiffusionModel, placed: list[tuple[str, str, str]]) -> None:
+    """Raise ValueError for a name of which the model reads no token in its prompt.
+
+    Whole captions that stand for names may be cut at their end.
+    """
+    for prompt, part, before in placed:
+        span = model.find_tokens(part, prompt, before)
+        if span is not None and span.start >= model.num_tokens - 1:
+            raise model.beyond(part, prompt)
 
 
 def nearest_names(

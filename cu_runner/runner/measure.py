@@ -14,6 +14,7 @@ from cu_runner.evaluators.grid import draw_grid
 from cu_runner.evaluators.metrics import RECOGNISED, read_predictions, step_metrics
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.request.anchors import sampler_key
+from cu_runner.request.token_limit import check_prompts
 from cu_runner.retention.base import Retention
 from cu_runner.runtime.lazy import torch
 from cu_runner.schema.errors import StoreError
@@ -60,9 +61,11 @@ class Instruments:
         """Take the fingerprints of the untouched model and of what judges, and begin the retention.
 
         Raises:
-            ValueError: the sequence names a concept that the evaluator cannot predict.
+            ValueError: the sequence names a concept that the evaluator cannot predict, or that the
+                model does not read in its prompts.
         """
         check_labels(sequence, evaluator)
+        check_prompts(model, sequence)
         own = model.fingerprint()
         if retention:
             retention.begin(model, own, settings, cache)

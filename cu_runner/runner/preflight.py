@@ -24,6 +24,7 @@ from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.parameters import select_parameters
 from cu_runner.models.sampling import make_scheduler
 from cu_runner.regularizers.base import Regularizer
+from cu_runner.request.token_limit import check_prompts
 from cu_runner.retention.base import Retention
 from cu_runner.runner.forecast import disk_copies, existing_parent, retained_images, work_of
 from cu_runner.runner.parts import RunParts, prepare
@@ -84,7 +85,7 @@ def check_parts(plan: RunConfig, device: str) -> Generator[Finding, None, RunPar
     if node := plan.retention:
         retention = yield from load("retention", lambda: load_retention(node.build(device=device)))
     composed = yield from check_composed(plan, model)
-    labels = yield from check_sequence(sequence, evaluator)
+    labels = yield from check_sequence(sequence, evaluator, model)
     if model is None or composed is None:
         yield Finding("disk", None, "needs the model, and a method that takes these regularizers")
         return None
@@ -139,9 +140,18 @@ def check_composed(
 
 
 def check_sequence(
-    sequence: Sequence, evaluator: Evaluator | None
+    sequence: Sequence, evaluator: Evaluator | None, model: DiffusionModel | None
 ) -> Generator[Finding, None, bool]:
-    """Check that the evaluator knows every concept; return whether it does."""
+    """Check that the evaluator knows every concept and the model reads it in its prompts.
+
+    Return whether they do.
+    """
+    try:
+        if model is not None:
+            check_prompts(model, sequence)
+    except ValueError as error:
+        yield Finding("prompts", False, str(error))
+        return False
     if evaluator is None:
         return False
     try:
