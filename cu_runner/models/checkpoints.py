@@ -171,7 +171,7 @@ def read_scheduler(
     try:
         return build_scheduler(find_scheduler(name), config, asked)
     except ValueError as error:
-        raise ModelError(f"{file}: the scheduler {name} {error}") from None
+        raise ModelError(f"{file}: the scheduler {name}: {error}") from None
 
 
 def read_single_file(
@@ -227,7 +227,7 @@ def read_single_file(
     try:
         scheduler = build_scheduler(kind, pipe.scheduler.config, {**marked, **asked})
     except ValueError as error:
-        raise ModelError(f"{file}: the scheduler {kind.__name__} {error}") from None
+        raise ModelError(f"{file}: the scheduler {kind.__name__}: {error}") from None
     if unheard := [key for key in marked if key not in inspect.signature(kind).parameters]:
         raise ModelError(
             f"{file}: its key {next(name for name in MARKERS if MARKERS[name][0] == unheard[0])} "

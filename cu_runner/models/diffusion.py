@@ -152,17 +152,17 @@ class DiffusionModel:
     def token_span(self, text: str, inside: str, before: str = "") -> slice:
         """Return the token positions of `text` as find_tokens() does.
 
-        A text that is the whole prompt may be longer than what is read: it has the positions that
-        are.
+        Of a text that is longer than any prompt may be, they are those that are read.
 
         Raises:
-            ValueError: it has none, or not all of them are read.
+            ValueError: it has none, or they are cut off although the text alone would be read.
         """
         span = self.find_tokens(text, inside, before)
         if span is None:
             raise ValueError(f"{text!r} is not a run of whole tokens in the prompt {inside!r}")
         last = self.num_tokens - 1  # the last that is read is the end of the text
-        if span.stop > last and text != inside:
+        fits = span.stop - span.start <= self.num_tokens - 2
+        if span.start >= last or (span.stop > last and fits):
             raise self.beyond(text, inside)
         return slice(span.start, min(span.stop, last))
 

@@ -217,7 +217,7 @@ def test_broken_json_and_a_foreign_scheduler(in_process, pipeline_copy):
     assert_one_line(
         in_process(*SMOKE, f"model.path={pipeline_copy}"),
         2,
-        ["scheduler cannot be read", "NoSuchScheduler"],
+        ["the scheduler NoSuchScheduler: diffusers has no such scheduler"],
     )
     index.write_text("{")
     assert_one_line(

@@ -140,13 +140,13 @@ def test_a_pickle_that_would_run_code_does_not(pipeline_of, tmp_path):
         (
             "model_index.json",
             {"scheduler": ["diffusers", "Nothing"]},
-            "the scheduler Nothing diffusers has no such scheduler",
+            "the scheduler Nothing: diffusers has no such scheduler",
         ),
         (
             "model_index.json",
             {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]},
             (
-                "the scheduler FlowMatchEulerDiscreteScheduler has no noise schedule of a "
+                "the scheduler FlowMatchEulerDiscreteScheduler: has no noise schedule of a "
                 "diffusion model"
             ),
         ),

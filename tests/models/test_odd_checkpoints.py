@@ -68,7 +68,7 @@ def test_a_scheduler_that_diffusers_cannot_make(pipelines, tmp_path, change, mes
     config = json.loads((pipelines["sd15"] / "scheduler/scheduler_config.json").read_text())
     file = tmp_path / "scheduler/scheduler_config.json"
     file.write_text(json.dumps(config | change))
-    found = f"^{re.escape(str(file))}: the scheduler PNDMScheduler cannot take {message}"
+    found = f"^{re.escape(str(file))}: the scheduler PNDMScheduler: cannot take {message}"
     refused(tmp_path, found + ".*; correct it or leave it out$")
     file.write_text("[]")
     refused(tmp_path, "scheduler_config.json: cannot be read")
