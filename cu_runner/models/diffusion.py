@@ -19,7 +19,7 @@ from pydantic import PositiveInt
 from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.checkpoints import Components, PredictionType, read_components
 from cu_runner.models.hashing import describe, describe_tokenizer, hash_weights, to_bytes
-from cu_runner.models.text import PromptEncoder, Text
+from cu_runner.models.text import PromptEncoder, Text, token_span
 from cu_runner.models.text_readers import TextReaders
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import nn, torch, without_gradients
@@ -135,44 +135,9 @@ class DiffusionModel:
         """Return how many tokens of a prompt are read, its begin and its end among them."""
         return int(self.tokenizer.model_max_length)
 
-    def find_tokens(self, text: str, inside: str, before: str = "") -> slice | None:
-        """Return the token positions of `text` in the prompt `inside`, None where it has none.
-
-        They may lie beyond num_tokens. Begin-of-text has 0. before: what stands in the prompt
-        before it; the text may be there too.
-        """
-        whole = self.tokenizer(inside).input_ids
-        part, earlier = (self.tokenizer(words).input_ids[1:-1] for words in (text, before))
-        first = 1 + len(earlier) if whole[1 : 1 + len(earlier)] == earlier else 1
-        for start in range(first, len(whole) - len(part)):
-            if whole[start : start + len(part)] == part:
-                return slice(start, start + len(part))
-        return None
-
     def token_span(self, text: str, inside: str, before: str = "") -> slice:
-        """Return the token positions of `text` as find_tokens() does.
-
-        Of a text that is longer than any prompt may be, they are those that are read.
-
-        Raises:
-            ValueError: it has none, or they are cut off although the text alone would be read.
-        """
-        span = self.find_tokens(text, inside, before)
-        if span is None:
-            raise ValueError(f"{text!r} is not a run of whole tokens in the prompt {inside!r}")
-        last = self.num_tokens - 1  # the last that is read is the end of the text
-        fits = span.stop - span.start <= self.num_tokens - 2
-        if span.start >= last or (span.stop > last and fits):
-            raise self.beyond(text, inside)
-        return slice(span.start, min(span.stop, last))
-
-    def beyond(self, text: str, inside: str) -> ValueError:
-        """Return the error for a text that lies beyond the tokens that are read of a prompt."""
-        shown = inside if len(inside) <= 100 else f"{inside[:60]} ... {inside[-37:]}"
-        return ValueError(
-            f"{text!r} lies beyond the {self.num_tokens} tokens that the model reads of the prompt "
-            f"{shown!r}; shorten the prompt, or name it earlier"
-        )
+        """Return the token positions of `text` in the prompt `inside`, as text.token_span does."""
+        return token_span(self.tokenizer, text, inside, before)
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noise clean latents x_0 to x_t, all [B, C, H, W], at timesteps [B]."""

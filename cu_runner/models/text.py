@@ -15,6 +15,7 @@ from cu_runner.runtime.lazy import torch, without_gradients
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -109,3 +110,44 @@ class PromptEncoder:
         ]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         return Text(hidden.float(), outputs[1].text_embeds.float())
+
+
+def find_tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, inside: str, before: str = ""
+) -> slice | None:
+    """Return the token positions of `text` in the prompt `inside`, None where it has none.
+
+    They may lie beyond what is read. Begin-of-text has 0. before: what stands in the prompt before
+    it; the text may be there too.
+    """
+    whole = tokenizer(inside).input_ids
+    part, earlier = (tokenizer(words).input_ids[1:-1] for words in (text, before))
+    first = 1 + len(earlier) if whole[1 : 1 + len(earlier)] == earlier else 1
+    for start in range(first, len(whole) - len(part)):
+        if whole[start : start + len(part)] == part:
+            return slice(start, start + len(part))
+    return None
+
+
+def token_span(
+    tokenizer: PreTrainedTokenizerBase, text: str, inside: str, before: str = ""
+) -> slice:
+    """Return the token positions of `text` that are read of the prompt `inside`.
+
+    Of a text that is longer than any prompt may be, they are not all. before: as of find_tokens.
+
+    Raises:
+        ValueError: it has none, or they are cut off although the text alone would be read.
+    """
+    span = find_tokens(tokenizer, text, inside, before)
+    if span is None:
+        raise ValueError(f"{text!r} is not a run of whole tokens in the prompt {inside!r}")
+    last = tokenizer.model_max_length - 1  # the last that is read is the end of the text
+    fits = span.stop - span.start < last
+    if span.start >= last or (span.stop > last and fits):
+        shown = inside if len(inside) <= 100 else f"{inside[:60]} ... {inside[-37:]}"
+        raise ValueError(
+            f"{text!r} lies beyond the {last + 1} tokens that the model reads of the prompt "
+            f"{shown!r}; shorten the prompt, or name it earlier"
+        )
+    return slice(span.start, min(span.stop, last))

@@ -10,6 +10,7 @@ from cu_runner.concepts.sequence import KNOWN
 from cu_runner.concepts.templates import check_template, fill
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.parameters import is_cross_attention_kv
+from cu_runner.models.text import find_tokens
 from cu_runner.request.scope import Scope
 from cu_runner.runtime.lazy import F, torch
 
@@ -100,9 +101,9 @@ def check_begin(model: DiffusionModel, placed: list[tuple[str, str, str]]) -> No
     Whole captions that stand for names may be cut at their end.
     """
     for prompt, part, before in placed:
-        span = model.find_tokens(part, prompt, before)
+        span = find_tokens(model.tokenizer, part, prompt, before)
         if span is not None and span.start >= model.num_tokens - 1:
-            raise model.beyond(part, prompt)
+            model.token_span(part, prompt, before)
 
 
 def nearest_names(

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from cu_runner.concepts.sequence import Sequence
 from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.text import find_tokens
 
 
 def check_prompts(model: DiffusionModel, sequence: Sequence) -> None:
@@ -53,7 +54,7 @@ def check_read(model: DiffusionModel, named: Iterable[tuple[str, str]]) -> None:
     distinct = list(dict.fromkeys(named))
     cut = longer(model, [prompt for _, prompt in distinct])
     for name, prompt in distinct:
-        if prompt in cut and model.find_tokens(name, prompt) is not None:
+        if prompt in cut and find_tokens(model.tokenizer, name, prompt) is not None:
             model.token_span(name, prompt)
 
 

@@ -7,6 +7,7 @@ from conftest import read_conf
 
 from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.methods.uce import UCE
+from cu_runner.models.text import find_tokens
 from cu_runner.regularizers.gradproj import GradProj
 from cu_runner.regularizers.nullspace import NullSpace
 from cu_runner.request.text_subspace import concept_vectors, prompt_vectors
@@ -27,14 +28,14 @@ def refused(call, message: str) -> None:
 
 def test_the_span_of_a_concept_is_within_the_tokens_that_are_read(model):
     assert model.num_tokens == 16
-    span = model.find_tokens("ember stripe", f"{LONG} ember stripe")
+    span = find_tokens(model.tokenizer, "ember stripe", f"{LONG} ember stripe")
     assert span.start > 15
     refused(
         lambda: model.token_span("ember stripe", f"{LONG} ember stripe"),
         r"^'ember stripe' lies beyond the 16 tokens that the model reads of the prompt 'a fish "
         r"and .*ember stripe'; shorten the prompt, or name it earlier$",
     )
-    own = model.find_tokens("ember stripe", "ember stripe")
+    own = find_tokens(model.tokenizer, "ember stripe", "ember stripe")
     room = 15 - (own.stop - own.start) - 1  # tokens before it, so that it ends as the last one
     words = " ".join(["tree"] * room)
     assert len(model.tokenizer(words).input_ids) == room + 2
