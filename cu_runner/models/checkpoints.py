@@ -21,6 +21,7 @@ from cu_runner.models.checkpoint_checks import check_classes, mismatches
 from cu_runner.models.checkpoint_files import COMPONENTS, SECOND, WeightFiles, find_weights, locate
 from cu_runner.models.schedulers import build_scheduler, find_scheduler
 from cu_runner.models.weight_files import (
+    COMPUTED,
     check_finite,
     check_pickle,
     load_tensors,
@@ -276,9 +277,7 @@ def refuse_unread(
         file, [name for name in names if not (name.startswith(known) or UNREAD.fullmatch(name))]
     )
     for prefix, part in ORIGINAL:
-        own = [
-            name for name in names if name.startswith(prefix) and not name.endswith("position_ids")
-        ]
+        own = [name for name in names if name.startswith(prefix) and not name.endswith(COMPUTED)]
         taken = parts[part].state_dict()
         if len(own) > len(taken):
             # diffusers renames them: a stranger is known by what it holds

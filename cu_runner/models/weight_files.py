@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ADAPTER = re.compile(r"lora_|\.lora\.|\.base_layer\.|hada_w|lokr_")
 WRAPPERS = ("module.", "_orig_mod.")
+# What layers count or compute by themselves; some versions of the libraries have saved it.
+COMPUTED = ("num_batches_tracked", "position_ids", "relative_position_index", "inv_freq")
 NESTS = ("model_state_dict", "state_dict")  # where checkpoints of training scripts keep the weights
 
 
@@ -112,9 +114,9 @@ def refuse_adapters(place: str | Path, names: Sequence[str]) -> None:
 def refuse_strangers(place: str | Path, names: Sequence[str]) -> None:
     """Raise WeightFileError for names of weights that no layer has taken, if there are any."""
     refuse_adapters(place, names)
-    if names:
+    if strangers := [name for name in names if not name.endswith(COMPUTED)]:
         raise WeightFileError(
-            f"{place}: holds {names[0]}, which no layer takes, and {len(names) - 1} more; the "
-            "weights belong to another configuration, or something was saved with them: "
+            f"{place}: holds {strangers[0]}, which no layer takes, and {len(strangers) - 1} more; "
+            "the weights belong to another configuration, or something was saved with them: "
             "remove it"
         )

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from cu_runner.models.weight_files import load_tensors
+from cu_runner.models.weight_files import load_tensors, refuse_strangers
 from cu_runner.schema.errors import WeightFileError
 
 WEIGHTS = {"head.weight": torch.arange(6.0).view(2, 3), "head.bias": torch.ones(2)}
@@ -84,3 +84,11 @@ def test_missing_and_damaged_files(tmp_path):
         with pytest.raises(WeightFileError, match=rf"{name}: cannot be read as weights") as caught:
             load_tensors(tmp_path / name, [str(tmp_path / name)])
         assert "\n" not in str(caught.value)
+
+
+def test_names_that_no_layer_takes():
+    refuse_strangers("place", ["layer.num_batches_tracked", "embeddings.position_ids"])
+    with pytest.raises(
+        WeightFileError, match=r"^place: holds b.weight, which no layer takes, and 1 more; the"
+    ):
+        refuse_strangers("place", ["a.num_batches_tracked", "b.weight", "c.weight"])
