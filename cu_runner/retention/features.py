@@ -67,6 +67,8 @@ class FeatureExtractor:
         self._network = (
             network if isinstance(network, ImageTextModel) else network.to(device).eval()
         )
+        if not isinstance(network, ImageTextModel):
+            check_finite(source.path, network.state_dict())
         trained: Any = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
         if not isinstance(network, ImageTextModel) and source.architecture.startswith("timm:"):
             trained = network.pretrained_cfg
@@ -158,7 +160,6 @@ def load_network(source: FeatureSource, device: str) -> nn.Module | ImageTextMod
             "another architecture"
         )
     # the head of the file, if there is one, is not needed
-    check_finite(source.path, weights)
     network.load_state_dict({name: weights[name] for name in wanted})
     return network
 

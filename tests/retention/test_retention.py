@@ -128,6 +128,12 @@ def test_a_module_file_must_be_named_and_make_rows(tmp_path):
     extract = FeatureExtractor(FeatureSource("module", path, size=8, allow_pickle=(path,)), "cpu")
     images = torch.rand(2, 3, 8, 8)
     torch.testing.assert_close(extract(images), ((images - 0.5) / 0.5).mean((2, 3)).double())
+    spoilt = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        spoilt.bias[0] = torch.nan
+    torch.jit.script(spoilt).save(path)
+    with pytest.raises(WeightFileError, match=r"mean.pt: bias is not finite"):
+        FeatureExtractor(FeatureSource("module", path, size=8, allow_pickle=(path,)), "cpu")
     torch.jit.script(torch.nn.Flatten(0)).save(path)
     with pytest.raises(ModelError, match="must map 2 images to as many rows of features"):
         FeatureExtractor(FeatureSource("module", path, size=8, allow_pickle=(path,)), "cpu")(images)
