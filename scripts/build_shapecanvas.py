@@ -46,7 +46,8 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from cu_runner.concepts.sequence import Concept, make_sequence
+from cu_runner.concepts.sequence import Concept
+from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.evaluators.classifier import Classifier
 from cu_runner.evaluators.evaluate import evaluate
 from cu_runner.evaluators.open_clip import OpenClip
