@@ -130,12 +130,14 @@ def is_finished(store: RunStore) -> bool:
 
 def execute(plan: RunConfig, store: RunStore, outputs: Path, stop: StopSignals) -> None:
     """Build every part and make the steps that are missing."""
+    from cu_runner.reporting.diagnosis import news
     from cu_runner.runner.parts import build_parts
     from cu_runner.runner.runner import Runner
     from cu_runner.runner.tracking import Tracker
     from cu_runner.runtime import distributed
     from cu_runner.store.cache import Cache
-    from cu_runner.store.run_record import read_run
+    from cu_runner.store.records import StepRecord
+    from cu_runner.store.run_record import RunRecord, read_run
 
     quiet_libraries()
     settings = plan.spine.wandb
@@ -145,8 +147,13 @@ def execute(plan: RunConfig, store: RunStore, outputs: Path, stop: StopSignals) 
     parts = build_parts(plan, choose_device(plan.spine))
     names = (f"{parts.sequence.name}-{plan.method_name}", "+".join(parts.regularizers) or "none")
     tracker = Tracker(settings, plan.directory.name, outputs, plan.resolved, *names)
+
+    def remarks(steps: list[StepRecord]) -> list[str]:
+        return news(RunRecord(plan.directory, plan.resolved, steps))
+
+    cache = Cache(outputs / "cache", plan.code)
     try:
-        Runner(plan, parts, store, Cache(outputs / "cache", plan.code), tracker, stop).run()
+        Runner(plan, parts, store, cache, tracker, stop, remarks).run()
         if distributed.is_main():
             tracker.log_accuracy(read_run(plan.directory).accuracy_matrix())
     finally:

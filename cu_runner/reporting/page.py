@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cu_runner.evaluators.metrics import ENOUGH_UA
 from cu_runner.reporting.code_differences import made_by_other_code
+from cu_runner.reporting.diagnosis import by_signature
 from cu_runner.reporting.page_data import (
     Samples,
     Shown,
@@ -154,7 +155,7 @@ def notes(runs: list[Shown]) -> list[str]:
         labels = [shown.label for shown, differs in zip(runs, different, strict=True) if differs]
         what = "Made by other code than the first of the runs, or by several"
         found.append(f"{what} (see Configuration): {', '.join(labels)}.")
-    return found
+    return found + by_signature({shown.label: shown.run for shown in runs})
 
 
 def metrics(runs: list[Shown], plots: Path) -> list[Plot]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from typing import TYPE_CHECKING
 
@@ -60,14 +61,16 @@ class Runner:
         cache: Cache,
         tracker: Tracker,
         stop: StopSignals | None = None,
+        remarks: Callable[[list[StepRecord]], list[str]] = lambda steps: [],
     ) -> None:
         """Take what a run is made of and where it writes.
 
         Args:
             stop: receives the signals that ask the run to stop; None receives none.
+            remarks: lines for the log on the last of the finished steps, after each request.
         """
         self.plan, self.parts, self.store, self.cache = plan, parts, store, cache
-        self.tracker, self.stop = tracker, stop or StopSignals()
+        self.tracker, self.stop, self.remarks = tracker, stop or StopSignals(), remarks
         self._first_step: float | None = None  # seconds from the start of the process
 
     def run(self) -> list[StepRecord]:
@@ -93,6 +96,8 @@ class Runner:
         for request in parts.requests[len(steps) - 1 :]:
             steps.append(self._serve(request, steps))
             self.store.write_metrics(steps)
+            for remark in self.remarks(steps):
+                logger.info("   %s", remark)
         self._checkpoint.remove()  # of a request whose process died right after its commit
         self.store.write_metrics(steps)
         self.store.write_summary(steps)
