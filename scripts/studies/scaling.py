@@ -1,14 +1,16 @@
-"""Over 100 requests, does retention level off or go to zero?
+"""Over 100 requests, does retention level off or go to zero? (Lee et al. 2026, arXiv 2511.07970)
 
-    python scripts/studies/scaling.py [OVERRIDE ...] [--output DIR]
+    python scripts/studies/scaling.py [seed=0,1,2] [OVERRIDE ...] [--output DIR]
 
-Without regularizer, with l2, gradproj, merge, and the combination of the paper's that keeps most.
-The sequence is shapecanvas_style100, with two objects instead of eight: 12,524 images a run instead
-of 50,096. A sequence or an experiment on the command line takes its place; the published ones have
-12 requests, and 'sequence.targets=[A,B,...]' gives one more. Of the 50 styles of UnlearnCanvas 38
-are not retained: the command in scaling.md names them, there are no 100. 5 runs; scaling.md has the
-seconds of each.
+ConAbl without regularizer, with l2, gradproj, merge, nullspace and replay, and UCE; three seeds
+(UCE draws nothing at random: one). The sequence is shapecanvas_style100, with as many concepts of
+the other domain as give 96 images of retained concepts. A sequence or an experiment on the command
+line takes its place; the published ones have 12 requests, and 'sequence.targets=[A,B,...]' gives
+one more. Of the 50 styles of UnlearnCanvas 38 are not retained, there are no 100: the command in
+scaling.md names them. 19 runs; scaling.md has the seconds of each.
 """
+
+import math
 
 import pandas as pd
 import yaml
@@ -22,16 +24,27 @@ from study import (
     last_rows,
     over_requests,
     panels,
-    plot_over_requests,
     with_stopped,
+)
+from study_seeds import (
+    counted,
+    curves,
+    groups,
+    interval,
+    last_with_intervals,
+    plot_bands,
+    remark,
+    take_seeds,
+    with_seeds,
 )
 
 from cu_runner.concepts.entries import read_shipped
 from cu_runner.runtime.paths import config_dir
 
-REGULARIZERS = ("none", "l2", "gradproj", "merge", "gradproj_l1")
+REGULARIZERS = ("none", "l2", "gradproj", "merge", "nullspace", "replay")
+UCE = "uce, seed 0"
 SEQUENCE = "sequence=shapecanvas_style100"
-CROSS_RETAIN = "sequence.cross_retain=[tree,star]"
+RETAINED_IMAGES = 96  # at least, after each request
 GONE = 5.0  # percent: a last quarter below it
 LEVEL = 2.0  # points: a last quarter that has lost at most so many
 
@@ -58,10 +71,16 @@ def on_stable_diffusion() -> str:
     )
 
 
-def cells(study: Study) -> dict[str, list[str]]:
+def cells(study: Study, seeds: list[int]) -> dict[str, list[str]]:
     shared = [] if study.gives("sequence", "experiment") else [SEQUENCE]
-    shared += [CROSS_RETAIN] if shared and not study.gives("sequence.cross_retain") else []
-    return {name: [f"reg={name}", *shared] for name in REGULARIZERS}
+    if shared and not study.gives("sequence.cross_retain"):
+        sequence = study.plan(shared).sequence.build()
+        each = len(sequence.retain) * len(sequence.seeds)  # images with one concept of the other
+        names = [concept.name for concept in sequence.cross_retain]
+        few = ",".join(names[: math.ceil(RETAINED_IMAGES / each)])
+        shared.append(f"sequence.cross_retain=[{few}]")
+    runs = with_seeds({name: [f"reg={name}", *shared] for name in REGULARIZERS}, seeds)
+    return runs | {UCE: ["method=uce", "reg=none", *shared, "seed=0"]}
 
 
 def quarters(table: pd.DataFrame, metric: str) -> list[float]:
@@ -78,38 +97,46 @@ def fate(third: float, fourth: float) -> str:
 
 
 def by_quarter(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """One row per run and metric: the mean of every quarter, and its fate."""
+    """One row per run and metric: the mean of every quarter over the seeds, and its fate.
+
+    from, to: the interval of the last quarter; the images of all its requests have the same noise
+    and count as those of its last request.
+    """
     rows = []
-    for label, table in tables.items():
+    for run, labels in groups(tables).items():
         for metric in ("UA", "RA_I", "RA_C"):
-            means = quarters(table, metric)
-            ends = {"fate": fate(means[2], means[3]) if metric != "UA" else "-"}
-            rows.append(
-                {"run": label, "metric": metric}
-                | {f"quarter {i + 1}": mean for i, mean in enumerate(means)}
-                | ends
-            )
+            seeds = pd.DataFrame([quarters(tables[label], metric) for label in labels])
+            images = int(tables[labels[0]][f"{metric}_images"].iloc[-1])
+            mean, low, high = interval(seeds[3].tolist(), images)
+            row = {"run": run, "metric": metric, "seeds": len(labels)}
+            row |= {f"quarter {i + 1}": seeds[i].mean() for i in range(4)}
+            row |= {"from": low, "to": high}
+            rows.append(row | {"fate": fate(seeds[2].mean(), mean) if metric != "UA" else "-"})
     return pd.DataFrame(rows)
 
 
-def draw(tables: dict[str, pd.DataFrame]) -> Figure:
+def draw(found: pd.DataFrame) -> Figure:
     figure, axes = panels(1, 4)
-    plot_over_requests(axes, tables, dict.fromkeys(tables, "-"))
+    plot_bands(axes, found)
     return figure
 
 
 def main(study: Study) -> None:
-    runs = study.run(cells(study))
-    tables = {label: run.table for label, run in finished(runs).items()}
-    text = f"After the last request:\n\n{as_markdown(with_stopped(last_rows(tables), runs))}\n\n"
+    seeds, study = take_seeds(study)
+    runs = study.run(cells(study, seeds))
+    tables = counted(finished(runs))
+    found, note = curves(tables), remark([*tables])
+    text = f"After the last request, means over seeds. {note}\n\n"
+    text += f"{as_markdown(last_with_intervals(found))}\n\n"
     text += f"Means over the quarters of the requests:\n\n{as_markdown(by_quarter(tables))}\n\n"
     text += (
         f"gone: the last quarter is below {GONE:.0f}%; level: it is at most {LEVEL:.0f} "
-        "points below the third; falling: more."
+        "points below the third; falling: more.\n\n"
     )
-    study.write(
-        with_stopped(over_requests(tables), runs), draw(tables), text, on_stable_diffusion()
+    text += (
+        f"All runs, after the last request:\n\n{as_markdown(with_stopped(last_rows(tables), runs))}"
     )
+    study.write(with_stopped(over_requests(tables), runs), draw(found), text, on_stable_diffusion())
 
 
 if __name__ == "__main__":

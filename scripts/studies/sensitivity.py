@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import safetensors.torch
 from matplotlib.figure import Figure
-from study import Study, as_markdown, command, finished, panels, with_stopped
+from study import Study, as_markdown, command, finished, first_targets, panels, with_stopped
 from study_statistics import output_change, pearson, spearman, text_similarity
 
 from cu_runner.concepts.sequence import Sequence
@@ -46,12 +46,9 @@ def cells(study: Study, sequence: Sequence, known: list[str]) -> dict[str, list[
 
     Labels are "REG, FOLD".
     """
-    target, *others = sequence.targets
+    target = sequence.targets[0]
     measured = [name for name in sequence.vocabulary if name in known and name != target.name]
-    shared = [f"sequence.name={sequence.name}_sensitivity"]
-    if others:
-        shared += [f"sequence.targets={json.dumps([target.name])}"]
-        shared += [f"~sequence.anchors.{concept.name}" for concept in others if concept.anchor]
+    shared = [f"sequence.name={sequence.name}_sensitivity", *first_targets(study, 1)]
     if not study.gives("sequence.cross_retain"):
         cross = [concept.name for concept in sequence.cross_retain[:CROSS]]
         shared.append(f"sequence.cross_retain={json.dumps(cross)}")

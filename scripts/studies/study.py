@@ -9,11 +9,12 @@ started again it goes on where it was; finished runs are found again.
 """
 
 import argparse
+import json
 import math
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib as mpl
@@ -53,12 +54,23 @@ class Study:
     """One study as it was called.
 
     name: of its script. overrides: of the user, for every run. output: the folder to write to.
+    own: words of the user that the study reads itself.
     """
 
     name: str
     about: str
     overrides: list[str]
     output: Path
+    own: tuple[str, ...] = ()
+
+    def take(self, key: str, default: list[str]) -> tuple[list[str], "Study"]:
+        """Return the values of the user's KEY=A,B or KEY=[A,B], and the study without that word."""
+        words = [word for word in self.overrides if word.partition("=")[0] == key]
+        if not words:
+            return default, self
+        rest = [word for word in self.overrides if word not in words]
+        values = words[-1].partition("=")[2].strip("[]").split(",")
+        return values, replace(self, overrides=rest, own=(*self.own, *words))
 
     def gives(self, *keys: str) -> bool:
         """Whether the user set one of these."""
@@ -133,7 +145,7 @@ class Study:
             f"    python scripts/studies/{self.name}.py",
             [] if self.output == OUTPUT else ["--output", str(self.output)],
         )
-        this = f"{script} {shlex.join([*self.overrides, *folder])}".rstrip()
+        this = f"{script} {shlex.join([*self.own, *self.overrides, *folder])}".rstrip()
         commands = f"{this}\n{script} {on_stable_diffusion}  # on Stable Diffusion\n"
         image = f"![{self.about}]({picture.name})"
         finding = self.output / f"{self.name}.finding.md"
@@ -175,6 +187,18 @@ def summary_line(table: pd.DataFrame) -> str:
         f"UA {last.UA:5.1f}  RA-I {last.RA_I:5.1f}  RA-C {last.RA_C:5.1f}  drift "
         f"{last.drift_l2:.1f}"
     )
+
+
+def first_targets(study: Study, number: int) -> list[str]:
+    """Return the overrides that leave the first targets of a sequence, without the others' anchors.
+
+    None where the user names the targets, or where there are no more.
+    """
+    targets = study.plan([]).sequence.build().targets
+    if study.gives("sequence.targets") or len(targets) <= number:
+        return []
+    anchors = [f"~sequence.anchors.{other.name}" for other in targets[number:] if other.anchor]
+    return [f"sequence.targets={json.dumps([each.name for each in targets[:number]])}", *anchors]
 
 
 # ------------------------------------------------------------ tables
