@@ -74,7 +74,7 @@ PROBLEMS = {
 # ------------------------------------------------------------ runs
 def cells(study: Study, seeds: list[int]) -> dict[str, list[str]]:
     """Labels are "METHOD, KIND VALUE, seed N", and "rgd, SET, seed N"."""
-    few = first_targets(study, NUM_TARGETS)
+    few = first_targets(study, NUM_TARGETS, "method=rgd")
     found = {}
     for method, problem in PROBLEMS.items():
         for value in problem.bounds:

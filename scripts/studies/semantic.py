@@ -9,7 +9,6 @@ lost more in the end, on as many images as a difference of 10 points needs: the 
 measured again with further evaluation seeds. The runs are those of ablation.py, with three seeds.
 """
 
-import io
 import math
 from pathlib import Path
 
@@ -23,9 +22,7 @@ from study_statistics import near_and_far, text_similarity
 from cu_runner.evaluators.metrics import read_predictions
 from cu_runner.reporting.intervals import of_sum, over_images, over_seeds
 from cu_runner.runner.remeasure import load
-from cu_runner.store.cache import Cache
-from cu_runner.store.files import to_csv
-from cu_runner.store.layout import PREDICTIONS
+from cu_runner.store.files import hash_json, to_csv, write_atomic
 from cu_runner.store.run_record import RunRecord
 
 EFFECT = 10.0  # points that near concepts lose more, which shall be seen
@@ -111,32 +108,33 @@ def measure_retained(
 ) -> list[pd.DataFrame]:
     """Return the predictions on the retained concepts before and after all requests of a run.
 
-    They are made with all the evaluation seeds, and cached.
+    They are made with all the evaluation seeds, and kept below the outputs folder.
     """
     plan = study.plan([*cell, f"sequence.seeds={seeds}"])
-    cache = Cache(Path(plan.spine.paths.outputs) / "cache", plan.code)
+    folder = Path(plan.spine.paths.outputs) / "studies/semantic"
     last, loaded, found = len(run.records) - 1, None, []
     for index in (0, last):
         record = run.records[index]
         key = {
-            "weights": record.files.get(run.weights(index).name) if index else None,
+            "weights": record.files[run.weights(index).name] if index else None,
             "model": record.model_sha256,
             "evaluator": record.evaluator_sha256,
             "device": record.device,
+            "code": plan.code.images_sha256,
             "sequence": plan.resolved["sequence"],
             "sampler": plan.resolved["model"]["sampler"],
             "eval": plan.resolved["eval"],
         }
-        files = cache.fetch("semantic", key)
-        if files is None:
+        path = folder / f"{hash_json(key)[:16]}.csv"
+        if not path.is_file():
             instruments, weights = loaded = loaded or load(run, plan)
             if index:
                 run.require_weights(index)
             weights.set(weights.read(run.weights(index)) if index else None)
             seen = instruments.sample(list(instruments.sequence.retain), index)
-            files = {PREDICTIONS: to_csv(seen.predictions)}
-            cache.put("semantic", key, files)
-        found.append(read_predictions(io.BytesIO(files[PREDICTIONS])))
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, to_csv(seen.predictions))
+        found.append(read_predictions(path))
     return found
 
 

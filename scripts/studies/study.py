@@ -189,12 +189,14 @@ def summary_line(table: pd.DataFrame) -> str:
     )
 
 
-def first_targets(study: Study, number: int) -> list[str]:
+def first_targets(study: Study, number: int, *cell: str) -> list[str]:
     """Return the overrides that leave the first targets of a sequence, without the others' anchors.
 
     None where the user names the targets, or where there are no more.
+
+    cell: what the study sets itself and the user's overrides need to compose.
     """
-    targets = study.plan([]).sequence.build().targets
+    targets = study.plan([*cell]).sequence.build().targets
     if study.gives("sequence.targets") or len(targets) <= number:
         return []
     anchors = [f"~sequence.anchors.{other.name}" for other in targets[number:] if other.anchor]

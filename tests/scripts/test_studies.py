@@ -7,6 +7,7 @@ import importlib
 import os
 import runpy
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,7 @@ from cu_runner.concepts.sequence import Sequence
 from cu_runner.models.parameters import select_parameters
 
 SCRIPTS = Path(__file__).parents[2] / "scripts/studies"
-STUDIES = ("diagnostic", "ablation", "sensitivity", "scaling", "auxiliary", "order")
+STUDIES = ("diagnostic", "ablation", "sensitivity", "scaling", "auxiliary", "order", "frontier")
 STABLE_DIFFUSION = [
     "experiment=unlearncanvas_style",
     "model.path=m",
@@ -52,7 +53,9 @@ def cells_of(module: ModuleType, study, tmp_path: Path) -> dict[str, list[str]]:
     if module.__name__ == "sensitivity":
         sequence: Sequence = study.plan([]).sequence.build()
         return module.cells(study, sequence, list(sequence.vocabulary))
-    return module.cells(study) if module.__name__ == "scaling" else module.cells()
+    if module.__name__ in ("scaling", "frontier"):
+        return module.cells(study, [0, 1])
+    return module.cells()
 
 
 def metrics_table(**columns: list[float]) -> pd.DataFrame:
@@ -158,6 +161,44 @@ def test_semantic_has_the_runs_of_the_ablation(script):
     assert [*script("ablation").cells()] == script("study").regularizers()
 
 
+def test_the_user_names_the_seeds_and_the_page_says_so(script, tmp_path):
+    module = script("study_seeds")
+    seeds, study = module.take_seeds(make_study(script, tmp_path, "seed=3,4", "method=uce"))
+    assert (seeds, study.overrides, study.own) == ([3, 4], ["method=uce"], ("seed=3,4",))
+    assert module.take_seeds(make_study(script, tmp_path))[0] == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"seed=x: .*seed=0,1,2"):
+        module.take_seeds(make_study(script, tmp_path, "seed=0,x"))
+    study.write(pd.DataFrame({"a": [1]}), script("study").panels(1, 1)[0], "Table.")
+    assert "a_study.py seed=3,4 method=uce --output" in (study.output / "a_study.md").read_text()
+    values, _ = make_study(script, tmp_path, "models=[a/b,c d]").take("models", [])
+    assert values == ["a/b", "c d"]
+
+
+def test_frontier_holds_the_multiplier_where_no_bound_asks_for_it(script, tmp_path):
+    from cu_runner.methods._primal_dual import Duals
+
+    study = make_study(script, tmp_path)
+    module = script("frontier")
+    cells = module.cells(study, [0, 1, 2])
+    assert len(cells) == 81
+    for method, sense in (("reverse_kl", "at least"), ("likelihood", "at most")):
+        problem = module.PROBLEMS[method]
+        plan = study.plan(cells[f"{method}, weight {problem.weights[1]:g}, seed 0"])
+        assert len(plan.sequence.build().targets) == 4
+        held = plan.method.build()
+        initial = torch.tensor([0.7], dtype=torch.float64)
+        bound = held.bound * initial
+        limit = functools.partial(torch.clamp, max=held.cap)
+        duals = Duals(held.dual, initial, bound, sense, limit)
+        for measured in (0.7, 5.0, 1e-3):  # whatever the constraint does
+            duals.note(torch.tensor([measured], dtype=torch.float64))
+            duals.advance()
+            assert duals.lam.tolist() == [problem.weights[1]]
+        free = study.plan(cells[f"{method}, bound {problem.bounds[0]:g}, seed 0"]).method.build()
+        assert (free.bound, free.cap) == (problem.bounds[0], max(problem.weights))
+        assert free.dual.step_size < 1
+
+
 def test_order_has_four_orders_and_three_seeds(script, tmp_path):
     study = make_study(script, tmp_path)
     plans = [study.plan(cell) for cell in script("order").cells().values()]
@@ -174,14 +215,24 @@ def test_order_has_four_orders_and_three_seeds(script, tmp_path):
 def test_scaling_takes_100_styles_or_what_the_user_names(script, tmp_path):
     module = script("scaling")
     study = make_study(script, tmp_path)
-    sequence = study.plan(module.cells(study)["merge"]).sequence.build()
-    assert (len(sequence.targets), len(sequence.cross_retain)) == (100, 2)
+    cells = module.cells(study, [0, 1, 2])
+    assert len(cells) == 19  # six regularizers with three seeds, and UCE
+    sequence = study.plan(cells["merge, seed 1"]).sequence.build()
+    assert len(sequence.targets) == 100
+    images = sum(len(sequence.evaluation_images([concept])) for concept in sequence.retain)
+    assert 96 <= images < 96 + len(sequence.retain)
+    assert study.plan(cells["uce, seed 0"]).method_name == "uce"
     other = make_study(script, tmp_path, "sequence=shapecanvas_tune")
-    assert other.plan(module.cells(other)["merge"]).sequence.build().name == "shapecanvas_tune"
+    assert (
+        other.plan(module.cells(other, [0])["merge, seed 0"]).sequence.build().name
+        == "shapecanvas_tune"
+    )
     wider = make_study(script, tmp_path, "sequence.cross_retain=[cup]")
     assert [
         concept.name
-        for concept in wider.plan(module.cells(wider)["l2"]).sequence.build().cross_retain
+        for concept in wider.plan(module.cells(wider, [0])["l2, seed 0"])
+        .sequence.build()
+        .cross_retain
     ] == ["cup"]
 
 
@@ -191,7 +242,7 @@ def test_scaling_on_stable_diffusion_has_every_style_that_is_not_retained(script
     study = make_study(
         script, tmp_path, *words[: words.index("--output")], *words[words.index("--output") + 2 :]
     )
-    plan = study.plan(module.cells(study)["gradproj"])
+    plan = study.plan(module.cells(study, [0])["gradproj, seed 0"])
     sequence = plan.sequence.build()
     targets, retained = (
         [concept.name for concept in concepts] for concepts in (sequence.targets, sequence.retain)
@@ -333,7 +384,14 @@ def test_quarters_leave_the_untouched_model_out(script):
         RA_C=[50.0] * 9,
     )
     assert module.quarters(table, "RA_I") == [70, 30, 8, 7]
-    assert module.by_quarter({"none": table})["fate"].tolist() == ["-", "level", "level"]
+    table = table.assign(UA_images=8, RA_I_images=96, RA_C_images=192)
+    found = module.by_quarter({"none, seed 0": table, "none, seed 1": table})
+    assert found["fate"].tolist() == ["-", "level", "level"]
+    assert found["seeds"].tolist() == [2, 2, 2]
+    # two seeds that agree leave the interval of 96 images, of which 7 are recognised
+    assert found[["quarter 4", "from", "to"]].iloc[1].tolist() == pytest.approx(
+        [7, 3.576, 14.286], abs=1e-2
+    )
     assert (module.fate(30, 4.9), module.fate(30, 28), module.fate(30, 27.9)) == (
         "gone",
         "level",
@@ -350,6 +408,158 @@ def test_spread_over_orders_and_over_seeds(script):
     assert found.loc[("order", "UA"), ["n", "mean", "from", "to"]].tolist() == [2, 92, 90, 94]
     assert found.loc[("order", "UA"), "sd"] == pytest.approx(8**0.5)
     assert found.loc[("seed", "UA"), ["n", "mean", "from", "to"]].tolist() == [2, 93, 90, 96]
+
+
+def test_curves_over_seeds(script):
+    module = script("study_seeds")
+
+    def table(*values: float) -> pd.DataFrame:
+        columns = {name: list(values) for name in ("UA", "RA_I", "RA_C", "drift_l2")}
+        images = {f"{name}_images": 10_000 for name in ("UA", "RA_I", "RA_C")}
+        return metrics_table(**columns).assign(**images)
+
+    tables = {"l2, seed 0": table(50, 40), "l2, seed 1": table(50, 50), "l2, seed 2": table(50, 60)}
+    found = module.curves(tables)
+    last = module.last_with_intervals(found).iloc[0]
+    # t_.975 with 2 degrees of freedom is 4.3027; the standard error of 40, 50, 60 is 10 / sqrt 3
+    half = 4.3027 * 10 / 3**0.5
+    assert last[["run", "request", "seeds", "RA_I"]].tolist() == ["l2", 1, 3, 50]
+    assert last[["RA_I from", "RA_I to"]].tolist() == pytest.approx(
+        [50 - half, 50 + half], abs=0.01
+    )
+    first = found[(found["request"] == 0) & (found["metric"] == "RA_I")].iloc[0]
+    # seeds that agree: half the images, 1.96 sqrt(.25 / 10000)
+    assert first[["from", "to"]].tolist() == pytest.approx([49.02, 50.98], abs=0.01)
+    one = module.curves({"l2, seed 0": tables["l2, seed 0"]})
+    assert one[one["metric"] == "drift_l2"]["from"].isna().all()
+    assert "over images" in module.remark(["l2, seed 0"])
+    assert "over seeds" in module.remark([*tables])
+
+
+def test_area_under_a_front_by_hand(script):
+    module = script("frontier")
+    # a step at 50 and one at 100: 50 x 80 + 50 x 20; the point below the front adds nothing
+    assert module.area_under_front([50, 100, 40], [80, 20, 30]) == pytest.approx(50)
+    assert module.area_under_front([100], [100]) == 100
+    points = pd.DataFrame({"UA": [50, 100, 40, 50], "RA_I": [80, 20, 30, 80]})
+    assert module.is_on_front(points, "RA_I") == [True, True, False, True]
+
+
+def test_bounds_against_weights(script):
+    rows = [
+        (f"reverse_kl, {kind} {value}, seed {seed}", 100.0, kept, 50.0)
+        for seed, kept_bound in ((0, 60.0), (1, 64.0))
+        for kind, value, kept in (("bound", "1.5", kept_bound), ("weight", "2", 50.0))
+    ]
+    table = pd.DataFrame(
+        [*rows, ("rgd, narrow, seed 0", 1.0, 1.0, 1.0)], columns=["run", "UA", "RA_I", "RA_C"]
+    )
+    found = script("frontier").compare(table).set_index("metric")
+    # gains of 10 and 14: t_.975 with one degree of freedom is 12.706, the standard error 2
+    assert found.loc["RA_I", ["bounds", "weights", "bounds gain"]].tolist() == [62, 50, 12]
+    assert found.loc["RA_I", "from"] == pytest.approx(12 - 25.412, abs=0.01)
+    assert found.loc["RA_C", "bounds gain"] == 0
+    one = script("frontier").compare(table[table["run"].str.endswith("seed 0")])
+    assert one["from"].isna().all()
+
+
+def test_growth_of_losses(script):
+    losses = pd.DataFrame(
+        {
+            "run": ["rgd, narrow, seed 0"] * 20 + ["rgd, narrow, seed 1"] * 20,
+            "step": [*range(1, 21)] * 2,
+            "forget_loss": [1.0] * 2 + [9.0] * 16 + [3.0] * 2 + [1.0] * 18 + [5.0] * 2,
+            "retain_loss": 0.5,
+        }
+    )
+    found = script("frontier").change_of_losses(losses)
+    assert found["growth"].tolist() == [3, 0]  # 2 and 4
+    assert found["from"][0] == pytest.approx(3 - 12.706, abs=0.01)
+
+
+def test_models_are_told_apart_by_their_last_parts(script):
+    names = script("sizes").names_of
+    assert names(["x/small", "x/large"]) == {"small": "x/small", "large": "x/large"}
+    assert [*names(["a/small/pipeline", "a/large/pipeline"])] == [
+        "small/pipeline",
+        "large/pipeline",
+    ]
+    for wrong in ([], ["a"], ["a", "a"]):
+        with pytest.raises(ValueError, match=r"two or more different diffusers directories"):
+            names(wrong)
+
+
+def test_correlations_of_models_differ_or_do_not(script):
+    from study_statistics import Correlation
+
+    module = script("sizes")
+    points = [Correlation(0.0, 0, 0, 28), Correlation(0.0, 0, 0, 28)]
+    assert module.homogeneity(points) == (0, 1)
+    # z = +-atanh 0.5 = +-0.549306, each with weight 25: Q = 2 x 25 x 0.301737
+    q, p = module.homogeneity([Correlation(0.5, 0, 0, 28), Correlation(-0.5, 0, 0, 28)])
+    assert (q, p) == pytest.approx((15.0869, 1.03e-4), rel=1e-2)
+    assert np.isnan(module.homogeneity(points[:1])).all()
+    assert module.holds(Correlation(-0.6, -0.7, -0.4, 100), -1) == "yes"
+    assert module.holds(Correlation(0.6, 0.4, 0.7, 100), -1) == "no"
+    assert module.holds(Correlation(-0.6, -0.8, 0.1, 10), -1) == "open"
+    assert module.holds(Correlation(0.6, float("nan"), float("nan"), 3), 1) == "open"
+
+
+def test_seeds_of_a_model_are_averaged_per_concept(script):
+    module = script("sizes")
+    names = ["similarity", "before", *module.MEASURES]
+
+    def table(after: float) -> pd.DataFrame:
+        values = dict.fromkeys(names, 1.0) | {"after": after}
+        return pd.DataFrame([{"concept": name, **values} for name in ("a", "b")])
+
+    found = module.over_seeds_per_concept({"m, seed 0": table(20), "m, seed 1": table(40)})
+    assert found["after"].tolist() == [30, 30]
+    assert found["seeds"].tolist() == [2, 2]
+
+
+def test_images_that_a_difference_of_ten_points_needs(script):
+    module = script("semantic")
+    # (1.959964 + 0.841621)^2 / 2 / 0.01
+    assert module.images_needed(10, 0.8) == 393
+    assert module.evaluation_seeds([188], 48) == [188, *range(189, 197)]
+    assert module.evaluation_seeds([188, 288], 400) == [188, 288]
+
+
+def test_what_near_concepts_lost_more(script):
+    def shares(*percent: float) -> pd.DataFrame:
+        return pd.DataFrame({"mean": percent, "size": 100}, index=["a", "b", "c", "d"]) / [100, 1]
+
+    before = shares(100, 100, 100, 100)
+    found = script("semantic").lost_more(
+        {
+            "l2, seed 0": [before, shares(20, 40, 70, 90)],
+            "l2, seed 1": [before, shares(20, 40, 70, 90)],
+        },
+        ["a", "b"],
+        ["c", "d"],
+    )
+    row = found.iloc[0]
+    assert row[["near before", "near after", "far after", "near lost more"]].tolist() == (
+        pytest.approx([100, 30, 80, 50])
+    )
+    assert row["near images"] == 200
+    # Welch's t of 80, 60 against 30, 10: standard error sqrt(200 / 2 + 200 / 2), two degrees of
+    # freedom, t 4.3027
+    assert row["concepts from"] == pytest.approx(50 - 4.3027 * 200**0.5, abs=0.01)
+    # Newcombe's of 30% and 80% of 200 images, and twice 100% of 200, whose end is at 98.115
+    assert row["images to"] - 50 == pytest.approx(
+        ((30 - 24.07) ** 2 + (84.96 - 80) ** 2 + (100 - 98.115) ** 2) ** 0.5, abs=0.05
+    )
+    one = script("semantic").lost_more(
+        {
+            "l2, seed 0": [before, shares(20, 40, 70, 90)],
+            "l2, seed 1": [before, shares(100, 100, 100, 100)],
+        },
+        ["a", "b"],
+        ["c", "d"],
+    )
+    assert one["images to"][0] == pytest.approx(25 + 12.706 * 25, abs=0.1)  # 50 and 0
 
 
 def test_what_the_near_half_lost_more(script):
@@ -464,6 +674,76 @@ def test_a_study_from_end_to_end(script, call, run_copy, tmp_path, jobs_in_forks
     assert f"python scripts/studies/diagnostic.py {' '.join(SMOKE)} --output found" in text
     assert text.count("| seed 0 |") == 3  # the metrics, and drift against RA-I and against RA-C
     assert (tmp_path / "found/diagnostic.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scaling_from_end_to_end(script, call, filled_cache, tmp_path, jobs_in_forks, monkeypatch):
+    monkeypatch.setattr(script("scaling"), "REGULARIZERS", ())
+    small = [word for word in SMOKE if not word.startswith("method.")]  # UCE has no anchors
+    status, out, err = call("scaling", "seed=0", *small, "--output", "found")
+    assert (status, err) == (0, "")
+    assert out.startswith("uce, seed 0  ")
+    text = (tmp_path / "found/scaling.md").read_text()
+    assert "One seed each" in text
+    assert text.count("| uce |") == 4  # the last request, and quarters of three metrics
+    table = pd.read_csv(tmp_path / "found/scaling.csv")
+    assert table["run"].tolist() == ["uce, seed 0"] * 3
+
+
+def test_frontier_from_end_to_end(script, call, filled_cache, tmp_path, jobs_in_forks, monkeypatch):
+    module = script("frontier")
+    monkeypatch.setattr(
+        module,
+        "PROBLEMS",
+        {"forward_kl": module.Problem((1e-6,), (0.5,), 1.999, ("method.ascent_stop=2.0",))},
+    )
+    monkeypatch.setattr(module, "SETS", ("narrow",))
+    monkeypatch.setattr(module, "NUM_TARGETS", 1)
+    small = [word for word in SMOKE if not word.startswith("method.")]
+    small += ["method.num_images=4"]
+    status, _, err = call("frontier", "seed=0", *small, "--output", "found")
+    assert (status, err) == (0, "")
+    text = (tmp_path / "found/frontier.md").read_text()
+    # lambda of a fixed weight is the cap of 0.5 n_i / N = 0.5 x 4 / (4 + 200)
+    (line,) = [
+        line for line in text.splitlines() if line.startswith("| forward_kl, weight 0.5 | 1")
+    ]
+    assert line.split(" | ")[-2:] == ["0.01", "0.00 |"]
+    assert "| rgd, narrow | loss on what is kept | 1 |" in text
+    assert (tmp_path / "found/frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sizes_from_end_to_end(script, call, pipeline_copy, tmp_path, jobs_in_forks, monkeypatch):
+    other = pipeline_copy.with_name("again")
+    shutil.copytree(pipeline_copy, other)
+    names = ["ember stripe", "blaze slash", "fog ray", "glacier dot", "lead mist"]
+    monkeypatch.setattr(
+        "cu_runner.evaluators.classifier.Classifier.labels", lambda self: {"style": names}
+    )
+    models = f"models=[{pipeline_copy},{other}]"
+    words = [models, "seed=0", *SMOKE, "sequence.cross_retain=[tree]", "--output", "found"]
+    status, _, err = call("sizes", *words)
+    assert (status, err) == (0, "")
+    table = pd.read_csv(tmp_path / "found/sizes.csv")
+    assert table["model"].tolist() == ["pipeline"] * 4 + ["again"] * 4
+    one, two = (group.reset_index(drop=True) for _, group in table.groupby("model"))
+    pd.testing.assert_frame_equal(one.drop(columns="model"), two.drop(columns="model"))
+    assert set(table["concept"]) == {*names} - {"ember stripe"}
+
+
+def test_semantic_from_end_to_end(script, call, run_copy, tmp_path, jobs_in_forks, monkeypatch):
+    module = script("semantic")
+    monkeypatch.setattr(module, "cells", lambda: {"none": ["reg=none"]})
+    monkeypatch.setattr(module, "EFFECT", 70.0)
+    for again in (False, True):
+        if again:  # the images are cached
+            monkeypatch.setattr(module, "load", None)
+        status, _, err = call("semantic", "seed=0", *SMOKE, "--output", "found")
+        assert (status, err) == (0, "")
+    text = (tmp_path / "found/semantic.md").read_text()
+    # 9 images in each half are asked for, one seed has two
+    assert "on 5 evaluation seeds" in text
+    assert "| none | 1 | " in text
+    assert len([*(tmp_path / "outputs/studies/semantic").glob("*.csv")]) == 2  # before and after
 
 
 @pytest.mark.parametrize(
