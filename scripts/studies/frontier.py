@@ -7,10 +7,13 @@ and adapts the multiplier lambda of each request by dual ascent: reverse_kl, for
 likelihood. Against it, the same losses with lambda held: a bound out of reach keeps lambda at
 method.cap after the first step. Pareto plot of UA against RA-I and RA-C, and the area under each
 front. RGD (Ko et al. 2024, arXiv 2412.07808): its losses over the steps with diversified and with
-narrow sets. The first four requests of the sequence; 81 runs, frontier.md has the seconds of each.
+narrow sets, and with the sequence's own. The first four requests of the sequence; 81 runs,
+frontier.md has the seconds of each.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -36,6 +39,7 @@ from study_seeds import (
     without_seed,
 )
 
+from cu_runner.concepts.sequence import Sequence
 from cu_runner.reporting.intervals import over_seeds
 from cu_runner.store.layout import TRAINING
 from cu_runner.store.run_record import RunRecord
@@ -63,7 +67,8 @@ class Problem:
 
 PROBLEMS = {
     "reverse_kl": Problem((1.25, 1.5, 2.0, 3.0), (0.25, 0.5, 1.0, 2.0), 1e6),
-    # beyond a growth of ascent_stop neither kind ascends; a bound has to lie below it
+    # Beyond a growth of ascent_stop neither kind ascends; a bound has to lie below it: a weight is
+    # held up to a growth of the loss by 199.9%.
     "forward_kl": Problem(
         (0.25, 0.5, 1.0, 1.5), (0.5, 1.0, 2.0, 4.0), 1.999, ("method.ascent_stop=2.0",)
     ),
@@ -72,8 +77,26 @@ PROBLEMS = {
 
 
 # ------------------------------------------------------------ runs
-def cells(study: Study, seeds: list[int]) -> dict[str, list[str]]:
-    """Labels are "METHOD, KIND VALUE, seed N", and "rgd, SET, seed N"."""
+def diversified_prompts(sequence: Sequence) -> list[str]:
+    """Return the first target's training prompts with {concept} for its name, each once.
+
+    RGD's templates: words that the model knows, whichever it is. What is kept is the same prompt
+    without the name.
+    """
+    target = sequence.targets[0]
+    found = [
+        prompt.replace(target.prompt_name, "{concept}")
+        for prompt, _ in sequence.training_pairs(target)
+        if prompt.count(target.prompt_name) == 1
+    ]
+    return list(dict.fromkeys(found))
+
+
+def cells(study: Study, seeds: list[int], templates: Path) -> dict[str, list[str]]:
+    """Labels are "METHOD, KIND VALUE, seed N", and "rgd, SET, seed N".
+
+    templates: the file of diversified_prompts().
+    """
     few = first_targets(study, NUM_TARGETS, "method=rgd")
     found = {}
     for method, problem in PROBLEMS.items():
@@ -91,6 +114,7 @@ def cells(study: Study, seeds: list[int]) -> dict[str, list[str]]:
             ]
     for name in SETS:
         found[f"rgd, {name}"] = ["method=rgd", f"method.diversity={name}"]
+    found["rgd, diversified"].append(f"method.templates={json.dumps(str(templates))}")
     return with_seeds({label: ["reg=none", *cell, *few] for label, cell in found.items()}, seeds)
 
 
@@ -247,7 +271,12 @@ def draw(last: pd.DataFrame, losses: pd.DataFrame) -> Figure:
 
 def main(study: Study) -> None:
     seeds, study = take_seeds(study)
-    runs = study.run(cells(study, seeds))
+    study.output.mkdir(parents=True, exist_ok=True)
+    templates = study.output / "frontier_templates.txt"
+    prompts = diversified_prompts(study.plan(["method=rgd"]).sequence.build())
+    templates.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    print(f"wrote {templates}")
+    runs = study.run(cells(study, seeds, templates))
     done = finished(runs)
     tables = counted(done)
     last = last_with_intervals(curves(tables)).drop(columns="request")

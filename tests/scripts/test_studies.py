@@ -53,8 +53,11 @@ def cells_of(module: ModuleType, study, tmp_path: Path) -> dict[str, list[str]]:
     if module.__name__ == "sensitivity":
         sequence: Sequence = study.plan([]).sequence.build()
         return module.cells(study, sequence, list(sequence.vocabulary))
-    if module.__name__ in ("scaling", "frontier"):
+    if module.__name__ == "scaling":
         return module.cells(study, [0, 1])
+    if module.__name__ == "frontier":
+        (tmp_path / "prompts.txt").write_text("a tree image in {concept} style\n")
+        return module.cells(study, [0, 1], tmp_path / "prompts.txt")
     return module.cells()
 
 
@@ -179,8 +182,15 @@ def test_frontier_holds_the_multiplier_where_no_bound_asks_for_it(script, tmp_pa
 
     study = make_study(script, tmp_path)
     module = script("frontier")
-    cells = module.cells(study, [0, 1, 2])
-    assert len(cells) == 81
+    cells = cells_of(module, study, tmp_path)
+    assert len(cells) == 27 * 2
+    sequence = study.plan([]).sequence.build()
+    prompts = module.diversified_prompts(sequence)
+    assert all(prompt.count("{concept}") == 1 for prompt in prompts)
+    name = sequence.targets[0].prompt_name
+    assert {prompt.replace("{concept}", name) for prompt in prompts} == {
+        prompt for prompt, _ in sequence.training_pairs(sequence.targets[0])
+    }
     for method, sense in (("reverse_kl", "at least"), ("likelihood", "at most")):
         problem = module.PROBLEMS[method]
         plan = study.plan(cells[f"{method}, weight {problem.weights[1]:g}, seed 0"])
@@ -696,7 +706,7 @@ def test_frontier_from_end_to_end(script, call, filled_cache, tmp_path, jobs_in_
         "PROBLEMS",
         {"forward_kl": module.Problem((1e-6,), (0.5,), 1.999, ("method.ascent_stop=2.0",))},
     )
-    monkeypatch.setattr(module, "SETS", ("narrow",))
+    monkeypatch.setattr(module, "SETS", ("diversified",))
     monkeypatch.setattr(module, "NUM_TARGETS", 1)
     small = [word for word in SMOKE if not word.startswith("method.")]
     small += ["method.num_images=4"]
@@ -708,7 +718,7 @@ def test_frontier_from_end_to_end(script, call, filled_cache, tmp_path, jobs_in_
         line for line in text.splitlines() if line.startswith("| forward_kl, weight 0.5 | 1")
     ]
     assert line.split(" | ")[-2:] == ["0.01", "0.00 |"]
-    assert "| rgd, narrow | loss on what is kept | 1 |" in text
+    assert "| rgd, diversified | loss on what is kept | 1 |" in text
     assert (tmp_path / "found/frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
