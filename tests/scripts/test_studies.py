@@ -543,8 +543,8 @@ def test_what_near_concepts_lost_more(script):
     before = shares(100, 100, 100, 100)
     found = script("semantic").lost_more(
         {
-            "l2, seed 0": [before, shares(20, 40, 70, 90)],
-            "l2, seed 1": [before, shares(20, 40, 70, 90)],
+            "l2, seed 0": [before, shares(20, 40, 75, 85)],
+            "l2, seed 1": [before, shares(20, 40, 75, 85)],
         },
         ["a", "b"],
         ["c", "d"],
@@ -554,16 +554,16 @@ def test_what_near_concepts_lost_more(script):
         pytest.approx([100, 30, 80, 50])
     )
     assert row["near images"] == 200
-    # Welch's t of 80, 60 against 30, 10: standard error sqrt(200 / 2 + 200 / 2), two degrees of
-    # freedom, t 4.3027
-    assert row["concepts from"] == pytest.approx(50 - 4.3027 * 200**0.5, abs=0.01)
+    # Welch's t of 80, 60 against 25, 15: variances 200 and 50, standard error sqrt(100 + 25),
+    # degrees of freedom 125^2 / (100^2 + 25^2) = 1.4706, t 6.1881
+    assert row["concepts from"] == pytest.approx(50 - 6.1881 * 125**0.5, abs=0.01)
     # Newcombe's of 30% and 80% of 200 images, and twice 100% of 200, whose end is at 98.115
     assert row["images to"] - 50 == pytest.approx(
         ((30 - 24.07) ** 2 + (84.96 - 80) ** 2 + (100 - 98.115) ** 2) ** 0.5, abs=0.05
     )
     one = script("semantic").lost_more(
         {
-            "l2, seed 0": [before, shares(20, 40, 70, 90)],
+            "l2, seed 0": [before, shares(20, 40, 75, 85)],
             "l2, seed 1": [before, shares(100, 100, 100, 100)],
         },
         ["a", "b"],
