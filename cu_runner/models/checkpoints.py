@@ -37,19 +37,32 @@ PredictionType = Literal["epsilon", "v_prediction"]
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt")
 # Keys of a single file that say how its model was trained, and what they change of a scheduler.
 MARKERS = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
-# Where a single file keeps the weights of components; SDXL's second text encoder is not renamed
-# one by one.
+# Where a single file keeps the weights of components.
 ORIGINAL = (
     ("model.diffusion_model.", "unet"),
     ("first_stage_model.", "vae"),
     ("cond_stage_model.transformer.text_model.", "text_encoder"),
-    ("conditioner.embedders.0.transformer.", "text_encoder"),
+    ("conditioner.embedders.0.transformer.text_model.", "text_encoder"),
 )
-# What a single file may hold beside the weights that are read: the training's own averages and
-# noise schedule, and what of a whole CLIP its text encoder does not use.
+# The text encoders of open_clip, of Stable Diffusion 2 and the second of SDXL. Their queries, keys
+# and values are one matrix, and a last layer may be there that is not used.
+OPEN_CLIP = re.compile(
+    r"(cond_stage_model|conditioner\.embedders\.1)\.model\."
+    r"(positional_embedding|token_embedding\.weight|ln_final\.(weight|bias)"
+    r"|transformer\.resblocks\.\d+\.((ln_[12]|attn\.out_proj|mlp\.c_fc|mlp\.c_proj)\.(weight|bias)"
+    r"|attn\.in_proj_(weight|bias)))"
+)
+# What a single file may hold beside the weights that are read: the training's own averages, loss
+# and noise schedule, and what of a whole CLIP its text encoder does not use.
 UNREAD = re.compile(
-    r"(model_ema\.|denoiser\.|first_stage_model\.loss\.|cond_stage_model\.|conditioner\.).*"
+    r"(model_ema\.|denoiser\.|first_stage_model\.loss\.).*"
+    r"|(cond_stage_model|conditioner\.embedders\.\d)\.((transformer|model)\.)?"
+    r"(logit_scale|attn_mask|text_projection(\.weight)?)"
     r"|(alphas|betas|log|lvlb|posterior|sqrt|logvar|scale_factor|v_pred|ztsnr)\w*"
+)
+# The same of a component's directory.
+REST_OF_CLIP = re.compile(
+    r"logit_scale|text_projection\.weight|visual_projection\.weight|vision_model\..*"
 )
 
 
@@ -138,9 +151,10 @@ def read_directory(
         for name in encoders
     )
     try:
-        names = [name for name in ("tokenizer", "tokenizer_2") if name in needed]
         tokenizers = tuple(
-            transformers.AutoTokenizer.from_pretrained(root / name) for name in names
+            getattr(transformers, classes[name]).from_pretrained(root / name)
+            for name in ("tokenizer", "tokenizer_2")
+            if name in needed
         )
     except Exception as error:  # of files that are damaged or no tokenizer's, many types
         raise ModelError(f"{root}: tokenizer cannot be read: {first_line(error)}") from error
@@ -273,11 +287,12 @@ def refuse_unread(
 ) -> None:
     """Raise ModelError if a single file holds weights that no component has taken."""
     known = tuple(prefix for prefix, _ in ORIGINAL)
+    read = [name for name in names if not (name.endswith(COMPUTED) or UNREAD.fullmatch(name))]
     refuse_strangers(
-        file, [name for name in names if not (name.startswith(known) or UNREAD.fullmatch(name))]
+        file, [name for name in read if not (name.startswith(known) or OPEN_CLIP.fullmatch(name))]
     )
     for prefix, part in ORIGINAL:
-        own = [name for name in names if name.startswith(prefix) and not name.endswith(COMPUTED)]
+        own = [name for name in read if name.startswith(prefix)]
         taken = parts[part].state_dict()
         if len(own) > len(taken):
             # diffusers renames them: a stranger is known by what it holds
@@ -320,7 +335,7 @@ def load_weights(
         raise ModelError(
             f"{directory}: cannot be loaded as {kind.__name__}: {first_line(error)}"
         ) from error
-    strangers = sorted(info["unexpected_keys"])
+    strangers = sorted(name for name in info["unexpected_keys"] if not REST_OF_CLIP.fullmatch(name))
     refuse_adapters(directory, strangers)
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):

@@ -233,7 +233,7 @@ def test_a_unet_that_asks_for_more(pipeline_of, kind, change, message):
         ),
         ("sd15", "vae/config.json", {"scaling_factor": 0}, "vae has scaling_factor=0; it must"),
         (
-            "sd15",
+            "sdxl",
             "scheduler/scheduler_config.json",
             {"rescale_betas_zero_snr": True},
             "ends in pure noise .*set model.prediction_type=v_prediction if the model predicts v",
