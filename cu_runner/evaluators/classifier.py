@@ -23,7 +23,7 @@ from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.checkpoints import load_weights
 from cu_runner.models.hashing import describe, describe_timm, hash_weights, to_bytes
 from cu_runner.models.preprocessing import Interpolation, Preprocessing, choose_preprocessing
-from cu_runner.models.weight_files import check_finite, load_tensors
+from cu_runner.models.weight_files import COMPUTED, check_finite, load_tensors, refuse_strangers
 from cu_runner.runtime.lazy import nn, timm, torch, transformers, without_gradients
 from cu_runner.schema.errors import ModelError, one_line
 
@@ -250,7 +250,10 @@ def load_timm(architecture: str, path: str, num_labels: int, allow_pickle: list[
         raise ModelError(
             f"timm:{architecture}: {one_line(error)}; timm.list_models() has all names"
         ) from None
-    weights, wanted = load_tensors(locate(path), allow_pickle), network.state_dict()
+    wanted = network.state_dict()
+    # files of older versions lack what layers compute by themselves
+    weights = {name: tensor for name, tensor in wanted.items() if name.endswith(COMPUTED)}
+    weights |= load_tensors(locate(path), allow_pickle)
     head = f"{network.pretrained_cfg['classifier']}."
     for name, tensor in wanted.items():
         if name not in weights:
@@ -267,11 +270,7 @@ def load_timm(architecture: str, path: str, num_labels: int, allow_pickle: list[
                 f"{path}: {name} is {list(weights[name].shape)}, that of {architecture} is "
                 f"{list(tensor.shape)}"
             )
-    if strangers := sorted(set(weights) - set(wanted)):
-        raise ModelError(
-            f"{path}: holds {strangers[0]}, which {architecture} has not; the file belongs to "
-            "another architecture"
-        )
+    refuse_strangers(path, sorted(set(weights) - set(wanted)))
     check_finite(path, weights)
-    network.load_state_dict(weights)
+    network.load_state_dict({name: weights[name] for name in wanted})
     return network
