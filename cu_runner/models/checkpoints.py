@@ -211,7 +211,7 @@ def read_single_file(
     )
     try:
         names = names_in(file)
-        refuse_adapters(file, names)
+        refuse_unknown(file, names)
         pipe = read_original(file, names, place)
     except WeightFileError:
         raise
@@ -237,26 +237,44 @@ def read_single_file(
             raise ModelError(f"{file}: weights of the {name} are missing, e.g. {lacking[0]}")
         check_finite(f"{file}: {name}", part.state_dict())
     refuse_unread(file, names, parts, allow_pickle)
-    marked = dict(MARKERS[name] for name in MARKERS if name in names)
-    kind = type(pipe.scheduler)
-    try:
-        scheduler = build_scheduler(kind, pipe.scheduler.config, {**marked, **asked})
-    except ValueError as error:
-        raise ModelError(f"{file}: the scheduler {kind.__name__}: {error}") from None
-    if unheard := [key for key in marked if key not in inspect.signature(kind).parameters]:
-        raise ModelError(
-            f"{file}: its key {next(name for name in MARKERS if MARKERS[name][0] == unheard[0])} "
-            f"asks for {unheard[0]}, which {kind.__name__} does not have; give model.config a "
-            "directory with another scheduler, such as EulerDiscreteScheduler"
-        )
     return Components(
         pipe.unet,
         pipe.vae,
         texts,
         tokenizers,
-        scheduler,
+        mark_scheduler(file, names, pipe.scheduler, asked),
         bool(second and pipe.config.force_zeros_for_empty_prompt),
     )
+
+
+def mark_scheduler(
+    file: Path,
+    names: Sequence[str],
+    scheduler: diffusers.SchedulerMixin,
+    asked: Mapping[str, object],
+) -> diffusers.SchedulerMixin:
+    """Return the scheduler of a single file as the file's marker keys and the user want it.
+
+    Args:
+        names: of the file's weights.
+
+    Raises:
+        ModelError: the scheduler does not have what a marker asks for, or cannot take it.
+    """
+    kind = type(scheduler)
+    marked = dict(MARKERS[name] for name in MARKERS if name in names)
+    try:
+        made = build_scheduler(kind, scheduler.config, {**marked, **asked})
+    except ValueError as error:
+        raise ModelError(f"{file}: the scheduler {kind.__name__}: {error}") from None
+    for name in (name for name in MARKERS if name in names):
+        if MARKERS[name][0] not in inspect.signature(kind).parameters:
+            raise ModelError(
+                f"{file}: its key {name} asks for {MARKERS[name][0]}, which {kind.__name__} does "
+                "not have; give model.config a directory with another scheduler, such as "
+                "EulerDiscreteScheduler"
+            )
+    return made
 
 
 def names_in(file: Path) -> list[str]:
@@ -282,15 +300,25 @@ def read_original(
     return kind.from_single_file(str(file), torch_dtype=torch.float32, **places, **unused)
 
 
+def refuse_unknown(file: Path, names: Sequence[str]) -> None:
+    """Raise WeightFileError if a single file holds weights of no component."""
+    refuse_adapters(file, names)
+    known = tuple(prefix for prefix, _ in ORIGINAL)
+    refuse_strangers(
+        file,
+        [
+            name
+            for name in names
+            if not (name.startswith(known) or OPEN_CLIP.fullmatch(name) or UNREAD.fullmatch(name))
+        ],
+    )
+
+
 def refuse_unread(
     file: Path, names: Sequence[str], parts: Mapping[str, nn.Module], allow_pickle: Sequence[str]
 ) -> None:
-    """Raise ModelError if a single file holds weights that no component has taken."""
-    known = tuple(prefix for prefix, _ in ORIGINAL)
+    """Raise WeightFileError if a single file holds weights that a component has not taken."""
     read = [name for name in names if not (name.endswith(COMPUTED) or UNREAD.fullmatch(name))]
-    refuse_strangers(
-        file, [name for name in read if not (name.startswith(known) or OPEN_CLIP.fullmatch(name))]
-    )
     for prefix, part in ORIGINAL:
         own = [name for name in read if name.startswith(prefix)]
         taken = parts[part].state_dict()
