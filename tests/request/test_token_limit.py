@@ -80,6 +80,13 @@ def test_uce_refuses_it(make_scope):
         ({"prompt": f"in {{style}} {LONG} {{object}}"}, "^'tree' lies beyond the 16"),
         ({"retain": [LONG]}, f"^'{LONG}' is a name of"),
         (
+            {
+                "anchors": {"ember stripe": "gold dot", "glacier dot": "gold dot"},
+                "anchor_prompt": f"{LONG} {{anchor}}",
+            },
+            "^'gold dot' lies beyond the 16 tokens",
+        ),
+        (
             {"cross_retain": ["tree", LONG], "prompt": "{style} {object}"},
             f"^'{LONG}' is a name of",
         ),
