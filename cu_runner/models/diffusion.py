@@ -135,9 +135,11 @@ class DiffusionModel:
         """Return how many tokens of a prompt are read, its begin and its end among them."""
         return int(self.tokenizer.model_max_length)
 
-    def token_span(self, text: str, inside: str, before: str = "") -> slice:
+    def token_span(
+        self, text: str, inside: str, before: str = "", *, partly: bool = False
+    ) -> slice:
         """Return the token positions of `text` in the prompt `inside`, as text.token_span does."""
-        return token_span(self.tokenizer, text, inside, before)
+        return token_span(self.tokenizer, text, inside, before, partly=partly)
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noise clean latents x_0 to x_t, all [B, C, H, W], at timesteps [B]."""

@@ -130,11 +130,18 @@ def find_tokens(
 
 
 def token_span(
-    tokenizer: PreTrainedTokenizerBase, text: str, inside: str, before: str = ""
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    inside: str,
+    before: str = "",
+    *,
+    partly: bool = False,
 ) -> slice:
     """Return the token positions of `text` in the prompt `inside`, all of which are read.
 
-    before: as of find_tokens.
+    Args:
+        before: as of find_tokens.
+        partly: of a text that is longer than any prompt, return those that are read.
 
     Raises:
         ValueError: it has none, or not all of them are read.
@@ -149,6 +156,8 @@ def token_span(
             for words in (text, inside)
         )
         if span.stop - span.start >= last:
+            if partly and span.start < last:
+                return slice(span.start, last)
             raise ValueError(
                 f"{name!r} is a name of {span.stop - span.start} tokens, and the model reads "
                 f"{last - 1} of a prompt; shorten it"

@@ -45,6 +45,7 @@ def test_the_span_of_a_concept_is_within_the_tokens_that_are_read(model):
         lambda: model.token_span(LONG, LONG),
         rf"^'{LONG}' is a name of \d\d tokens, and the model reads 14 of a prompt; shorten it$",
     )
+    assert model.token_span(LONG, LONG, partly=True) == slice(1, 15)  # as of auxiliary names
 
 
 @pytest.mark.parametrize("tokens", ["own", "last"])
