@@ -18,7 +18,7 @@ from cu_runner.schema.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from cu_runner.models.checkpoints import Components
+    from cu_runner.models.components import Components
 
 CLASSES = {  # component -> classes that are known
     "unet": ("UNet2DConditionModel",),

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import PositiveInt
 
 from cu_runner.models.checkpoint_files import locate
-from cu_runner.models.checkpoints import Components, PredictionType, read_components
+from cu_runner.models.checkpoints import PredictionType, read_components
+from cu_runner.models.components import Components
 from cu_runner.models.hashing import describe, describe_tokenizer, hash_weights, to_bytes
 from cu_runner.models.text import PromptEncoder, Text, token_span
 from cu_runner.models.text_readers import TextReaders

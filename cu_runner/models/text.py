@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cu_runner.models.checkpoints import Components
+from cu_runner.models.components import Components
 from cu_runner.runtime.lazy import torch, without_gradients
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ import transformers
 from single_file import original_weights
 
 from cu_runner.models.checkpoint_files import find_weights
-from cu_runner.models.checkpoints import mark_scheduler
 from cu_runner.models.diffusion import DiffusionModel, load_model
 from cu_runner.models.sampling import make_scheduler
 from cu_runner.models.schedulers import failure
+from cu_runner.models.single_file import mark_scheduler
 from cu_runner.schema.errors import ModelError
 from cu_runner.schema.settings import Sampler
 
