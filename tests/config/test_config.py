@@ -63,7 +63,7 @@ def compose_complete(*overrides: str):
             f"evaluator.labels.{domain}={LABELS[domain]}"
             for domain in config.evaluator.get("labels", {})
         ]
-    if config.evaluator.get("size", 0) is None:  # the embedded judges bring no image processor
+    if config.evaluator.get("mean", 0) is None:  # the embedded judges bring no image processor
         given += ["evaluator.size=64", "evaluator.interpolation=bilinear"]
         given += [f"evaluator.{name}=[0.5,0.5,0.5]" for name in ("mean", "std")]
     if not OmegaConf.is_missing(config.model, "path") and not config.model.path.startswith(
