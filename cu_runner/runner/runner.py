@@ -251,6 +251,7 @@ class Runner:
         self.stop.share()
         due = distributed.from_main(lambda: self._checkpoint.is_due(training.done, last))
         if self.stop.received or due:
+            distributed.from_main(self.store.require_here)
             self._checkpoint.save({"training": training.state(), "early_stop": early_stop.seen})
         self.stop.check()
 
