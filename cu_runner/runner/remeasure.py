@@ -75,7 +75,9 @@ def measure_again(
             weights.set(weights.read(path))
         domain = instruments.sequence.domain
         unlearned = [Concept(name, domain) for name in run.unlearned(index)] if index else []
-        files, metrics = instruments.measure(index, unlearned, record.row.concept)
+        files, metrics = instruments.measure(
+            index, unlearned, record.row.concept, base=store.step_dir(0) if index else None
+        )
         seconds = round(time.monotonic() - started, 2)
         result = StepResult(
             index=index,

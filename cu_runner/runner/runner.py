@@ -161,7 +161,9 @@ class Runner:
             self.weights.set(merged)
         trained = time.monotonic()
         shown = self.measured(erased)
-        seen, metrics = self.instruments.measure(request.index, shown, request.label)
+        seen, metrics = self.instruments.measure(
+            request.index, shown, request.label, base=self.store.step_dir(0)
+        )
         seconds = {"train": trained - started, "eval": time.monotonic() - trained}
         row = self._row(request, metrics, seconds, drift(delta), step_l2, training.steps)
         with self.stop.deferred():

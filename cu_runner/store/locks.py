@@ -34,11 +34,24 @@ def acquire(lock: FileLock, seconds: float) -> bool:
             lock.acquire(timeout=seconds, poll_interval=0.05)
         except Timeout:
             return False
-    if not isinstance(lock, SoftFileLock):  # whose file says the same already
-        note = f"{os.getpid()}\n{socket.gethostname()}\n{own_command()}\n"
-        with contextlib.suppress(OSError):  # a full disk is complained of where it matters
-            Path(lock.lock_file).write_text(note, encoding="utf-8")
+    leave_note(lock, f"{os.getpid()}\n{socket.gethostname()}\n{own_command()}\n")
     return True
+
+
+def release(lock: FileLock) -> None:
+    """Let go of a lock, if it is held, and leave its file empty."""
+    if lock.is_locked:
+        leave_note(lock, "")
+        lock.release()
+
+
+def leave_note(lock: FileLock, note: str) -> None:
+    """Write into the file of a lock that is held; a SoftFileLock's names its holder already."""
+    if not isinstance(lock, SoftFileLock):
+        # a full disk is complained of where it matters, and a file that is gone is not made again
+        with contextlib.suppress(OSError), open(lock.lock_file, "r+", encoding="utf-8") as file:
+            file.truncate()
+            file.write(note)
 
 
 @contextlib.contextmanager
@@ -61,7 +74,7 @@ def waited_for(
         yield held
     finally:
         if held:
-            lock.release()
+            release(lock)
 
 
 def lock_directory(descriptor: int, seconds: float) -> bool:

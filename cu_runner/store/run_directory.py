@@ -32,7 +32,7 @@ from cu_runner.store.files import (
 )
 from cu_runner.store.layout import CONFIG, STEP, SUMMARY, TABLE, step_dir
 from cu_runner.store.leftovers import clear, refuse_what_is_in_the_way, strangers
-from cu_runner.store.locks import LOCK, acquire, holder_of, lock_directory
+from cu_runner.store.locks import LOCK, acquire, holder_of, lock_directory, release
 from cu_runner.store.proof import require_true
 from cu_runner.store.records import COLUMNS, StepRecord, StepResult, chain, read_chain
 from cu_runner.store.run_record import RunRecord
@@ -97,7 +97,7 @@ class RunStore:
         self._let_go()
 
     def _let_go(self) -> None:
-        self._lock.release()
+        release(self._lock)
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
