@@ -68,7 +68,7 @@ class RunConfig:
     def training_key(self) -> ConfigTree:
         """Return what the training of a request from the base model depends on.
 
-        The request and the model's fingerprint come on top.
+        The request, the model's fingerprint and the code come on top.
         """
         science = without_paths(self.resolved, (*NOT_SCIENTIFIC, *PLACES))
         parts = ("seed", "train", "anchors", "method", "sequence", "model")
@@ -82,7 +82,6 @@ class RunConfig:
             if node.made.acts_on != ("weights",)
         ]
         settings["files"] = file_hashes(self.resolved)
-        settings["code"] = self.code.sha256
         return numbers_by_value(settings)
 
     @property

@@ -73,7 +73,7 @@ class RunStore:
         self._lock = FileLock(directory / LOCK)
         self._handle: int | None = None  # of the directory, whatever becomes of its name
         self._looked = False  # for what is no step
-        self._goes_on = False  # whether finished steps are of other code
+        self.goes_on = False  # whether what is gone on with is of other code
 
     def __enter__(self) -> RunStore:
         distributed.from_main(self._open)
@@ -175,7 +175,7 @@ class RunStore:
         codes = [step.code for step in steps]
         if not self._allow_other_code:
             refuse_other_code(self.directory, self._code, codes)
-        self._goes_on = any(self._code.changes(code) for code in codes)
+        self.goes_on = any(self._code.changes(code) for code in codes)
         return steps
 
     def proven(self) -> list[StepRecord]:
@@ -216,7 +216,7 @@ class RunStore:
             parent_sha256=above,
             sha256=chain(above, files),
             code=self._code,
-            allowed_other_code=self._goes_on,
+            allowed_other_code=self.goes_on,
         )
         write_atomic(directory / STEP, to_json(record.entries()))
         return record
