@@ -15,6 +15,7 @@ from collections.abc import Sequence as Ordered
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cu_runner.concepts.requests import Request
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.config.run_config import RunConfig
 from cu_runner.evaluators.metrics import mean_accuracy, read_predictions
@@ -106,7 +107,7 @@ class Rehearsal(Runner):
         self.stages += [name] if name not in self.stages else []
         self._noted = time.monotonic()
 
-    def after_step(self, training: Training, early_stop: EarlyStop) -> None:
+    def after_step(self, request: Request, training: Training, early_stop: EarlyStop) -> None:
         """Time the step, and end the request after a few."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

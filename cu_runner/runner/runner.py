@@ -225,7 +225,7 @@ class Runner:
             parts.method,
             parts.regularizers,
             spine.train,
-            lambda training: self.after_step(training, early_stop),
+            lambda training: self.after_step(request, training, early_stop),
             state["training"] if state else None,
             self.stop.deferred,
             self.stage,
@@ -277,9 +277,10 @@ class Runner:
         logger.info("   request %d goes on after step %d", request.index, done)
         return state
 
-    def after_step(self, training: Training, early_stop: EarlyStop) -> None:
-        """Decide after a training step whether training ends, is saved, or stops here."""
+    def after_step(self, request: Request, training: Training, early_stop: EarlyStop) -> None:
+        """Mirror a training step; decide whether training ends, is saved, or stops after it."""
         self._note_first_step()
+        self.tracker.log_step(request.index, training.last)
         training.ended = early_stop(training.done)
         last = training.ended or training.done == training.steps
         self.stop.share()
