@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -189,8 +188,6 @@ def check_values(resolved: ConfigTree, method_name: str) -> None:
     for path, value in leaves:
         if isinstance(value, int) and abs(value) >= LARGEST_NUMBER:
             raise ConfigError(f"{path}: a whole number of {len(str(value))} digits; at most 18")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{path}={value}: not a finite number; give a finite one")
 
 
 def check_setting(resolved: ConfigTree, regularizers: dict[str, Node[Regularizer]]) -> PlanSettings:

@@ -15,7 +15,6 @@ from collections.abc import Sequence as Ordered
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cu_runner.concepts.requests import Request
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.config.run_config import RunConfig
 from cu_runner.evaluators.metrics import mean_accuracy, read_predictions
@@ -23,6 +22,7 @@ from cu_runner.runner.early_stop import EarlyStop
 from cu_runner.runner.measure import Instruments
 from cu_runner.runner.parts import RunParts
 from cu_runner.runner.runner import Runner
+from cu_runner.runner.saved_state import SavedState
 from cu_runner.runner.tracking import Tracker
 from cu_runner.runner.training import Training
 from cu_runner.runtime.lazy import torch
@@ -107,7 +107,7 @@ class Rehearsal(Runner):
         self.stages += [name] if name not in self.stages else []
         self._noted = time.monotonic()
 
-    def after_step(self, request: Request, training: Training, early_stop: EarlyStop) -> None:
+    def after_step(self, training: Training, early_stop: EarlyStop, saved: SavedState) -> None:
         """Time the step, and end the request after a few."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -13,8 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence as Ordered
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -28,17 +27,16 @@ from cu_runner.request.scope import Scope
 from cu_runner.runner.early_stop import EarlyStop
 from cu_runner.runner.measure import Instruments, describe, unrecognised
 from cu_runner.runner.parts import RunParts
+from cu_runner.runner.saved_state import SavedState
 from cu_runner.runner.tracking import Tracker
 from cu_runner.runner.training import Training, check_composition, erase
 from cu_runner.runner.weights import TrainedWeights
 from cu_runner.runtime import distributed
-from cu_runner.runtime.code_identity import CodeIdentity, spell_changes
 from cu_runner.runtime.devices import peak_memory_mb
 from cu_runner.runtime.lazy import pd, torch
 from cu_runner.runtime.provenance import made_with
 from cu_runner.runtime.seeding import RandomSource
 from cu_runner.runtime.signals import StopSignals
-from cu_runner.schema.errors import StoreError
 from cu_runner.store.cache import Cache
 from cu_runner.store.checkpoint import Checkpoint
 from cu_runner.store.files import from_safetensors, read_tensor, to_csv, to_json, to_safetensors
@@ -50,9 +48,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
-
-# What is saved of a request in training; codes: every code that trained it so far.
-STATE = ["training", "early_stop", "codes"]
 
 
 class Runner:
@@ -213,20 +208,21 @@ class Runner:
             steps=spine.train.steps,
             anchors=self.anchors,
         )
-        place = {"parent": parent.sha256, "signature": self.store.signature, "holds": STATE}
-        state = self._saved_state(request, key | place)
+        place = {"parent": parent.sha256, "signature": self.store.signature}
+        saved = SavedState(self._checkpoint, request, key | place, self.plan)
+        self.store.goes_on |= saved.mixed
         early_stop = EarlyStop(
             self.plan.setting,
             lambda: self._unlearning_accuracy(request),
-            state["early_stop"] if state else [],
+            saved.early_stop,
         )
         report = erase(
             scope,
             parts.method,
             parts.regularizers,
             spine.train,
-            lambda training: self.after_step(request, training, early_stop),
-            state["training"] if state else None,
+            lambda training: self.after_step(training, early_stop, saved),
+            saved.training,
             self.stop.deferred,
             self.stage,
         )
@@ -244,51 +240,21 @@ class Runner:
             },
             "early_stop": early_stop.seen,
         }
-        if request.start == "base":
+        if request.start == "base" and not saved.mixed:  # no one code made it
             self.cache.put("deltas", key, files | {"record.json": to_json(record)})
         return files, TrainingRecord(**record)
 
-    def _saved_state(self, request: Request, key: dict[str, object]) -> dict[str, Any] | None:
-        """Return the state that an interrupted request goes on from, or None where it begins.
-
-        Raises:
-            StoreError: other code made the state, or a part of it, and nothing was said to that.
-        """
-        spine, own = self.plan.spine, self.plan.code
-        state = self._checkpoint.begin(key)
-        self._codes = [asdict(own)]
-        if state is None:
-            return None
-        done = len(state["training"]["rows"])
-        codes = [CodeIdentity(**code) for code in state["codes"]]
-        if changed := sorted({name for code in codes for name in own.changes(code)}):
-            said = f"made by other code (changed: {spell_changes(changed)})"
-            if spine.fresh:
-                logger.info("   request %d begins anew: its state was %s", request.index, said)
-                return None
-            if not spine.allow_other_code:
-                raise StoreError(
-                    f"{self._checkpoint.path}: the state of request {request.index} after step "
-                    f"{done} was {said}; fresh=true begins the request anew, "
-                    "allow_other_code=true goes on with it"
-                )
-            self.store.goes_on = True
-        self._codes += [asdict(code) for code in codes if code != own]
-        logger.info("   request %d goes on after step %d", request.index, done)
-        return state
-
-    def after_step(self, request: Request, training: Training, early_stop: EarlyStop) -> None:
+    def after_step(self, training: Training, early_stop: EarlyStop, saved: SavedState) -> None:
         """Mirror a training step; decide whether training ends, is saved, or stops after it."""
         self._note_first_step()
-        self.tracker.log_step(request.index, training.last)
+        self.tracker.log_step(saved.request.index, training.last)
         training.ended = early_stop(training.done)
         last = training.ended or training.done == training.steps
         self.stop.share()
         due = distributed.from_main(lambda: self._checkpoint.is_due(training.done, last))
         if self.stop.received or due:
             distributed.from_main(self.store.require_here)
-            parts = (training.state(), early_stop.seen, self._codes)
-            self._checkpoint.save(dict(zip(STATE, parts, strict=True)))
+            saved.save(training, early_stop)
         self.stop.check()
 
     def _unlearning_accuracy(self, request: Request) -> float:
