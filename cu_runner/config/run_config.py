@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cu_runner.concepts.sequence import Sequence
+from cu_runner.concepts.requests import Request, plan_requests
+from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.config.targets import Node, check_file_name, check_keys, make_node, make_regularizer
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.methods.base import Method
@@ -82,6 +84,32 @@ class RunConfig:
         ]
         settings["files"] = file_hashes(self.resolved)
         return numbers_by_value(settings)
+
+    def requests(self, sequence: Sequence) -> list[Request]:
+        """Return the requests of the run.
+
+        Raises:
+            ConfigError: the images of one's own do not show, after one of them, all that RA_C is
+                measured on.
+        """
+        planned = plan_requests(sequence, self.setting.plan, self.setting.last_only)
+        if any(node.made.independent_starts for node in self.regularizers.values()):
+            measured = {each.label: each.requested for each in planned}  # merged: all so far
+        else:
+            measured = {each.label: each.erased for each in planned}
+        for label, concepts in {"no request": sequence.targets, **measured}.items():
+            self.require_shown(sequence, label, concepts)
+        return planned
+
+    def require_shown(self, sequence: Sequence, label: str, concepts: Iterable[Concept]) -> None:
+        """Raise ConfigError unless the images that measure these concepts are enough for RA-C."""
+        if lacking := sequence.lacks(concepts):
+            raise ConfigError(
+                f"sequence.prompts={self.sequence.arguments['prompts']}: after {label}, no image "
+                f"shows {sequence.cross_domain} {lacking[0]!r}, and RA-C needs every entry of "
+                "sequence.cross_retain; add rows, best of retained concepts, or shorten "
+                "sequence.cross_retain"
+            )
 
     @property
     def name(self) -> str:

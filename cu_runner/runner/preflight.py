@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 
-from cu_runner.concepts.requests import plan_requests
 from cu_runner.concepts.sequence import Sequence
 from cu_runner.config.run_config import RunConfig
 from cu_runner.evaluators.base import Evaluator
@@ -79,6 +78,7 @@ def check_plan(plan: RunConfig) -> Iterator[Finding]:
 def check_parts(plan: RunConfig, device: str) -> Generator[Finding, None, RunParts | None]:
     """Make every part of the run; return them, None if one of them cannot be made or used."""
     sequence = plan.sequence.build()
+    requests = plan.requests(sequence)
     model = yield from load("model", lambda: plan.model.build(device=device))
     evaluator = yield from load("evaluator", lambda: plan.evaluator.build(device=device))
     retention = None
@@ -98,7 +98,6 @@ def check_parts(plan: RunConfig, device: str) -> Generator[Finding, None, RunPar
     if evaluator is None or lacking or not labels or not all(each.ok for each in found):
         return None
     prepare(model, plan.spine.speed, plan.spine.train)
-    requests = plan_requests(sequence, plan.setting.plan, plan.setting.last_only)
     return RunParts(model, evaluator, retention, sequence, requests, method, regularizers)
 
 

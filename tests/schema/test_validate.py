@@ -25,6 +25,6 @@ def test_nan_is_a_text_where_one_is_asked_for(kind, value, found):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "nan"])
 @pytest.mark.parametrize("kind", [float, int, StepSize, float | None, tuple[Fraction, Fraction]])
 def test_nan_is_no_number(kind, value):
+    entries = [value, 0.5] if str(kind).startswith("tuple") else value
     with pytest.raises(ConfigError, match=r"^method.strength\S*: not a finite number; give a fin"):
-        entries = [value, 0.5] if str(kind).startswith("tuple") else value
         validate(kind, entries, "method.strength")
