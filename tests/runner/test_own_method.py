@@ -1,10 +1,12 @@
 """A method of the user's own that fails: where it did, and what holds the traceback."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import SMOKE
 
+from cu_runner.runner.preflight import check_rehearsal
 from cu_runner.runtime import code_identity
 
 METHOD = """
@@ -69,6 +71,21 @@ def test_what_its_code_raises_is_told_with_file_and_line(run_own, tmp_path, line
     assert f"{log.relative_to(tmp_path)} holds the traceback" in err
     assert "Traceback" in log.read_text()
     assert "Traceback" not in out
+
+
+def test_cu_doctor_tells_where_ones_code_fails():
+    """As a finding among the others, whatever its type; this file is a user's own as well."""
+    try:
+        {}["name"]
+    except KeyError as caught:
+        error, line = caught, caught.__traceback__.tb_lineno
+    rehearsal = SimpleNamespace(
+        stages=["images", "method"], per_image=1.0, accuracy={"style": 99.0}, images=4
+    )
+    found = list(check_rehearsal(None, SimpleNamespace(regularizers={}), rehearsal, error))
+    said = {finding.what: (finding.ok, finding.detail) for finding in found}
+    assert said["method"] == (False, f"{__file__}:{line}: KeyError: 'name'")
+    assert said["training"][0] is None
 
 
 def test_what_our_code_says_below_it_keeps_its_own_line(run_own):
