@@ -15,7 +15,7 @@ import yaml
 
 from cu_runner.runtime.paths import GROUPS, config_dir
 from cu_runner.runtime.signals import Stopped
-from cu_runner.runtime.user_code import allowed_in, place_of, raised_in
+from cu_runner.runtime.user_code import allowed_in, ends_in_own_code, place_of, raised_in
 from cu_runner.schema.errors import (
     LaunchError,
     MirrorError,
@@ -50,13 +50,14 @@ def explain_error(error: Exception, overrides: list[str]) -> tuple[int, str]:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    out_of_memory = type(error).__name__ == "OutOfMemoryError"
+    told = out_of_memory or (isinstance(error, OURS) and not ends_in_own_code(error))
+    if not told and raised_in(error, allowed_in(overrides)):
+        return explain_own(error)
     if isinstance(error, yaml.YAMLError):
         return 2, f"a configuration file is no valid YAML: {one_line(error)}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return 2, explain_hydra(one_line(error), overrides)
-    told = isinstance(error, OURS) or type(error).__name__ == "OutOfMemoryError"
-    if not told and raised_in(error, allowed_in(overrides)):
-        return explain_own(error)
     if isinstance(error, BrokenPipeError):
         return 1, "whatever read the output has ended (a pipe); what was done is kept"
     if isinstance(error, OSError) and error.errno is not None:
@@ -71,7 +72,7 @@ def explain_error(error: Exception, overrides: list[str]) -> tuple[int, str]:
             f"the launcher says: {first_line(error)}; jobs that it began go on; "
             "`cu-sweep status outputs/sweeps/DATE` tells what became of each"
         )
-    if isinstance(error, RuntimeError) and type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, RuntimeError) and out_of_memory:
         return 1, (
             "out of GPU memory; train.gradient_checkpointing=true and a lower eval.batch_size need "
             "less of it and resume this run; a lower train.batch_size begins another"

@@ -8,14 +8,13 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.schedulers import DEFAULTED, build_scheduler, find_scheduler
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import torch, without_gradients
+from cu_runner.runtime.progress import Progress
 from cu_runner.runtime.seeding import derive_seed, image_noise
 from cu_runner.schema.errors import SamplingError
 from cu_runner.schema.settings import Sampler
@@ -65,7 +64,7 @@ def generate(
     label: str,
     transform: Callable[[Tensor], Any] = lambda images: images,
 ) -> Iterator[Any]:
-    """Yield images batch by batch, in the order of the prompts, under a progress bar.
+    """Yield images batch by batch, in the order of the prompts, and show how far they are.
 
     Where GPU memory runs out, batches become half as large.
 
@@ -80,7 +79,7 @@ def generate(
         [B, 3, S, S] float in 0..1, on the model's device.
     """
     done = 0
-    with progress(len(prompts), label) as bar:
+    with Progress(label, len(prompts), "image") as bar:
         while done < len(prompts):
             size = largest_batch(model, batch_size)
             rows = slice(done, min(done + size, len(prompts)))
@@ -91,7 +90,7 @@ def generate(
                     raise
                 continue
             yield found
-            bar.update(rows.stop - rows.start)
+            bar.advance(rows.stop - rows.start)
             done = rows.stop
 
 
@@ -118,11 +117,6 @@ def halve_batches(model: DiffusionModel, size: int) -> bool:
         "   out of GPU memory: sampling goes on with batches of %d images", model.batch_limit
     )
     return True
-
-
-def progress(images: int, label: str) -> tqdm[NoReturn]:
-    """Make a progress bar over images, which is moved by hand."""
-    return tqdm(total=images, desc=f"  {label}", leave=False, disable=None, ncols=100, unit="image")
 
 
 def sample_images(

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from cu_runner.concepts.requests import Request, plan_requests
+from cu_runner.concepts.requests import Request
 from cu_runner.concepts.sequence import Sequence
 from cu_runner.config.run_config import RunConfig
 from cu_runner.evaluators.base import Evaluator
@@ -36,7 +36,7 @@ class RunParts:
 def build_parts(plan: RunConfig, device: str) -> RunParts:
     """Build every part of a run, what is quick first. Raises ValueError or OSError."""
     sequence = plan.sequence.build()
-    requests = plan_requests(sequence, plan.setting.plan, plan.setting.last_only)
+    requests = plan.requests(sequence)
     method = plan.method.build()
     regularizers = {name: node.build() for name, node in plan.regularizers.items()}
     names = (plan.method_name, "+".join(regularizers) or "none")

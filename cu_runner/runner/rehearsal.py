@@ -22,6 +22,7 @@ from cu_runner.runner.early_stop import EarlyStop
 from cu_runner.runner.measure import Instruments
 from cu_runner.runner.parts import RunParts
 from cu_runner.runner.runner import Runner
+from cu_runner.runner.saved_state import SavedState
 from cu_runner.runner.tracking import Tracker
 from cu_runner.runner.training import Training
 from cu_runner.runtime.lazy import torch
@@ -106,7 +107,7 @@ class Rehearsal(Runner):
         self.stages += [name] if name not in self.stages else []
         self._noted = time.monotonic()
 
-    def after_step(self, training: Training, early_stop: EarlyStop) -> None:
+    def after_step(self, training: Training, early_stop: EarlyStop, saved: SavedState) -> None:
         """Time the step, and end the request after a few."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

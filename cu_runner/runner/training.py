@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from tqdm import tqdm
-
 from cu_runner.concepts.requests import Request
 from cu_runner.methods.base import Method
 from cu_runner.models.parameters import assign, snapshot
@@ -19,6 +17,7 @@ from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.scope import Scope
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import nn, torch
+from cu_runner.runtime.progress import Progress
 from cu_runner.schema.errors import TrainingError
 from cu_runner.schema.settings import TrainSettings
 
@@ -90,6 +89,11 @@ class Training:
     def done(self) -> int:
         """Return how many steps are made."""
         return len(self._rows)
+
+    @property
+    def last(self) -> dict[str, float]:
+        """Return what the last step logged."""
+        return self._rows[-1]
 
     def step(self) -> None:
         """Make a step. Raises TrainingError for a loss that is not finite: the weights are lost."""
@@ -182,22 +186,15 @@ def erase(
         training = Training(scope, method, regularizers, settings, stage)
         if state is not None:
             training.restore(state)
+        what = f"unlearn {scope.request.label}"
         with (
             undisturbed(),
-            tqdm(
-                desc=f"  unlearn {scope.request.label}",
-                initial=training.done,
-                total=training.steps,
-                leave=False,
-                disable=None,
-                ncols=100,
-                unit="step",
-            ) as bar,
+            Progress(what, training.steps, "step", training.done) as progress,
         ):
             while training.done < training.steps and not training.ended:
                 training.step()
+                progress.advance(loss=training.last["loss"])
                 on_step(training)
-                bar.update()
         return training.finish()
 
 
