@@ -8,13 +8,14 @@ from dataclasses import dataclass, fields
 
 from cu_runner.config.compose import compose
 from cu_runner.config.run_config import RunConfig
-from cu_runner.evaluators.metrics import ENOUGH_UA, with_face
+from cu_runner.evaluators.metrics import ENOUGH_UA
 from cu_runner.reporting.code_differences import made_by_other_code
-from cu_runner.reporting.intervals import of_sum, over_images, over_seeds, widest
+from cu_runner.reporting.estimates import Estimate, image_counts, of_shares
+from cu_runner.reporting.intervals import of_sum, widest
 from cu_runner.reporting.table_spec import Experiment, Overrides, Table
 from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
-from cu_runner.store.layout import PREDICTIONS, STEP
+from cu_runner.store.layout import STEP
 from cu_runner.store.proof import require_true
 from cu_runner.store.run_record import RunRecord, read_run
 
@@ -70,24 +71,6 @@ def open_run(plan: RunConfig) -> RunRecord:
     return run
 
 
-def num_images(run: RunRecord, metric: str) -> int:
-    """Return how many images of the last request a metric rests on.
-
-    UA, where faces are looked for, rests on those that show one; RA-I too where these alone count.
-    """
-    last = len(run.records) - 1
-    run.require(last, PREDICTIONS)
-    rows = run.predictions(last)
-    if metric == "UA" or (metric == "RA_I" and "face_only" in rows):
-        rows = with_face(rows)
-    sequence = run.config["sequence"]
-    concepts = {"UA": run.unlearned(last), "RA_I": sequence["retain"]}
-    concepts["RA_C_retained"] = concepts["RA_I"]
-    if metric not in concepts:
-        return len(rows)
-    return sum(concept in concepts[metric] for concept in rows[sequence["domain"]])
-
-
 @dataclass(frozen=True)
 class Measured:
     """A metric of a cell, in percent: our mean over seeds and the published number.
@@ -128,30 +111,23 @@ def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
     rows = []
     for cell in cells:
         published = values.get(cell.method, {}).get(cell.column, {}).get(cell.row, {})
-        last = [run.table.iloc[-1] for run in cell.runs] if not cell.missing() else []
+        runs = [] if cell.missing() else cell.runs
+        known = estimates_at_end(runs) if runs else {}
         for metric in table.metrics:
-            number = published.get(metric)
-            mean = half = comparable = None
-            images: tuple[float, float] | tuple[None, None] = (None, None)
-            ends: tuple[float, float] | tuple[None, None] = (None, None)
-            if last:
-                mean, half = over_seeds([float(entry[metric]) for entry in last])
-                comparable = sum(float(entry["UA"]) for entry in last) / len(last) >= ENOUGH_UA
-                images = over_images(mean, len(last) * num_images(cell.runs[0], metric))
-                ends = widest(mean, half, images)
+            number, found = published.get(metric), known.get(metric)
             row = Measured(
                 cell.method,
                 cell.column,
                 cell.row,
                 metric,
-                ours=mean,
-                half=half,
-                images_low=images[0],
-                images_high=images[1],
-                low=ends[0],
-                high=ends[1],
-                seeds=len(last),
-                comparable=comparable,
+                ours=found.mean if found else None,
+                half=found.half if found else None,
+                images_low=found.images[0] if found else None,
+                images_high=found.images[1] if found else None,
+                low=found.ends[0] if found else None,
+                high=found.ends[1] if found else None,
+                seeds=len(runs),
+                comparable=known["UA"].mean >= ENOUGH_UA if found else None,
                 tuned=cell.plans[0].tuned,
                 other_code=any(run.directory in marked for run in cell.runs),
                 paper=None if number is None else float(number),
@@ -160,6 +136,16 @@ def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
             )
             rows.append(row)
     return pd.DataFrame(rows, columns=[field.name for field in fields(Measured)])
+
+
+def estimates_at_end(runs: list[RunRecord]) -> dict[str, Estimate]:
+    """Return each share of images after the last request, over the seeds of a cell."""
+    counts = image_counts(runs[0], len(runs[0].records) - 1)
+    last = [run.table.iloc[-1] for run in runs]
+    return {
+        metric: of_shares([float(entry[metric]) for entry in last], count)
+        for metric, count in counts.items()
+    }
 
 
 @dataclass(frozen=True)
