@@ -127,7 +127,7 @@ def failed_jobs(paths: list[Path]) -> tuple[dict[Path, str], list[str]]:
         if note.error is not None and note.run is not None:
             noted[Path(note.run).resolve()] = note.error
         elif note.error is not None:
-            refused.append(f"Could not be run: {shlex.join(note.command)} ({note.error}).")
+            refused.append(f"Could not be run: {shlex.join(note.command)} ({note.error})")
     return noted, refused
 
 

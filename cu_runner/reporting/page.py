@@ -296,7 +296,7 @@ def origin_of(run: RunRecord) -> Origin:
     """Return where the numbers of a run are from."""
     facts = {"directory": within_here(run.directory), "signature": run.records[0].signature}
     if last := len(run.records) - 1:
-        facts["weights after the last finished request"] = within_here(run.weights(last))
+        facts["weights"] = within_here(run.weights(last))
     text = (run.directory / CONFIG).read_text(encoding="utf-8")
     return Origin(run.seed, facts | provenance(run), run.command, text)
 

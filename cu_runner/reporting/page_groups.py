@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from cu_runner.reporting.estimates import Estimate, image_counts, of_shares, of_sizes
-from cu_runner.reporting.unfinished import why_unfinished
+from cu_runner.reporting.unfinished import Outcome, outcome_of
 from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
 from cu_runner.schema.values import ConfigTree, numbers_by_value, without_paths
@@ -37,12 +37,14 @@ WORDS = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 class Group:
     """Runs that differ in their seed alone, by seed: one row, one line, one point of a report.
 
-    number: decides colour, dashes and marker. label: unique.
+    number: decides colour, dashes and marker. label: unique. outcomes: of each run, if they are not
+    finished.
     """
 
     number: int
     label: str
     runs: list[RunRecord]
+    outcomes: list[Outcome]
 
     @property
     def first(self) -> RunRecord:
@@ -132,12 +134,13 @@ def read_all(
     Raises:
         StoreError: a run is damaged, or no run has a finished step.
     """
-    why = {each: why_unfinished(each, (noted or {}).get(each)) for each in directories}
+    outcomes = {each: outcome_of(each, (noted or {}).get(each)) for each in directories}
     started = [each for each in directories if (each / "steps" / "00" / STEP).exists()]
-    left_out = [f"{each.name} ({said(why[each])})" for each in directories if each not in started]
+    left_out = [f"{each} ({outcomes[each]})" for each in directories if each not in started]
     if not started:
-        what = "no step is finished; run its cu-run command first"
-        raise StoreError(f"{directories[0].parent / left_out[0]}: {what}")
+        raise StoreError(
+            f"no step is finished of {', '.join(left_out)}; run the cu-run command first"
+        )
     runs = [read_run(directory) for directory in started]
     for run in runs:
         if missing := [name for name in NEEDED if name not in run.config["sequence"]]:
@@ -146,21 +149,23 @@ def read_all(
         require_true(run)
     grouped = group_runs(runs)
     labels = label_groups(grouped)
-    groups = [Group(number, labels[number], each) for number, each in enumerate(grouped)]
+    groups = [
+        Group(
+            number,
+            labels[number],
+            each,
+            [] if each[0].complete else [outcomes[run.directory] for run in each],
+        )
+        for number, each in enumerate(grouped)
+    ]
     lines = [
-        f"{group.title}: {run.directory.name} ({said(why[run.directory])})."
+        f"{group.title}: {outcome} ({run.directory.name})"
         for group in groups
-        for run in group.runs
-        if not run.complete
+        for run, outcome in zip(group.runs, group.outcomes, strict=False)
     ]
     if left_out:
         lines.append(f"Left out, since no step is finished: {', '.join(left_out)}.")
     return groups, lines
-
-
-def said(why: str) -> str:
-    """Return why a run has no end, if anything says so."""
-    return why or "nothing says why"
 
 
 def group_runs(runs: list[RunRecord]) -> list[list[RunRecord]]:

@@ -30,7 +30,7 @@ class Cell:
     text: str
     style: LineStyle | None = None  # of the group that it names
     mark: str = ""  # beside the number, outside its column
-    interval: str = ""  # below the number
+    below: str = ""  # below the number, and smaller: its interval
     is_prose: bool = False
     bar: str = ""  # its length in percent
 
@@ -62,7 +62,7 @@ def estimated(estimate: Estimate, name: str = "", mark: str = "") -> str | Cell:
     text, interval = number(estimate.mean, name), ""
     if estimate.half is not None and text != DASH:
         interval = f"({' to '.join(number(end, name) for end in estimate.ends)})"
-    return Cell(text, mark=mark, interval=interval) if mark or interval else text
+    return Cell(text, mark=mark, below=interval) if mark or interval else text
 
 
 def parts_of(count: int, most: int) -> list[range]:
@@ -77,7 +77,9 @@ def summary(groups: list[Group]) -> Table:
     for group in groups:
         marks = {"UA": DAGGER} if group.at_end("UA").mean < ENOUGH_UA else {}
         numbers = [estimated(group.at_end(name), name, marks.get(name, "")) for name in NAMES]
-        rows.append([named(group, group.label), group.seeds, group.extent, *numbers])
+        states = ", ".join(dict.fromkeys(outcome.state for outcome in group.outcomes))
+        extent = Cell(group.extent, below=states)
+        rows.append([named(group, group.label), group.seeds, extent, *numbers])
     head: Row = ["run", "seeds", "requests", *NAMES.values()]
     return Table("After the last finished request", head, rows)
 

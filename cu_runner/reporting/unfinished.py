@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from cu_runner.sweeps.status import is_locked
 
@@ -16,21 +18,34 @@ STOPPED = re.compile(r"stopped by (\w+)\((.*)\)")
 ASKED = ("Stopped", "KeyboardInterrupt")  # a person or the cluster ended it
 
 
-def why_unfinished(directory: Path, noted: str | None) -> str:
-    """Return "runs now", "failed: ...", "stopped" or the last words of a run; "" of none at all.
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run that is not finished. why: one line, or "" where nothing says it."""
+
+    state: Literal["runs now", "stopped", "failed", "ended"]
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.state}: {self.why}" if self.why else self.state
+
+
+def outcome_of(directory: Path, noted: str | None) -> Outcome:
+    """Return what became of a run that is not finished.
 
     Args:
         noted: the line with which a job of a sweep failed.
     """
     if is_locked(directory / ".lock"):
-        return "runs now"
+        return Outcome("runs now")
     last = last_entry(directory / LOG)
     if found := STOPPED.fullmatch(last):
         name, said = found.groups()
-        return "stopped" if name in ASKED else f"failed: {shorten(words_of(said) or name)}"
+        if name in ASKED:
+            return Outcome("stopped")
+        return Outcome("failed", shorten(words_of(said) or name))
     if noted:
-        return f"failed: {shorten(noted)}"
-    return f"ended without a word after {shorten(last)!r}" if last else ""
+        return Outcome("failed", shorten(noted))
+    return Outcome("ended", f"its log breaks off after {shorten(last)!r}" if last else "")
 
 
 def last_entry(log: Path) -> str:
