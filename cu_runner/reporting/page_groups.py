@@ -136,7 +136,7 @@ def read_all(
     """
     outcomes = {each: outcome_of(each, (noted or {}).get(each)) for each in directories}
     started = [each for each in directories if (each / "steps" / "00" / STEP).exists()]
-    left_out = [f"{each} ({outcomes[each]})" for each in directories if each not in started]
+    left_out = [f"{each.name} ({outcomes[each]})" for each in directories if each not in started]
     if not started:
         raise StoreError(
             f"no step is finished of {', '.join(left_out)}; run the cu-run command first"

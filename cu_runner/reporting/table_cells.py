@@ -112,7 +112,7 @@ def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
     for cell in cells:
         published = values.get(cell.method, {}).get(cell.column, {}).get(cell.row, {})
         runs = [] if cell.missing() else cell.runs
-        known = estimates_at_end(runs) if runs else {}
+        known = estimates_at_end(runs, ["UA", *table.metrics]) if runs else {}
         for metric in table.metrics:
             number, found = published.get(metric), known.get(metric)
             row = Measured(
@@ -138,13 +138,13 @@ def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[field.name for field in fields(Measured)])
 
 
-def estimates_at_end(runs: list[RunRecord]) -> dict[str, Estimate]:
-    """Return each share of images after the last request, over the seeds of a cell."""
+def estimates_at_end(runs: list[RunRecord], metrics: list[str]) -> dict[str, Estimate]:
+    """Return shares of images after the last request, over the seeds of a cell."""
     counts = image_counts(runs[0], len(runs[0].records) - 1)
     last = [run.table.iloc[-1] for run in runs]
     return {
-        metric: of_shares([float(entry[metric]) for entry in last], count)
-        for metric, count in counts.items()
+        metric: of_shares([float(entry[metric]) for entry in last], counts[metric])
+        for metric in metrics
     }
 
 

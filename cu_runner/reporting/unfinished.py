@@ -20,7 +20,7 @@ ASKED = ("Stopped", "KeyboardInterrupt")  # a person or the cluster ended it
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run that is not finished. why: one line, or "" where nothing says it."""
+    """What became of a run that is not finished. why: one line, or "" where none is needed."""
 
     state: Literal["runs now", "stopped", "failed", "ended"]
     why: str = ""
@@ -45,7 +45,7 @@ def outcome_of(directory: Path, noted: str | None) -> Outcome:
         return Outcome("failed", shorten(words_of(said) or name))
     if noted:
         return Outcome("failed", shorten(noted))
-    return Outcome("ended", f"its log breaks off after {shorten(last)!r}" if last else "")
+    return Outcome("ended", f"its log breaks off after {shorten(last)!r}" if last else "no log")
 
 
 def last_entry(log: Path) -> str:

@@ -29,26 +29,26 @@ from cu_runner.config.compose import compose
 from cu_runner.evaluators.grid import draw_grid
 from cu_runner.evaluators.metrics import named_metrics
 from cu_runner.models.parameters import drift
-from cu_runner.reporting import page_data
+from cu_runner.reporting import page_groups
 from cu_runner.reporting.page_data import (
-    Shown,
     costs,
     drift_by_layer,
-    label_runs,
     network_position,
     provenance,
-    read_all,
     sample_images,
     short_layer,
+    spread,
 )
+from cu_runner.reporting.page_groups import Group, group_runs, in_words, label_groups, read_all
 from cu_runner.reporting.page_plots import COLOURS, line_style
 from cu_runner.reporting.page_tables import parts_of
 from cu_runner.runtime.code_identity import CodeIdentity, identify
 from cu_runner.schema.errors import StoreError
-from cu_runner.store.files import hash_json, to_safetensors
+from cu_runner.store.files import to_safetensors
 from cu_runner.store.records import Row, StepResult, TrainingRecord
 from cu_runner.store.run_directory import RunStore
 from cu_runner.store.run_record import RunRecord, read_run
+from cu_runner.store.signature import signature
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 KEY, VALUE = (
@@ -62,7 +62,7 @@ ODD = '<b>"x"& \N{GREEK SMALL LETTER PI} $a_1$'  # a concept that must stay text
 def numbers_by_hand():
     """The runs made here have metrics of their own, which do not follow from their predictions."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page_data, "require_true", lambda run: None)
+        patch.setattr(page_groups, "require_true", lambda run: None)
         yield
 
 
@@ -110,10 +110,10 @@ def make_run(
     }
     config |= {"seed": seed, "science": science}
     directory = (
-        outputs / "runs" / sequence / f"{method}-none-sequential-s{seed}-{hash_json(config)[:8]}"
+        outputs / "runs" / sequence / f"{method}-none-sequential-s{seed}-{signature(config)[:8]}"
     )
     parent = None
-    with RunStore(directory, config, hash_json, code=code) as store:
+    with RunStore(directory, config, signature, code=code) as store:
         for index in range(finished + 1):
             concepts = [*(targets[:index] if index else targets), *retain]
             rows = [
@@ -151,7 +151,7 @@ def make_run(
                 "request": index,
                 "concept": targets[index - 1] if index else "",
                 "UA": 90.0 + 2 * index if index else None,
-                "RA_I": 100.0 - index,
+                "RA_I": 100.0 - index - seed,
                 "RA_C": 80.0 - index,
                 "RA_C_retained": 70.0,
                 "UA_current": None,
@@ -270,33 +270,38 @@ def by_hand(tmp_path_factory) -> Path:
     return folder
 
 
-def only(folder: Path, method: str) -> Shown:
+def only(folder: Path, method: str) -> Group:
     return next(
-        shown
-        for shown in read_all(sorted(folder.glob("runs/*/*")))[0]
-        if shown.run.method == method
+        group
+        for group in read_all(sorted(folder.glob("runs/*/*")))[0]
+        if group.first.method == method
     )
 
 
 # -------------------------------------------------------------------------------------- the numbers
 def test_labels_tell_runs_apart(tmp_path):
-    runs = [read_run(make_run(tmp_path, method, finished=1)) for method in ("conabl", "esd")]
-    assert label_runs(runs) == ["conabl", "esd"]
-    runs.append(read_run(make_run(tmp_path, "esd", finished=1, seed=1)))
-    assert label_runs(runs) == ["conabl, seed 0", "esd, seed 0", "esd, seed 1"]
-    other = read_run(make_run(tmp_path, "esd", finished=1, science=1))
-    assert label_runs([runs[1], other]) == [
-        f"esd [{run.directory.name[-8:-4]}]" for run in (runs[1], other)
+    def labels(*runs: RunRecord) -> list[str]:
+        return label_groups([[run] for run in runs])
+
+    def made(method: str, **options: object) -> RunRecord:
+        return read_run(make_run(tmp_path, method, finished=1, **options))
+
+    conabl, esd = made("conabl"), made("esd")
+    assert labels(conabl, esd) == ["conabl", "esd"]
+    later = made("esd", seed=1)
+    assert labels(conabl, esd, later) == ["conabl, seed 0", "esd, seed 0", "esd, seed 1"]
+    assert label_groups([[conabl], [esd, later]]) == ["conabl, seed 0", "esd, seeds 0, 1"]
+    other = made("esd", science=1)
+    assert labels(esd, other) == [f"esd [{run.directory.name[-8:-4]}]" for run in (esd, other)]
+    assert labels(esd, made("esd", sequence="other")) == ["esd, hand", "esd, other"]
+    copy = RunRecord(tmp_path / "copy" / esd.directory.name, esd.config, esd.records)
+    assert [label[-4:] for label in labels(esd, copy)] == [" [1]", " [2]"]
+    assert [in_words(seeds) for seeds in ([7], [0, 2], [0, 1, 2], [1, 2, 4])] == [
+        "7",
+        "0, 2",
+        "0 to 2",
+        "1, 2, 4",
     ]
-    moved = read_run(make_run(tmp_path, "esd", finished=1, sequence="other"))
-    assert label_runs([runs[1], moved]) == ["esd, hand", "esd, other"]
-    twice = label_runs(
-        [
-            runs[1],
-            RunRecord(tmp_path / "copy" / runs[1].directory.name, runs[1].config, runs[1].records),
-        ]
-    )
-    assert [label[-4:] for label in twice] == [" [1]", " [2]"]
 
 
 def test_accuracy_and_what_is_unlearned_by_then(by_hand):
@@ -310,7 +315,7 @@ def test_accuracy_and_what_is_unlearned_by_then(by_hand):
 
 
 def test_drift_by_layer_adds_up(by_hand, tmp_path):
-    found = drift_by_layer(only(by_hand, "conabl").run)
+    found = drift_by_layer(only(by_hand, "conabl").first)
     assert found == {
         KEY.removesuffix(".weight"): 9.0,
         VALUE.removesuffix(".weight"): 12.0,
@@ -348,26 +353,33 @@ def test_cost_counts_requests_and_names_devices(by_hand):
     assert cost["train_steps"].tolist() == [180, 120]
     assert cost["peak_memory_mb"].tolist() == [1030, 1020]
     assert cost["cached"].tolist() == [0, 0]
-    facts = provenance(only(by_hand, "conabl").run)
+    facts = provenance(only(by_hand, "conabl").first)
     assert facts["device"] == "cpu (abacus) (requests 0 to 1), cpu (quipu) (requests 2 to 3)"
     assert facts["git commit"] == "c" * 40
     assert facts["versions"] == f"python 3, torch 2, cu_runner {__version__}"
 
 
-def test_samples_are_the_first_cross_concept_over_time(by_hand):
-    shown = only(by_hand, "conabl")
-    found = sample_images(shown)
-    assert (found.cross_concept, found.seed) == ("tree", 188)
-    part = Image.open(io.BytesIO(found.jpeg(range(1, 3), range(2, 4))))
-    assert part.size == (16 * 2, 16 * 2)
-    assert part.getpixel((8, 8)) == pytest.approx(colour("new", 2), abs=9)
-    picture = Image.open(io.BytesIO(found.jpeg(range(5), range(4))))
-    assert picture.size == (16 * 4, 16 * 5)
-    for y, concept in enumerate(shown.accuracy.index):
+def test_samples_are_of_several_concepts_of_the_other_domain_over_time(by_hand):
+    group = only(by_hand, "conabl")
+    concepts = list(group.accuracy.index)
+    tree, cup = sample_images(group.first, concepts)
+    assert [(each.cross_concept, each.seed) for each in (tree, cup)] == [
+        ("tree", 188),
+        ("cup", 188),
+    ]
+    part = Image.open(io.BytesIO(tree.jpeg(range(1, 3))))
+    assert part.size == (16 * 4, 16 * 2)
+    assert part.getpixel((40, 8)) == pytest.approx(colour("new", 2), abs=9)
+    assert tree.montage.size == (16 * 4, 16 * 5)
+    for y, concept in enumerate(concepts):
         for index in range(4):
-            measured = pd.notna(shown.accuracy.at[concept, index])
+            measured = pd.notna(group.accuracy.at[concept, index])
             expected = colour(concept, index) if measured else (255, 255, 255)
-            assert picture.getpixel((16 * index + 8, 16 * y + 8)) == pytest.approx(expected, abs=9)
+            place = (16 * index + 8, 16 * y + 8)
+            assert tree.montage.getpixel(place) == expected
+            assert cup.montage.getpixel(place) == (255, 255, 255)
+    assert spread(9, 8) == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert spread(8, 8) == list(range(8))
 
 
 def test_line_styles_differ_and_are_visible():
@@ -409,9 +421,11 @@ def test_the_page_of_two_runs(cu_report, by_hand, tmp_path):
 
     partial = "esd (2 of 3 requests)"
     summary = page.tables["After the last finished request"]
-    assert summary[0] == ["run", "requests", "UA", "RA-I", "RA-C", "RA-C retained", "drift"]
-    assert summary[1] == ["conabl", "3", "96.0", "97.0", "77.0", "70.0", "15.00"]
-    assert summary[2] == ["esd", "2 of 3", "94.0\N{DAGGER}", "98.0", "78.0", "70.0", "10.00"]
+    head = ["run", "seeds", "requests", "UA", "RA-I", "RA-C", "RA-C retained", "drift"]
+    assert summary[0] == head
+    assert summary[1] == ["conabl", "0", "3", "96.0", "97.0", "77.0", "70.0", "15.00"]
+    unfinished = ["esd", "0", "2 of 3 ended", "94.0\N{DAGGER}", "98.0", "78.0", "70.0", "10.00"]
+    assert summary[2] == unfinished
     tradeoff = page.tables["UA and RA-C after the last finished request"]
     assert tradeoff == [
         ["run", "UA", "RA-C"],
@@ -458,21 +472,22 @@ def test_the_page_of_two_runs(cu_report, by_hand, tmp_path):
     keys = page.tables["L2 norm of the drift of each layer: keys"]
     assert keys == [["layer", "conabl", partial], [KEY.removesuffix(".weight"), "9.000", "6.000"]]
     assert page.tables["L2 norm of the drift of each layer: values"][1][1:] == ["12.00", "8.000"]
-    assert page.tables["Cost of all finished requests"][1][:6] == [
+    assert page.tables["Cost of all finished requests"][1][:7] == [
         "conabl",
+        "0",
         "3",
         "32",
         "12",
         "180",
         "1,030",
     ]
-    assert page.tables["Cost of all finished requests"][2][1] == "2 of 3"
-    directory = only(by_hand, "conabl").run.directory
+    assert page.tables["Cost of all finished requests"][2][2] == "2 of 3"
+    directory = only(by_hand, "conabl").first.directory
     assert (directory / "config.yaml").read_text() in page.text
     assert f"{directory}signature{read_run(directory).records[0].signature}" in page.text
 
     images = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == 2
+    assert len(images) == 4  # two concepts of the other domain of two runs
     assert Image.open(io.BytesIO(base64.b64decode(images[0].partition(",")[2]))).size == (64, 80)
     plots = {path.name for path in (path.parent / "plots").iterdir()}
     names = [
@@ -573,9 +588,9 @@ def test_runs_of_one_name_say_what_differs(cu_report, outlined, tmp_path):
     make_run(tmp_path, "esd", finished=1)
     cu_report(tmp_path / "runs", "--output", "here")
     found = read_page(tmp_path / "here/index.html").tables[
-        "Settings in which the runs of conabl differ"
+        "What keeps the runs of conabl apart"
     ]
-    assert [row[0] for row in found] == ["setting", "science"]
+    assert [row[0] for row in found] == ["what", "science"]
     assert sorted(zip(found[0][1:], found[1][1:], strict=True)) == sorted(
         (f"conabl [{run.name[-8:-4]}] (1 of 3 requests)", science)
         for run, science in ((one, "3"), (other, "4"))
@@ -608,7 +623,7 @@ def test_many_runs_stand_in_several_tables(cu_report, outlined, tmp_path):
         )
     cu_report(tmp_path / "runs", "--output", "here", "--details", "1")
     html = (tmp_path / "here/index.html").read_text()
-    assert html.count("<caption>Settings in which the runs of conabl differ</caption>") == 2
+    assert html.count("<caption>What keeps the runs of conabl apart</caption>") == 2
     assert html.count("<caption>L2 norm of the drift of each layer: keys</caption>") == 2
     heads = re.findall(
         r"<caption>UA after request</caption><thead>(.*?)</thead>", html, flags=re.DOTALL
@@ -632,10 +647,11 @@ def test_many_requests_come_in_parts_that_fit_a_printed_page(cu_report, tmp_path
         Image.open(io.BytesIO(base64.b64decode(data))).size
         for data in re.findall(r"jpeg;base64,([^\"]+)", html)
     ]
-    assert (
-        sizes == [(21 * 16, 21 * 16), (20 * 16, 21 * 16)] * 2
-    )  # 42 concepts, 26 pixels each on paper
-    assert html.count("--print:26px") == 4
+    # 42 concepts in three parts, 8 of 41 requests, with two concepts of the other domain
+    assert sizes == [(8 * 16, 14 * 16)] * 6
+    assert html.count("--print:64px") == 6
+    shown = re.findall(r'<b style="grid-area:1/[0-9]">(\d+)</b>', html)[:8]
+    assert shown == ["0", "6", "11", "17", "23", "29", "34", "40"]
     assert parts_of(13, 26) == [range(13)]
 
 
@@ -646,13 +662,15 @@ def test_details_are_for_the_first_runs(cu_report, outlined, by_hand, tmp_path):
         "(--details)."
     )
     assert status == 0
-    assert out.splitlines() == [note, "report: some/where/index.html"]
+    ended = "esd (2 of 3 requests): ended: no log ("
+    assert out.splitlines()[0].startswith(ended)
+    assert out.splitlines()[1:] == [note, "report: some/where/index.html"]
     page = read_page(tmp_path / "some/where/index.html")
     assert note in page.text
     assert [name for name in page.tables if name.startswith("Accuracy")] == [
         "Accuracy of every concept after each request: conabl"
     ]
-    assert len([tag for tag, _ in page.tags if tag == "img"]) == 1
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == 2
     assert len(page.tables["UA after request"]) == 3
 
 
@@ -665,7 +683,8 @@ def test_a_run_that_has_just_begun(cu_report, tmp_path):
     (second / "steps" / "00" / "step.json").unlink()
     status, out, err = cu_report(first, second)
     assert (status, err) == (0, "")
-    assert out.splitlines()[0] == f"Left out, since no step is finished: {second.name}."
+    left_out = f"Left out, since no step is finished: {second.name} (ended: no log)."
+    assert out.splitlines()[1] == left_out
     assert re.search(r"report: outputs/reports/2-runs-[0-9a-f]{8}/index.html", out)
     page = read_page(Path(out.splitlines()[-1].removeprefix("report: ")))
     assert page.tables["RA-I after request"] == [
@@ -776,7 +795,7 @@ def test_a_hundred_runs(tmp_path):
     targets = tuple(f"concept {number}" for number in range(12))
     for number in range(100):
         method = "conabl" if number % 2 else "esd"
-        make_run(tmp_path, method, targets, finished=12, seed=number, computed=True)
+        make_run(tmp_path, method, targets, finished=12, science=number, computed=True)
     code = "import sys, time\nfrom cu_runner.cli import report\n"
     code += f"import cu_runner.reporting.page\n{USED}\n"
     code += "before, started = used(), time.monotonic()\nreport.main()\n"

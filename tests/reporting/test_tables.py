@@ -20,6 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from cu_runner.cli import fill_table, table
 from cu_runner.config.compose import compose
 from cu_runner.reporting import table_cells as tables
+from cu_runner.reporting.estimates import image_counts
 from cu_runner.reporting.intervals import of_sum, over_images, over_seeds, widest
 from cu_runner.reporting.table_spec import read_table
 from cu_runner.runtime.paths import shipped_dir
@@ -334,7 +335,10 @@ def test_seeds_become_mean_and_interval_in_every_format(cu_table, own_table, tmp
     last = [{"UA": 96.0, "RA_I": value, "RA_C": float("nan")} for value in (1.0, 2.0, 3.0)]
     runs = [
         SimpleNamespace(
-            directory=Path(str(i)), table=pd.DataFrame([row]), same_code_as=lambda _: True
+            directory=Path(str(i)),
+            records=[{}],
+            table=pd.DataFrame([row]),
+            same_code_as=lambda _: True,
         )
         for i, row in enumerate(last)
     ]
@@ -343,7 +347,7 @@ def test_seeds_become_mean_and_interval_in_every_format(cu_table, own_table, tmp
         "ConAbl", "style", "sequential", [["seed=0"], ["seed=1"], ["seed=2"]], plans, runs
     )
     monkeypatch.setattr(fill_table, "make_cells", lambda *_: [cell])
-    monkeypatch.setattr(tables, "num_images", lambda *_: 96)
+    monkeypatch.setattr(tables, "image_counts", lambda *_: {"UA": 96, "RA_I": 96, "RA_C": 96})
     status, out, err = cu_table(own_table(), "--seeds", "0,1,2")
     assert (status, err) == (0, "")
     marked = (
@@ -422,7 +426,9 @@ def test_ua_rests_on_images_with_a_face():
         unlearned=lambda _: ["a"],
         config={"sequence": {"domain": "style", "retain": ["b"]}},
     )
-    assert [tables.num_images(run, metric) for metric in ("UA", "RA_I", "RA_C")] == [1, 1, 4]
+    run.config["sequence"]["targets"] = ["a", "c"]
+    assert image_counts(run, 1) == {"UA": 1, "RA_I": 1, "RA_C": 4, "RA_C_retained": 1}
+    assert image_counts(run, 0)["UA"] == 2  # before a request, of all targets
 
 
 def test_run_makes_what_is_missing(cu_table, own_table, run_copy, jobs_in_forks):
