@@ -20,16 +20,12 @@ import torch
 import wandb
 from commands import USED
 from conftest import SMOKE
-from matplotlib.figure import Figure
 from PIL import Image
+from runs_by_hand import KEY, VALUE, colour, make_run
 
 from cu_runner import __version__
 from cu_runner.cli import report
 from cu_runner.config.compose import compose
-from cu_runner.evaluators.grid import draw_grid
-from cu_runner.evaluators.metrics import named_metrics
-from cu_runner.models.parameters import drift
-from cu_runner.reporting import page_groups
 from cu_runner.reporting.page_data import (
     costs,
     drift_by_layer,
@@ -39,167 +35,25 @@ from cu_runner.reporting.page_data import (
     short_layer,
     spread,
 )
-from cu_runner.reporting.page_groups import Group, group_runs, in_words, label_groups, read_all
+from cu_runner.reporting.page_groups import Group, in_words, label_groups, read_all
 from cu_runner.reporting.page_plots import COLOURS, line_style
 from cu_runner.reporting.page_tables import parts_of
-from cu_runner.runtime.code_identity import CodeIdentity, identify
+from cu_runner.runtime.code_identity import identify
 from cu_runner.schema.errors import StoreError
 from cu_runner.store.files import to_safetensors
-from cu_runner.store.records import Row, StepResult, TrainingRecord
-from cu_runner.store.run_directory import RunStore
 from cu_runner.store.run_record import RunRecord, read_run
-from cu_runner.store.signature import signature
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
-KEY, VALUE = (
-    f"up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_{kind}.weight" for kind in "kv"
-)
 ODD = '<b>"x"& \N{GREEK SMALL LETTER PI} $a_1$'  # a concept that must stay text
 
 
-# ------------------------------------------------------------------------------------ a run by hand
-@pytest.fixture(autouse=True, scope="module")
-def numbers_by_hand():
-    """The runs made here have metrics of their own, which do not follow from their predictions."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page_groups, "require_true", lambda run: None)
-        yield
-
-
-def wrong(concept: str, cross: str, index: int) -> bool:
-    """Which images of a step are not recognised: "new" on the tree from its request on, "old"
-    everywhere but after request 3.
-    """
-    return (concept == "new" and index >= 2 and cross == "tree") or (
-        concept == "old" and index in (1, 2)
-    )
-
-
-def colour(concept: str, index: int) -> tuple[int, int, int]:
-    """Of the sample images with the first cross concept."""
-    return (sum(map(ord, concept)) % 200, 40 * index, 60)
-
-
-def make_run(
-    outputs: Path,
-    method: str = "conabl",
-    targets: tuple[str, ...] = ("old", "new", "last"),
-    finished: int = 3,
-    *,
-    seed: int = 0,
-    sequence: str = "hand",
-    science: int = 0,
-    code: CodeIdentity | None = None,
-    computed: bool = False,
-) -> Path:
-    """A run directory with the steps 0 to `finished`: retained "kept" and "near", cross concepts
-    "tree" and "cup", one seed. computed: its metrics follow from its predictions.
-    """
-    retain, crosses = ["kept", "near"], ["tree", "cup"]
-    names = {
-        "targets": list(targets),
-        "retain": retain,
-        "cross_retain": crosses,
-        "domain": "style",
-        "cross_domain": "object",
-    }
-    config = {
-        "sequence": names | {"name": sequence, "seeds": [188]},
-        "reg": {},
-        "setting": {"plan": "sequential"},
-    }
-    config |= {"seed": seed, "science": science}
-    directory = (
-        outputs / "runs" / sequence / f"{method}-none-sequential-s{seed}-{signature(config)[:8]}"
-    )
-    parent = None
-    with RunStore(directory, config, signature, code=code) as store:
-        for index in range(finished + 1):
-            concepts = [*(targets[:index] if index else targets), *retain]
-            rows = [
-                {
-                    "step": index,
-                    "prompt": f"a {cross} in {concept} style",
-                    "style": concept,
-                    "object": cross,
-                    "seed": 188,
-                    "predicted_style": "?" if wrong(concept, cross, index) else concept,
-                    "score_style": 1.0,
-                    "predicted_object": cross,
-                    "score_object": 1.0,
-                }
-                for concept in concepts
-                for cross in crosses
-            ]
-            pictures = {
-                (concept, cross): Image.new(
-                    "RGB", (16, 16), colour(concept, index) if cross == "tree" else "white"
-                )
-                for concept in concepts
-                for cross in crosses
-            }
-            delta = {
-                KEY: torch.full((2, 2), 1.5 * index),
-                VALUE: torch.full((2, 2), 2.0 * index),
-            }  # norms 3n and 4n, together 5n
-            files = {
-                "predictions.csv": pd.DataFrame(rows).to_csv(index=False).encode(),
-                "metrics.json": b"{}",
-                "grid.png": draw_grid(pictures, list(targets[:index]), ""),
-            }
-            row = {
-                "request": index,
-                "concept": targets[index - 1] if index else "",
-                "UA": 90.0 + 2 * index if index else None,
-                "RA_I": 100.0 - index - seed,
-                "RA_C": 80.0 - index,
-                "RA_C_retained": 70.0,
-                "UA_current": None,
-                "UA_previous": None,
-                "drift_l2": drift(delta).l2,
-                "train_steps": 60 if index else 0,
-                "train_seconds": 10.5 if index else 0.0,
-                "eval_seconds": 4.0,
-                "peak_memory_mb": 1000 + 10 * index,
-            }
-            if computed:
-                gone, shown = list(targets[:index]), pd.DataFrame(rows)
-                row |= named_metrics(shown, gone, "style", list(targets), retain, crosses)
-            result = StepResult(
-                index=index,
-                files=files | ({"delta.safetensors": to_safetensors(delta)} if index else {}),
-                row=Row.of(row),
-                targets=[row["concept"]] if index else [],
-                model_sha256="m" * 64,
-                evaluator_sha256="e" * 64,
-                training=TrainingRecord(steps=60 if index else 0),
-                versions={"python": "3", "torch": "2", "cu_runner": __version__},
-                device="cpu (abacus)" if index < 2 else "cpu (quipu)",
-                git_commit="c" * 40,
-            )
-            parent = store.save_step(result, parent)
-    return directory
+pytestmark = pytest.mark.usefixtures("numbers_by_hand")
 
 
 @pytest.fixture
 def cu_report(call_command):
     """Returns run(*arguments) -> (exit status, stdout, stderr) of cu-report in tmp_path."""
     return lambda *arguments: call_command(report.main, "cu-report", *arguments)
-
-
-@pytest.fixture
-def outlined(monkeypatch):
-    """Plots are made, and in place of drawing them an empty picture is written: for the tests of
-    what stands beside them.
-    """
-
-    def write(figure: Figure, file: str | io.StringIO, **_: object) -> None:
-        if isinstance(file, str):
-            Path(file).touch()
-        else:
-            file.write('<svg viewBox="0 0 1 1"></svg>')
-
-    monkeypatch.setattr(Figure, "savefig", write)
 
 
 class Page(HTMLParser):
@@ -587,9 +441,7 @@ def test_runs_of_one_name_say_what_differs(cu_report, outlined, tmp_path):
     one, other = (make_run(tmp_path, science=number, finished=1) for number in (3, 4))
     make_run(tmp_path, "esd", finished=1)
     cu_report(tmp_path / "runs", "--output", "here")
-    found = read_page(tmp_path / "here/index.html").tables[
-        "What keeps the runs of conabl apart"
-    ]
+    found = read_page(tmp_path / "here/index.html").tables["What keeps the runs of conabl apart"]
     assert [row[0] for row in found] == ["what", "science"]
     assert sorted(zip(found[0][1:], found[1][1:], strict=True)) == sorted(
         (f"conabl [{run.name[-8:-4]}] (1 of 3 requests)", science)
