@@ -50,6 +50,9 @@ def explain_error(error: Exception, overrides: list[str]) -> tuple[int, str]:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    if isinstance(error, ExceptionGroup):
+        found = dict.fromkeys(explain_error(each, overrides) for each in error.exceptions)
+        return max(status for status, _ in found), "; ".join(message for _, message in found)
     if isinstance(error, yaml.YAMLError):
         return 2, f"a configuration file is no valid YAML: {one_line(error)}"
     if isinstance(error, HydraException | OmegaConfBaseException):

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, fields
 
-from cu_runner.config.compose import compose
+from cu_runner.config.compose import compose_all
 from cu_runner.config.run_config import RunConfig
 from cu_runner.evaluators.metrics import ENOUGH_UA
 from cu_runner.reporting.code_differences import made_by_other_code
@@ -44,21 +44,33 @@ class Cell:
 def make_cells(
     table: Table, experiment: Experiment, seeds: list[int], more: Overrides
 ) -> Iterator[Cell]:
-    """Compose every cell and open the directories that are there."""
+    """Compose every cell and open the directories that are there.
+
+    Raises:
+        ConfigError: a cell cannot be composed, or an error of Hydra's own; of several cells an
+            ExceptionGroup.
+    """
+    commands = {
+        place: [[*command, *seed, *more] for seed in [[f"seed={seed}"] for seed in seeds] or [[]]]
+        for place, command in overrides_of_cells(table, experiment)
+    }
+    plans = iter(compose_all([command for each in commands.values() for command in each]))
+    for place, each in commands.items():
+        own = list(itertools.islice(plans, len(each)))
+        begun = [plan for plan in own if (plan.directory / "steps/00" / STEP).exists()]
+        runs = [open_run(plan) for plan in begun]
+        yield Cell(*place, each, own, [run for run in runs if run.complete])
+
+
+def overrides_of_cells(
+    table: Table, experiment: Experiment
+) -> Iterator[tuple[tuple[str, str, str], Overrides]]:
+    """Yield method, column and row of every cell, and its overrides."""
     for method, chosen in experiment.methods.items():
         for column, where in experiment.columns.items():
             for row, overrides in table.rows.items():
                 own = overrides[column] if isinstance(overrides, dict) else overrides
-                command = [*where, *chosen, *own]
-                commands = [[*command, f"seed={seed}", *more] for seed in seeds] or [
-                    [*command, *more]
-                ]
-                plans = [compose(each) for each in commands]
-                begun = [plan for plan in plans if (plan.directory / "steps/00" / STEP).exists()]
-                runs = [open_run(plan) for plan in begun]
-                yield Cell(
-                    method, column, row, commands, plans, [run for run in runs if run.complete]
-                )
+                yield (method, column, row), [*where, *chosen, *own]
 
 
 def open_run(plan: RunConfig) -> RunRecord:

@@ -114,6 +114,23 @@ class Table:
         if self.targets:
             yield from self.targets.complaints(self)
 
+        for place, text in self.texts():
+            if not text.strip().isprintable():
+                yield f"{place}: {text!r} would not be one line of print; give plain text"
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Yield every text that is printed, and where it stands."""
+        yield "title", self.title
+        yield from (("rows", label) for label in self.rows)
+        for name, experiment in self.experiments.items():
+            place = f"experiments: {name}"
+            texts = (experiment.model, *experiment.methods, *experiment.columns)
+            yield from ((place, text) for text in texts)
+        if self.targets:
+            texts = (self.targets.model, *self.targets.sources, *self.targets.sources.values())
+            yield from (("targets", text) for text in texts)
+        yield from (("notes", note) for note in self.notes)
+
     def overrides(self) -> Iterator[Overrides]:
         """Return every list of overrides that the file holds."""
         for row in self.rows.values():
@@ -140,8 +157,12 @@ def read_table(name: str) -> tuple[str, Table]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
     table = validate(Table, content, path.name, every=True)
-    for overrides in table.overrides():
-        refuse_permissions(overrides, path.name)
-    if complaints := list(dict.fromkeys(table.complaints())):
-        raise ConfigError(f"{path.name}: {'; '.join(complaints)}")
+    complaints = [f"{path.name}: {complaint}" for complaint in table.complaints()]
+    for override in (override for overrides in table.overrides() for override in overrides):
+        try:
+            refuse_permissions([override], path.name)
+        except ConfigError as error:
+            complaints.append(str(error))
+    if complaints:
+        raise ConfigError("; ".join(dict.fromkeys(complaints)))
     return path.stem, table

@@ -543,7 +543,8 @@ def test_bad_input_is_one_line(cu_table, arguments, message):
 def test_all_that_is_wrong_with_a_file_is_said_at_once(cu_table, own_table):
     wrong = own_table(
         metrics=["UA", "FID", "KID"],
-        rows={"a": {"object": ["reg=none"]}, "b": []},
+        rows={"a": {"object": ["reg=none"]}, "b\nc": ["hydra.job.name=x", "reg=[", ""]},
+        title="\x1b[31mred",
         experiments={"bad name": {"model": "x", "methods": {}, "columns": {}}},
     )
     status, out, err = cu_table(wrong)
@@ -554,8 +555,17 @@ def test_all_that_is_wrong_with_a_file_is_said_at_once(cu_table, own_table):
         "experiments: bad name: methods or columns are empty",
         "experiments: 'bad name' becomes part of a file's name",
         "row 'a' gives overrides for object",
+        r"title: '\x1b[31mred' would not be one line of print",
+        "mine.yaml: hydra.job.name=x can run code",
+        "mine.yaml: 'reg=[' is no override",
+        "mine.yaml: '' is no override",
     ):
         assert said in err
+    rows = {"a": ["reg=l22"], "b": ["train.stepss=1"], "c": ["train.stepss=2"], "d": ["reg=l2"]}
+    status, out, err = cu_table(own_table(rows=rows, targets=None))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "reg=l22: no such file in conf/reg" in err
+    assert err.count("unknown key train.stepss") == 1
     wrong = own_table(metrics=7, rows=[], title=None)
     status, out, err = cu_table(wrong)
     assert (status, out, err.count("\n")) == (2, "", 1)
