@@ -3,10 +3,14 @@ those that are not finished.
 """
 
 import json
+import re
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 from matplotlib.figure import Figure
 from runs_by_hand import make_run
 
@@ -202,3 +206,16 @@ def test_merged_weights_are_those_that_were_measured(call_command, outlined, tmp
     place = (run / "steps/03/merged.safetensors").relative_to(tmp_path)
     assert f"<dt>weights</dt><dd>{place}</dd>" in html
     assert json.loads((run / "steps/03/step.json").read_text())["row"]["drift_l2"] == 30.0
+
+
+def test_the_readme_takes_the_weights_that_were_measured(model, tmp_path):
+    """Of a step with merge merged.safetensors, of every other one delta.safetensors."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r'(    weights = step / "merged.*?)\n\n', text, flags=re.DOTALL)
+    name, base = next((name, each.clone()) for name, each in model.unet.named_parameters())
+    place = {"step": tmp_path, "pipeline": model, "safetensors": safetensors}
+    for file, change in (("delta.safetensors", 1.0), ("merged.safetensors", 2.0)):
+        safetensors.torch.save_file({name: torch.full_like(base, change)}, tmp_path / file)
+        before = model.unet.get_parameter(name).clone()
+        exec(textwrap.dedent(code), dict(place))
+        assert torch.equal(model.unet.get_parameter(name), before + change)

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -570,6 +571,15 @@ def test_all_that_is_wrong_with_a_file_is_said_at_once(cu_table, own_table):
     status, out, err = cu_table(wrong)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert all(f"mine.yaml.{key}" in err for key in ("metrics", "rows", "title"))
+
+
+def test_the_documented_table_is_one(cu_table, tmp_path):
+    text = (Path(__file__).parents[2] / "docs/tables.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(textwrap.dedent(text[text.index("    title: mine") :]))
+    status, out, err = cu_table("mine.yaml")
+    assert (status, err) == (0, "")
+    assert "Not run yet: 2" in out
+    assert "cu-run sequence=smoke method=conabl reg=l2 reg.l2.weight=3000" in out
 
 
 def test_a_table_file_is_checked(cu_table, own_table, tmp_path):
