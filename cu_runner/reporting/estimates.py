@@ -10,6 +10,8 @@ from cu_runner.reporting.intervals import over_images, over_seeds, widest
 from cu_runner.store.layout import PREDICTIONS
 from cu_runner.store.run_record import RunRecord
 
+# metrics that are shares of images, by their names in metrics.csv
+SHARES = {"UA": "UA", "RA_I": "RA-I", "RA_C": "RA-C", "RA_C_retained": "RA-C retained"}
 Ends = tuple[float, float]
 UNKNOWN: Ends = (math.nan, math.nan)
 

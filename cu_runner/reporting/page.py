@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cu_runner.evaluators.metrics import ENOUGH_UA
 from cu_runner.reporting.code_differences import made_by_other_code
 from cu_runner.reporting.estimates import NOTHING
-from cu_runner.reporting.page_data import (
-    Samples,
-    costs,
-    drift_estimates,
-    network_position,
-    provenance,
-    sample_images,
-)
+from cu_runner.reporting.page_data import costs, drift_estimates, network_position
+from cu_runner.reporting.page_details import details_of
 from cu_runner.reporting.page_groups import Group
 from cu_runner.reporting.page_plots import (
     COLOURS,
@@ -31,11 +21,8 @@ from cu_runner.reporting.page_plots import (
     publish,
     tradeoff_panel,
     write_costs,
-    write_heat_map,
 )
 from cu_runner.reporting.page_tables import (
-    DAGGER,
-    DOUBLE_DAGGER,
     NAMES,
     Cell,
     Table,
@@ -45,17 +32,11 @@ from cu_runner.reporting.page_tables import (
     cost,
     estimated,
     named,
-    parts_of,
     seeds_at_end,
     seeds_by_request,
     summary,
 )
-from cu_runner.runtime.lazy import pd
-from cu_runner.store.layout import CONFIG
-from cu_runner.store.run_record import RunRecord
-
-MOST_COLUMNS = 26  # of a heat map side by side: what a printed page holds
-PRINTED = (552, 940, 64)  # pixels of samples across and down a printed page, and of one at most
+from cu_runner.reporting.table_formats import DOUBLE_DAGGER, LESS_FORGOTTEN
 
 
 @dataclass(frozen=True)
@@ -68,63 +49,13 @@ class Plot:
     seeds: list[Table]
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some rows and columns of an accuracy matrix, in percent.
-
-    kinds: "gone" where a concept is unlearned by then, "blank" where it was not measured, or "".
-    """
-
-    requests: list[int]
-    concepts: list[str]
-    values: list[list[float]]
-    kinds: list[list[str]]
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Sample images with one concept of the other domain.
-
-    parts: rows below one another, and their images as JPEG in base64. side: pixels of one in print.
-    """
-
-    samples: Samples
-    parts: list[tuple[Part, str]]
-    side: int
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where the numbers of a run are from. command: None if the Python interface made it."""
-
-    seed: int
-    facts: dict[str, str]
-    command: str | None
-    config: str
-
-
-@dataclass(frozen=True)
-class Details:
-    """What is shown of a group beside its metrics.
-
-    numbers: the mean over its seeds, in parts side by side. seeds: the same of single ones, with
-    the seed. pictures: of the first seed.
-    """
-
-    group: Group
-    numbers: list[Part]
-    seeds: list[tuple[int, list[Part]]]
-    pictures: list[Pictures]
-    origins: list[Origin]
-
-
 def write_page(groups: list[Group], plots: Path, details: int, remarks: list[str]) -> str:
     """Return the whole page as text, and write its plots as PNG and SVG files.
 
     Args:
         plots: existing folder for the pictures.
         details: of so many groups, the first ones, and so many seeds of each everything is given
-            (see Details).
+            (page_details).
         remarks: lines for the end of the summary.
 
     Raises:
@@ -178,8 +109,7 @@ def notes(groups: list[Group]) -> list[str]:
             "(Student's t) or over their images (Wilson's) where that is wider, within 0 and 100."
         )
     if any(group.at_end("UA").mean < ENOUGH_UA for group in groups):
-        why = "less was forgotten, so the retention is not comparable"
-        found.append(f"{DAGGER} UA is under {ENOUGH_UA:.0f}: {why}.")
+        found.append(LESS_FORGOTTEN)
     settings = [(group.label, group.first.config["setting"]) for group in groups]
     if stopped := [label for label, setting in settings if setting.get("stop_at") is not None]:
         when = "Requests end when the evaluator that also judges measures a given UA"
@@ -259,58 +189,3 @@ def layers(groups: list[Group], plots: Path) -> list[Plot]:
         description = f"{what}, one line per run or mean of seeds"
         found.append(Plot(svg, description, by_group(what, "layer", groups, rows), []))
     return found
-
-
-def details_of(group: Group, plots: Path, most: int) -> Details:
-    """Return everything of a group, of at most so many of its seeds, and write its heat map."""
-    write_heat_map(group, plots)
-    across = parts_of(group.last + 1, MOST_COLUMNS)
-    rows = range(len(group.accuracy))
-    alone = zip(group.runs, group.accuracies, strict=True) if len(group.runs) > 1 else ()
-    return Details(
-        group,
-        numbers=[part_of(group, group.accuracy, rows, part) for part in across],
-        seeds=[
-            (run.seed, [part_of(group, accuracy, rows, part) for part in across])
-            for run, accuracy in itertools.islice(alone, most)
-        ],
-        pictures=[
-            pictures_of(group, samples)
-            for samples in sample_images(group.first, list(map(str, group.accuracy.index)))
-        ],
-        origins=[origin_of(run) for run in group.runs[:most]],
-    )
-
-
-def pictures_of(group: Group, samples: Samples) -> Pictures:
-    """Return samples in parts that fit a printed page."""
-    side = min(PRINTED[2], PRINTED[0] // len(samples.requests))
-    parts = []
-    for rows in parts_of(len(group.accuracy), PRINTED[1] // side):
-        jpeg = base64.b64encode(samples.jpeg(rows)).decode()
-        parts.append((part_of(group, group.accuracy, rows, samples.requests), jpeg))
-    return Pictures(samples, parts, side)
-
-
-def origin_of(run: RunRecord) -> Origin:
-    """Return where the numbers of a run are from."""
-    facts = {"directory": within_here(run.directory), "signature": run.records[0].signature}
-    if last := len(run.records) - 1:
-        facts["weights"] = within_here(run.weights(last))
-    text = (run.directory / CONFIG).read_text(encoding="utf-8")
-    return Origin(run.seed, facts | provenance(run), run.command, text)
-
-
-def within_here(path: Path) -> str:
-    """Return a path as seen from the current directory, if it lies in it."""
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
-
-def part_of(group: Group, accuracy: pd.DataFrame, rows: range, columns: Sequence[int]) -> Part:
-    """Return a part of an accuracy matrix of a group or of one of its seeds."""
-    cut = np.ix_(rows, columns)
-    values, gone = accuracy.to_numpy()[cut], group.unlearned.to_numpy()[cut]
-    kinds = np.where(np.isnan(values), "blank", np.where(gone, "gone", ""))
-    concepts = [str(accuracy.index[row]) for row in rows]
-    return Part(list(columns), concepts, values.tolist(), kinds.tolist())

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cu_runner.reporting.estimates import Estimate, image_counts, of_shares, of_sizes
+from cu_runner.reporting.estimates import SHARES, Estimate, image_counts, of_shares, of_sizes
 from cu_runner.reporting.unfinished import Outcome, outcome_of
 from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
@@ -28,7 +28,6 @@ from cu_runner.store.signature import NOT_SCIENTIFIC, signature
 
 # of the sequence in a run's config.yaml, beside what read_run needs
 NEEDED = ("name", "domain", "cross_domain", "retain", "seeds")
-SHARES = ("UA", "RA_I", "RA_C", "RA_C_retained")
 MEASURED = (*SHARES, "drift_l2")
 WORDS = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 
@@ -138,16 +137,9 @@ def read_all(
     started = [each for each in directories if (each / "steps" / "00" / STEP).exists()]
     left_out = [f"{each.name} ({outcomes[each]})" for each in directories if each not in started]
     if not started:
-        raise StoreError(
-            f"no step is finished of {', '.join(left_out)}; run the cu-run command first"
-        )
-    runs = [read_run(directory) for directory in started]
-    for run in runs:
-        if missing := [name for name in NEEDED if name not in run.config["sequence"]]:
-            what = f"sequence has no {', '.join(missing)}; restore the file"
-            raise StoreError(f"{run.directory}/config.yaml: {what}")
-        require_true(run)
-    grouped = group_runs(runs)
+        which = ", ".join(left_out)
+        raise StoreError(f"no step is finished of {which}; run the cu-run command first")
+    grouped = group_runs([read_checked(directory) for directory in started])
     labels = label_groups(grouped)
     groups = [
         Group(
@@ -166,6 +158,16 @@ def read_all(
     if left_out:
         lines.append(f"Left out, since no step is finished: {', '.join(left_out)}.")
     return groups, lines
+
+
+def read_checked(directory: Path) -> RunRecord:
+    """Read a run. Raises StoreError if it is damaged, or says other numbers than its files."""
+    run = read_run(directory)
+    if missing := [name for name in NEEDED if name not in run.config["sequence"]]:
+        what = f"sequence has no {', '.join(missing)}; restore the file"
+        raise StoreError(f"{run.directory}/config.yaml: {what}")
+    require_true(run)
+    return run
 
 
 def group_runs(runs: list[RunRecord]) -> list[list[RunRecord]]:

@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from cu_runner.evaluators.metrics import ENOUGH_UA
-from cu_runner.reporting.estimates import NOTHING, Estimate
+from cu_runner.reporting.estimates import NOTHING, SHARES, Estimate
 from cu_runner.reporting.page_data import short_layer
 from cu_runner.reporting.page_groups import Group
 from cu_runner.runtime.lazy import pd
@@ -54,7 +54,6 @@ COLOURS = {
 SERIES = [light for name, (light, _) in COLOURS.items() if name.startswith("series")]
 DASHES = ((), (5, 2), (1.5, 1.5), (7, 2, 1.5, 2))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-PERCENTAGES = {"UA": "UA", "RA_I": "RA-I", "RA_C": "RA-C"}
 MOST_NUMBERS = 600  # cells of a heat map that still have room for their numbers
 MOST_TICKS = 24
 BAND, BARS = 0.16, 0.55  # opacity of intervals
@@ -194,7 +193,7 @@ def metric_panel(groups: list[Group], name: str, title: str) -> Panel:
         most = max(group.last for group in groups)
         axes.set(title=title, xlabel="request", xlim=(-0.04 * most - 0.1, 1.04 * most + 0.1))
         axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
-        if name in PERCENTAGES:
+        if name in SHARES:
             axes.set_ylim(-3, 103)
         else:
             axes.set_ylim(bottom=0)
@@ -222,7 +221,7 @@ def tradeoff_panel(groups: list[Group], name: str) -> Panel:
                     axes.plot(*ends, color=SERIES[style.colour], alpha=BARS, linewidth=1.2)
                 lowest = min(lowest, x.ends[0])
         axes.axvline(ENOUGH_UA, color=COLOURS["quiet"][0], linewidth=0.8, linestyle=(0, (4, 3)))
-        title = f"{PERCENTAGES[name]} against UA, %"
+        title = f"{SHARES[name]} against UA, %"
         axes.set(title=title, xlabel="UA", ylim=(-3, 103), xlim=(lowest - 2, 101))
 
     return panel

@@ -6,12 +6,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from cu_runner.evaluators.metrics import ENOUGH_UA
-from cu_runner.reporting.estimates import Estimate
+from cu_runner.reporting.estimates import SHARES, Estimate
 from cu_runner.reporting.page_groups import Group, contrast
-from cu_runner.reporting.page_plots import PERCENTAGES, LineStyle, line_style
+from cu_runner.reporting.page_plots import LineStyle, line_style
+from cu_runner.reporting.table_formats import DAGGER, DOUBLE_DAGGER
 from cu_runner.runtime.lazy import pd
 
-NAMES = PERCENTAGES | {"RA_C_retained": "RA-C retained", "drift_l2": "drift"}
+NAMES = SHARES | {"drift_l2": "drift"}
 COST_NAMES = {
     "train_seconds": "training, s",
     "eval_seconds": "evaluation, s",
@@ -20,7 +21,7 @@ COST_NAMES = {
 }
 MOST_GROUPS = 6  # columns of a table with a column per group
 MOST_REQUESTS = 14  # columns of a table with a column per request
-DAGGER, DOUBLE_DAGGER, DASH = "\N{DAGGER}", "\N{DOUBLE DAGGER}", "\N{EN DASH}"
+DASH = "\N{EN DASH}"
 
 
 @dataclass(frozen=True)

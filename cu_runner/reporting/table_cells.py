@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from cu_runner.config.compose import compose_all
@@ -11,7 +11,7 @@ from cu_runner.config.run_config import RunConfig
 from cu_runner.evaluators.metrics import ENOUGH_UA
 from cu_runner.reporting.code_differences import made_by_other_code
 from cu_runner.reporting.estimates import Estimate, image_counts, of_shares
-from cu_runner.reporting.intervals import of_sum, widest
+from cu_runner.reporting.intervals import of_sum
 from cu_runner.reporting.table_spec import Experiment, Overrides, Table
 from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
@@ -194,7 +194,11 @@ def orderings(measured: pd.DataFrame, tolerance: float) -> pd.DataFrame:
             high, low = (one, other) if one["paper"] > other["paper"] else (other, one)
             if high["paper"] - low["paper"] <= tolerance:
                 continue
-            ends = of_sum([(1, high["ours"], ends_of(high)), (-1, low["ours"], ends_of(low))])
+            terms = [
+                (sign, entry["ours"], (entry["low"], entry["high"]))
+                for sign, entry in ((1, high), (-1, low))
+            ]
+            ends = of_sum(terms)
             pair = Pair(
                 method=str(method),
                 column=str(column),
@@ -210,9 +214,3 @@ def orderings(measured: pd.DataFrame, tolerance: float) -> pd.DataFrame:
             )
             pairs.append(pair)
     return pd.DataFrame(pairs, columns=[field.name for field in fields(Pair)])
-
-
-def ends_of(entry: Mapping[Hashable, float]) -> tuple[float, float]:
-    """Return the ends of the interval of a row (Measured)."""
-    half = None if pd.isna(entry["half"]) else float(entry["half"])
-    return widest(float(entry["ours"]), half, (entry["images_low"], entry["images_high"]))

@@ -112,9 +112,8 @@ def measured(*rows: tuple) -> pd.DataFrame:
     """Rows of: row, ours, half over seeds, half over images, paper, comparable."""
     table = pd.DataFrame(rows, columns=["row", "ours", "half", "images", "paper", "comparable"])
     table = table.assign(method="m", column="style", metric="RA_I")
-    return table.assign(
-        images_low=table["ours"] - table["images"], images_high=table["ours"] + table["images"]
-    )
+    half = table[["half", "images"]].max(axis="columns")
+    return table.assign(low=table["ours"] - half, high=table["ours"] + half)
 
 
 def test_orderings():
@@ -184,7 +183,7 @@ def test_near_0_percent_an_interval_reaches_up_only():
     """0 of 240 images and 5 of 240, by Newcombe: the half widths alone would say undecided."""
     rows = measured(("a", 0.0, None, 0.0, 40.0, True), ("b", 500 / 240, None, 0.0, 20.0, True))
     ends = [over_images(0.0, 240), over_images(500 / 240, 240)]
-    rows = rows.assign(images_low=[low for low, _ in ends], images_high=[high for _, high in ends])
+    rows = rows.assign(low=[low for low, _ in ends], high=[high for _, high in ends])
     assert tables.orderings(rows, tolerance=2.0).loc[0, "verdict"] == "reversed"
 
 
