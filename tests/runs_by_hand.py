@@ -62,6 +62,7 @@ def make_run(
     }
     config = {
         "sequence": names | {"name": sequence, "seeds": [188]},
+        "method": {"_target_": method},
         "reg": {},
         "setting": {"plan": "sequential"},
     }

@@ -31,7 +31,7 @@ class FilledTable:
     """A measured table and what stands around it.
 
     model, paper_model: on what our numbers and the published ones were obtained; None without any.
-    measured: of table_cells.measure(). ordered: of table_cells.orderings(). missing: commands still to run.
+    measured, ordered: of measure() and orderings() in table_cells. missing: commands still to run.
     """
 
     name: str

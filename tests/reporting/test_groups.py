@@ -113,6 +113,7 @@ def test_only_runs_that_differ_in_nothing_but_their_seed_stand_together(tmp_path
         return read_run(make_run(tmp_path, **{"finished": 1, "code": code} | options))
 
     first, second = made(), made(seed=1)
+    assert group_runs([first, made(method="esd", seed=1)])[1:] != []
     apart = {
         "science": made(seed=2, science=1),
         "requests done": made(seed=3, finished=2),

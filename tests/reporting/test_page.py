@@ -280,6 +280,8 @@ def test_the_page_of_two_runs(cu_report, by_hand, tmp_path):
     assert summary[1] == ["conabl", "0", "3", "96.0", "97.0", "77.0", "70.0", "15.00"]
     unfinished = ["esd", "0", "2 of 3 ended", "94.0\N{DAGGER}", "98.0", "78.0", "70.0", "10.00"]
     assert summary[2] == unfinished
+    heads = [attributes["data-head"] for _, attributes in page.tags if "data-head" in attributes]
+    assert heads[:14] == head[1:] * 2  # of the cards that a narrow screen shows in its place
     tradeoff = page.tables["UA and RA-C after the last finished request"]
     assert tradeoff == [
         ["run", "UA", "RA-C"],
