@@ -64,26 +64,26 @@ def main() -> None:
         else:
             folder = arguments.output
             folder = folder or Path("outputs/reports") / report_name(arguments.paths, directories)
-            noted, refused = failed_jobs(arguments.paths)
-            produce(directories, noted, refused, folder, arguments.details, arguments.wandb)
+            produce(arguments.paths, directories, folder, arguments.details, arguments.wandb)
 
 
 def produce(
+    paths: list[Path],
     directories: list[Path],
-    noted: dict[Path, str],
-    refused: list[str],
     folder: Path,
     details: int,
     wandb: Literal["online", "offline"] | None,
 ) -> None:
     """Write the page and its plots, and print where they are; send the runs to W&B if asked to.
 
-    noted, refused: of failed_jobs().
+    Args:
+        paths: of the command line. directories: the runs in them.
     """
     from cu_runner.reporting.page import write_page
     from cu_runner.reporting.page_groups import read_all
     from cu_runner.store.files import write_atomic
 
+    noted, refused = failed_jobs(paths)
     groups, remarks = read_all(directories, noted)
     remarks += refused
     for count, what in ((len(groups), "runs"), (max(len(each.runs) for each in groups), "seeds")):

@@ -69,5 +69,6 @@ def words_of(said: str) -> str:
 
 
 def shorten(text: str) -> str:
-    """Return a text of at most MOST characters."""
+    """Return a text of at most MOST characters, all of which are printed."""
+    text = "".join(each if each.isprintable() else "?" for each in text)
     return text if len(text) <= MOST else f"{text[: MOST - 3]}..."

@@ -151,6 +151,7 @@ def log_of(run: Path, error: BaseException | None) -> None:
         (ZeroDivisionError(), "failed: ZeroDivisionError"),
         (ValueError(Path("x")), "failed: PosixPath('x')"),
         (ValueError("y" * 999), f"failed: {'y' * 397}..."),
+        (ValueError("\x1b[31mred"), "failed: ?[31mred"),
         (KeyboardInterrupt(), "stopped"),
     ],
 )
