@@ -383,6 +383,27 @@ def run_copy(finished_run, tmp_path):
 
 
 @pytest.fixture
+def outlined(monkeypatch):
+    """Plots are made, and in place of drawing them an empty picture is written: for the tests of
+    what stands beside them.
+    """
+
+    def write(figure, file, **_: object) -> None:
+        if isinstance(file, str):
+            Path(file).touch()
+        else:
+            file.write('<svg viewBox="0 0 1 1"></svg>')
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", write)
+
+
+@pytest.fixture
+def numbers_by_hand(monkeypatch):
+    """Runs of runs_by_hand have metrics of their own, which need not follow from predictions."""
+    monkeypatch.setattr("cu_runner.reporting.page_groups.require_true", lambda run: None)
+
+
+@pytest.fixture
 def filled_cache(finished_run, tmp_path):
     """The cache of the finished smoke run under tmp_path: the images of the untouched model, which
     every run on the smoke sequence begins with, and the anchors.

@@ -65,6 +65,9 @@ def explain_error(error: Exception, overrides: list[str]) -> tuple[int, str]:
         output = any(entry.partition("=")[0] == "--output" for entry in overrides)
         mend = f"mend that or choose another {'--output' if output else 'paths.outputs'}"
         return 1, f"{place}{error.strerror}; {mend}, then run the same command to resume"
+    if isinstance(error, ExceptionGroup):
+        found = dict.fromkeys(explain_error(each, overrides) for each in error.exceptions)
+        return max(status for status, _ in found), "; ".join(message for _, message in found)
     if isinstance(error, ValueError):
         return 2, one_line(error)
     if raised_by(error) in LAUNCHERS:

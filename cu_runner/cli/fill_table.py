@@ -10,11 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cu_runner.config.command import changes_results, key_of
-from cu_runner.evaluators.metrics import ENOUGH_UA
 from cu_runner.reporting.table_cells import Cell, make_cells, measure, orderings
 from cu_runner.reporting.table_formats import (
-    DAGGER,
     DOUBLE_DAGGER,
+    LESS_FORGOTTEN,
     SECTION,
     FilledTable,
     as_csv,
@@ -99,8 +98,7 @@ def footnotes(table: Table, measured: pd.DataFrame, seeds: list[int]) -> list[st
             "images (Wilson's) where that is wider, within 0 and 100."
         ]
     if not measured["comparable"].dropna().all():
-        why = "less was forgotten, so the retention is not comparable"
-        notes.append(f"{DAGGER} UA is under {ENOUGH_UA:.0f}: {why}.")
+        notes.append(LESS_FORGOTTEN)
     if not measured.loc[measured["ours"].notna(), "tuned"].all():
         what = "The settings of this method with these regularizers were not searched"
         notes.append(f"{DOUBLE_DAGGER} {what} (conf/tuned).")

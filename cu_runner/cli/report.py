@@ -1,5 +1,5 @@
 """cu-report: runs as one HTML page that needs no network: what was forgotten and kept after each
-request, samples, drift, cost.
+request, samples, drift, cost. Runs that differ in their seed alone are one row: their mean.
 
 Exit status: 0 done, 1 a run is damaged, the page cannot be written or W&B failed, 2 paths or
 options are wrong, 130 interrupted.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,8 @@ def main() -> None:
         type=whole_number,
         default=12,
         metavar="N",
-        help="accuracy matrix, samples and configuration of the first N runs (%(default)s)",
+        help="accuracy matrix, samples and configuration of the first N runs, and of the first N "
+        "seeds of each (%(default)s)",
     )
     parser.add_argument(
         "--wandb",
@@ -62,34 +64,39 @@ def main() -> None:
         else:
             folder = arguments.output
             folder = folder or Path("outputs/reports") / report_name(arguments.paths, directories)
-            produce(directories, folder, arguments.details, arguments.wandb)
+            produce(arguments.paths, directories, folder, arguments.details, arguments.wandb)
 
 
 def produce(
+    paths: list[Path],
     directories: list[Path],
     folder: Path,
     details: int,
     wandb: Literal["online", "offline"] | None,
 ) -> None:
-    """Write the page and its plots, and print where they are; send the runs to W&B if asked to."""
+    """Write the page and its plots, and print where they are; send the runs to W&B if asked to.
+
+    Args:
+        paths: of the command line. directories: the runs in them.
+    """
     from cu_runner.reporting.page import write_page
-    from cu_runner.reporting.page_data import read_all
+    from cu_runner.reporting.page_groups import read_all
     from cu_runner.store.files import write_atomic
 
-    runs, unstarted = read_all(directories)
-    remarks = []
-    if len(runs) > details:
-        what = f"for the first {details} of {len(runs)} runs (--details)"
-        remarks.append(f"Accuracy matrix, samples and configuration are given {what}.")
-    if unstarted:
-        remarks.append(f"Left out, since no step is finished: {', '.join(unstarted)}.")
+    noted, refused = failed_jobs(paths)
+    groups, remarks = read_all(directories, noted)
+    remarks += refused
+    for count, what in ((len(groups), "runs"), (max(len(each.runs) for each in groups), "seeds")):
+        if count > details:
+            given = f"for the first {details} of {count} {what} (--details)"
+            remarks.append(f"Accuracy matrix, samples and configuration are given {given}.")
     with writing_to(folder, "--output"):
         (folder / "plots").mkdir(parents=True, exist_ok=True)
-        page = write_page(runs, folder / "plots", details, remarks)
+        page = write_page(groups, folder / "plots", details, remarks)
         write_atomic(folder / "index.html", page.encode())
     try:
         if wandb:
-            send_all([shown.run for shown in runs], wandb)
+            send_all([run for group in groups for run in group.runs], wandb)
     finally:
         lines = [*remarks, f"report: {folder / 'index.html'}"]
         sys.stdout.write("".join(f"{line}\n" for line in lines))
@@ -106,6 +113,22 @@ def pack_one(directories: list[Path], target: Path) -> None:
         pack(read_run(directories[0]), target)
     again = f"`unzip {target} -d outputs/runs` makes it a run again"
     sys.stdout.write(f"packed: {target}; `cu-doctor {target}` verifies it, {again}\n")
+
+
+def failed_jobs(paths: list[Path]) -> tuple[dict[Path, str], list[str]]:
+    """Return how jobs of sweeps failed: by run directory, and lines about those that have none."""
+    from cu_runner.store.layout import JOB
+    from cu_runner.sweeps.job_note import read_job_note
+
+    noted: dict[Path, str] = {}
+    refused = []
+    for job in (job for path in paths for job in sorted(path.glob(f"**/{JOB}"))):
+        note = read_job_note(job)
+        if note.error is not None and note.run is not None:
+            noted[Path(note.run).resolve()] = note.error
+        elif note.error is not None:
+            refused.append(f"Could not be run: {shlex.join(note.command)} ({note.error})")
+    return noted, refused
 
 
 def directories_of(paths: list[Path]) -> list[Path]:

@@ -9,7 +9,9 @@ from typing import cast
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from cu_runner.config.command import refuse_long_keys
 from cu_runner.config.permissions import allowed_modules, refuse_unasked_pickles, searched_folders
@@ -33,6 +35,26 @@ def compose(overrides: list[str]) -> RunConfig:
         config = hydra.compose("config", overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(config)
     return parse(without_hydra(config))
+
+
+def compose_all(commands: list[list[str]]) -> list[RunConfig]:
+    """Return compose() of each command line.
+
+    Raises:
+        ExceptionGroup: of all that it raises, if several cannot be composed. One error as it is.
+    """
+    plans: list[RunConfig] = []
+    errors: list[Exception] = []
+    for overrides in commands:
+        try:
+            plans.append(compose(overrides))
+        except (ConfigError, HydraException, OmegaConfBaseException) as error:
+            errors.append(error)
+    if len(errors) > 1:
+        raise ExceptionGroup("several command lines cannot be composed", errors)
+    if errors:
+        raise errors[0]
+    return plans
 
 
 def without_hydra(config: DictConfig) -> DictConfig:

@@ -17,6 +17,7 @@ from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
@@ -145,9 +146,16 @@ def searched_folders(overrides: list[str]) -> list[str]:
 
 
 def refuse_permissions(overrides: list[str], file: str) -> None:
-    """Refuse with ConfigError a file's overrides that allow modules or pickles, or set hydra.*."""
+    """Refuse with ConfigError a file's overrides that allow modules or pickles, or set hydra.*.
+
+    What is no override is refused, too.
+    """
     for override in overrides:
-        parsed = OverridesParser.create().parse_override(override)
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+        except HydraException:
+            said = "is no override; give KEY=VALUE, with quotes around text that is no plain word"
+            raise ConfigError(f"{file}: {override!r} {said}") from None
         nodes = [
             re.split(r"[./]", place)[0] for place in (parsed.key_or_group, parsed.package or "")
         ]
