@@ -71,6 +71,38 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` lists every option\n")
 
 
+def folder(text: str) -> Path:
+    """Read the path of a folder that is there, as the value of an option."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no such directory")
+    return Path(text)
+
+
+def add_config_dir(parser: argparse.ArgumentParser) -> None:
+    """Let a command take --config-dir, as cu-run does."""
+    parser.add_argument(
+        "--config-dir",
+        type=folder,
+        metavar="DIR",
+        help="a configuration tree of your own beside conf/, as for cu-run",
+    )
+
+
+def own_tree(arguments: argparse.Namespace) -> list[str]:
+    """Return --config-dir as the word that cu-run takes; none where it was not given."""
+    return [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
+
+
+def without_permissions(words: list[str]) -> list[str]:
+    """Return what a command is told but for allow_modules=..., which every command takes."""
+    return [word for word in words if not is_permission(word)]
+
+
+def is_permission(word: str) -> bool:
+    """Tell whether a word allows modules of the user's: allow_modules=[my_methods]."""
+    return word.lstrip("+").startswith("allow_modules=")
+
+
 def whole_number(text: str) -> int:
     """Read a number from 1 on, as the value of an option."""
     if not text.isdecimal() or int(text) < 1:

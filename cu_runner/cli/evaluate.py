@@ -15,7 +15,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cu_runner.cli.console import Parser, quiet_libraries, without_reader
+from cu_runner.cli.console import (
+    Parser,
+    add_config_dir,
+    own_tree,
+    quiet_libraries,
+    without_reader,
+)
 from cu_runner.cli.failures import one_line_failures
 from cu_runner.store.directories import choose_directory, first_name
 from cu_runner.store.layout import EVALUATIONS, finished_steps
@@ -40,8 +46,10 @@ def main() -> None:
         "overrides",
         nargs="*",
         default=[],
-        help="evaluator=NAME, retention=NAME, eval.steps=50, 'sequence.seeds=[1,2]', device=...",
+        help="evaluator=NAME, retention=NAME, eval.steps=50, 'sequence.seeds=[1,2]', device=...; "
+        "allow_modules=... of a run of your own code",
     )
+    add_config_dir(parser)
     arguments = parser.parse_intermixed_args()
     with one_line_failures("cu-eval"):
         run = read_run(arguments.run.resolve())
@@ -60,7 +68,7 @@ def main() -> None:
 
         require_true(run)
         allowed = allowed_modules(arguments.overrides)
-        revised = revise(run.config, arguments.overrides)
+        revised = revise(run.config, arguments.overrides, arguments.config_dir)
         refuse_unasked_pickles(revised, arguments.overrides)
         plan = check_run(revised, run.method, allowed=allowed)
         named = f"{first_name(run.directory.name)[:-8]}{plan.signature[:8]}"
@@ -72,7 +80,8 @@ def main() -> None:
             quiet_libraries()
         # loaded first: what cannot be loaded leaves no directory behind
         instruments = None if complete else load(run, plan)
-        command = recorded_command("cu-eval", [str(arguments.run), *arguments.overrides])
+        words = [*own_tree(arguments), str(arguments.run), *arguments.overrides]
+        command = recorded_command("cu-eval", words)
         with RunStore(
             directory,
             plan.resolved,

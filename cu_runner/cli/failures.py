@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import sys
@@ -33,6 +34,7 @@ DEBUG = "CU_RUNNER_DEBUG"  # of the environment: 1 shows the traceback of every 
 LAUNCHERS = ("submitit", "hydra_plugins")  # what submits the jobs of a sweep, and waits for them
 READERS = ("hydra", "omegaconf", "antlr4", "yaml")  # what reads a user's configuration
 OURS = (StoreError, TrainingError, SamplingError, LaunchError, MirrorError)
+CONFIG_DIR = ("--config-dir", "-cd")
 NOISE = re.compile(
     r" Config search path:| See https://| full_key:"
     r"| Set the environment variable HYDRA_FULL_ERROR"
@@ -106,8 +108,7 @@ def explain_hydra(text: str, overrides: list[str]) -> str:
     """Return Hydra's message in our words where its cause is frequent, else without its noise."""
     if found := re.search(r"Could not (?:find|load) '((?:hydra/)?\w+)/([^']+)'", text):
         group, name = found.groups()
-        known = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
-        allowed = ", ".join(known) or "none ships yet"
+        allowed = ", ".join(sorted(files_of(group, overrides))) or "none ships yet"
         return f"{group}={name}: no such file in conf/{group}; allowed: {allowed}"
     if found := re.search(r"Could not override '([\w.]+)'", text):
         key = found[1]
@@ -152,17 +153,25 @@ def sibling_keys(key: str, overrides: list[str]) -> list[str]:
         if parents[1] not in str(chosen["reg"]):
             reg, name = chosen["reg"], parents[1]
             return [f"none of reg.{name}.*, since reg={reg}; choose reg={name} first"]
-        node = {"reg": read(config_dir() / "reg" / f"{parents[1]}.yaml")}
+        node = {"reg": read(files_of("reg", overrides).get(parents[1]))}
     elif parents[0] in chosen:
-        node = {parents[0]: read(config_dir() / parents[0] / f"{chosen[parents[0]]}.yaml")}
+        node = {parents[0]: read(files_of(parents[0], overrides).get(chosen[parents[0]]))}
     for parent in parents:
         node = node.get(parent) if isinstance(node, dict) else None
     return sorted(map(str, set(node) - {"_target_"})) if isinstance(node, dict) else []
 
 
-def read(path: Path) -> ConfigTree:
-    """Return a configuration file as plain values; empty if it is not one of ours."""
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def files_of(group: str, words: list[str]) -> dict[str, Path]:
+    """Return the files of a group by name: those of conf/ and of the tree of --config-dir."""
+    given = [after for word, after in itertools.pairwise(words) if word in CONFIG_DIR]
+    given += [word.partition("=")[2] for word in words if word.startswith("--config-dir=")]
+    folders = [Path(tree) / group for tree in given] + [config_dir() / group]
+    return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
+
+
+def read(path: Path | None) -> ConfigTree:
+    """Return a configuration file as plain values; empty if there is none."""
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path else {}
 
 
 @contextlib.contextmanager

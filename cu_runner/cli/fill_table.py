@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from cu_runner.cli.console import own_tree
 from cu_runner.config.command import changes_results, key_of
 from cu_runner.evaluators.metrics import ENOUGH_UA
 from cu_runner.reporting.table_cells import Cell, make_cells, measure, orderings
@@ -44,7 +45,10 @@ def produce(arguments: argparse.Namespace) -> None:
     refuse_places(table, arguments.overrides)
     if arguments.seeds and any(override.startswith("seed=") for override in arguments.overrides):
         raise ConfigError("--seeds and seed=: both set the seed; give one of them")
-    read = functools.partial(make_cells, table, experiment, arguments.seeds, arguments.overrides)
+    tree = own_tree(arguments)
+    read = functools.partial(
+        make_cells, table, experiment, arguments.seeds, arguments.overrides, tree
+    )
     cells = list(read())
     if arguments.run and any(cell.missing() for cell in cells):
         run_missing(cells, name, arguments)
@@ -59,7 +63,9 @@ def produce(arguments: argparse.Namespace) -> None:
         footnotes=settings_of_all(arguments.overrides)
         + footnotes(table, measured, arguments.seeds),
         ordered=orderings(measured, table.targets.tolerance) if table.targets else None,
-        missing=[shlex.join(["cu-run", *command]) for cell in cells for command in cell.missing()],
+        missing=[
+            shlex.join(["cu-run", *tree, *command]) for cell in cells for command in cell.missing()
+        ],
     )
     text, stem = as_markdown(filled), f"{name}-{chosen}"
     files = {f"{stem}.md": text, f"{stem}.csv": as_csv(measured), f"{stem}.tex": as_latex(filled)}
@@ -132,17 +138,19 @@ def run_missing(cells: list[Cell], name: str, arguments: argparse.Namespace) -> 
     steps = {key: sum(work.train_steps for work in work_of(plan)) for key, plan in plans.items()}
     commands = [command for cell in cells for command in cell.missing()]
     commands.sort(key=lambda command: -steps[tuple(command)])  # the longest must not be last
+    words = [[*own_tree(arguments), *command] for command in commands]
     if not arguments.launcher:
         made = (
             (command, said(run))
-            for command, run in zip(commands, cu_runs(commands, arguments.jobs), strict=True)
+            for command, run in zip(commands, cu_runs(words, arguments.jobs), strict=True)
         )
         print_ended(made, len(commands))
         return
     outputs = Path(plans[tuple(commands[0])].spine.paths.outputs)
     folder = (outputs / "sweeps" / f"{name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}").absolute()
     jobs = [command[: len(command) - len(arguments.overrides)] for command in commands]
-    failure = submit(jobs, arguments.overrides, arguments.launcher, folder)
+    common = [*own_tree(arguments), *arguments.overrides]
+    failure = submit(jobs, common, arguments.launcher, folder)
     if not (folder / SWEEP).exists():
         raise LaunchError(failure)
     ended = read_sweep(folder)

@@ -9,14 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from cu_runner.cli.console import Parser, whole_number, without_reader
+from cu_runner.cli.console import (
+    Parser,
+    add_config_dir,
+    whole_number,
+    without_permissions,
+    without_reader,
+)
 from cu_runner.cli.failures import one_line_failures
+from cu_runner.schema.values import ConfigTree, walk_leaves
 from cu_runner.store.run_record import RunRecord
+
+OURS = "cu_runner"  # package of every class that is nobody's own
 
 
 @without_reader
@@ -26,10 +36,11 @@ def main() -> None:
     parser.add_argument(
         "paths",
         nargs="+",
-        type=Path,
         metavar="PATH",
-        help="run directories, or folders that hold some: a sweep, outputs/runs",
+        help="run directories, or folders that hold some: a sweep, outputs/runs; allow_modules=... "
+        "is taken as by the other commands, and nothing needs it",
     )
+    add_config_dir(parser)
     parser.add_argument(
         "--output",
         type=Path,
@@ -55,13 +66,16 @@ def main() -> None:
         help="instead of a page, write one finished run into a zip archive",
     )
     arguments = parser.parse_intermixed_args()
+    paths = [Path(text) for text in without_permissions(arguments.paths)]
+    if not paths:
+        parser.error("give a run, or a folder that holds some")
     with one_line_failures("cu-report"):
-        directories = directories_of(arguments.paths)
+        directories = directories_of(paths)
         if arguments.pack:
             pack_one(directories, arguments.pack)
         else:
             folder = arguments.output
-            folder = folder or Path("outputs/reports") / report_name(arguments.paths, directories)
+            folder = folder or Path("outputs/reports") / report_name(paths, directories)
             produce(directories, folder, arguments.details, arguments.wandb)
 
 
@@ -103,9 +117,20 @@ def pack_one(directories: list[Path], target: Path) -> None:
     if len(directories) != 1:
         raise ValueError(f"--pack takes one run, not {len(directories)}; give its directory")
     with writing_to(target, "FILE"):
-        pack(read_run(directories[0]), target)
-    again = f"`unzip {target} -d outputs/runs` makes it a run again"
-    sys.stdout.write(f"packed: {target}; `cu-doctor {target}` verifies it, {again}\n")
+        run = read_run(directories[0])
+        pack(run, target)
+    words, where = ["cu-doctor", str(target)], ""
+    if modules := own_modules(run.config):
+        words.append(f"allow_modules=[{','.join(modules)}]")
+        where = " where these modules can be imported"
+    again = f"`{shlex.join(['unzip', str(target), '-d', 'outputs/runs'])}` makes it a run again"
+    sys.stdout.write(f"packed: {target}; `{shlex.join(words)}` verifies it{where}, {again}\n")
+
+
+def own_modules(config: ConfigTree) -> list[str]:
+    """Return the modules of the user's own code that a run's configuration names."""
+    targets = {str(name) for path, name in walk_leaves(config) if path.endswith("._target_")}
+    return sorted({name.rpartition(".")[0] for name in targets if name.partition(".")[0] != OURS})
 
 
 def directories_of(paths: list[Path]) -> list[Path]:

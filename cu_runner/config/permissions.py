@@ -7,6 +7,7 @@ conf/; other trees are not.
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -15,7 +16,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -33,8 +34,10 @@ MODULE = "the name of a module as Python imports it: package.module"
 ModuleName = Annotated[str, Matches(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", MODULE)]
 
 
-def check_command(arguments: list[str]) -> None:
-    """Refuse with ConfigError a command line that would write a secret or run a file's code.
+def check_command(arguments: list[str]) -> Namespace:
+    """Return Hydra's options and the overrides of a command line, if it may be composed.
+
+    One that would write a secret or run a file's code is refused with ConfigError.
 
     Hydra itself instantiates what its own node names (callbacks, launchers, logging, a shell's
     set-up lines) before a job begins. That node is for conf/ and the command line; the trees of
@@ -63,15 +66,21 @@ def check_command(arguments: list[str]) -> None:
     for folder in (options.config_dir, *searched_folders(options.overrides)):
         if folder:
             check_tree(Path(folder.removeprefix("file://")))
-    path = create_config_search_path(str(config_dir()))
-    if options.config_dir:
-        tree = f"file://{Path(options.config_dir).absolute()}"
-        path.prepend("command-line", tree, SearchPathQuery(provider="schema"))  # as Hydra does
     check_trees(
-        ConfigLoaderImpl(path),
+        ConfigLoaderImpl(search_path(options.config_dir)),
         options.overrides,
         RunMode.MULTIRUN if options.multirun else RunMode.RUN,
     )
+    return options
+
+
+def search_path(tree: str | None) -> ConfigSearchPath:
+    """Return where Hydra looks for files: conf/, then the tree of --config-dir."""
+    path = create_config_search_path(str(config_dir()))
+    if tree:
+        place = f"file://{Path(tree).absolute()}"
+        path.prepend("command-line", place, SearchPathQuery(provider="schema"))  # as Hydra does
+    return path
 
 
 def refuse_repeated_keys(overrides: list[str]) -> None:

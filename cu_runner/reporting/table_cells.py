@@ -41,9 +41,14 @@ class Cell:
 
 
 def make_cells(
-    table: Table, experiment: Experiment, seeds: list[int], more: Overrides
+    table: Table, experiment: Experiment, seeds: list[int], more: Overrides, tree: list[str]
 ) -> Iterator[Cell]:
-    """Compose every cell and open the directories that are there."""
+    """Compose every cell and open the directories that are there.
+
+    Args:
+        more: overrides of every run.
+        tree: --config-dir=DIR, if there is one.
+    """
     for method, chosen in experiment.methods.items():
         for column, where in experiment.columns.items():
             for row, overrides in table.rows.items():
@@ -52,7 +57,7 @@ def make_cells(
                 commands = [[*command, f"seed={seed}", *more] for seed in seeds] or [
                     [*command, *more]
                 ]
-                plans = [compose(each) for each in commands]
+                plans = [compose([*tree, *each]) for each in commands]
                 begun = [plan for plan in plans if (plan.directory / "steps/00" / STEP).exists()]
                 runs = [open_run(plan) for plan in begun]
                 yield Cell(

@@ -71,7 +71,7 @@ def submit(jobs: list[list[str]], common: list[str], launcher: str, folder: Path
 
     Args:
         jobs: the overrides of each run.
-        common: further ones of all runs, from the user's command line.
+        common: --config-dir and further overrides of all runs, from the user's command line.
         launcher: name of a file of conf/hydra/launcher.
         folder: of the sweep, where cu_runner.sweeps reads what became of each.
 
@@ -87,7 +87,7 @@ def submit(jobs: list[list[str]], common: list[str], launcher: str, folder: Path
         f"hydra.sweeper.file={file}",
         f"hydra.sweep.dir={folder}",
     ]
-    command = [CU_RUN, "--multirun", *options, *common]
+    command = [CU_RUN, "--multirun", *common, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return "" if done.returncode == 0 else last_line(done.stderr).removeprefix("cu-run: ")
 
