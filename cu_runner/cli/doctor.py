@@ -35,6 +35,7 @@ from cu_runner.cli.console import (
 )
 from cu_runner.cli.failures import one_line_failures
 from cu_runner.retention.base import Retention
+from cu_runner.runtime import progress
 from cu_runner.schema.errors import ModelError, WeightFileError
 from cu_runner.store.archive import unpack
 from cu_runner.store.files import has_intact_header
@@ -72,7 +73,7 @@ def main() -> None:
     runs = [text for text in arguments.what if "=" not in text]
     if runs and without_permissions(arguments.what) != runs:
         parser.error("give runs or overrides, not both; beside a run stands allow_modules=... only")
-    with one_line_failures("cu-doctor"):
+    with one_line_failures("cu-doctor"), progress.on_stderr():
         if runs:
             allowing = [text for text in arguments.what if is_permission(text)]
             wrong = sum(examine_run(Path(path), allowing, not arguments.all) for path in runs)
@@ -88,6 +89,8 @@ def examine_plan(words: list[str]) -> int:
 
     plan = compose(words)
     quiet_libraries()
+    for note in plan.notes:
+        print(f"note: {note}")
     return report("plan", check_plan(plan), quiet=False)
 
 

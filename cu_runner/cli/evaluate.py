@@ -23,6 +23,7 @@ from cu_runner.cli.console import (
     without_reader,
 )
 from cu_runner.cli.failures import one_line_failures
+from cu_runner.runtime import progress
 from cu_runner.store.directories import choose_directory, first_name
 from cu_runner.store.layout import EVALUATIONS, finished_steps
 from cu_runner.store.run_directory import RunStore
@@ -51,7 +52,7 @@ def main() -> None:
     )
     add_config_dir(parser)
     arguments = parser.parse_intermixed_args()
-    with one_line_failures("cu-eval"):
+    with one_line_failures("cu-eval"), progress.on_stderr():
         run = read_run(arguments.run.resolve())
         if run.is_evaluation:
             raise ValueError(

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from tqdm import tqdm
-
 from cu_runner.concepts.requests import Request
 from cu_runner.methods.base import Method
 from cu_runner.models.parameters import assign, snapshot
@@ -19,6 +17,7 @@ from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.scope import Scope
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import nn, torch
+from cu_runner.runtime.progress import Progress
 from cu_runner.schema.errors import TrainingError
 from cu_runner.schema.settings import TrainSettings
 
@@ -90,6 +89,11 @@ class Training:
     def done(self) -> int:
         """Return how many steps are made."""
         return len(self._rows)
+
+    @property
+    def loss(self) -> float:
+        """Return the loss of the last step."""
+        return self._rows[-1]["loss"]
 
     def step(self) -> None:
         """Make a step. Raises TrainingError for a loss that is not finite: the weights are lost."""
@@ -165,6 +169,7 @@ def erase(
     state: dict[str, Any] | None = None,
     undisturbed: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     stage: Callable[[str], None] = lambda name: None,
+    shown: int | None = None,
 ) -> TrainingReport:
     """Unlearn one request, in place in scope.params.
 
@@ -172,6 +177,7 @@ def erase(
         scope, method, regularizers, settings, stage: as for Training.
         on_step: called after every step; it may set training.ended.
         state: of a Training that was interrupted; None begins with the first step.
+        shown: how many steps the progress counts up to; None is all that there may be.
         undisturbed: entered for the steps, but not for what the method and the regularizers prepare
             before the first one.
 
@@ -184,20 +190,14 @@ def erase(
             training.restore(state)
         with (
             undisturbed(),
-            tqdm(
-                desc=f"  unlearn {scope.request.label}",
-                initial=training.done,
-                total=training.steps,
-                leave=False,
-                disable=None,
-                ncols=100,
-                unit="step",
+            Progress(
+                shown or training.steps, f"unlearn {scope.request.label}", "step", training.done
             ) as bar,
         ):
             while training.done < training.steps and not training.ended:
                 training.step()
                 on_step(training)
-                bar.update()
+                bar.reach(training.done, f"loss {training.loss:.4g}")
         return training.finish()
 
 

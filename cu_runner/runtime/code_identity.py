@@ -30,6 +30,7 @@ PRESENTING = (
     "runner/preflight.py",
     "runner/tracking.py",
     "runtime/paths.py",
+    "runtime/progress.py",
     "runtime/user_code.py",
     "schema/secrets.py",
     "store/archive.py",
