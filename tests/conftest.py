@@ -29,6 +29,7 @@ from omegaconf import OmegaConf, open_dict
 from cu_runner.cli.run import main
 from cu_runner.concepts.requests import plan_requests
 from cu_runner.concepts.sequence_file import make_sequence
+from cu_runner.config.command import key_of
 from cu_runner.evaluators.classifier import Classifier
 from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.diffusion import load_model
@@ -228,6 +229,12 @@ def compose(*overrides: str):
     return config
 
 
+def changed_smoke(words: tuple[str, ...]) -> list[str]:
+    """The words without those of SMOKE whose key another word sets: cu-run refuses both."""
+    own = {key_of(word) for word in words if word not in SMOKE}
+    return [word for word in words if word not in SMOKE or key_of(word) not in own]
+
+
 @pytest.fixture
 def cu_run(tmp_path):
     """Returns run(*overrides, cwd, env) -> CompletedProcess of the command as a user types it, in a
@@ -237,7 +244,8 @@ def cu_run(tmp_path):
     def run(
         *overrides: str, cwd: Path = tmp_path, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess:
-        return run_forked("cu-run", *overrides, cwd=cwd, env=environment(**env or {}))
+        words = changed_smoke(overrides)
+        return run_forked("cu-run", *words, cwd=cwd, env=environment(**env or {}))
 
     return run
 
@@ -248,7 +256,7 @@ def start(tmp_path):
     started = []
 
     def begin(*overrides: str, cwd: Path = tmp_path) -> Forked:
-        started.append(Forked("cu-run", *overrides, cwd=cwd))
+        started.append(Forked("cu-run", *changed_smoke(overrides), cwd=cwd))
         return started[-1]
 
     yield begin
@@ -269,7 +277,7 @@ def in_process(tmp_path, monkeypatch, capsys):
 
     def run(*overrides: str) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["cu-run", *overrides])
+        monkeypatch.setattr(sys, "argv", ["cu-run", *changed_smoke(overrides)])
         capsys.readouterr()
         status = 0
         try:

@@ -9,6 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from cu_runner.cli.console import say
 from cu_runner.cli.failures import one_line_failures
 from cu_runner.schema.errors import LaunchError
 from cu_runner.store.layout import SWEEP
@@ -26,7 +27,7 @@ class NoteJobs(Callback):
         folder = Path(config.hydra.sweep.dir)
         if (folder / SWEEP).exists():  # not of dry runs
             said = shlex.join(["cu-sweep", "status", str(folder)])
-            print(f"sweep: {folder}; `{said}` tells what became of each job", flush=True)
+            say(f"sweep: {folder}; `{said}` tells what became of each job")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
         """Say which jobs failed, of those that ran in processes of their own."""

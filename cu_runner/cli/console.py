@@ -18,6 +18,7 @@ from cu_runner import __version__
 from cu_runner.runtime.lazy import diffusers, transformers
 from cu_runner.runtime.signals import Stopped
 from cu_runner.schema.secrets import redact
+from cu_runner.schema.words import printable
 
 NOISY = ("transformers", "diffusers", "torch", "accelerate", "huggingface_hub", "filelock", "wandb")
 
@@ -125,7 +126,12 @@ class RedactingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record."""
-        return redact(super().format(record))
+        return printable(redact(super().format(record)))
+
+
+def say(text: str) -> None:
+    """Print text of a command's result, at once; what would steer the terminal is shown."""
+    print(printable(text), flush=True)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from cu_runner.cli.console import (
     is_permission,
     own_tree,
     quiet_libraries,
+    say,
     without_permissions,
     without_reader,
 )
@@ -90,7 +91,7 @@ def examine_plan(words: list[str]) -> int:
     plan = compose(words)
     quiet_libraries()
     for note in plan.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     return report("plan", check_plan(plan), quiet=False)
 
 
@@ -151,17 +152,17 @@ def report(title: str, findings: Iterable[Finding], quiet: bool) -> int:
 
     quiet: leaves out what is well.
     """
-    print(title, flush=True)
+    say(title)
     verdicts: Counter[bool | None] = Counter()
     for finding in findings:
         verdicts[finding.ok] += 1
         if finding.ok is not True or not quiet:
             detail = f": {finding.detail}" if finding.detail else ""
-            print(f"  {MARKS[finding.ok]:<11} {finding.what}{detail}", flush=True)
+            say(f"  {MARKS[finding.ok]:<11} {finding.what}{detail}")
     end = "all well"
     if verdicts[False]:
         end = f"{verdicts[False]} wrong"
     elif verdicts[None]:
         end = f"{verdicts[None]} could not be made, the others are well"
-    print(f"  {verdicts.total()} checks, {end}", flush=True)
+    say(f"  {verdicts.total()} checks, {end}")
     return verdicts[False]

@@ -20,6 +20,7 @@ from cu_runner.cli.console import (
     add_config_dir,
     own_tree,
     quiet_libraries,
+    say,
     without_reader,
 )
 from cu_runner.cli.failures import one_line_failures
@@ -92,9 +93,9 @@ def main() -> None:
             allow_other_code=plan.spine.allow_other_code,
         ) as store:
             for step in measure_again(run, plan, store, instruments):
-                print(compare(run.records[step.index].row, step.row), flush=True)
+                say(compare(run.records[step.index].row, step.row))
             store.write_metrics(store.finished())
-        print(f"evaluation: {directory}")
+        say(f"evaluation: {directory}")
 
 
 def compare(before: Row, after: Row) -> str:

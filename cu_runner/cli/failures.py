@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from cu_runner.runtime.paths import GROUPS, config_dir
+from cu_runner.runtime.paths import GROUPS, PACKAGE, config_dir
 from cu_runner.runtime.signals import Stopped
 from cu_runner.runtime.user_code import allowed_in, place_of, raised_in
 from cu_runner.schema.errors import (
@@ -28,13 +30,16 @@ from cu_runner.schema.errors import (
 )
 from cu_runner.schema.secrets import redact
 from cu_runner.schema.values import ConfigTree
-from cu_runner.schema.words import did_you_mean, nearest
+from cu_runner.schema.words import did_you_mean, nearest, printable
 
 DEBUG = "CU_RUNNER_DEBUG"  # of the environment: 1 shows the traceback of every failure
 LAUNCHERS = ("submitit", "hydra_plugins")  # what submits the jobs of a sweep, and waits for them
 READERS = ("hydra", "omegaconf", "antlr4", "yaml")  # what reads a user's configuration
 OURS = (StoreError, TrainingError, SamplingError, LaunchError, MirrorError)
 CONFIG_DIR = ("--config-dir", "-cd")
+FREE = "free it of other processes, or take a larger one"
+# how Hydra complains of an override that its grammar does not know
+SYNTAX = re.compile(r"Lexer|mismatched input|no viable alternative|extraneous input|token recog")
 NOISE = re.compile(
     r" Config search path:| See https://| full_key:"
     r"| Set the environment variable HYDRA_FULL_ERROR"
@@ -74,24 +79,31 @@ def explain_error(error: Exception, overrides: list[str]) -> tuple[int, str]:
             "`cu-sweep status outputs/sweeps/DATE` tells what became of each"
         )
     if isinstance(error, RuntimeError) and type(error).__name__ == "OutOfMemoryError":
-        return 1, (
-            "out of GPU memory; train.gradient_checkpointing=true and a lower eval.batch_size need "
-            "less of it and resume this run; a lower train.batch_size begins another"
-        )
+        return 1, (f"out of GPU memory; {vars(error).get('advice', FREE)}")
     if isinstance(error, OURS):
         return 1, one_line(error)
     if raised_by(error) in READERS:  # an assertion, a KeyError, ... on unexpected input
         said = f"{type(error).__name__}: {one_line(error)}"
         return 2, f"the configuration cannot be composed ({said}); `cu-run --help` shows the form"
+    if (
+        isinstance(error, ImportError | RuntimeError)
+        and (package := raised_by(error)) != PACKAGE.name
+    ):
+        return 1, f"{package}: {type(error).__name__}: {one_line(error)}; {where_more_is(error)}"
     raise error
 
 
 def explain_own(error: Exception) -> tuple[int, str]:
     """Return status and message of what a user's own code raised: where, and what holds more."""
-    log = vars(error).get("log")  # of a run that had begun
-    more = f"{log} holds the traceback" if log else f"{DEBUG}=1 shows the traceback"
     where = f"{place_of(error)}: {type(error).__name__}"
-    return 1 if log else 2, f"{where}: {one_line(error)}; raised in your own code, {more}"
+    said = f"{where}: {one_line(error)}; raised in your own code, {where_more_is(error)}"
+    return 1 if "log" in vars(error) else 2, said
+
+
+def where_more_is(error: Exception) -> str:
+    """Return what holds the traceback of an error: the log of a run that had begun."""
+    log = vars(error).get("log")
+    return f"{log} holds the traceback" if log else f"{DEBUG}=1 shows the traceback"
 
 
 def raised_by(error: BaseException) -> str:
@@ -122,6 +134,8 @@ def explain_hydra(text: str, overrides: list[str]) -> str:
             return f"unknown key {key}{hint}; allowed: {', '.join(beside)}"
         meant = did_you_mean(key, top_keys()) if "." not in key else ""
         return f"unknown key {key}{meant}; `cu-run --cfg job` prints every key"
+    if SYNTAX.search(text) and (unread := unreadable(overrides)):
+        return unread
     if found := re.search(r"Key '(\w+)' is not in struct", text):
         return f"{found[1]}: choose one file, as in {found[1]}=NAME; only reg takes a list"
     # one of our own resolvers may have raised it
@@ -131,6 +145,27 @@ def explain_hydra(text: str, overrides: list[str]) -> str:
     if ours:
         return text
     return f"{text}; overrides are KEY=VALUE, `cu-run --help` lists every group and option"
+
+
+def unreadable(words: list[str]) -> str | None:
+    """Return what to do about the first override that Hydra cannot read; None if it reads all."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    for word in words:
+        key, given, value = word.partition("=")
+        if not given or word.startswith("-"):
+            continue
+        try:
+            parser.parse_override(word)
+        except HydraException:
+            is_list = value.startswith("[") and value.endswith("]")
+            names = value[1:-1].split(",") if is_list else [value]
+            quoted = ",".join(json.dumps(name.strip(), ensure_ascii=False) for name in names)
+            meant = shlex.quote(f"{key}=[{quoted}]" if is_list else f"{key}={quoted}")
+            return f"{word}: cannot be read; put it in quotes, for Hydra and for the shell: {meant}"
+    return None
 
 
 def top_keys() -> list[str]:
@@ -214,4 +249,4 @@ def one_line_failures(
 
 def tell(line: str) -> None:
     """Print a line on stderr, without secrets of the environment."""
-    print(redact(line), file=sys.stderr, flush=True)
+    print(printable(redact(line)), file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from cu_runner.cli.console import own_tree
+from cu_runner.cli.console import own_tree, say
 from cu_runner.config.command import changes_results, key_of
 from cu_runner.evaluators.metrics import ENOUGH_UA
 from cu_runner.reporting.table_cells import Cell, make_cells, measure, orderings
@@ -74,7 +74,7 @@ def produce(arguments: argparse.Namespace) -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     for file, content in files.items():
         write_atomic(arguments.output / file, content.encode())
-    print(f"{text}\ntable: {arguments.output / stem}.md")
+    say(f"{text}\ntable: {arguments.output / stem}.md")
 
 
 def refuse_places(table: Table, overrides: Overrides) -> None:
@@ -170,4 +170,4 @@ def said(run: RunRecord | str) -> str:
 def print_ended(runs: Iterable[tuple[Overrides, str]], number: int) -> None:
     """Print a line for each run that has ended, and what became of it."""
     for count, (command, text) in enumerate(runs, start=1):
-        print(f"{count:>3}/{number}  {' '.join(command):<70}  {text}".rstrip(), flush=True)
+        say(f"{count:>3}/{number}  {' '.join(command):<70}  {text}".rstrip())

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -18,6 +17,7 @@ from typing import Literal
 from cu_runner.cli.console import (
     Parser,
     add_config_dir,
+    say,
     whole_number,
     without_permissions,
     without_reader,
@@ -106,7 +106,7 @@ def produce(
             send_all([shown.run for shown in runs], wandb)
     finally:
         lines = [*remarks, f"report: {folder / 'index.html'}"]
-        sys.stdout.write("".join(f"{line}\n" for line in lines))
+        say("\n".join(lines))
 
 
 def pack_one(directories: list[Path], target: Path) -> None:
@@ -124,7 +124,7 @@ def pack_one(directories: list[Path], target: Path) -> None:
         words.append(f"allow_modules=[{','.join(modules)}]")
         where = " where these modules can be imported"
     again = f"`{shlex.join(['unzip', str(target), '-d', 'outputs/runs'])}` makes it a run again"
-    sys.stdout.write(f"packed: {target}; `{shlex.join(words)}` verifies it{where}, {again}\n")
+    say(f"packed: {target}; `{shlex.join(words)}` verifies it{where}, {again}")
 
 
 def own_modules(config: ConfigTree) -> list[str]:
@@ -175,7 +175,7 @@ def send_all(runs: list[RunRecord], mode: Literal["online", "offline"]) -> None:
             raise MirrorError(
                 f"{why}; run the same command again to send what is missing"
             ) from None
-        sys.stdout.write(f"sent to W&B ({mode}): {run.directory.name}\n")
+        say(f"sent to W&B ({mode}): {run.directory.name}")
 
 
 def report_name(paths: list[Path], directories: list[Path]) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from cu_runner.cli.console import (
     Parser,
     add_config_dir,
+    say,
     without_permissions,
     without_reader,
 )
@@ -53,7 +54,7 @@ def main() -> None:
         if arguments.json:
             print(json.dumps([asdict(job) for job in jobs], indent=2))
         else:
-            print(as_text(jobs, folders))
+            say(as_text(jobs, folders))
         sys.exit(1 if any(job.state == "failed" for job in jobs) else 0)
 
 

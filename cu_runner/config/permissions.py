@@ -61,8 +61,7 @@ def check_command(arguments: list[str]) -> Namespace:
     if options.config_dir and not Path(options.config_dir).is_dir():
         raise ConfigError(f"--config-dir {options.config_dir}: no such directory")
     refuse_long_keys(options.overrides)
-    if options.multirun:
-        refuse_repeated_keys(options.overrides)
+    refuse_repeated_keys(options.overrides, options.multirun)
     for folder in (options.config_dir, *searched_folders(options.overrides)):
         if folder:
             check_tree(Path(folder.removeprefix("file://")))
@@ -83,15 +82,18 @@ def search_path(tree: str | None) -> ConfigSearchPath:
     return path
 
 
-def refuse_repeated_keys(overrides: list[str]) -> None:
-    """Refuse with ConfigError a sweep that gives a key twice: the second alone would be swept."""
-    given = Counter(map(key_of, overrides))
+def refuse_repeated_keys(overrides: list[str], sweep: bool) -> None:
+    """Refuse with ConfigError a key that is given twice with two values: the last alone counts."""
+    # of `~reg +reg={...}` the second replaces what the first takes away
+    setting = [text for text in dict.fromkeys(overrides) if not text.startswith("~")]
+    given = Counter(map(key_of, setting))
     if repeated := [key for key, count in given.items() if count > 1]:
-        said = [text for text in overrides if key_of(text) == repeated[0]]
-        values = ",".join(text.partition("=")[2] for text in said)
+        said = [text for text in setting if key_of(text) == repeated[0]]
+        values = [text.partition("=")[2] for text in said]
+        once = f"{repeated[0]}={','.join(values) if sweep else values[-1]}"
         raise ConfigError(
             f"{' '.join(said)}: {repeated[0]} is given {len(said)} times, and the last alone would "
-            f"count; give it once, as in {repeated[0]}={values}"
+            f"count; give it once, as in {once}"
         )
 
 

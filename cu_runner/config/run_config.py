@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cu_runner.concepts.entries import composed
 from cu_runner.concepts.sequence import Sequence
 from cu_runner.config.targets import Node, check_file_name, check_keys, make_node, make_regularizer
 from cu_runner.evaluators.base import Evaluator
@@ -136,6 +137,8 @@ def check_run(
         ConfigError: one line with what is wrong.
     """
     check_values(resolved, method_name)
+    if isinstance(sequence := resolved["sequence"], dict):
+        resolved["sequence"] = {key: composed(value) for key, value in sequence.items()}
     if not resolved.get("retention"):  # off: then it is no part of the run, nor of its signature
         resolved.pop("retention", None)
     known = {*GROUPS, *(field.name for field in dataclasses.fields(Spine))}

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from cu_runner.concepts.requests import Request
 from cu_runner.methods.base import Method
 from cu_runner.models.parameters import assign, snapshot
 from cu_runner.regularizers.base import Regularizer
@@ -106,9 +105,7 @@ class Training:
                 logs[f"{name}_penalty"] = penalty.item()
                 logs["loss"] += logs[f"{name}_penalty"]
         if not math.isfinite(logs["loss"]):
-            raise TrainingError(
-                diverged(f"a loss of {logs['loss']}", scope.request, self.done + 1, self.steps)
-            )
+            raise TrainingError(self._diverged(f"a loss of {logs['loss']}", self.done + 1))
         method.on_gradients(scope.params)
         for regularizer in regularizers:
             regularizer.on_gradients(scope.params)
@@ -121,14 +118,25 @@ class Training:
         self._optimizer.zero_grad()
         self._rows.append({"step": self.done + 1, **logs})
 
+    def _diverged(self, what: str, step: int) -> str:
+        """Return the line for a training that went astray, with what of it can be changed."""
+        ways = [] if self._method.closed_form else ["lower train.lr"]
+        ways += [f"lower the weight of reg={'+'.join(self._regularizers)}"] * bool(
+            self._regularizers
+        )
+        request = self._scope.request
+        return (
+            f"training led to {what} at request {request.index} ({request.label}), step {step} of "
+            f"{self.steps}; {' or '.join(ways) or 'change the settings of the method'}. "
+            "Finished requests are kept"
+        )
+
     def finish(self) -> TrainingReport:
         """Return what was logged. Raises TrainingError when a weight is not finite."""
         for parameter in self._params:
             parameter.requires_grad_(False)
         if not all(parameter.isfinite().all() for parameter in self._params):
-            raise TrainingError(
-                diverged("weights that are not finite", self._scope.request, self.steps, self.steps)
-            )
+            raise TrainingError(self._diverged("weights that are not finite", self.done))
         return TrainingReport(self._rows, self._method.end_request(self._scope), self._records)
 
     def state(self) -> dict[str, Any]:
@@ -230,12 +238,3 @@ def numbers_in(logs: Mapping[str, object], method: Method[Any]) -> dict[str, flo
     if "loss" not in numbers:
         raise TrainingError(f"{type(method).__name__}: logs no 'loss', which is needed; add it")
     return numbers
-
-
-def diverged(what: str, request: Request, step: int, steps: int) -> str:
-    """Return the line for a training that went astray."""
-    return (
-        f"training led to {what} at request {request.index} ({request.label}), "
-        f"step {step} of {steps}; lower train.lr or a regularizer's weight. "
-        "Finished requests are kept"
-    )

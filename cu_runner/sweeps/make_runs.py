@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from cu_runner.config.command import key_of
 from cu_runner.runtime.lazy import torch
 from cu_runner.schema.errors import LaunchError
 from cu_runner.store.files import to_json, write_atomic
@@ -34,7 +35,8 @@ def cu_run(overrides: list[str], threads: int | None = None) -> RunRecord | str:
     """
     command = [CU_RUN, *overrides]
     limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    command += [] if threads is None else [f"num_threads={threads}"]
+    asked = any(key_of(override) == "num_threads" for override in overrides)
+    command += [] if threads is None or asked else [f"num_threads={threads}"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | limit
     )

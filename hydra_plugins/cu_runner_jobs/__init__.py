@@ -60,12 +60,13 @@ class LocalProcesses(LocalLauncher):
     ) -> Sequence[JobReturn]:
         import submitit
 
+        from cu_runner.cli.console import say
         from cu_runner.store.layout import JOB
         from cu_runner.sweeps import side_by_side
 
         config, total = self.config, len(job_overrides)
         free = side_by_side.places_for(config.device, config.num_threads, self.at_once)
-        print(side_by_side.describe_start(total, len(free), config.num_threads), flush=True)
+        say(side_by_side.describe_start(total, len(free), config.num_threads))
         executor = submitit.LocalExecutor(folder=self.params["submitit_folder"])
         executor.update_parameters(timeout_min=self.params["timeout_min"])
         waiting, running, ended = dict(enumerate(job_overrides, initial_job_idx)), {}, {}
@@ -84,8 +85,8 @@ class LocalProcesses(LocalLauncher):
                     free.append(place)
                     note = Path(config.hydra.sweep.dir) / str(number) / JOB
                     if note.is_file():
-                        print(side_by_side.describe_end(note, len(ended), total), flush=True)
+                        say(side_by_side.describe_end(note, len(ended), total))
                     else:  # a dry run
-                        print(side_by_side.without_launcher(job.stdout() or ""), flush=True)
+                        say(side_by_side.without_launcher(job.stdout() or ""))
             time.sleep(POLL)
         return [ended[number].results()[0] for number in sorted(ended)]
