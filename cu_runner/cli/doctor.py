@@ -86,8 +86,10 @@ def main() -> None:
 def examine_plan(words: list[str]) -> int:
     """Print every finding on a planned run; return how many are wrong."""
     from cu_runner.config.compose import compose
+    from cu_runner.config.permissions import refuse_repeated_keys
     from cu_runner.runner.preflight import check_plan
 
+    refuse_repeated_keys(words, sweep=False)
     plan = compose(words)
     quiet_libraries()
     for note in plan.notes:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
 import itertools
 import json
 import os
@@ -127,6 +129,8 @@ def explain_hydra(text: str, overrides: list[str]) -> str:
         if key in GROUPS:  # a group without a single file
             given = next(entry for entry in overrides if entry.startswith(key))
             return f"{given}: conf/{key} holds no file yet"
+        if takes(key, overrides):
+            return f"{key}: its file does not set it; add it with a plus: +{key}=..."
         if beside := sibling_keys(key, overrides):
             head, dot, last = key.rpartition(".")
             meant = nearest(last, beside)
@@ -179,9 +183,7 @@ def sibling_keys(key: str, overrides: list[str]) -> list[str]:
     if not parents:
         return []
     node: Any = read(config_dir() / "config.yaml")
-    defaults = [entry for entry in node["defaults"] if isinstance(entry, dict)]
-    chosen = {group: name for entry in defaults for group, name in entry.items()}
-    chosen |= dict(override.split("=", 1) for override in overrides if "=" in override)
+    chosen = choices(overrides)
     if parents[0] == "reg":
         if len(parents) == 1:
             return []
@@ -194,6 +196,26 @@ def sibling_keys(key: str, overrides: list[str]) -> list[str]:
     for parent in parents:
         node = node.get(parent) if isinstance(node, dict) else None
     return sorted(map(str, set(node) - {"_target_"})) if isinstance(node, dict) else []
+
+
+def choices(overrides: list[str]) -> dict[str, str]:
+    """Return the chosen file of each group, by default or by the command line."""
+    entries = read(config_dir() / "config.yaml")["defaults"]
+    chosen = {
+        group: name for entry in entries if isinstance(entry, dict) for group, name in entry.items()
+    }
+    return chosen | dict(override.split("=", 1) for override in overrides if "=" in override)
+
+
+def takes(key: str, overrides: list[str]) -> bool:
+    """Tell whether what a chosen file makes has an argument that the file leaves out."""
+    group, _, name = key.rpartition(".")
+    content = read(files_of(group, overrides).get(choices(overrides).get(group, "")))
+    module, _, made = str(content.get("_target_", "")).rpartition(".")
+    if module.partition(".")[0] != PACKAGE.name:
+        return False
+    parameters = inspect.signature(getattr(importlib.import_module(module), made)).parameters
+    return name in parameters and name != "device"
 
 
 def files_of(group: str, words: list[str]) -> dict[str, Path]:

@@ -59,10 +59,11 @@ def main() -> None:
         import hydra
 
         import cu_runner.config.resolvers  # noqa: F401, for --cfg job --resolve
-        from cu_runner.config.permissions import check_command
+        from cu_runner.config.permissions import check_command, refuse_repeated_keys
         from cu_runner.runtime.paths import config_dir
 
-        check_command(arguments)
+        options = check_command(arguments)
+        refuse_repeated_keys(options.overrides, options.multirun)
 
         def job(config: DictConfig) -> None:
             # its failure is caught here, so that it does not end a sweep

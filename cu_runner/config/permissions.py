@@ -61,7 +61,6 @@ def check_command(arguments: list[str]) -> Namespace:
     if options.config_dir and not Path(options.config_dir).is_dir():
         raise ConfigError(f"--config-dir {options.config_dir}: no such directory")
     refuse_long_keys(options.overrides)
-    refuse_repeated_keys(options.overrides, options.multirun)
     for folder in (options.config_dir, *searched_folders(options.overrides)):
         if folder:
             check_tree(Path(folder.removeprefix("file://")))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cu_runner.config.command import key_of
+from cu_runner.config.command import key_of, last_of_each
 from cu_runner.runtime.lazy import torch
 from cu_runner.schema.errors import LaunchError
 from cu_runner.store.files import to_json, write_atomic
@@ -33,7 +33,7 @@ def cu_run(overrides: list[str], threads: int | None = None) -> RunRecord | str:
     Raises:
         LaunchError: cu-run failed for another reason.
     """
-    command = [CU_RUN, *overrides]
+    command = [CU_RUN, *last_of_each(overrides)]
     limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     asked = any(key_of(override) == "num_threads" for override in overrides)
     command += [] if threads is None or asked else [f"num_threads={threads}"]
