@@ -87,11 +87,10 @@ def explain_error(error: Exception, overrides: list[str]) -> tuple[int, str]:
     if raised_by(error) in READERS:  # an assertion, a KeyError, ... on unexpected input
         said = f"{type(error).__name__}: {one_line(error)}"
         return 2, f"the configuration cannot be composed ({said}); `cu-run --help` shows the form"
-    if (
-        isinstance(error, ImportError | RuntimeError)
-        and (package := raised_by(error)) != PACKAGE.name
-    ):
-        return 1, f"{package}: {type(error).__name__}: {one_line(error)}; {where_more_is(error)}"
+    package = raised_by(error)
+    if isinstance(error, ImportError | RuntimeError) and package != PACKAGE.name:
+        name = type(error).__name__.lstrip("_")
+        return 1, f"{package}: {name}: {one_line(error)}; {where_more_is(error)}"
     raise error
 
 
