@@ -35,6 +35,7 @@ from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.diffusion import load_model
 from cu_runner.models.parameters import select_parameters, snapshot
 from cu_runner.request.scope import Scope
+from cu_runner.runtime import progress
 from cu_runner.runtime.paths import config_dir
 from cu_runner.runtime.seeding import RandomSource
 from cu_runner.schema.settings import Sampler, TrainSettings
@@ -227,6 +228,12 @@ def compose(*overrides: str):
         del config["hydra"]
     assert OmegaConf.is_dict(config)
     return config
+
+
+@pytest.fixture(autouse=True)
+def no_progress(monkeypatch):
+    """No line says how far a command is, however busy the machine is."""
+    monkeypatch.setattr(progress, "FIRST", 3600.0)
 
 
 def changed_smoke(words: tuple[str, ...]) -> list[str]:

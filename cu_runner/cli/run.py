@@ -117,17 +117,6 @@ def run_job(config: DictConfig) -> None:
         say(f"run: {plan.directory}")
 
 
-def remove_unstarted(directory: Path, outputs: Path) -> None:
-    """Remove a directory in which no step was begun, and the folders that hold it alone."""
-    if (directory / "steps").exists():
-        return
-    for name in (CONFIG, LOG, ".lock"):
-        (directory / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # one that holds something else
-        for folder in (directory, directory.parent, directory.parent.parent, outputs):
-            folder.rmdir()
-
-
 @contextlib.contextmanager
 def advising_on_memory(plan: RunConfig) -> Iterator[None]:
     """Let an error of memory name what of this run's settings would need less of it."""
@@ -147,13 +136,19 @@ def leaving_nothing_unstarted(plan: RunConfig) -> Iterator[None]:
 
     That is by bad input, and not by the user's own code, whose traceback is in the log.
     """
-    there = plan.directory.exists()
+    directory = plan.directory
+    folders = [directory, *directory.parents[:2], Path(plan.spine.paths.outputs)]
+    made = [folder for folder in folders if not folder.exists()]
     try:
         yield
     except ValueError as error:
-        own = raised_in(error, list(plan.allowed))
-        if not there and not own and distributed.is_main():
-            remove_unstarted(plan.directory, Path(plan.spine.paths.outputs))
+        unstarted = directory in made and not (directory / "steps").exists()
+        if unstarted and distributed.is_main() and not raised_in(error, list(plan.allowed)):
+            for name in (CONFIG, LOG, ".lock"):
+                (directory / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder that holds something else
+                for folder in made:
+                    folder.rmdir()
             vars(error).pop("log", None)
         raise
 

@@ -15,6 +15,7 @@ from cu_runner.schema.settings import Sampler
 def clock(monkeypatch):
     """Returns tick(seconds), which moves the time that progress is measured by."""
     now = [0.0]
+    monkeypatch.setattr(progress, "FIRST", FIRST)
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
 
     def tick(seconds: float) -> None:
