@@ -81,7 +81,7 @@ def explain_error(error: Exception, overrides: list[str]) -> tuple[int, str]:
             "`cu-sweep status outputs/sweeps/DATE` tells what became of each"
         )
     if isinstance(error, RuntimeError) and type(error).__name__ == "OutOfMemoryError":
-        return 1, (f"out of GPU memory; {vars(error).get('advice', FREE)}")
+        return 1, f"out of GPU memory; {vars(error).get('advice', FREE)}"
     if isinstance(error, OURS):
         return 1, one_line(error)
     if raised_by(error) in READERS:  # an assertion, a KeyError, ... on unexpected input
@@ -207,12 +207,13 @@ def choices(overrides: list[str]) -> dict[str, str]:
 
 
 def takes(key: str, overrides: list[str]) -> bool:
-    """Tell whether what a chosen file makes has an argument that the file leaves out."""
+    """Tell whether what a chosen file of conf/ makes has an argument that the file leaves out."""
     group, _, name = key.rpartition(".")
-    content = read(files_of(group, overrides).get(choices(overrides).get(group, "")))
-    module, _, made = str(content.get("_target_", "")).rpartition(".")
-    if module.partition(".")[0] != PACKAGE.name:
+    ours = {path.stem: path for path in (config_dir() / group).glob("*.yaml")}
+    content = read(ours.get(choices(overrides).get(group, "")))
+    if "_target_" not in content:
         return False
+    module, _, made = str(content["_target_"]).rpartition(".")
     parameters = inspect.signature(getattr(importlib.import_module(module), made)).parameters
     return name in parameters and name != "device"
 
