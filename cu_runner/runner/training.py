@@ -199,7 +199,10 @@ def erase(
         with (
             undisturbed(),
             Progress(
-                shown or training.steps, f"unlearn {scope.request.label}", "step", training.done
+                min(shown or training.steps, training.steps),
+                f"unlearn {scope.request.label}",
+                "step",
+                training.done,
             ) as bar,
         ):
             while training.done < training.steps and not training.ended:
