@@ -4,9 +4,8 @@ a line.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from unicodedata import category, normalize
+from unicodedata import category
 
 from cu_runner.schema.secrets import refuse_secrets
 
@@ -80,40 +79,7 @@ def parse_names(text: str, *, repeats: bool = False) -> list[str]:
 
 
 def cleaned(text: str) -> str:
-    """Return text as it looks: plain spaces, composed accents, no unseen marks."""
-    seen = "".join(" " if category(mark) == "Zs" else mark for mark in text if mark not in UNSEEN)
-    return normalize("NFC", seen.strip())
-
-
-def comparable(name: str) -> str:
-    """Return a name for comparison: what people take for one name is one.
-
-    Case, accents as one character or two, marks of no width, hyphens, and the underscores of label
-    lists make no other name.
-    """
-    seen = "".join(mark for mark in normalize("NFKC", name) if category(mark) != "Cf")
-    return " ".join(re.split(r"[\s_-]+", normalize("NFKC", seen.casefold()).strip()))
-
-
-def composed(value: object) -> object:
-    """Return names in lists and mappings with every accent composed, as cleaned() has them.
-
-    What may be a path stays as it is: a text alone, or one with a slash or .txt at its end.
-    """
-    if isinstance(value, list):
-        return [compose_accents(entry) for entry in value]
-    if isinstance(value, dict):
-        return {
-            normalize("NFC", key): composed(entry)
-            if isinstance(entry, list)
-            else compose_accents(entry)
-            for key, entry in value.items()
-        }
-    return value
-
-
-def compose_accents(entry: object) -> object:
-    """Return a text with every accent composed, unless it may be a path; anything else as it is."""
-    if not isinstance(entry, str) or "/" in entry or entry.endswith(".txt"):
-        return entry
-    return normalize("NFC", entry)
+    """Return text as it looks: spaces of every kind are plain ones, unseen marks are gone."""
+    return "".join(
+        " " if category(mark) == "Zs" else mark for mark in text if mark not in UNSEEN
+    ).strip()

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated
 
-from cu_runner.concepts.entries import cleaned, comparable, read_entries
+from cu_runner.concepts.entries import read_entries
 from cu_runner.concepts.prompt_csv import read_prompts
 from cu_runner.concepts.sequence import KNOWN, Concept, ImagePrompt, Sequence
 from cu_runner.concepts.templates import check_template, replace_word
@@ -92,8 +92,12 @@ def make_sequence(
         raise ValueError(
             f"sequence {name}: domain and cross_domain are both {domain}; they must differ"
         )
-    refuse_alike(name, {"targets (to unlearn)": targets, "retain": retain}, prompt_names)
-    refuse_alike(name, {"cross_retain": cross_retain}, {})
+    both = sorted(set(targets) & set(retain))
+    if both:
+        raise ValueError(
+            f"sequence {name}: {', '.join(both)} is both in targets (to unlearn) and in retain; "
+            "remove it from one"
+        )
     strangers = sorted(set(anchors) - set(targets))
     if strangers:
         raise ValueError(
@@ -139,19 +143,6 @@ def refuse_repeated(key: str, entries: Iterable[object]) -> None:
     """Raise ValueError for an entry that a list has more than once."""
     if repeated := sorted(str(entry) for entry, count in Counter(entries).items() if count > 1):
         raise ValueError(f"{key} lists {', '.join(repeated)} more than once; name each entry once")
-
-
-def refuse_alike(name: str, lists: dict[str, list[str]], prompt_names: dict[str, str]) -> None:
-    """Raise ValueError for two concepts of some lists of a sequence that people take for one."""
-    known: dict[str, tuple[str, str]] = {}  # list and label of each name for comparison
-    for place, label in ((place, label) for place, labels in lists.items() for label in labels):
-        for spelling in {comparable(label), comparable(prompt_names.get(label, label))}:
-            where, other = known.setdefault(spelling, (place, label))
-            if (where, other) != (place, label):
-                raise ValueError(
-                    f"sequence {name}: {other!r} in {where} and {label!r} in {place} are one name; "
-                    "remove one of them"
-                )
 
 
 def needed_in_target(anchor_captions: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
@@ -214,12 +205,7 @@ def read_images(sequence: Sequence, path: str) -> tuple[ImagePrompt, ...]:
     key, cross_domain = "sequence.prompts", sequence.cross_domain
     rows = read_prompts(key, path, ("prompt", "concept", "seed"))
     images = [
-        ImagePrompt(
-            row["prompt"],
-            int(row["seed"]),
-            cleaned(row["concept"]),
-            cleaned(row.get(cross_domain, "")),
-        )
+        ImagePrompt(row["prompt"], int(row["seed"]), row["concept"], row.get(cross_domain, ""))
         for row in rows
     ]
     known = dict.fromkeys(concept.name for concept in (*sequence.targets, *sequence.retain))

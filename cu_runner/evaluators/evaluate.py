@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from cu_runner.concepts.entries import comparable
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.evaluators.grid import to_picture
@@ -31,12 +30,10 @@ def check_labels(sequence: Sequence, evaluator: Evaluator) -> None:
         if concept.domain in sequence.measured_domains and concept.name not in labels.get(
             concept.domain, []
         ):
-            known = labels.get(concept.domain, [])
-            alike = [name for name in known if comparable(name) == comparable(concept.name)]
-            some = f"it knows {', '.join(known[:5]) or 'none'}, ..."
-            said = f"it spells it {alike[0]!r}" if alike else some
+            known = ", ".join(labels.get(concept.domain, [])[:5]) or "none"
             raise ValueError(
-                f"sequence: the evaluator has no {concept.domain} {concept.name!r} ({said})"
+                f"sequence: the evaluator has no {concept.domain} {concept.name!r} "
+                f"(it knows {known}, ...)"
             )
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import ConfigDict, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from cu_runner.concepts.entries import comparable, read_file, read_shipped
+from cu_runner.concepts.entries import read_file, read_shipped
 from cu_runner.concepts.sequence import Concept
 from cu_runner.request.language_model import ask, find_model
 from cu_runner.request.scope import Scope
@@ -47,9 +47,12 @@ def read_listed(source: Literal["list", "file"], name: str | None) -> list[str]:
 
 
 def normalized(name: str) -> str:
-    """Return a name for comparison; of a prompt with one part in braces it is that part."""
+    """Return a name for comparison: lower case, single spaces, no underscores of label lists.
+
+    Of a prompt with one part in braces it is that part.
+    """
     marked = MARKED.search(name)
-    return comparable(marked[1] if marked else name)
+    return " ".join((marked[1] if marked else name).lower().replace("_", " ").split())
 
 
 def spellings(concepts: Iterable[Concept]) -> set[str]:

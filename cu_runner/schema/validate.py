@@ -42,7 +42,4 @@ def what_is_wrong(error: ErrorDetails, path: str) -> str:
         return f"unknown key {key}; `cu-run --cfg job` prints every key"
     message = error["msg"].removeprefix("Value error, ").replace("array", "list")
     shown = key if isinstance(error["input"], dict) else f"{key}={error['input']!r}"
-    more = ""
-    if error["type"] == "string_type" and isinstance(error["input"], bool | int | float):
-        more = "; if it is a name, put it in quotes: YAML reads on, no and 010 as other values"
-    return f"{shown}: {message[0].lower() + message[1:]}{more}"
+    return f"{shown}: {message[0].lower() + message[1:]}"

@@ -103,7 +103,6 @@ CONFIGURATION = [
     (["model.path=/tmp/M\u00fcnch"], ["put it in quotes", """'model.path="/tmp/M\u00fcnch"'"""]),
     (["model.path=it's"], ["model.path=it's: cannot be read; put it in quotes"]),
     (["sequence.prompt=a {style}, {object}"], ["""'sequence.prompt="a {style}, {object}"'"""]),
-    (["sequence.retain=[Ember Stripe]"], ["'ember stripe' in targets", "are one name"]),
     (["model.allow_pickle=[x.bin]", "model.path=/nowhere"], ["/nowhere", "no such file"]),
     (["model.config=/x"], ["model.config: its file does not set it", "+model.config=..."]),
     (["model.device=cpu"], ["unknown key model.device"]),
@@ -164,7 +163,7 @@ def test_names_that_yaml_reads_as_something_else(in_process, tmp_path, text):
     content = f"# @package _global_\nsequence:\n  retain: {text}\n"
     (tmp_path / "tree/experiment/mine.yaml").write_text(content)
     found = in_process(f"--config-dir={tmp_path}/tree", *SMOKE, "experiment=mine")
-    assert_one_line(found, 2, ["sequence.retain", "if it is a name, put it in quotes"])
+    assert_one_line(found, 2, ["sequence.retain", "put it in quotes"])
 
 
 @pytest.mark.parametrize(

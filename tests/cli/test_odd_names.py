@@ -4,21 +4,17 @@ leaves the run directory.
 
 import json
 import shutil
-from dataclasses import replace
 
 import pandas as pd
 import pytest
 import yaml
 from commands import assert_one_line
-from conftest import SMOKE, compose, read_conf, run_directory
+from conftest import SMOKE, compose, run_directory
 from wandb_records import read_run_of_wandb
 
 from cu_runner.cli.report import main as cu_report
-from cu_runner.concepts.entries import read_entries
-from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.config.compose import parse
 from cu_runner.models.checkpoint_files import locate
-from cu_runner.request.name_sources import NameSource, kept_names
 from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import ConfigError
 
@@ -131,52 +127,3 @@ def test_a_list_of_regularizers_that_is_too_long_for_a_name(tmp_path):
     )
     with pytest.raises(ConfigError, match="at most 124"):
         parse(compose(f"hydra.searchpath=[file://{tmp_path}]", "sequence=smoke", "reg=many"))
-
-
-# --------------------------------------------------------------------- one name, written otherwise
-ONE_NAME = [
-    ("ember stripe", "Ember Stripe"),
-    ("ember stripe", "ember_stripe"),
-    ("ember stripe", "ember-stripe"),
-    ("caf\u00e9", "CAFE\u0301"),
-    ("stra\u00dfe", "STRASSE"),
-]
-
-
-@pytest.mark.parametrize("other", ["retain", "targets", "cross_retain"])
-@pytest.mark.parametrize(("one", "two"), ONE_NAME)
-def test_a_concept_that_is_listed_in_another_spelling_is_refused(one, two, other):
-    content = read_conf("sequence/smoke.yaml")
-    content |= {"targets": [one, "glacier dot"], "retain": ["blaze slash"]}
-    content[other] = [*([one] if other == "cross_retain" else content[other]), two]
-    with pytest.raises(ValueError, match=r"^sequence smoke: '.*' in .* are one name; remove one"):
-        make_sequence(**content)
-
-
-def test_names_that_training_prompts_share_are_one_name():
-    content = read_conf("sequence/smoke.yaml") | {"prompt_names": {"blaze slash": "Ember Stripe"}}
-    with pytest.raises(
-        ValueError, match=r"'ember stripe' in targets .* and 'blaze slash' in retain"
-    ):
-        make_sequence(**content)
-
-
-def test_other_spellings_of_the_targets_are_not_protected(make_scope):
-    scope = make_scope()
-    names = ("Ember-Stripe", "ember_stripe", "EMBER\u200b STRIPE", "ember dot", "Blaze Slash")
-    scope = replace(scope, sequence=replace(scope.sequence, vocabulary=names))
-    assert kept_names(scope, NameSource("vocabulary")) == ["ember dot"]
-
-
-def test_composed_and_decomposed_accents_are_the_same_run():
-    """In the configuration, so in every comparison with it; paths stay as they are."""
-    plans = [
-        parse(
-            compose("sequence=smoke", f"sequence.retain=['{name}']", "+sequence.prompts='e\u0301'")
-        )
-        for name in ("caf\u00e9", "cafe\u0301")
-    ]
-    assert plans[0].signature == plans[1].signature
-    assert plans[1].resolved["sequence"]["retain"] == ["caf\u00e9"]
-    assert plans[1].resolved["sequence"]["prompts"] == "e\u0301"
-    assert read_entries("labels", ["cafe\u0301"]) == ["caf\u00e9"]

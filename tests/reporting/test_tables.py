@@ -642,22 +642,6 @@ def test_a_table_file_cannot_allow_code(cu_table, own_table, override):
         assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"title": "t\x1b[31m"},
-        {"rows": {"a\x1b]0;title\x07": ["reg=l2"]}},
-        {"notes": ["one\ntwo"]},
-        {"experiments": {"smoke": {"model": "\x9b", "methods": {"m": []}, "columns": {"c": []}}}},
-    ],
-)
-def test_text_that_would_steer_a_terminal_is_refused(cu_table, own_table, changes):
-    status, out, err = cu_table(own_table(**changes))
-    assert (status, err.count("\n")) == (2, 1)
-    assert "holds a line break or a control character; take it out" in err
-    assert not {"\x1b", "\x9b", "\x07"} & set(out + err)
-
-
 def with_method(overrides: list[str]) -> dict:
     return {
         "experiments": {
