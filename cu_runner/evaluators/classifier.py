@@ -9,12 +9,12 @@ Shapes: B batch, S image side, K labels of a domain.
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from pydantic import PositiveInt
 
+from cu_runner.concepts.entries import cleaned, comparable
 from cu_runner.evaluators.base import Evaluator, Faceless, Prediction
 from cu_runner.evaluators.faces import FaceDetector, FaceSettings
 from cu_runner.evaluators.labels import check_label_maps, read_labels
@@ -210,7 +210,12 @@ def check_outputs(path: str, network: nn.Module, labels: list[str] | None) -> li
     if not isinstance(network, transformers.PreTrainedModel):
         assert labels is not None
         return labels
-    own = [network.config.id2label[index] for index in range(network.config.num_labels)]
+    own = [cleaned(network.config.id2label[index]) for index in range(network.config.num_labels)]
+    if "" in own and labels is None:
+        raise ModelError(
+            f"{path}: output {own.index('')} has no label in its config.json; give "
+            "evaluator.labels in the order of the outputs"
+        )
     if labels is None:
         if repeated := [label for index, label in enumerate(own) if label in own[:index]]:
             raise ModelError(
@@ -223,10 +228,7 @@ def check_outputs(path: str, network: nn.Module, labels: list[str] | None) -> li
             f"{path}: has {len(own)} outputs and the label list {len(labels)} labels; they must be "
             "as many"
         )
-    theirs, ours = (
-        [" ".join(re.split(r"[\s_-]+", label.casefold().strip())) for label in names]
-        for names in (own, labels)
-    )
+    theirs, ours = ([comparable(label) for label in names] for names in (own, labels))
     for index, (their, our) in enumerate(zip(theirs, ours, strict=True)):
         if our != their and our in theirs:
             raise ModelError(

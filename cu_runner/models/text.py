@@ -138,22 +138,29 @@ def find_tokens(
 def token_span(
     tokenizer: PreTrainedTokenizerBase, text: str, inside: str, before: str = ""
 ) -> slice:
-    """Return the token positions of `text` that are read of the prompt `inside`.
+    """Return the token positions of `text` in the prompt `inside`, all of which are read.
 
-    Of a text that is longer than any prompt may be, they are not all. before: as of find_tokens.
+    before: as of find_tokens.
 
     Raises:
-        ValueError: it has none, or they are cut off although the text alone would be read.
+        ValueError: it has none, or not all of them are read.
     """
     span = find_tokens(tokenizer, text, inside, before)
     if span is None:
         raise ValueError(f"{text!r} is not a run of whole tokens in the prompt {inside!r}")
     last = tokenizer.model_max_length - 1  # the last that is read is the end of the text
-    fits = span.stop - span.start < last
-    if span.start >= last or (span.stop > last and fits):
-        shown = inside if len(inside) <= 100 else f"{inside[:60]} ... {inside[-37:]}"
-        raise ValueError(
-            f"{text!r} lies beyond the {last + 1} tokens that the model reads of the prompt "
-            f"{shown!r}; shorten the prompt, or name it earlier"
+    if span.stop > last:
+        name, prompt = (
+            words if len(words) <= 100 else f"{words[:60]} ... {words[-37:]}"
+            for words in (text, inside)
         )
-    return slice(span.start, min(span.stop, last))
+        if span.stop - span.start >= last:
+            raise ValueError(
+                f"{name!r} is a name of {span.stop - span.start} tokens, and the model reads "
+                f"{last - 1} of a prompt; shorten it"
+            )
+        raise ValueError(
+            f"{name!r} lies beyond the {last + 1} tokens that the model reads of the prompt "
+            f"{prompt!r}; shorten the prompt, or name it earlier"
+        )
+    return span

@@ -42,8 +42,10 @@ def test_the_span_of_a_concept_is_within_the_tokens_that_are_read(model):
     assert len(model.tokenizer(words).input_ids) == room + 2
     assert model.token_span("ember stripe", f"{words} ember stripe").stop == 15
     refused(lambda: model.token_span("ember stripe", f"tree {words} ember stripe"), "lies beyond")
-
-    assert model.token_span(LONG, LONG) == slice(1, 15)  # as much of a long name as there is
+    refused(
+        lambda: model.token_span(LONG, LONG),
+        rf"^'{LONG}' is a name of \d\d tokens, and the model reads 14 of a prompt; shorten it$",
+    )
 
 
 @pytest.mark.parametrize("tokens", ["own", "last"])
@@ -77,6 +79,11 @@ def test_uce_refuses_it(make_scope):
         ({"target_prompt": f"{LONG} {{concept}} {{caption}}"}, "^'ember stripe' lies beyond the"),
         ({"prompt": f"{LONG} {{object}} in {{style}}"}, "^'ember stripe' lies beyond the 16"),
         ({"prompt": f"in {{style}} {LONG} {{object}}"}, "^'tree' lies beyond the 16"),
+        ({"retain": [LONG]}, f"^'{LONG}' is a name of"),
+        (
+            {"cross_retain": ["tree", LONG], "prompt": "{style} {object}"},
+            f"^'{LONG}' is a name of",
+        ),
         (
             {"target_prompt": "{caption}, {concept}", "captions": [LONG]},
             "^'ember stripe' lies beyond the 16 tokens",
