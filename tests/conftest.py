@@ -58,7 +58,15 @@ SMOKE = (
 )
 
 
-PARTS = {"evaluators", "methods", "models", "regularizers", "request", "store"}  # folders of units
+PARTS = {  # folders of units
+    "concepts",
+    "evaluators",
+    "methods",
+    "models",
+    "regularizers",
+    "request",
+    "store",
+}
 RUN_SOMETHING = {
     "call_command",
     "cu_run",

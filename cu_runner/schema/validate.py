@@ -42,4 +42,6 @@ def what_is_wrong(error: ErrorDetails, path: str) -> str:
         return f"unknown key {key}; `cu-run --cfg job` prints every key"
     message = error["msg"].removeprefix("Value error, ").replace("array", "list")
     shown = key if isinstance(error["input"], dict) else f"{key}={error['input']!r}"
-    return f"{shown}: {message[0].lower() + message[1:]}"
+    # YAML reads on, no, 1e-5 and 010 as something else than names
+    advice = "; put it in quotes" if error["type"] == "string_type" else ""
+    return f"{shown}: {message[0].lower() + message[1:]}{advice}"
