@@ -79,7 +79,7 @@ def generate(
         [B, 3, S, S] float in 0..1, on the model's device.
     """
     done = 0
-    with Progress(len(prompts), label, "image") as bar:
+    with Progress(label, len(prompts), "image") as bar:
         while done < len(prompts):
             size = largest_batch(model, batch_size)
             rows = slice(done, min(done + size, len(prompts)))

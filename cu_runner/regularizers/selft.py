@@ -77,7 +77,7 @@ def score_trajectory(
     for number, concept in enumerate(scope.request.targets):
         bare = (fill(scope.sequence.bare_prompt, concept=concept.prompt_name), concept.anchor or "")
         pairs = [bare] if prompts == "bare" else scope.sequence.training_pairs(concept)
-        for step in counted(steps, f"score {concept.name}", "step"):
+        for step in counted(f"score {concept.name}", steps, "step"):
             target, anchor = pairs[step % len(pairs)]
             seed = int(
                 torch.randint(

@@ -137,10 +137,10 @@ class GeneralRetention(Retention):
 
             def measure_pictures() -> dict[str, Tensor]:
                 found, batches = [], read_pictures(paths, side, settings.batch_size)
-                with Progress(len(paths), "reference images", "image") as bar:
+                with Progress("reference images", len(paths), "image") as bar:
                     for images in batches:
                         found.append(extractor(images))
-                        bar.reach(sum(map(len, found)))
+                        bar.advance(len(images))
                 return {"features": refuse_nan("features", torch.cat(found))}
 
             self._reference = fetch(cache, common | named, measure_pictures)["features"]

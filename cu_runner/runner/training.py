@@ -90,9 +90,9 @@ class Training:
         return len(self._rows)
 
     @property
-    def loss(self) -> float:
-        """Return the loss of the last step."""
-        return self._rows[-1]["loss"]
+    def last(self) -> dict[str, float]:
+        """Return what the last step logged."""
+        return self._rows[-1]
 
     def step(self) -> None:
         """Make a step. Raises TrainingError for a loss that is not finite: the weights are lost."""
@@ -196,19 +196,17 @@ def erase(
         training = Training(scope, method, regularizers, settings, stage)
         if state is not None:
             training.restore(state)
+        what = f"unlearn {scope.request.label}"
         with (
             undisturbed(),
             Progress(
-                min(shown or training.steps, training.steps),
-                f"unlearn {scope.request.label}",
-                "step",
-                training.done,
-            ) as bar,
+                what, min(shown or training.steps, training.steps), "step", training.done
+            ) as progress,
         ):
             while training.done < training.steps and not training.ended:
                 training.step()
+                progress.advance(loss=training.last["loss"])
                 on_step(training)
-                bar.reach(training.done, f"loss {training.loss:.4g}")
         return training.finish()
 
 

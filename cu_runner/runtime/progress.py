@@ -22,7 +22,7 @@ SHAPE = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} {unit}s [{elapsed}<{r
 class Progress:
     """How many of a number of things are done. A bar where stderr is a terminal, else lines."""
 
-    def __init__(self, total: int, label: str, unit: str, done: int = 0) -> None:
+    def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
         """
         Args:
             unit: of what is counted, in the singular.
@@ -43,8 +43,12 @@ class Progress:
             bar_format=SHAPE,
         )
 
+    def advance(self, count: int = 1, loss: float | None = None) -> None:
+        """Say that so many more are done, and the loss of the last one, if it has any."""
+        self.reach(self._done + count, "" if loss is None else f"loss {loss:.4g}")
+
     def reach(self, done: float, note: str = "") -> None:
-        """Say that so many are done, fractions too. note: what else is known, as "loss 0.1"."""
+        """Say that so many are done in all, fractions too. note: what else is known."""
         if note:
             self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(done - self._done)
@@ -81,12 +85,12 @@ class Progress:
         self._bar.close()
 
 
-def counted(total: int, label: str, unit: str) -> Iterator[int]:
+def counted(label: str, total: int, unit: str) -> Iterator[int]:
     """Yield 0, 1, ... under a bar."""
-    with Progress(total, label, unit) as bar:
+    with Progress(label, total, unit) as bar:
         for number in range(total):
             yield number
-            bar.reach(number + 1)
+            bar.advance()
 
 
 def duration(seconds: float) -> str:

@@ -33,7 +33,7 @@ def lines(caplog, monkeypatch):
 
 
 def test_lines_come_seldom_and_hold_an_estimate(clock, lines):
-    with Progress(1000, "evaluate", "image") as shown:
+    with Progress("evaluate", 1000, "image") as shown:
         for done in range(1, 1001):
             clock(1)
             shown.reach(done)
@@ -44,15 +44,15 @@ def test_lines_come_seldom_and_hold_an_estimate(clock, lines):
 
 
 def test_what_is_done_at_once_says_nothing(clock, lines):
-    for _ in counted(20, "score x", "step"):
+    for _ in counted("score x", 20, "step"):
         clock(FIRST / 21)
     assert lines() == []
 
 
 def test_work_that_goes_on_counts_what_was_done_before_but_not_as_fast(clock, lines):
-    with Progress(60, "unlearn x", "step", done=50) as shown:
+    with Progress("unlearn x", 60, "step", done=50) as shown:
         clock(10)
-        shown.reach(51, "loss 0.25")
+        shown.advance(loss=0.25)
     assert lines() == ["   unlearn x: 51 of 60 steps, about 90 s left, loss 0.25"]
 
 
@@ -90,7 +90,7 @@ def test_a_terminal_has_a_bar_and_no_lines(clock, lines, monkeypatch):
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr("sys.stderr", screen)
-    with Progress(8, "evaluate", "image") as shown:
+    with Progress("evaluate", 8, "image") as shown:
         clock(60)
         shown.reach(2.5)
     assert lines() == []
