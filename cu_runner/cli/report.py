@@ -10,14 +10,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from cu_runner.cli.console import Parser, whole_number, without_reader
+from cu_runner.cli.console import (
+    Parser,
+    add_config_dir,
+    say,
+    whole_number,
+    without_permissions,
+    without_reader,
+)
 from cu_runner.cli.failures import one_line_failures
+from cu_runner.schema.values import ConfigTree, walk_leaves
 from cu_runner.store.run_record import RunRecord
+
+OURS = "cu_runner"  # package of every class that is nobody's own
 
 
 @without_reader
@@ -27,10 +36,11 @@ def main() -> None:
     parser.add_argument(
         "paths",
         nargs="+",
-        type=Path,
         metavar="PATH",
-        help="run directories, or folders that hold some: a sweep, outputs/runs",
+        help="run directories, or folders that hold some: a sweep, outputs/runs; allow_modules=... "
+        "is taken as by the other commands, and nothing needs it",
     )
+    add_config_dir(parser)
     parser.add_argument(
         "--output",
         type=Path,
@@ -57,14 +67,17 @@ def main() -> None:
         help="instead of a page, write one finished run into a zip archive",
     )
     arguments = parser.parse_intermixed_args()
+    paths = [Path(text) for text in without_permissions(arguments.paths)]
+    if not paths:
+        parser.error("give a run, or a folder that holds some")
     with one_line_failures("cu-report"):
-        directories = directories_of(arguments.paths)
+        directories = directories_of(paths)
         if arguments.pack:
             pack_one(directories, arguments.pack)
         else:
             folder = arguments.output
-            folder = folder or Path("outputs/reports") / report_name(arguments.paths, directories)
-            produce(arguments.paths, directories, folder, arguments.details, arguments.wandb)
+            folder = folder or Path("outputs/reports") / report_name(paths, directories)
+            produce(paths, directories, folder, arguments.details, arguments.wandb)
 
 
 def produce(
@@ -99,7 +112,7 @@ def produce(
             send_all([run for group in groups for run in group.runs], wandb)
     finally:
         lines = [*remarks, f"report: {folder / 'index.html'}"]
-        sys.stdout.write("".join(f"{line}\n" for line in lines))
+        say("\n".join(lines))
 
 
 def pack_one(directories: list[Path], target: Path) -> None:
@@ -110,9 +123,20 @@ def pack_one(directories: list[Path], target: Path) -> None:
     if len(directories) != 1:
         raise ValueError(f"--pack takes one run, not {len(directories)}; give its directory")
     with writing_to(target, "FILE"):
-        pack(read_run(directories[0]), target)
-    again = f"`unzip {target} -d outputs/runs` makes it a run again"
-    sys.stdout.write(f"packed: {target}; `cu-doctor {target}` verifies it, {again}\n")
+        run = read_run(directories[0])
+        pack(run, target)
+    words, where = ["cu-doctor", str(target)], ""
+    if modules := own_modules(run.config):
+        words.append(f"allow_modules=[{','.join(modules)}]")
+        where = " where these modules can be imported"
+    again = f"`{shlex.join(['unzip', str(target), '-d', 'outputs/runs'])}` makes it a run again"
+    say(f"packed: {target}; `{shlex.join(words)}` verifies it{where}, {again}")
+
+
+def own_modules(config: ConfigTree) -> list[str]:
+    """Return the modules of the user's own code that a run's configuration names."""
+    targets = {str(name) for path, name in walk_leaves(config) if path.endswith("._target_")}
+    return sorted({name.rpartition(".")[0] for name in targets if name.partition(".")[0] != OURS})
 
 
 def failed_jobs(paths: list[Path]) -> tuple[dict[Path, str], list[str]]:
@@ -173,7 +197,7 @@ def send_all(runs: list[RunRecord], mode: Literal["online", "offline"]) -> None:
             raise MirrorError(
                 f"{why}; run the same command again to send what is missing"
             ) from None
-        sys.stdout.write(f"sent to W&B ({mode}): {run.directory.name}\n")
+        say(f"sent to W&B ({mode}): {run.directory.name}")
 
 
 def report_name(paths: list[Path], directories: list[Path]) -> str:

@@ -7,32 +7,43 @@ from collections.abc import Iterator
 from typing import cast
 
 import hydra
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cu_runner.config.command import refuse_long_keys
-from cu_runner.config.permissions import allowed_modules, refuse_unasked_pickles, searched_folders
+from cu_runner.config.permissions import (
+    allowed_modules,
+    check_command,
+    refuse_unasked_pickles,
+    search_path,
+)
 from cu_runner.config.resolvers import choice, regularizer_cell, training_cell, tuned_cell
 from cu_runner.config.run_config import MISSING, RunConfig, check_run
-from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.values import ConfigTree
 
 
-def compose(overrides: list[str]) -> RunConfig:
+def compose(words: list[str]) -> RunConfig:
     """Return the checked configuration that `cu-run` makes of a command line.
+
+    Args:
+        words: overrides, and before them --config-dir=DIR.
 
     Raises:
         ConfigError: it cannot be run. An error of Hydra's own: it cannot be composed.
     """
-    refuse_long_keys(overrides)
-    searched_folders(overrides)
+    options = check_command(words)
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = hydra.compose("config", overrides, return_hydra_config=True)
+    setbase("1.3")
+    Hydra.create_main_hydra2("cu_runner", search_path(options.config_dir))
+    try:
+        config = hydra.compose("config", options.overrides, return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().clear()
     HydraConfig.instance().set_config(config)
     return parse(without_hydra(config))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from cu_runner.concepts.requests import Request, plan_requests
 from cu_runner.concepts.sequence import Concept, Sequence
@@ -162,6 +163,8 @@ def check_run(
         ConfigError: one line with what is wrong.
     """
     check_values(resolved, method_name)
+    if isinstance(sequence := resolved["sequence"], dict):
+        resolved["sequence"] = {key: with_composed(value) for key, value in sequence.items()}
     if not resolved.get("retention"):  # off: then it is no part of the run, nor of its signature
         resolved.pop("retention", None)
     known = {*GROUPS, *(field.name for field in dataclasses.fields(Spine))}
@@ -201,6 +204,26 @@ def check_run(
             f"at most {LONGEST}"
         )
     return plan
+
+
+def with_composed(value: object) -> object:
+    """Return lists and mappings of names with every accent composed, as the Sequence has them.
+
+    So they are in config.yaml and the signature too. What may be a path stays as it is: a text
+    alone, or one with a slash or .txt at its end.
+    """
+    if isinstance(value, list):
+        return [compose_name(entry) for entry in value]
+    if isinstance(value, dict):
+        return {normalize("NFC", key): compose_name(entry) for key, entry in value.items()}
+    return value
+
+
+def compose_name(entry: object) -> object:
+    """Return a name with every accent composed; a path, a list or a number as it is."""
+    if not isinstance(entry, str) or "/" in entry or entry.endswith(".txt"):
+        return with_composed(entry) if isinstance(entry, list) else entry
+    return normalize("NFC", entry)
 
 
 def check_values(resolved: ConfigTree, method_name: str) -> None:

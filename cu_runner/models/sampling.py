@@ -83,15 +83,18 @@ def generate(
         while done < len(prompts):
             size = largest_batch(model, batch_size)
             rows = slice(done, min(done + size, len(prompts)))
+            on_step = bar.between(rows.start, rows.stop)
             try:
-                found = transform(sample_images(model, prompts[rows], seeds[rows], sampler))
+                found = transform(
+                    sample_images(model, prompts[rows], seeds[rows], sampler, on_step)
+                )
             except torch.OutOfMemoryError:
                 if not halve_batches(model, size):
                     raise
                 continue
             yield found
-            bar.advance(rows.stop - rows.start)
             done = rows.stop
+            bar.reach(done)
 
 
 def largest_batch(model: DiffusionModel, batch_size: int) -> int:
@@ -120,10 +123,14 @@ def halve_batches(model: DiffusionModel, size: int) -> bool:
 
 
 def sample_images(
-    model: DiffusionModel, prompts: list[str], seeds: list[int], sampler: Sampler
+    model: DiffusionModel,
+    prompts: list[str],
+    seeds: list[int],
+    sampler: Sampler,
+    on_step: Callable[[float], None] = lambda share: None,
 ) -> Tensor:
     """Sample one batch of images [B, 3, S, S], float in 0..1, on the model's device."""
-    return model.decode_latents(sample_latents(model, prompts, seeds, sampler))
+    return model.decode_latents(sample_latents(model, prompts, seeds, sampler, on_step))
 
 
 def not_finite(model: DiffusionModel, what: str, step: int = 0) -> SamplingError:
@@ -175,11 +182,16 @@ def make_scheduler(
 
 @without_gradients
 def sample_latents(
-    model: DiffusionModel, prompts: list[str], seeds: list[int], sampler: Sampler
+    model: DiffusionModel,
+    prompts: list[str],
+    seeds: list[int],
+    sampler: Sampler,
+    on_step: Callable[[float], None] = lambda share: None,
 ) -> Tensor:
-    """Denoise one batch to scaled latents [B, C, H, W]."""
+    """Denoise one batch to scaled latents [B, C, H, W]. on_step: is told the share that is done."""
     scheduler = make_scheduler(model, sampler)
-    return denoise(model, scheduler, prompts, seeds, sampler.guidance, len(scheduler.timesteps))
+    steps = len(scheduler.timesteps)
+    return denoise(model, scheduler, prompts, seeds, sampler.guidance, steps, on_step)
 
 
 @without_gradients
@@ -210,8 +222,12 @@ def denoise(
     seeds: list[int],
     guidance: float,
     stop: int,
+    on_step: Callable[[float], None] = lambda share: None,
 ) -> Tensor:
     """Take the first `stop` steps of the scheduler from each image's own noise.
+
+    Args:
+        on_step: is told after each step which share of them is done.
 
     Returns:
         Latents [B, C, H, W].
@@ -230,11 +246,12 @@ def denoise(
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
     with model.constant_text():
-        for timestep in scheduler.timesteps[:stop]:
+        for number, timestep in enumerate(scheduler.timesteps[:stop], start=1):
             rows = torch.cat([latents, latents]) if guidance != 1 else latents
             output = model.unet_output(scheduler.scale_model_input(rows, timestep), timestep, text)
             if guidance != 1:
                 unconditional, conditional = output.chunk(2)
                 output = unconditional + guidance * (conditional - unconditional)
             latents = scheduler.step(output, timestep, latents, **extra).prev_sample
+            on_step(number / stop)
     return latents

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SHOWN = 200  # characters of a prompt that is cut
 CHUNK = 256  # prompts that are encoded together
 
 
@@ -90,11 +91,16 @@ class PromptEncoder:
         for tokenizer in self._parts.tokenizers:
             padded = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
             tokens = padded.input_ids
-            longest = max(len(tokenizer(prompt).input_ids) for prompt in prompts)
             limit = tokens.shape[1]
-            if longest > limit and not ids:
+            counts = {prompt: len(tokenizer(prompt).input_ids) for prompt in prompts}
+            cut = [prompt for prompt, count in counts.items() if count > limit]
+            if cut and not ids:
                 logger.warning(
-                    "a prompt of %d tokens is cut to the %d that the model reads", longest, limit
+                    "   prompt %r has %d tokens and is cut to the %d that the model reads%s",
+                    cut[0][:SHOWN],
+                    counts[cut[0]],
+                    limit,
+                    f"; so are {len(cut) - 1} more" if cut[1:] else "",
                 )
             ids.append(tokens.to(self._device))
             masks.append(padded.attention_mask.to(self._device))

@@ -42,9 +42,13 @@ class Cell:
 
 
 def make_cells(
-    table: Table, experiment: Experiment, seeds: list[int], more: Overrides
+    table: Table, experiment: Experiment, seeds: list[int], more: Overrides, tree: list[str]
 ) -> Iterator[Cell]:
     """Compose every cell and open the directories that are there.
+
+    Args:
+        more: overrides of every run.
+        tree: --config-dir=DIR, if there is one.
 
     Raises:
         ConfigError: a cell cannot be composed, or an error of Hydra's own; of several cells an
@@ -54,7 +58,7 @@ def make_cells(
         place: [[*command, *seed, *more] for seed in [[f"seed={seed}"] for seed in seeds] or [[]]]
         for place, command in overrides_of_cells(table, experiment)
     }
-    plans = iter(compose_all([command for each in commands.values() for command in each]))
+    plans = iter(compose_all([[*tree, *command] for each in commands.values() for command in each]))
     for place, each in commands.items():
         own = list(itertools.islice(plans, len(each)))
         begun = [plan for plan in own if (plan.directory / "steps/00" / STEP).exists()]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cu_runner.sweeps.status import is_locked
+from cu_runner.store.locks import LOCK, is_held
 
 LOG = "run.log"
 TAIL = 65_536  # bytes of a log in which its last line is looked for: a traceback may stand behind
@@ -35,7 +35,7 @@ def outcome_of(directory: Path, noted: str | None) -> Outcome:
     Args:
         noted: the line with which a job of a sweep failed.
     """
-    if is_locked(directory / ".lock"):
+    if is_held(directory / LOCK):
         return Outcome("runs now")
     last = last_entry(directory / LOG)
     if found := STOPPED.fullmatch(last):

@@ -13,6 +13,7 @@ from cu_runner.concepts.entries import comparable, read_file, read_shipped
 from cu_runner.concepts.sequence import Concept
 from cu_runner.request.language_model import ask, find_model
 from cu_runner.request.scope import Scope
+from cu_runner.request.token_limit import longer
 
 MARKED = re.compile(r"\{([^{}]+)\}")
 
@@ -87,6 +88,12 @@ def kept_names(scope: Scope, source: NameSource) -> list[str]:
 
 
 def ask_for_names(scope: Scope, path: str | None, number: int) -> list[str]:
-    """Ask a language model for names of the domain that are related to the targets."""
+    """Ask a language model for names of the domain that are related to the targets.
+
+    Those that are longer than the diffusion model reads are left out.
+    """
     targets = [concept.prompt_name for concept in scope.request.targets]
-    return ask(find_model(path), scope.sequence.domain, targets, number, str(scope.model.device))
+    device = str(scope.model.device)
+    names = ask(find_model(path), scope.sequence.domain, targets, number, device)
+    cut = longer(scope.model, names)
+    return [name for name in names if name not in cut]

@@ -28,6 +28,7 @@ from cu_runner.retention.base import Retention
 from cu_runner.retention.features import FeatureExtractor, FeatureSource
 from cu_runner.retention.pictures import find_pictures, read_pictures
 from cu_runner.runtime.lazy import torch
+from cu_runner.runtime.progress import Progress
 from cu_runner.schema.errors import ModelError
 from cu_runner.schema.settings import EvalSettings
 from cu_runner.store.cache import ARRAYS, Cache
@@ -135,9 +136,12 @@ class GeneralRetention(Retention):
             named = {"pictures": [sha256_of(path) for path in paths], "side": side}
 
             def measure_pictures() -> dict[str, Tensor]:
-                batches = read_pictures(paths, side, settings.batch_size)
-                features = torch.cat([extractor(images) for images in batches])
-                return {"features": refuse_nan("features", features)}
+                found, batches = [], read_pictures(paths, side, settings.batch_size)
+                with Progress("reference images", len(paths), "image") as bar:
+                    for images in batches:
+                        found.append(extractor(images))
+                        bar.advance(len(images))
+                return {"features": refuse_nan("features", torch.cat(found))}
 
             self._reference = fetch(cache, common | named, measure_pictures)["features"]
 

@@ -31,6 +31,7 @@ from cu_runner.runner.rehearsal import Rehearsal, rehearse
 from cu_runner.runner.training import check_composition
 from cu_runner.runtime.devices import choose_device, device_name, limit_threads, peak_memory_mb
 from cu_runner.runtime.lazy import torch
+from cu_runner.runtime.progress import slow
 from cu_runner.runtime.user_code import place_of
 from cu_runner.schema.errors import SamplingError, StoreError, TrainingError, first_line, one_line
 from cu_runner.schema.settings import Sampler, WandbSettings
@@ -44,7 +45,10 @@ Made = Generator[Finding, None, Part | None]
 
 SPARE_DISK = 1.2  # the disk must hold so many times what is expected
 SPARE_MEMORY = 1.1  # and memory so many times what the check took: in hours it is fragmented
-UNKNOWN = "; the model does not know these names, or the labels are in another order"
+UNKNOWN = (
+    f"; under {RECOGNISED:.0f}% nothing can be measured: the model does not know these names in "
+    "these prompts, or the labels are in another order"
+)
 SMALLEST = "out of GPU memory at a single image; free it of other processes, or take a larger one"
 FAILURES = (ValueError, OSError, TrainingError, SamplingError, StoreError)
 
@@ -106,12 +110,14 @@ def load(what: str, make: Callable[[], Part]) -> Made[Part]:
     """Make a part of the run that reads weights; return it, None if it cannot be made."""
     started = time.monotonic()
     try:
-        part = make()
+        with slow(f"loading the {what}"):
+            part = make()
+            sha256 = part.fingerprint()
     except (ValueError, OSError) as error:
         yield Finding(what, False, first_line(error))
         return None
     seconds = time.monotonic() - started
-    yield Finding(what, True, f"sha256 {part.fingerprint()[:16]}, loaded in {seconds:.0f} s")
+    yield Finding(what, True, f"sha256 {sha256[:16]}, loaded in {seconds:.0f} s")
     return part
 
 
@@ -234,9 +240,9 @@ def said_where(error: Exception) -> str:
 def check_accuracy(rehearsal: Rehearsal) -> Finding:
     """Check that the evaluator recognises what the untouched model draws."""
     seen = rehearsal.accuracy
-    shares = ", ".join(f"{accuracy:.0f}% {domain}" for domain, accuracy in seen.items())
+    shares = ", ".join(f"{accuracy:.0f}% {kind}" for kind, accuracy in seen.items())
     well = min(seen.values()) >= RECOGNISED
-    detail = f"{rehearsal.images} images of the untouched model: {shares} recognised"
+    detail = f"of {rehearsal.images} images of the untouched model, {shares} are recognised"
     return Finding("base accuracy", well, detail + ("" if well else UNKNOWN))
 
 

@@ -69,6 +69,7 @@ class Runner:
         """
         self.plan, self.parts, self.store, self.cache = plan, parts, store, cache
         self.tracker, self.stop = tracker, stop or StopSignals()
+        self.shown_steps: int | None = None  # of training, up to which the progress counts
         self._first_step: float | None = None  # seconds from the start of the process
 
     def run(self) -> list[StepRecord]:
@@ -225,6 +226,7 @@ class Runner:
             saved.training,
             self.stop.deferred,
             self.stage,
+            self.shown_steps,
         )
         files = {
             DELTA: to_safetensors(subtract(self.weights.params, self.weights.base)),

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from cu_runner.concepts.requests import Request
 from cu_runner.methods.base import Method
 from cu_runner.models.parameters import assign, snapshot
 from cu_runner.regularizers.base import Regularizer
@@ -106,9 +105,7 @@ class Training:
                 logs[f"{name}_penalty"] = penalty.item()
                 logs["loss"] += logs[f"{name}_penalty"]
         if not math.isfinite(logs["loss"]):
-            raise TrainingError(
-                diverged(f"a loss of {logs['loss']}", scope.request, self.done + 1, self.steps)
-            )
+            raise TrainingError(self._diverged(f"a loss of {logs['loss']}", self.done + 1))
         method.on_gradients(scope.params)
         for regularizer in regularizers:
             regularizer.on_gradients(scope.params)
@@ -121,14 +118,25 @@ class Training:
         self._optimizer.zero_grad()
         self._rows.append({"step": self.done + 1, **logs})
 
+    def _diverged(self, what: str, step: int) -> str:
+        """Return the line for a training that went astray, with what of it can be changed."""
+        ways = [] if self._method.closed_form else ["lower train.lr"]
+        ways += [f"lower the weight of reg={'+'.join(self._regularizers)}"] * bool(
+            self._regularizers
+        )
+        request = self._scope.request
+        return (
+            f"training led to {what} at request {request.index} ({request.label}), step {step} of "
+            f"{self.steps}; {' or '.join(ways) or 'change the settings of the method'}. "
+            "Finished requests are kept"
+        )
+
     def finish(self) -> TrainingReport:
         """Return what was logged. Raises TrainingError when a weight is not finite."""
         for parameter in self._params:
             parameter.requires_grad_(False)
         if not all(parameter.isfinite().all() for parameter in self._params):
-            raise TrainingError(
-                diverged("weights that are not finite", self._scope.request, self.steps, self.steps)
-            )
+            raise TrainingError(self._diverged("weights that are not finite", self.done))
         return TrainingReport(self._rows, self._method.end_request(self._scope), self._records)
 
     def state(self) -> dict[str, Any]:
@@ -169,6 +177,7 @@ def erase(
     state: dict[str, Any] | None = None,
     undisturbed: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     stage: Callable[[str], None] = lambda name: None,
+    shown: int | None = None,
 ) -> TrainingReport:
     """Unlearn one request, in place in scope.params.
 
@@ -176,6 +185,7 @@ def erase(
         scope, method, regularizers, settings, stage: as for Training.
         on_step: called after every step; it may set training.ended.
         state: of a Training that was interrupted; None begins with the first step.
+        shown: how many steps the progress counts up to; None is all that there may be.
         undisturbed: entered for the steps, but not for what the method and the regularizers prepare
             before the first one.
 
@@ -189,7 +199,9 @@ def erase(
         what = f"unlearn {scope.request.label}"
         with (
             undisturbed(),
-            Progress(what, training.steps, "step", training.done) as progress,
+            Progress(
+                what, min(shown or training.steps, training.steps), "step", training.done
+            ) as progress,
         ):
             while training.done < training.steps and not training.ended:
                 training.step()
@@ -227,12 +239,3 @@ def numbers_in(logs: Mapping[str, object], method: Method[Any]) -> dict[str, flo
     if "loss" not in numbers:
         raise TrainingError(f"{type(method).__name__}: logs no 'loss', which is needed; add it")
     return numbers
-
-
-def diverged(what: str, request: Request, step: int, steps: int) -> str:
-    """Return the line for a training that went astray."""
-    return (
-        f"training led to {what} at request {request.index} ({request.label}), "
-        f"step {step} of {steps}; lower train.lr or a regularizer's weight. "
-        "Finished requests are kept"
-    )

@@ -343,3 +343,16 @@ def test_a_run_notes_settings_of_another_model_and_settings_of_nobody():
     assert note.startswith("conf/tuned has no settings of method=conabl with reg=l2+gradproj for ")
     for quiet in ("reg=none", "reg=gradproj"):
         assert parse(compose(quiet)).notes == ()
+
+
+def test_composed_and_decomposed_accents_are_the_same_run():
+    """In the configuration, so in every comparison with it; paths stay as they are."""
+    plans = [
+        parse(
+            compose("sequence=smoke", f"sequence.retain=['{name}']", "+sequence.prompts='e\u0301'")
+        )
+        for name in ("caf\u00e9", "cafe\u0301")
+    ]
+    assert plans[0].signature == plans[1].signature
+    assert plans[1].resolved["sequence"]["retain"] == ["caf\u00e9"]
+    assert plans[1].resolved["sequence"]["prompts"] == "e\u0301"

@@ -215,6 +215,7 @@ def test_every_shipped_table_reads_and_all_its_cells_compose(tmp_path, monkeypat
                     experiment,
                     [],
                     paths if "canvas" in label and "shape" not in label else [],
+                    [],
                 )
             )
             assert len(cells) == len(experiment.methods) * len(experiment.columns) * len(table.rows)

@@ -1,6 +1,7 @@
 """Concepts beyond the tokens that the model reads are refused by name, wherever they are used."""
 
 import dataclasses
+import logging
 
 import pytest
 from conftest import read_conf
@@ -118,3 +119,17 @@ def test_prompts_of_a_target_and_its_anchor_that_are_read_alike(model):
         sequence, target_prompt=(f"{LONG} {{concept}}s",), anchor_prompt=f"{LONG} nothing"
     )
     refused(lambda: check_prompts(model, cut), "alike, so that nothing can be unlearned")
+
+
+def test_a_prompt_that_is_cut_is_named_once(model, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("cu_runner"), "propagate", True)
+    texts = [f"{LONG} {name}" for name in ("one", "two", "three")]
+    for _ in range(2):
+        model.encode_prompts([*texts, "a tree"])
+    model.encode_prompts([f"{LONG} four"])
+    first, second = caplog.messages
+    assert first == (
+        f"   prompt '{texts[0]}' has 40 tokens and is cut to the 16 that the model reads; "
+        "so are 2 more"
+    )
+    assert second.startswith(f"   prompt '{LONG} four' has ")

@@ -384,7 +384,7 @@ def test_gpu_memory_that_runs_out_in_training_is_one_line_with_advice(
         status, out, err = in_process(*SMOKE)
     assert (status, err.count("\n")) == (1, 1)
     assert err.startswith(
-        "cu-run: out of GPU memory; train.gradient_checkpointing=true and a lower eval.batch_size"
+        "cu-run: out of GPU memory; train.gradient_checkpointing=true and eval.batch_size=24 for "
     )
     assert "0/2" in out
     status, out, _ = in_process(*SMOKE, "train.gradient_checkpointing=true", "eval.batch_size=3")
