@@ -42,6 +42,7 @@ CONFIG_DIR = ("--config-dir", "-cd")
 FREE = "free it of other processes, or take a larger one"
 # how Hydra complains of an override that its grammar does not know
 SYNTAX = re.compile(r"Lexer|mismatched input|no viable alternative|extraneous input|token recog")
+KEY = re.compile(r"[+~]{0,2}[\w./@]+", re.ASCII)  # of an override
 NOISE = re.compile(
     r" Config search path:| See https://| full_key:"
     r"| Set the environment variable HYDRA_FULL_ERROR"
@@ -162,7 +163,7 @@ def unreadable(words: list[str]) -> str | None:
     parser = OverridesParser.create()
     for word in words:
         key, given, value = word.partition("=")
-        if not given or word.startswith("-"):
+        if not given or KEY.fullmatch(key) is None:
             continue
         try:
             parser.parse_override(word)
@@ -171,7 +172,8 @@ def unreadable(words: list[str]) -> str | None:
             names = value[1:-1].split(",") if is_list else [value]
             quoted = ",".join(json.dumps(name.strip(), ensure_ascii=False) for name in names)
             meant = shlex.quote(f"{key}=[{quoted}]" if is_list else f"{key}={quoted}")
-            return f"{word}: cannot be read; put it in quotes, for Hydra and for the shell: {meant}"
+            said = f"{word}: cannot be read; put it in quotes, for Hydra and for the shell: {meant}"
+            return " ".join(said.split())  # a value may hold line breaks
     return None
 
 

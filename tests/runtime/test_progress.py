@@ -96,7 +96,7 @@ def test_a_terminal_has_a_bar_and_no_lines(clock, lines, monkeypatch):
     with Progress("evaluate", 8, "image") as shown:
         clock(60)
         shown.reach(2.5)
-        shown.advance(loss=1 / 3)
+        shown.advance(5, loss=1 / 3)
     assert lines() == []
     assert "evaluate" in screen.getvalue()
     assert "loss 0.3333" in screen.getvalue()
