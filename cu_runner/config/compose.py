@@ -21,7 +21,14 @@ from cu_runner.config.permissions import (
     refuse_unasked_pickles,
     search_path,
 )
-from cu_runner.config.resolvers import choice, regularizer_cell, training_cell, tuned_cell
+from cu_runner.config.resolvers import (
+    choice,
+    combination,
+    entries_of,
+    regularizer_cell,
+    training_cell,
+    tuned_cell,
+)
 from cu_runner.config.run_config import MISSING, RunConfig, check_run
 from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.values import ConfigTree
@@ -125,7 +132,9 @@ def notes_on(config: DictConfig) -> Iterator[str]:
             f"model={model}: its step sizes and weights may destroy it; give train.lr=... yourself"
         )
     regularizers = "+".join(str(name) for name in config.reg)
-    if regularizers and regularizer_cell(config) is None:
+    known = regularizer_cell(config) is not None
+    known = known or combination(config) in entries_of(config, "training")
+    if regularizers and not known:
         yield (
             f"conf/tuned has no settings of method={method} with reg={regularizers} for "
             f"sequence={sequence}: those of conf/reg are taken, which may do little or too much"

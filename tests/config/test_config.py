@@ -345,6 +345,17 @@ def test_a_run_notes_settings_of_another_model_and_settings_of_nobody():
         assert parse(compose(quiet)).notes == ()
 
 
+def test_regularizers_of_concepts_of_ones_own_take_what_was_chosen_for_the_model():
+    plan = parse(compose("sequence=smoke", "reg=gradproj"))
+    assert plan.spine.train.lr == 0.003
+    assert plan.resolved["reg"]["gradproj"]["tokens"] == "all"
+    assert plan.notes == ()
+    (note,) = parse(compose("sequence=smoke", "method=esd", "reg=gradproj")).notes
+    assert "method=esd with reg=gradproj" in note
+    given = parse(compose("sequence=smoke", "reg=gradproj", "reg.gradproj.tokens=own"))
+    assert given.resolved["reg"]["gradproj"]["tokens"] == "own"
+
+
 def test_composed_and_decomposed_accents_are_the_same_run():
     """In the configuration, so in every comparison with it; paths stay as they are."""
     plans = [

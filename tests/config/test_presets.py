@@ -562,6 +562,7 @@ def test_the_released_settings_run(in_process):
     names_of_styles = (
         "reg.gradproj.auxiliary.source=list",
         "reg.gradproj.auxiliary.name=auxiliary_styles",
+        "reg.gradproj.contexts=['{concept}']",
     )
     status, out, err = in_process(*SMOKE, *settings, *names_of_styles)
     assert status == 0, err
