@@ -33,6 +33,7 @@ from bench_model import bench_accuracy, bench_model, load, wall_seconds
 
 from cu_runner.cli.console import Parser, quiet_libraries, whole_number
 from cu_runner.cli.failures import one_line_failures
+from cu_runner.config.command import last_of_each
 from cu_runner.config.compose import compose
 from cu_runner.models.diffusion import DTYPES
 from cu_runner.runner.forecast import work_of
@@ -95,7 +96,10 @@ def run_in(
     with (
         said.open("w") as errors,
         subprocess.Popen(
-            [*command, *overrides], stdout=subprocess.DEVNULL, stderr=errors, env=environment
+            [*command, *last_of_each(overrides)],
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env=environment,
         ) as process,
     ):
         while process.poll() is None and not (committed and committed.exists()):

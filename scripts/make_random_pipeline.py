@@ -9,8 +9,9 @@ To try and test without a download.
 Judges go to DIR/classifiers: style and object, or celebrity, scene and faces.
 
 Layer counts, widths, heads, schedulers and tokenizers are those of the published checkpoints;
---tiny keeps the layout with smaller sizes. The tokenizer is CLIP's, whose merges come with
-open_clip; that of --tiny has the first of them. Then: cu-run model=sd15 model.path=DIR.
+--tiny keeps the layout with smaller sizes and fewer layers in a block. The tokenizer is CLIP's,
+whose merges come with open_clip; that of --tiny has the first of them. Then:
+cu-run model=sd15 model.path=DIR.
 """
 
 import argparse
@@ -69,7 +70,7 @@ def unet_config(kind: str, tiny: bool) -> dict[str, object]:
         "block_out_channels": widths + widths[-1:] * (kind != "sdxl"),
         "down_block_types": [name.format("Down") for name in layout],
         "up_block_types": [name.format("Up") for name in reversed(layout)],
-        "layers_per_block": 2,
+        "layers_per_block": 1 if tiny else 2,
         "cross_attention_dim": text,
         "attention_head_dim": 8 if kind == "sd15" else heads + heads[-1:] * (kind != "sdxl"),
         "norm_num_groups": 8 if tiny else 32,
@@ -78,7 +79,7 @@ def unet_config(kind: str, tiny: bool) -> dict[str, object]:
     if kind == "sdxl":
         time, pooled = (8, 48) if tiny else (256, 1280)
         config |= {
-            "transformer_layers_per_block": [1, 2, 3] if tiny else [1, 2, 10],
+            "transformer_layers_per_block": [1, 1, 2] if tiny else [1, 2, 10],
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": time,
             "projection_class_embeddings_input_dim": 6 * time + pooled,

@@ -29,11 +29,13 @@ from omegaconf import OmegaConf, open_dict
 from cu_runner.cli.run import main
 from cu_runner.concepts.requests import plan_requests
 from cu_runner.concepts.sequence_file import make_sequence
+from cu_runner.config.command import key_of
 from cu_runner.evaluators.classifier import Classifier
 from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.diffusion import load_model
 from cu_runner.models.parameters import select_parameters, snapshot
 from cu_runner.request.scope import Scope
+from cu_runner.runtime import progress
 from cu_runner.runtime.paths import config_dir
 from cu_runner.runtime.seeding import RandomSource
 from cu_runner.schema.settings import Sampler, TrainSettings
@@ -56,7 +58,15 @@ SMOKE = (
 )
 
 
-PARTS = {"evaluators", "methods", "models", "regularizers", "request", "store"}  # folders of units
+PARTS = {  # folders of units
+    "concepts",
+    "evaluators",
+    "methods",
+    "models",
+    "regularizers",
+    "request",
+    "store",
+}
 RUN_SOMETHING = {
     "call_command",
     "cu_run",
@@ -228,6 +238,18 @@ def compose(*overrides: str):
     return config
 
 
+@pytest.fixture(autouse=True)
+def no_progress(monkeypatch):
+    """No line says how far a command is, however busy the machine is."""
+    monkeypatch.setattr(progress, "FIRST", 3600.0)
+
+
+def changed_smoke(words: tuple[str, ...]) -> list[str]:
+    """The words without those of SMOKE whose key another word sets: cu-run refuses both."""
+    own = {key_of(word) for word in words if word not in SMOKE}
+    return [word for word in words if word not in SMOKE or key_of(word) not in own]
+
+
 @pytest.fixture
 def cu_run(tmp_path):
     """Returns run(*overrides, cwd, env) -> CompletedProcess of the command as a user types it, in a
@@ -237,7 +259,8 @@ def cu_run(tmp_path):
     def run(
         *overrides: str, cwd: Path = tmp_path, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess:
-        return run_forked("cu-run", *overrides, cwd=cwd, env=environment(**env or {}))
+        words = changed_smoke(overrides)
+        return run_forked("cu-run", *words, cwd=cwd, env=environment(**env or {}))
 
     return run
 
@@ -248,7 +271,7 @@ def start(tmp_path):
     started = []
 
     def begin(*overrides: str, cwd: Path = tmp_path) -> Forked:
-        started.append(Forked("cu-run", *overrides, cwd=cwd))
+        started.append(Forked("cu-run", *changed_smoke(overrides), cwd=cwd))
         return started[-1]
 
     yield begin
@@ -269,7 +292,7 @@ def in_process(tmp_path, monkeypatch, capsys):
 
     def run(*overrides: str) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["cu-run", *overrides])
+        monkeypatch.setattr(sys, "argv", ["cu-run", *changed_smoke(overrides)])
         capsys.readouterr()
         status = 0
         try:
@@ -372,6 +395,27 @@ def run_copy(finished_run, tmp_path):
     cwd, directory, _ = finished_run
     shutil.copytree(cwd / "outputs", tmp_path / "outputs")
     return tmp_path / directory.relative_to(cwd)
+
+
+@pytest.fixture
+def outlined(monkeypatch):
+    """Plots are made, and in place of drawing them an empty picture is written: for the tests of
+    what stands beside them.
+    """
+
+    def write(figure, file, **_: object) -> None:
+        if isinstance(file, str):
+            Path(file).touch()
+        else:
+            file.write('<svg viewBox="0 0 1 1"></svg>')
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", write)
+
+
+@pytest.fixture
+def numbers_by_hand(monkeypatch):
+    """Runs of runs_by_hand have metrics of their own, which need not follow from predictions."""
+    monkeypatch.setattr("cu_runner.reporting.page_groups.require_true", lambda run: None)
 
 
 @pytest.fixture

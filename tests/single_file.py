@@ -125,7 +125,7 @@ def original_weights(directory: Path) -> dict[str, Tensor]:
         int(found[1]) for name in unet if (found := re.match(r"up_blocks\.(\d)\.attentions", name))
     }
     weights = {
-        f"model.diffusion_model.{original_unet_name(name, 2, attending)}": tensor
+        f"model.diffusion_model.{original_unet_name(name, 1, attending)}": tensor
         for name, tensor in unet.items()
     }
     for name, tensor in vae.items():

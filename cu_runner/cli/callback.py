@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from cu_runner.cli.console import say
 from cu_runner.cli.failures import one_line_failures
 from cu_runner.schema.errors import LaunchError
 from cu_runner.store.layout import SWEEP
@@ -19,9 +21,13 @@ class NoteJobs(Callback):
     """The notes of a sweep; it ends with one line if it may not be submitted, or if jobs failed."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
-        """Write the notes of all jobs."""
+        """Write the notes of all jobs, and say where they lie."""
         with one_line_failures("cu-run"):
             note_jobs(config, GlobalHydra.instance().config_loader())
+        folder = Path(config.hydra.sweep.dir)
+        if (folder / SWEEP).exists():  # not of dry runs
+            said = shlex.join(["cu-sweep", "status", str(folder)])
+            say(f"sweep: {folder}; `{said}` tells what became of each job")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
         """Say which jobs failed, of those that ran in processes of their own."""

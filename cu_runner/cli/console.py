@@ -18,6 +18,7 @@ from cu_runner import __version__
 from cu_runner.runtime.lazy import diffusers, transformers
 from cu_runner.runtime.signals import Stopped
 from cu_runner.schema.secrets import redact
+from cu_runner.schema.words import printable
 
 NOISY = ("transformers", "diffusers", "torch", "accelerate", "huggingface_hub", "filelock", "wandb")
 
@@ -71,6 +72,38 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` lists every option\n")
 
 
+def folder(text: str) -> Path:
+    """Read the path of a folder that is there, as the value of an option."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no such directory")
+    return Path(text)
+
+
+def add_config_dir(parser: argparse.ArgumentParser) -> None:
+    """Let a command take --config-dir, as cu-run does."""
+    parser.add_argument(
+        "--config-dir",
+        type=folder,
+        metavar="DIR",
+        help="a configuration tree of your own beside conf/, as for cu-run",
+    )
+
+
+def own_tree(arguments: argparse.Namespace) -> list[str]:
+    """Return --config-dir as the word that cu-run takes; none where it was not given."""
+    return [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
+
+
+def without_permissions(words: list[str]) -> list[str]:
+    """Return what a command is told but for allow_modules=..., which every command takes."""
+    return [word for word in words if not is_permission(word)]
+
+
+def is_permission(word: str) -> bool:
+    """Tell whether a word allows modules of the user's: allow_modules=[my_methods]."""
+    return word.lstrip("+").startswith("allow_modules=")
+
+
 def whole_number(text: str) -> int:
     """Read a number from 1 on, as the value of an option."""
     if not text.isdecimal() or int(text) < 1:
@@ -93,7 +126,12 @@ class RedactingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record."""
-        return redact(super().format(record))
+        return printable(redact(super().format(record)))
+
+
+def say(text: str) -> None:
+    """Print text of a command's result, at once; what would steer the terminal is shown."""
+    print(printable(text), flush=True)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """cu-doctor: is a finished run what it says, and would a run that is planned get to its end?
 
     cu-doctor outputs/runs/shapecanvas_style/conabl-none-sequential-s0-ec91c30b   # or packed: .zip
+    cu-doctor RUN 'allow_modules=[my_methods]'                                    # of code of yours
     cu-doctor experiment=unlearncanvas_style model.path=DIR evaluator.paths.style=DIR \\
               evaluator.paths.object=DIR                                          # a plan
 
@@ -23,9 +24,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cu_runner.cli.console import Parser, quiet_libraries, without_reader
+from cu_runner.cli.console import (
+    Parser,
+    add_config_dir,
+    is_permission,
+    own_tree,
+    quiet_libraries,
+    say,
+    without_permissions,
+    without_reader,
+)
 from cu_runner.cli.failures import one_line_failures
 from cu_runner.retention.base import Retention
+from cu_runner.runtime import progress
 from cu_runner.schema.errors import ModelError, WeightFileError
 from cu_runner.store.archive import unpack
 from cu_runner.store.files import has_intact_header
@@ -49,8 +60,10 @@ def main() -> None:
         "what",
         nargs="*",
         metavar="RUN | OVERRIDE",
-        help="run directories or packed runs (cu-report --pack); or overrides, as to cu-run",
+        help="run directories or packed runs (cu-report --pack), and allow_modules=... of runs of "
+        "your own code; or overrides, as to cu-run",
     )
+    add_config_dir(parser)
     parser.add_argument(
         "--all", action="store_true", help="print the checks of a run that hold as well"
     )
@@ -58,29 +71,38 @@ def main() -> None:
     if not arguments.what:
         parser.print_usage(sys.stderr)
         parser.error("give a run, or overrides as to cu-run: cu-doctor method=esd reg=l2")
-    overrides = [text for text in arguments.what if "=" in text]
-    if overrides and len(overrides) < len(arguments.what):
-        parser.error("give runs or overrides, not both")
-    with one_line_failures("cu-doctor"):
-        if arguments.what and not overrides:
-            wrong = sum(examine_run(Path(path), not arguments.all) for path in arguments.what)
+    runs = [text for text in arguments.what if "=" not in text]
+    if runs and without_permissions(arguments.what) != runs:
+        parser.error("give runs or overrides, not both; beside a run stands allow_modules=... only")
+    with one_line_failures("cu-doctor"), progress.on_stderr():
+        if runs:
+            allowing = [text for text in arguments.what if is_permission(text)]
+            wrong = sum(examine_run(Path(path), allowing, not arguments.all) for path in runs)
         else:
-            wrong = examine_plan(overrides)
+            wrong = examine_plan([*own_tree(arguments), *arguments.what])
     sys.exit(1 if wrong else 0)
 
 
-def examine_plan(overrides: list[str]) -> int:
+def examine_plan(words: list[str]) -> int:
     """Print every finding on a planned run; return how many are wrong."""
     from cu_runner.config.compose import compose
+    from cu_runner.config.permissions import refuse_repeated_keys
     from cu_runner.runner.preflight import check_plan
 
-    plan = compose(overrides)
+    refuse_repeated_keys(words, sweep=False)
+    plan = compose(words)
     quiet_libraries()
+    for note in plan.notes:
+        say(f"note: {note}")
     return report("plan", check_plan(plan), quiet=False)
 
 
-def examine_run(path: Path, quiet: bool) -> int:
-    """Print every finding on a run directory or a packed run; return how many are wrong."""
+def examine_run(path: Path, allowing: list[str], quiet: bool) -> int:
+    """Print every finding on a run directory or a packed run; return how many are wrong.
+
+    allowing: allow_modules=..., of runs of the user's own code.
+    """
+    from cu_runner.config.permissions import allowed_modules
     from cu_runner.config.revise import filled_in
     from cu_runner.config.run_config import check_run
 
@@ -88,7 +110,8 @@ def examine_run(path: Path, quiet: bool) -> int:
         directory = unpack(path, Path(folder)) if path.is_file() else path
         config, _ = read_config(directory)
         try:
-            plan = check_run(filled_in(config), directory.name.partition("-")[0])
+            name, allowed = directory.name.partition("-")[0], allowed_modules(allowing)
+            plan = check_run(filled_in(config), name, allowed=allowed)
             sequence = plan.sequence.build()
         except ValueError:
             if has_intact_header((directory / "config.yaml").read_bytes()):
@@ -131,17 +154,17 @@ def report(title: str, findings: Iterable[Finding], quiet: bool) -> int:
 
     quiet: leaves out what is well.
     """
-    print(title, flush=True)
+    say(title)
     verdicts: Counter[bool | None] = Counter()
     for finding in findings:
         verdicts[finding.ok] += 1
         if finding.ok is not True or not quiet:
             detail = f": {finding.detail}" if finding.detail else ""
-            print(f"  {MARKS[finding.ok]:<11} {finding.what}{detail}", flush=True)
+            say(f"  {MARKS[finding.ok]:<11} {finding.what}{detail}")
     end = "all well"
     if verdicts[False]:
         end = f"{verdicts[False]} wrong"
     elif verdicts[None]:
         end = f"{verdicts[None]} could not be made, the others are well"
-    print(f"  {verdicts.total()} checks, {end}", flush=True)
+    say(f"  {verdicts.total()} checks, {end}")
     return verdicts[False]

@@ -15,8 +15,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cu_runner.cli.console import Parser, quiet_libraries, without_reader
+from cu_runner.cli.console import (
+    Parser,
+    add_config_dir,
+    own_tree,
+    quiet_libraries,
+    say,
+    without_reader,
+)
 from cu_runner.cli.failures import one_line_failures
+from cu_runner.runtime import progress
 from cu_runner.store.directories import choose_directory, first_name
 from cu_runner.store.layout import EVALUATIONS, finished_steps
 from cu_runner.store.run_directory import RunStore
@@ -40,10 +48,12 @@ def main() -> None:
         "overrides",
         nargs="*",
         default=[],
-        help="evaluator=NAME, retention=NAME, eval.steps=50, 'sequence.seeds=[1,2]', device=...",
+        help="evaluator=NAME, retention=NAME, eval.steps=50, 'sequence.seeds=[1,2]', device=...; "
+        "allow_modules=... of a run of your own code",
     )
+    add_config_dir(parser)
     arguments = parser.parse_intermixed_args()
-    with one_line_failures("cu-eval"):
+    with one_line_failures("cu-eval"), progress.on_stderr():
         run = read_run(arguments.run.resolve())
         if run.is_evaluation:
             raise ValueError(
@@ -60,7 +70,7 @@ def main() -> None:
 
         require_true(run)
         allowed = allowed_modules(arguments.overrides)
-        revised = revise(run.config, arguments.overrides)
+        revised = revise(run.config, arguments.overrides, arguments.config_dir)
         refuse_unasked_pickles(revised, arguments.overrides)
         plan = check_run(revised, run.method, allowed=allowed)
         named = f"{first_name(run.directory.name)[:-8]}{plan.signature[:8]}"
@@ -72,7 +82,8 @@ def main() -> None:
             quiet_libraries()
         # loaded first: what cannot be loaded leaves no directory behind
         instruments = None if complete else load(run, plan)
-        command = recorded_command("cu-eval", [str(arguments.run), *arguments.overrides])
+        words = [*own_tree(arguments), str(arguments.run), *arguments.overrides]
+        command = recorded_command("cu-eval", words)
         with RunStore(
             directory,
             plan.resolved,
@@ -82,9 +93,9 @@ def main() -> None:
             allow_other_code=plan.spine.allow_other_code,
         ) as store:
             for step in measure_again(run, plan, store, instruments):
-                print(compare(run.records[step.index].row, step.row), flush=True)
+                say(compare(run.records[step.index].row, step.row))
             store.write_metrics(store.finished())
-        print(f"evaluation: {directory}")
+        say(f"evaluation: {directory}")
 
 
 def compare(before: Row, after: Row) -> str:

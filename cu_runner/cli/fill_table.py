@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from cu_runner.cli.console import own_tree, say
 from cu_runner.config.command import changes_results, key_of
-from cu_runner.evaluators.metrics import ENOUGH_UA
 from cu_runner.reporting.table_cells import Cell, make_cells, measure, orderings
 from cu_runner.reporting.table_formats import (
-    DAGGER,
     DOUBLE_DAGGER,
+    LESS_FORGOTTEN,
     SECTION,
     FilledTable,
     as_csv,
@@ -44,7 +44,10 @@ def produce(arguments: argparse.Namespace) -> None:
     refuse_places(table, arguments.overrides)
     if arguments.seeds and any(override.startswith("seed=") for override in arguments.overrides):
         raise ConfigError("--seeds and seed=: both set the seed; give one of them")
-    read = functools.partial(make_cells, table, experiment, arguments.seeds, arguments.overrides)
+    tree = own_tree(arguments)
+    read = functools.partial(
+        make_cells, table, experiment, arguments.seeds, arguments.overrides, tree
+    )
     cells = list(read())
     if arguments.run and any(cell.missing() for cell in cells):
         run_missing(cells, name, arguments)
@@ -59,7 +62,9 @@ def produce(arguments: argparse.Namespace) -> None:
         footnotes=settings_of_all(arguments.overrides)
         + footnotes(table, measured, arguments.seeds),
         ordered=orderings(measured, table.targets.tolerance) if table.targets else None,
-        missing=[shlex.join(["cu-run", *command]) for cell in cells for command in cell.missing()],
+        missing=[
+            shlex.join(["cu-run", *tree, *command]) for cell in cells for command in cell.missing()
+        ],
     )
     text, stem = as_markdown(filled), f"{name}-{chosen}"
     files = {f"{stem}.md": text, f"{stem}.csv": as_csv(measured), f"{stem}.tex": as_latex(filled)}
@@ -68,7 +73,7 @@ def produce(arguments: argparse.Namespace) -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     for file, content in files.items():
         write_atomic(arguments.output / file, content.encode())
-    print(f"{text}\ntable: {arguments.output / stem}.md")
+    say(f"{text}\ntable: {arguments.output / stem}.md")
 
 
 def refuse_places(table: Table, overrides: Overrides) -> None:
@@ -99,8 +104,7 @@ def footnotes(table: Table, measured: pd.DataFrame, seeds: list[int]) -> list[st
             "images (Wilson's) where that is wider, within 0 and 100."
         ]
     if not measured["comparable"].dropna().all():
-        why = "less was forgotten, so the retention is not comparable"
-        notes.append(f"{DAGGER} UA is under {ENOUGH_UA:.0f}: {why}.")
+        notes.append(LESS_FORGOTTEN)
     if not measured.loc[measured["ours"].notna(), "tuned"].all():
         what = "The settings of this method with these regularizers were not searched"
         notes.append(f"{DOUBLE_DAGGER} {what} (conf/tuned).")
@@ -132,17 +136,19 @@ def run_missing(cells: list[Cell], name: str, arguments: argparse.Namespace) -> 
     steps = {key: sum(work.train_steps for work in work_of(plan)) for key, plan in plans.items()}
     commands = [command for cell in cells for command in cell.missing()]
     commands.sort(key=lambda command: -steps[tuple(command)])  # the longest must not be last
+    words = [[*own_tree(arguments), *command] for command in commands]
     if not arguments.launcher:
         made = (
             (command, said(run))
-            for command, run in zip(commands, cu_runs(commands, arguments.jobs), strict=True)
+            for command, run in zip(commands, cu_runs(words, arguments.jobs), strict=True)
         )
         print_ended(made, len(commands))
         return
     outputs = Path(plans[tuple(commands[0])].spine.paths.outputs)
     folder = (outputs / "sweeps" / f"{name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}").absolute()
     jobs = [command[: len(command) - len(arguments.overrides)] for command in commands]
-    failure = submit(jobs, arguments.overrides, arguments.launcher, folder)
+    common = [*own_tree(arguments), *arguments.overrides]
+    failure = submit(jobs, common, arguments.launcher, folder)
     if not (folder / SWEEP).exists():
         raise LaunchError(failure)
     ended = read_sweep(folder)
@@ -162,4 +168,4 @@ def said(run: RunRecord | str) -> str:
 def print_ended(runs: Iterable[tuple[Overrides, str]], number: int) -> None:
     """Print a line for each run that has ended, and what became of it."""
     for count, (command, text) in enumerate(runs, start=1):
-        print(f"{count:>3}/{number}  {' '.join(command):<70}  {text}".rstrip(), flush=True)
+        say(f"{count:>3}/{number}  {' '.join(command):<70}  {text}".rstrip())

@@ -1,5 +1,5 @@
 """cu-report: runs as one HTML page that needs no network: what was forgotten and kept after each
-request, samples, drift, cost.
+request, samples, drift, cost. Runs that differ in their seed alone are one row: their mean.
 
 Exit status: 0 done, 1 a run is damaged, the page cannot be written or W&B failed, 2 paths or
 options are wrong, 130 interrupted.
@@ -9,14 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import sys
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from cu_runner.cli.console import Parser, whole_number, without_reader
+from cu_runner.cli.console import (
+    Parser,
+    add_config_dir,
+    say,
+    whole_number,
+    without_permissions,
+    without_reader,
+)
 from cu_runner.cli.failures import one_line_failures
+from cu_runner.schema.values import ConfigTree, walk_leaves
 from cu_runner.store.run_record import RunRecord
+
+OURS = "cu_runner"  # package of every class that is nobody's own
 
 
 @without_reader
@@ -26,10 +36,11 @@ def main() -> None:
     parser.add_argument(
         "paths",
         nargs="+",
-        type=Path,
         metavar="PATH",
-        help="run directories, or folders that hold some: a sweep, outputs/runs",
+        help="run directories, or folders that hold some: a sweep, outputs/runs; allow_modules=... "
+        "is taken as by the other commands, and nothing needs it",
     )
+    add_config_dir(parser)
     parser.add_argument(
         "--output",
         type=Path,
@@ -41,7 +52,8 @@ def main() -> None:
         type=whole_number,
         default=12,
         metavar="N",
-        help="accuracy matrix, samples and configuration of the first N runs (%(default)s)",
+        help="accuracy matrix, samples and configuration of the first N runs, and of the first N "
+        "seeds of each (%(default)s)",
     )
     parser.add_argument(
         "--wandb",
@@ -55,44 +67,52 @@ def main() -> None:
         help="instead of a page, write one finished run into a zip archive",
     )
     arguments = parser.parse_intermixed_args()
+    paths = [Path(text) for text in without_permissions(arguments.paths)]
+    if not paths:
+        parser.error("give a run, or a folder that holds some")
     with one_line_failures("cu-report"):
-        directories = directories_of(arguments.paths)
+        directories = directories_of(paths)
         if arguments.pack:
             pack_one(directories, arguments.pack)
         else:
             folder = arguments.output
-            folder = folder or Path("outputs/reports") / report_name(arguments.paths, directories)
-            produce(directories, folder, arguments.details, arguments.wandb)
+            folder = folder or Path("outputs/reports") / report_name(paths, directories)
+            produce(paths, directories, folder, arguments.details, arguments.wandb)
 
 
 def produce(
+    paths: list[Path],
     directories: list[Path],
     folder: Path,
     details: int,
     wandb: Literal["online", "offline"] | None,
 ) -> None:
-    """Write the page and its plots, and print where they are; send the runs to W&B if asked to."""
+    """Write the page and its plots, and print where they are; send the runs to W&B if asked to.
+
+    Args:
+        paths: of the command line. directories: the runs in them.
+    """
     from cu_runner.reporting.page import write_page
-    from cu_runner.reporting.page_data import read_all
+    from cu_runner.reporting.page_groups import read_all
     from cu_runner.store.files import write_atomic
 
-    runs, unstarted = read_all(directories)
-    remarks = []
-    if len(runs) > details:
-        what = f"for the first {details} of {len(runs)} runs (--details)"
-        remarks.append(f"Accuracy matrix, samples and configuration are given {what}.")
-    if unstarted:
-        remarks.append(f"Left out, since no step is finished: {', '.join(unstarted)}.")
+    noted, refused = failed_jobs(paths)
+    groups, remarks = read_all(directories, noted)
+    remarks += refused
+    for count, what in ((len(groups), "runs"), (max(len(each.runs) for each in groups), "seeds")):
+        if count > details:
+            given = f"for the first {details} of {count} {what} (--details)"
+            remarks.append(f"Accuracy matrix, samples and configuration are given {given}.")
     with writing_to(folder, "--output"):
         (folder / "plots").mkdir(parents=True, exist_ok=True)
-        page = write_page(runs, folder / "plots", details, remarks)
+        page = write_page(groups, folder / "plots", details, remarks)
         write_atomic(folder / "index.html", page.encode())
     try:
         if wandb:
-            send_all([shown.run for shown in runs], wandb)
+            send_all([run for group in groups for run in group.runs], wandb)
     finally:
         lines = [*remarks, f"report: {folder / 'index.html'}"]
-        sys.stdout.write("".join(f"{line}\n" for line in lines))
+        say("\n".join(lines))
 
 
 def pack_one(directories: list[Path], target: Path) -> None:
@@ -103,9 +123,36 @@ def pack_one(directories: list[Path], target: Path) -> None:
     if len(directories) != 1:
         raise ValueError(f"--pack takes one run, not {len(directories)}; give its directory")
     with writing_to(target, "FILE"):
-        pack(read_run(directories[0]), target)
-    again = f"`unzip {target} -d outputs/runs` makes it a run again"
-    sys.stdout.write(f"packed: {target}; `cu-doctor {target}` verifies it, {again}\n")
+        run = read_run(directories[0])
+        pack(run, target)
+    words, where = ["cu-doctor", str(target)], ""
+    if modules := own_modules(run.config):
+        words.append(f"allow_modules=[{','.join(modules)}]")
+        where = " where these modules can be imported"
+    again = f"`{shlex.join(['unzip', str(target), '-d', 'outputs/runs'])}` makes it a run again"
+    say(f"packed: {target}; `{shlex.join(words)}` verifies it{where}, {again}")
+
+
+def own_modules(config: ConfigTree) -> list[str]:
+    """Return the modules of the user's own code that a run's configuration names."""
+    targets = {str(name) for path, name in walk_leaves(config) if path.endswith("._target_")}
+    return sorted({name.rpartition(".")[0] for name in targets if name.partition(".")[0] != OURS})
+
+
+def failed_jobs(paths: list[Path]) -> tuple[dict[Path, str], list[str]]:
+    """Return how jobs of sweeps failed: by run directory, and lines about those that have none."""
+    from cu_runner.store.layout import JOB
+    from cu_runner.sweeps.job_note import read_job_note
+
+    noted: dict[Path, str] = {}
+    refused = []
+    for job in (job for path in paths for job in sorted(path.glob(f"**/{JOB}"))):
+        note = read_job_note(job)
+        if note.error is not None and note.run is not None:
+            noted[Path(note.run).resolve()] = note.error
+        elif note.error is not None:
+            refused.append(f"Could not be run: {shlex.join(note.command)} ({note.error})")
+    return noted, refused
 
 
 def directories_of(paths: list[Path]) -> list[Path]:
@@ -150,7 +197,7 @@ def send_all(runs: list[RunRecord], mode: Literal["online", "offline"]) -> None:
             raise MirrorError(
                 f"{why}; run the same command again to send what is missing"
             ) from None
-        sys.stdout.write(f"sent to W&B ({mode}): {run.directory.name}\n")
+        say(f"sent to W&B ({mode}): {run.directory.name}")
 
 
 def report_name(paths: list[Path], directories: list[Path]) -> str:

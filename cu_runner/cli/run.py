@@ -13,16 +13,20 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cu_runner import __version__
-from cu_runner.cli.console import logging_to, quiet_libraries, without_reader
-from cu_runner.cli.failures import one_line_failures
+from cu_runner.cli.console import logging_to, quiet_libraries, say, without_reader
+from cu_runner.cli.failures import FREE, one_line_failures
 from cu_runner.cli.help import help_text
+from cu_runner.runtime import distributed
 from cu_runner.runtime.devices import choose_device, limit_threads
 from cu_runner.runtime.signals import StopSignals
+from cu_runner.runtime.user_code import raised_in
+from cu_runner.store.layout import CONFIG
 from cu_runner.store.run_directory import RunStore
 from cu_runner.sweeps.job_note import note_job
 
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 
     from cu_runner.config.run_config import RunConfig
 
+LOG = "run.log"
 logger = logging.getLogger("cu_runner.cli")  # __name__ is another under `python -m`
 
 
@@ -54,10 +59,11 @@ def main() -> None:
         import hydra
 
         import cu_runner.config.resolvers  # noqa: F401, for --cfg job --resolve
-        from cu_runner.config.permissions import check_command
+        from cu_runner.config.permissions import check_command, refuse_repeated_keys
         from cu_runner.runtime.paths import config_dir
 
-        check_command(arguments)
+        options = check_command(arguments)
+        refuse_repeated_keys(options.overrides, options.multirun)
 
         def job(config: DictConfig) -> None:
             # its failure is caught here, so that it does not end a sweep
@@ -75,19 +81,18 @@ def run_job(config: DictConfig) -> None:
     from cu_runner.config.command import recorded_command, words_of
     from cu_runner.config.compose import parse
     from cu_runner.runner.forecast import forecast
-    from cu_runner.runtime import distributed
-    from cu_runner.store.run_directory import RunStore
     from cu_runner.store.signature import signature
 
     plan = parse(config)
     outputs = Path(plan.spine.paths.outputs)
     distributed.start(plan.spine.device)
     if plan.spine.dry_run:
-        print(forecast(plan))
+        say(forecast(plan))
         return
     note_job(run=str(plan.directory.absolute()))
     command = recorded_command("cu-run", words_of(HydraConfig.get()))
     with (
+        leaving_nothing_unstarted(plan),
         StopSignals() as stop,
         RunStore(
             plan.directory,
@@ -97,20 +102,55 @@ def run_job(config: DictConfig) -> None:
             code=plan.code,
             allow_other_code=plan.spine.allow_other_code,
         ) as store,
-        logging_to(plan.directory / "run.log")
-        if distributed.is_main()
-        else contextlib.nullcontext(),
+        logging_to(plan.directory / LOG) if distributed.is_main() else contextlib.nullcontext(),
     ):
         if is_finished(store):
             logger.info("complete already; nothing to do")
         else:
             for note in plan.notes:
                 logger.warning("%s", note)
-            execute(plan, store, outputs, stop)
+            with advising_on_memory(plan):
+                execute(plan, store, outputs, stop)
         if distributed.is_main():
             print_table(plan.directory / "metrics.csv")
     if distributed.is_main():
-        print(f"run: {plan.directory}", flush=True)
+        say(f"run: {plan.directory}")
+
+
+@contextlib.contextmanager
+def advising_on_memory(plan: RunConfig) -> Iterator[None]:
+    """Let an error of memory name what of this run's settings would need less of it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            from cu_runner.runner.preflight import less_memory
+
+            vars(error)["advice"] = less_memory(plan) or FREE
+        raise
+
+
+@contextlib.contextmanager
+def leaving_nothing_unstarted(plan: RunConfig) -> Iterator[None]:
+    """Remove the directory of a run that was refused before it made anything.
+
+    That is by bad input, and not by the user's own code, whose traceback is in the log.
+    """
+    directory = plan.directory
+    folders = [directory, *directory.parents[:2], Path(plan.spine.paths.outputs)]
+    made = [folder for folder in folders if not folder.exists()]
+    try:
+        yield
+    except ValueError as error:
+        unstarted = directory in made and not (directory / "steps").exists()
+        if unstarted and distributed.is_main() and not raised_in(error, list(plan.allowed)):
+            for name in (CONFIG, LOG, ".lock"):
+                (directory / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder that holds something else
+                for folder in made:
+                    folder.rmdir()
+            vars(error).pop("log", None)
+        raise
 
 
 def is_finished(store: RunStore) -> bool:
@@ -134,7 +174,6 @@ def execute(plan: RunConfig, store: RunStore, outputs: Path, stop: StopSignals) 
     from cu_runner.runner.parts import build_parts
     from cu_runner.runner.runner import Runner
     from cu_runner.runner.tracking import Tracker
-    from cu_runner.runtime import distributed
     from cu_runner.store.cache import Cache
     from cu_runner.store.records import StepRecord
     from cu_runner.store.run_record import RunRecord, read_run
@@ -172,4 +211,4 @@ def print_table(path: Path) -> None:
     for name in cells.columns[2:]:
         form = ".3f" if name == "drift_l2" else ".1f" if name.startswith(("UA", "RA")) else ".5g"
         cells[name] = [format(float(value), form) if value else "-" for value in table[name]]
-    print("\n" + cells.to_string(index=False) + "\n")
+    say("\n" + cells.to_string(index=False) + "\n")

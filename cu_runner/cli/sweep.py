@@ -16,7 +16,13 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from cu_runner.cli.console import Parser, without_reader
+from cu_runner.cli.console import (
+    Parser,
+    add_config_dir,
+    say,
+    without_permissions,
+    without_reader,
+)
 from cu_runner.cli.failures import one_line_failures
 from cu_runner.sweeps.job_note import read_sweep_note
 from cu_runner.sweeps.status import STATES, Job, read_sweep
@@ -33,18 +39,22 @@ def main() -> None:
     status.add_argument(
         "folders",
         nargs="+",
-        type=Path,
         metavar="DIR",
-        help="folder of a sweep: outputs/sweeps/DATE",
+        help="folder of a sweep: outputs/sweeps/DATE; allow_modules=... is taken as by the other "
+        "commands, and nothing needs it",
     )
+    add_config_dir(status)
     status.add_argument("--json", action="store_true", help="the same as JSON: a list of jobs")
     arguments = parser.parse_args()
+    folders = [Path(text) for text in without_permissions(arguments.folders)]
+    if not folders:
+        parser.error("give the folder of a sweep: outputs/sweeps/DATE")
     with one_line_failures("cu-sweep"):
-        jobs = [job for folder in arguments.folders for job in read_sweep(folder)]
+        jobs = [job for folder in folders for job in read_sweep(folder)]
         if arguments.json:
             print(json.dumps([asdict(job) for job in jobs], indent=2))
         else:
-            print(as_text(jobs, arguments.folders))
+            say(as_text(jobs, folders))
         sys.exit(1 if any(job.state == "failed" for job in jobs) else 0)
 
 

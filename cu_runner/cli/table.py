@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cu_runner.cli.console import Parser, whole_number, without_reader
+from cu_runner.cli.console import Parser, add_config_dir, whole_number, without_reader
 from cu_runner.cli.failures import one_line_failures
 from cu_runner.runtime.paths import config_dir
 
@@ -29,8 +29,9 @@ def main() -> None:
         "overrides",
         nargs="*",
         default=[],
-        help="KEY=VALUE for every run, as for cu-run: model.path=...",
+        help="KEY=VALUE for every run, as for cu-run: model.path=..., allow_modules=...",
     )
+    add_config_dir(parser)
     parser.add_argument(
         "--experiment",
         help="which model and sequences, from the table's own list; default: the first",

@@ -157,6 +157,16 @@ class Sequence:
             return len(self._images_of[concept.name])
         return len(self.cross_retain) * len(self.seeds)
 
+    def lacks(self, concepts: Iterable[Concept]) -> list[str]:
+        """Return the concepts of the other domain that no image of these and the retained shows.
+
+        Of the grid there are none; images of one's own may lack some, and RA_C is over them all.
+        """
+        if not self.images or self.cross_domain not in self.measured_domains:
+            return []
+        shown = {image.cross for image in self.evaluation_images([*concepts, *self.retain])}
+        return [kept.name for kept in self.cross_retain if kept.name not in shown]
+
     @cached_property
     def _images_of(self) -> dict[str, list[ImagePrompt]]:
         """Return the user's own images by concept."""

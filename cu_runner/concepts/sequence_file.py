@@ -6,14 +6,17 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Annotated
+from unicodedata import normalize
 
-from cu_runner.concepts.entries import read_entries
+from cu_runner.concepts.entries import comparable, read_entries
 from cu_runner.concepts.prompt_csv import read_prompts
 from cu_runner.concepts.sequence import KNOWN, Concept, ImagePrompt, Sequence
 from cu_runner.concepts.templates import check_template, replace_word
 from cu_runner.schema.words import Matches
 
+composed = partial(normalize, "NFC")
 FOLDER = "up to 64 letters, digits and . - _, for a folder of outputs/runs"
 ORDERS = "paper, reversed, or shuffle-1 and so on"
 
@@ -58,7 +61,12 @@ def make_sequence(
     """
     cross_retain = read_entries("sequence.cross_retain", cross_retain)
     vocabulary = read_entries("sequence.vocabulary", vocabulary)
-    anchors, prompt_names = anchors or {}, prompt_names or {}
+    # labels, prompts and files may write an accent in two ways
+    targets, retain = ([composed(name) for name in names] for names in (targets, retain))
+    anchors, prompt_names = (
+        {composed(name): composed(other) for name, other in (names or {}).items()}
+        for names in (anchors, prompt_names)
+    )
     templates = [target_prompt] if isinstance(target_prompt, str) else target_prompt
     anchor_captions: dict[str, tuple[str, ...]] = {}
     if isinstance(captions, dict):
@@ -76,6 +84,8 @@ def make_sequence(
     }
     for label, entries in lists.items():
         refuse_repeated(f"sequence.{label}", entries)
+        if label in ("targets", "retain", "cross_retain"):
+            refuse_respelled(f"sequence.{label}", entries)
         if not entries:
             raise ValueError(f"sequence.{label} is empty; it needs at least one entry")
         strange = [
@@ -92,11 +102,11 @@ def make_sequence(
         raise ValueError(
             f"sequence {name}: domain and cross_domain are both {domain}; they must differ"
         )
-    both = sorted(set(targets) & set(retain))
-    if both:
+    erased = {comparable(target) for target in targets}
+    if both := sorted(kept for kept in retain if comparable(kept) in erased):
         raise ValueError(
-            f"sequence {name}: {', '.join(both)} is both in targets (to unlearn) and in retain; "
-            "remove it from one"
+            f"sequence {name}: {', '.join(both)} is both in targets (to unlearn) and in retain, in "
+            "this spelling or another; remove it from one"
         )
     strangers = sorted(set(anchors) - set(targets))
     if strangers:
@@ -143,6 +153,16 @@ def refuse_repeated(key: str, entries: Iterable[object]) -> None:
     """Raise ValueError for an entry that a list has more than once."""
     if repeated := sorted(str(entry) for entry, count in Counter(entries).items() if count > 1):
         raise ValueError(f"{key} lists {', '.join(repeated)} more than once; name each entry once")
+
+
+def refuse_respelled(key: str, entries: Iterable[object]) -> None:
+    """Raise ValueError for two entries of a list that are spellings of one name."""
+    first: dict[str, object] = {}
+    for entry in entries:
+        if (same := first.setdefault(comparable(str(entry)), entry)) != entry:
+            raise ValueError(
+                f"{key} lists {same} and {entry}, two spellings of one name; name each entry once"
+            )
 
 
 def needed_in_target(anchor_captions: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
@@ -203,12 +223,19 @@ def read_images(sequence: Sequence, path: str) -> tuple[ImagePrompt, ...]:
         ValueError: a concept is unknown or missing, or an image is listed twice.
     """
     key, cross_domain = "sequence.prompts", sequence.cross_domain
-    rows = read_prompts(key, path, ("prompt", "concept", "seed"))
-    images = [
-        ImagePrompt(row["prompt"], int(row["seed"]), row["concept"], row.get(cross_domain, ""))
-        for row in rows
-    ]
-    known = dict.fromkeys(concept.name for concept in (*sequence.targets, *sequence.retain))
+    needed, more = ("prompt", "concept", "seed"), (cross_domain,)
+    rows = read_prompts(key, path, needed, more=more, distinct=(*needed, cross_domain))
+    known = [concept.name for concept in (*sequence.targets, *sequence.retain)]
+    names, others = (
+        {comparable(name): name for name in spelled}
+        for spelled in (known, [concept.name for concept in sequence.cross_retain])
+    )
+    images = []
+    for row in rows:
+        concept, cross = row["concept"], row.get(cross_domain, "")
+        concept = names.get(comparable(concept), concept)
+        cross = others.get(comparable(cross), cross)
+        images.append(ImagePrompt(row["prompt"], int(row["seed"]), concept, cross))
     if strangers := [image.concept for image in images if image.concept not in known]:
         raise ValueError(
             f"{key}={path}: {strangers[0]!r} is neither in sequence.targets nor in sequence.retain"
@@ -218,11 +245,6 @@ def read_images(sequence: Sequence, path: str) -> tuple[ImagePrompt, ...]:
         raise ValueError(
             f"{key}={path}: holds no image of {', '.join(missing)}; every target and retained "
             "concept needs one"
-        )
-    if twice := [image for image, count in Counter(images).items() if count > 1]:
-        raise ValueError(
-            f"{key}={path}: {twice[0].prompt!r} with seed {twice[0].seed} is there twice; it would "
-            "be one image"
         )
     crosses = {image.cross for image in images}
     kept = {concept.name for concept in sequence.cross_retain}

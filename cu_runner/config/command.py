@@ -27,6 +27,12 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
+def last_of_each(words: list[str]) -> list[str]:
+    """Return a command line without the overrides whose key a later one sets, for cu-run."""
+    later = {key_of(word): place for place, word in enumerate(words)}
+    return [word for place, word in enumerate(words) if place == later[key_of(word)]]
+
+
 def refuse_long_keys(overrides: list[str]) -> None:
     """Refuse with ConfigError a key for which Hydra would look for a file of too long a name."""
     for key in map(key_of, overrides):

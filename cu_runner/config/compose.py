@@ -7,32 +7,72 @@ from collections.abc import Iterator
 from typing import cast
 
 import hydra
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from cu_runner.config.command import refuse_long_keys
-from cu_runner.config.permissions import allowed_modules, refuse_unasked_pickles, searched_folders
-from cu_runner.config.resolvers import choice, regularizer_cell, training_cell, tuned_cell
+from cu_runner.config.permissions import (
+    allowed_modules,
+    check_command,
+    refuse_unasked_pickles,
+    search_path,
+)
+from cu_runner.config.resolvers import (
+    choice,
+    combination,
+    entries_of,
+    regularizer_cell,
+    training_cell,
+    tuned_cell,
+)
 from cu_runner.config.run_config import MISSING, RunConfig, check_run
-from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.values import ConfigTree
 
 
-def compose(overrides: list[str]) -> RunConfig:
+def compose(words: list[str]) -> RunConfig:
     """Return the checked configuration that `cu-run` makes of a command line.
+
+    Args:
+        words: overrides, and before them --config-dir=DIR.
 
     Raises:
         ConfigError: it cannot be run. An error of Hydra's own: it cannot be composed.
     """
-    refuse_long_keys(overrides)
-    searched_folders(overrides)
+    options = check_command(words)
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = hydra.compose("config", overrides, return_hydra_config=True)
+    setbase("1.3")
+    Hydra.create_main_hydra2("cu_runner", search_path(options.config_dir))
+    try:
+        config = hydra.compose("config", options.overrides, return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().clear()
     HydraConfig.instance().set_config(config)
     return parse(without_hydra(config))
+
+
+def compose_all(commands: list[list[str]]) -> list[RunConfig]:
+    """Return compose() of each command line.
+
+    Raises:
+        ExceptionGroup: of all that it raises, if several cannot be composed. One error as it is.
+    """
+    plans: list[RunConfig] = []
+    errors: list[Exception] = []
+    for overrides in commands:
+        try:
+            plans.append(compose(overrides))
+        except (ConfigError, HydraException, OmegaConfBaseException) as error:
+            errors.append(error)
+    if len(errors) > 1:
+        raise ExceptionGroup("several command lines cannot be composed", errors)
+    if errors:
+        raise errors[0]
+    return plans
 
 
 def without_hydra(config: DictConfig) -> DictConfig:
@@ -92,7 +132,9 @@ def notes_on(config: DictConfig) -> Iterator[str]:
             f"model={model}: its step sizes and weights may destroy it; give train.lr=... yourself"
         )
     regularizers = "+".join(str(name) for name in config.reg)
-    if regularizers and regularizer_cell(config) is None:
+    known = regularizer_cell(config) is not None
+    known = known or combination(config) in entries_of(config, "training")
+    if regularizers and not known:
         yield (
             f"conf/tuned has no settings of method={method} with reg={regularizers} for "
             f"sequence={sequence}: those of conf/reg are taken, which may do little or too much"

@@ -7,6 +7,7 @@ conf/; other trees are not.
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -15,8 +16,9 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
@@ -33,8 +35,10 @@ MODULE = "the name of a module as Python imports it: package.module"
 ModuleName = Annotated[str, Matches(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", MODULE)]
 
 
-def check_command(arguments: list[str]) -> None:
-    """Refuse with ConfigError a command line that would write a secret or run a file's code.
+def check_command(arguments: list[str]) -> Namespace:
+    """Return Hydra's options and the overrides of a command line, if it may be composed.
+
+    One that would write a secret or run a file's code is refused with ConfigError.
 
     Hydra itself instantiates what its own node names (callbacks, launchers, logging, a shell's
     set-up lines) before a job begins. That node is for conf/ and the command line; the trees of
@@ -58,31 +62,38 @@ def check_command(arguments: list[str]) -> None:
     if options.config_dir and not Path(options.config_dir).is_dir():
         raise ConfigError(f"--config-dir {options.config_dir}: no such directory")
     refuse_long_keys(options.overrides)
-    if options.multirun:
-        refuse_repeated_keys(options.overrides)
     for folder in (options.config_dir, *searched_folders(options.overrides)):
         if folder:
             check_tree(Path(folder.removeprefix("file://")))
-    path = create_config_search_path(str(config_dir()))
-    if options.config_dir:
-        tree = f"file://{Path(options.config_dir).absolute()}"
-        path.prepend("command-line", tree, SearchPathQuery(provider="schema"))  # as Hydra does
     check_trees(
-        ConfigLoaderImpl(path),
+        ConfigLoaderImpl(search_path(options.config_dir)),
         options.overrides,
         RunMode.MULTIRUN if options.multirun else RunMode.RUN,
     )
+    return options
 
 
-def refuse_repeated_keys(overrides: list[str]) -> None:
-    """Refuse with ConfigError a sweep that gives a key twice: the second alone would be swept."""
-    given = Counter(map(key_of, overrides))
+def search_path(tree: str | None) -> ConfigSearchPath:
+    """Return where Hydra looks for files: conf/, then the tree of --config-dir."""
+    path = create_config_search_path(str(config_dir()))
+    if tree:
+        place = f"file://{Path(tree).absolute()}"
+        path.prepend("command-line", place, SearchPathQuery(provider="schema"))  # as Hydra does
+    return path
+
+
+def refuse_repeated_keys(overrides: list[str], sweep: bool) -> None:
+    """Refuse with ConfigError a key that is given twice with two values: the last alone counts."""
+    # of `~reg +reg={...}` the second replaces what the first takes away
+    setting = [text for text in dict.fromkeys(overrides) if not text.startswith("~")]
+    given = Counter(map(key_of, setting))
     if repeated := [key for key, count in given.items() if count > 1]:
-        said = [text for text in overrides if key_of(text) == repeated[0]]
-        values = ",".join(text.partition("=")[2] for text in said)
+        said = [text for text in setting if key_of(text) == repeated[0]]
+        values = [text.partition("=")[2] for text in said]
+        once = f"{repeated[0]}={','.join(values) if sweep else values[-1]}"
         raise ConfigError(
             f"{' '.join(said)}: {repeated[0]} is given {len(said)} times, and the last alone would "
-            f"count; give it once, as in {repeated[0]}={values}"
+            f"count; give it once, as in {once}"
         )
 
 
@@ -145,9 +156,16 @@ def searched_folders(overrides: list[str]) -> list[str]:
 
 
 def refuse_permissions(overrides: list[str], file: str) -> None:
-    """Refuse with ConfigError a file's overrides that allow modules or pickles, or set hydra.*."""
+    """Refuse with ConfigError a file's overrides that allow modules or pickles, or set hydra.*.
+
+    What is no override is refused, too.
+    """
     for override in overrides:
-        parsed = OverridesParser.create().parse_override(override)
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+        except HydraException:
+            said = "is no override; give KEY=VALUE, with quotes around text that is no plain word"
+            raise ConfigError(f"{file}: {override!r} {said}") from None
         nodes = [
             re.split(r"[./]", place)[0] for place in (parsed.key_or_group, parsed.package or "")
         ]

@@ -40,9 +40,17 @@ def tuned_cell(config: DictConfig) -> ConfigTree:
 
 
 def training_cell(config: DictConfig) -> ConfigTree:
-    """Return what conf/training has for the model: by default, and for the method."""
+    """Return what conf/training has for the model: by default, for the method, and for the method
+    with the regularizers.
+    """
     cells = entries_of(config, "training")
-    return {**cells.get("default", {}), **cells.get(choice("method"), {})}
+    names = ("default", choice("method"), combination(config))
+    return {key: value for name in names for key, value in cells.get(name, {}).items()}
+
+
+def combination(config: DictConfig) -> str:
+    """Return the method and its regularizers as conf/training names them: "conabl+gradproj"."""
+    return "+".join([choice("method"), *(str(name) for name in config.reg)])
 
 
 def method_cells(config: DictConfig) -> dict[str, ConfigTree]:

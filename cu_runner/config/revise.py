@@ -13,6 +13,7 @@ from cu_runner.config.compose import plain
 from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.values import ConfigTree
+from cu_runner.schema.yaml_files import check_tree
 from cu_runner.store.signature import NOT_SCIENTIFIC
 
 CHOICES = ("evaluator", "retention")  # groups of which cu-eval may take another file
@@ -27,15 +28,18 @@ CHANGEABLE = (
 CODE = ("fresh", "allow_other_code")  # not as the run itself had them
 
 
-def revise(resolved: ConfigTree, overrides: list[str]) -> ConfigTree:
+def revise(resolved: ConfigTree, overrides: list[str], tree: Path | None = None) -> ConfigTree:
     """Return a run's resolved configuration with another way of measuring it.
 
     Args:
         overrides: evaluator=NAME, retention=NAME, or keys under CHANGEABLE: eval.steps=50.
+        tree: of --config-dir, where files of the groups are looked for too.
 
     Raises:
         ConfigError: a key that shaped the training, or one that is not there.
     """
+    if tree is not None:
+        check_tree(tree)
     config = OmegaConf.create(filled_in(resolved) | dict.fromkeys(CODE, False))
     OmegaConf.set_struct(config, True)
     for override in OverridesParser.create().parse_overrides(overrides):
@@ -53,7 +57,7 @@ def revise(resolved: ConfigTree, overrides: list[str]) -> ConfigTree:
             )
         value: Any = override.value()
         if key in CHOICES:
-            chosen = OmegaConf.load(chosen_file(key, str(value)))
+            chosen = OmegaConf.load(chosen_file(key, str(value), tree))
             OmegaConf.update(config, key, chosen, merge=False, force_add=True)
             continue
         try:
@@ -63,14 +67,16 @@ def revise(resolved: ConfigTree, overrides: list[str]) -> ConfigTree:
     return plain(config)
 
 
-def chosen_file(group: str, name: str) -> Path:
+def chosen_file(group: str, name: str, tree: Path | None) -> Path:
     """Return a file of a configuration group, by name or by path. Raises ConfigError."""
-    path = Path(name) if name.endswith(".yaml") else config_dir() / group / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(entry.stem for entry in path.parent.glob("*.yaml")))
-        allowed = known or "the path of a YAML file"
+    folders = [config_dir() / group, *([tree / group] if tree else [])]
+    if name.endswith(".yaml"):
+        folders = [Path(name).parent]
+    found = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.yaml")}
+    if (stem := Path(name).stem if name.endswith(".yaml") else name) not in found:
+        allowed = ", ".join(sorted(found)) or "the path of a YAML file"
         raise ConfigError(f"{group}={name}: no such file; allowed: {allowed}")
-    return path
+    return found[stem]
 
 
 def filled_in(resolved: ConfigTree) -> ConfigTree:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
-from cu_runner.concepts.sequence import Sequence
+from cu_runner.concepts.requests import Request, plan_requests
+from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.config.targets import Node, check_file_name, check_keys, make_node, make_regularizer
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.methods.base import Method
@@ -68,7 +70,7 @@ class RunConfig:
     def training_key(self) -> ConfigTree:
         """Return what the training of a request from the base model depends on.
 
-        The request and the model's fingerprint come on top.
+        The request, the model's fingerprint and the code come on top.
         """
         science = without_paths(self.resolved, (*NOT_SCIENTIFIC, *PLACES))
         parts = ("seed", "train", "anchors", "method", "sequence", "model")
@@ -82,8 +84,33 @@ class RunConfig:
             if node.made.acts_on != ("weights",)
         ]
         settings["files"] = file_hashes(self.resolved)
-        settings["code"] = self.code.sha256
         return numbers_by_value(settings)
+
+    def requests(self, sequence: Sequence) -> list[Request]:
+        """Return the requests of the run.
+
+        Raises:
+            ConfigError: the images of one's own do not show, after one of them, all that RA_C is
+                measured on.
+        """
+        planned = plan_requests(sequence, self.setting.plan, self.setting.last_only)
+        if any(node.made.independent_starts for node in self.regularizers.values()):
+            measured = {each.label: each.requested for each in planned}  # merged: all so far
+        else:
+            measured = {each.label: each.erased for each in planned}
+        for label, concepts in {"no request": sequence.targets, **measured}.items():
+            self.require_shown(sequence, label, concepts)
+        return planned
+
+    def require_shown(self, sequence: Sequence, label: str, concepts: Iterable[Concept]) -> None:
+        """Raise ConfigError unless the images that measure these concepts are enough for RA-C."""
+        if lacking := sequence.lacks(concepts):
+            raise ConfigError(
+                f"sequence.prompts={self.sequence.arguments['prompts']}: after {label}, no image "
+                f"shows {sequence.cross_domain} {lacking[0]!r}, and RA-C needs every entry of "
+                "sequence.cross_retain; add rows, best of retained concepts, or shorten "
+                "sequence.cross_retain"
+            )
 
     @property
     def name(self) -> str:
@@ -136,6 +163,8 @@ def check_run(
         ConfigError: one line with what is wrong.
     """
     check_values(resolved, method_name)
+    if isinstance(sequence := resolved["sequence"], dict):
+        resolved["sequence"] = {key: with_composed(value) for key, value in sequence.items()}
     if not resolved.get("retention"):  # off: then it is no part of the run, nor of its signature
         resolved.pop("retention", None)
     known = {*GROUPS, *(field.name for field in dataclasses.fields(Spine))}
@@ -177,6 +206,26 @@ def check_run(
     return plan
 
 
+def with_composed(value: object) -> object:
+    """Return lists and mappings of names with every accent composed, as the Sequence has them.
+
+    So they are in config.yaml and the signature too. What may be a path stays as it is: a text
+    alone, or one with a slash or .txt at its end.
+    """
+    if isinstance(value, list):
+        return [compose_name(entry) for entry in value]
+    if isinstance(value, dict):
+        return {normalize("NFC", key): compose_name(entry) for key, entry in value.items()}
+    return value
+
+
+def compose_name(entry: object) -> object:
+    """Return a name with every accent composed; a path, a list or a number as it is."""
+    if not isinstance(entry, str) or "/" in entry or entry.endswith(".txt"):
+        return with_composed(entry) if isinstance(entry, list) else entry
+    return normalize("NFC", entry)
+
+
 def check_values(resolved: ConfigTree, method_name: str) -> None:
     """Refuse with ConfigError names, keys and values that no run can have, whatever its parts."""
     for group, name in [("method", method_name), *(("reg", name) for name in resolved["reg"])]:
@@ -190,8 +239,6 @@ def check_values(resolved: ConfigTree, method_name: str) -> None:
     for path, value in leaves:
         if isinstance(value, int) and abs(value) >= LARGEST_NUMBER:
             raise ConfigError(f"{path}: a whole number of {len(str(value))} digits; at most 18")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{path}={value}: not a finite number; give a finite one")
 
 
 def check_setting(resolved: ConfigTree, regularizers: dict[str, Node[Regularizer]]) -> PlanSettings:

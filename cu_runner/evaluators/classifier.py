@@ -9,12 +9,12 @@ Shapes: B batch, S image side, K labels of a domain.
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from pydantic import PositiveInt
 
+from cu_runner.concepts.entries import cleaned, comparable
 from cu_runner.evaluators.base import Evaluator, Faceless, Prediction
 from cu_runner.evaluators.faces import FaceDetector, FaceSettings
 from cu_runner.evaluators.labels import check_label_maps, read_labels
@@ -23,7 +23,7 @@ from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.checkpoints import load_weights
 from cu_runner.models.hashing import describe, describe_timm, hash_weights, to_bytes
 from cu_runner.models.preprocessing import Interpolation, Preprocessing, choose_preprocessing
-from cu_runner.models.weight_files import check_finite, load_tensors
+from cu_runner.models.weight_files import COMPUTED, check_finite, load_tensors, refuse_strangers
 from cu_runner.runtime.lazy import nn, timm, torch, transformers, without_gradients
 from cu_runner.schema.errors import ModelError, one_line
 
@@ -210,7 +210,12 @@ def check_outputs(path: str, network: nn.Module, labels: list[str] | None) -> li
     if not isinstance(network, transformers.PreTrainedModel):
         assert labels is not None
         return labels
-    own = [network.config.id2label[index] for index in range(network.config.num_labels)]
+    own = [cleaned(network.config.id2label[index]) for index in range(network.config.num_labels)]
+    if "" in own and labels is None:
+        raise ModelError(
+            f"{path}: output {own.index('')} has no label in its config.json; give "
+            "evaluator.labels in the order of the outputs"
+        )
     if labels is None:
         if repeated := [label for index, label in enumerate(own) if label in own[:index]]:
             raise ModelError(
@@ -223,10 +228,7 @@ def check_outputs(path: str, network: nn.Module, labels: list[str] | None) -> li
             f"{path}: has {len(own)} outputs and the label list {len(labels)} labels; they must be "
             "as many"
         )
-    theirs, ours = (
-        [" ".join(re.split(r"[\s_-]+", label.casefold().strip())) for label in names]
-        for names in (own, labels)
-    )
+    theirs, ours = ([comparable(label) for label in names] for names in (own, labels))
     for index, (their, our) in enumerate(zip(theirs, ours, strict=True)):
         if our != their and our in theirs:
             raise ModelError(
@@ -250,7 +252,10 @@ def load_timm(architecture: str, path: str, num_labels: int, allow_pickle: list[
         raise ModelError(
             f"timm:{architecture}: {one_line(error)}; timm.list_models() has all names"
         ) from None
-    weights, wanted = load_tensors(locate(path), allow_pickle), network.state_dict()
+    wanted = network.state_dict()
+    # files of older versions lack what layers compute by themselves
+    weights = {name: tensor for name, tensor in wanted.items() if name.endswith(COMPUTED)}
+    weights |= load_tensors(locate(path), allow_pickle)
     head = f"{network.pretrained_cfg['classifier']}."
     for name, tensor in wanted.items():
         if name not in weights:
@@ -267,11 +272,7 @@ def load_timm(architecture: str, path: str, num_labels: int, allow_pickle: list[
                 f"{path}: {name} is {list(weights[name].shape)}, that of {architecture} is "
                 f"{list(tensor.shape)}"
             )
-    if strangers := sorted(set(weights) - set(wanted)):
-        raise ModelError(
-            f"{path}: holds {strangers[0]}, which {architecture} has not; the file belongs to "
-            "another architecture"
-        )
+    refuse_strangers(path, sorted(set(weights) - set(wanted)))
     check_finite(path, weights)
-    network.load_state_dict(weights)
+    network.load_state_dict({name: weights[name] for name in wanted})
     return network

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from cu_runner.concepts.entries import comparable
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.evaluators.grid import to_picture
@@ -30,10 +31,12 @@ def check_labels(sequence: Sequence, evaluator: Evaluator) -> None:
         if concept.domain in sequence.measured_domains and concept.name not in labels.get(
             concept.domain, []
         ):
-            known = ", ".join(labels.get(concept.domain, [])[:5]) or "none"
+            own = labels.get(concept.domain, [])
+            alike = [label for label in own if comparable(label) == comparable(concept.name)]
+            known = ", ".join(alike or own[:5]) or "none"
             raise ValueError(
                 f"sequence: the evaluator has no {concept.domain} {concept.name!r} "
-                f"(it knows {known}, ...)"
+                f"(it knows {known}{'' if alike else ', ...'})"
             )
 
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 # Pixels of a grid: margin for the labels of rows and of columns, space between images.
 GRID_LEFT, GRID_TOP, GRID_GAP = 132, 44, 2
+UNTOUCHED = "untouched model"  # label of its pictures, below those of a request's weights
+
+Pictures = dict[tuple[str, str], Image.Image]  # by concept and cross concept
 
 
 def to_picture(image: Tensor, largest: int = 128) -> Image.Image:
@@ -24,66 +27,64 @@ def to_picture(image: Tensor, largest: int = 128) -> Image.Image:
 
 
 def draw_grid(
-    thumbnails: dict[tuple[str, str], Image.Image], unlearned: list[str], title: str
+    thumbnails: Pictures, unlearned: list[str], title: str, before: Pictures | None = None
 ) -> bytes:
     """Draw a PNG of thumbnails: rows are concepts, columns cross concepts.
 
-    The rows of unlearned concepts have a red bar and label.
+    The rows of unlearned concepts have a red bar and label. before: pictures of the untouched model
+    from the same prompts and seeds; each row then has one of them below it, white where there are
+    none.
     """
     rows = list(dict.fromkeys(row for row, _ in thumbnails))
     columns = list(dict.fromkeys(column for _, column in thumbnails))
     side = next(iter(thumbnails.values())).width
-    font, gap, left, top = ImageFont.load_default(size=12), GRID_GAP, GRID_LEFT, GRID_TOP
-    canvas = Image.new(
-        "RGB", (left + len(columns) * (side + gap), top + len(rows) * (side + gap)), "white"
-    )
+    cell, lines = side + GRID_GAP, len(rows) * (1 if before is None else 2)
+    font, left, top = ImageFont.load_default(size=12), GRID_LEFT, GRID_TOP
+    canvas = Image.new("RGB", (left + len(columns) * cell, top + lines * cell), "white")
     pen = ImageDraw.Draw(canvas)
     pen.text((6, 5), title, fill="black", font=font)
     for x, column in enumerate(columns):
-        pen.text(
-            (left + x * (side + gap) + side / 2, top - 5),
-            column,
-            fill="black",
-            font=font,
-            anchor="ms",
-        )
-    for y, row in enumerate(rows):
-        height = top + y * (side + gap)
-        gone = row in unlearned
-        pen.text(
-            (left - 12, height + side / 2),
-            row,
-            fill="#c00000" if gone else "black",
-            font=font,
-            anchor="rm",
-        )
-        if gone:
-            pen.rectangle((left - 7, height, left - 3, height + side - 1), fill="#c00000")
+        place = (left + x * cell + side / 2, top - 5)
+        pen.text(place, column, fill="black", font=font, anchor="ms")
+
+    def draw_row(line: int, concept: str, pictures: Pictures, label: str, colour: str) -> None:
+        height = top + line * cell
+        place = (left - 12, height + side / 2)
+        pen.text(place, label, fill=colour, font=font, anchor="rm")
         for x, column in enumerate(columns):
-            if (row, column) in thumbnails:
-                canvas.paste(thumbnails[row, column], (left + x * (side + gap), height))
+            if (concept, column) in pictures:
+                canvas.paste(pictures[concept, column], (left + x * cell, height))
+
+    for y, row in enumerate(rows):
+        line, gone = (y if before is None else 2 * y), row in unlearned
+        draw_row(line, row, thumbnails, row, "#c00000" if gone else "black")
+        if gone:
+            height = top + line * cell
+            pen.rectangle((left - 7, height, left - 3, height + side - 1), fill="#c00000")
+        if before is not None:
+            draw_row(line + 1, row, before, UNTOUCHED, "#707070")
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def read_grid(
-    png: bytes, rows: list[str], columns: list[str]
-) -> dict[tuple[str, str], Image.Image]:
-    """Cut a grid that draw_grid made into its thumbnails.
+def read_grid(png: bytes, rows: list[str], columns: list[str]) -> Pictures:
+    """Cut a grid that draw_grid made into its thumbnails, without those of the untouched model.
 
     Args:
         rows: its concepts from the top.
         columns: its cross concepts from the left.
     """
     picture = Image.open(io.BytesIO(png)).convert("RGB")
-    side = (picture.width - GRID_LEFT) // len(columns) - GRID_GAP
-    cells = [(row, column, x, y) for y, row in enumerate(rows) for x, column in enumerate(columns)]
+    cell = (picture.width - GRID_LEFT) // len(columns)
+    apart = (picture.height - GRID_TOP) // len(rows)  # one line of pictures for each row, or two
     corners = {
-        (row, column): (GRID_LEFT + x * (side + GRID_GAP), GRID_TOP + y * (side + GRID_GAP))
-        for row, column, x, y in cells
+        (row, column): (GRID_LEFT + x * cell, GRID_TOP + y * apart)
+        for y, row in enumerate(rows)
+        for x, column in enumerate(columns)
     }
+    side = cell - GRID_GAP
     return {
-        cell: picture.crop((left, top, left + side, top + side))
-        for cell, (left, top) in corners.items()
+        place: picture.crop((left, top, left + side, top + side))
+        for place, (left, top) in corners.items()
     }

@@ -22,8 +22,13 @@ def read_labels(key: str, source: str | list[str]) -> list[str]:
         ValueError: there is no such list or file, a label is there twice, or fewer than two are.
     """
     labels = imagenet_classes() if source == IMAGENET else read_entries(key, source, repeats=True)
+    if "" in labels:
+        raise ValueError(f"{key}: output {labels.index('')} has no label; give every output one")
     if repeated := sorted({label for label in labels if labels.count(label) > 1}):
-        raise ValueError(f"{key}: {repeated[0]} stands for two outputs; labels must differ")
+        places = " and ".join(str(i) for i, label in enumerate(labels) if label == repeated[0])
+        raise ValueError(
+            f"{key}: {repeated[0]} stands for two outputs, {places}; labels must differ"
+        )
     if len(labels) < 2:
         raise ValueError(f"{key}: {len(labels)} labels; two are the least that can be told apart")
     return labels

@@ -6,6 +6,7 @@ a word.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from cu_runner.schema.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from cu_runner.models.checkpoints import Components
+    from cu_runner.models.components import Components
 
 CLASSES = {  # component -> classes that are known
     "unet": ("UNet2DConditionModel",),
@@ -72,11 +73,12 @@ def mismatches(parts: Components) -> Iterator[str]:
             "(GLIGEN), which are not supplied"
         )
     width = sum(encoder.config.hidden_size for encoder in parts.text_encoders)
-    if unet.cross_attention_dim != width:
+    read = unet.cross_attention_dim  # of all blocks, or of each
+    if {width} != ({read} if isinstance(read, int) else set(read)):
         writes = "writes" if num_encoders == 1 else "write"
         yield (
-            f"unet reads text of width {unet.cross_attention_dim}, {' and '.join(names)} {writes} "
-            f"{width}; they must match"
+            f"unet reads text of width {read}, {' and '.join(names)} {writes} {width}; they must "
+            "match"
         )
     kind = "text_time" if num_encoders == 2 else None
     if unet.addition_embed_type != kind:
@@ -155,8 +157,9 @@ def mismatches_of_noise(parts: Components) -> Iterator[str]:
     predicted = scheduler.prediction_type
     if predicted not in ("epsilon", "v_prediction"):
         yield f"prediction type {predicted!r}; epsilon and v_prediction are known"
-    no_signal = scheduler.get("rescale_betas_zero_snr") or not parts.scheduler.alphas_cumprod.all()
-    if predicted == "epsilon" and no_signal:
+    known = inspect.signature(type(parts.scheduler)).parameters
+    rescaled = "rescale_betas_zero_snr" in known and scheduler.rescale_betas_zero_snr
+    if predicted == "epsilon" and (rescaled or not parts.scheduler.alphas_cumprod.all()):
         yield (
             "the scheduler ends in pure noise (rescale_betas_zero_snr, zero terminal SNR) and the "
             "prediction type is epsilon, which says nothing of an image there; set "

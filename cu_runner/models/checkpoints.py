@@ -7,66 +7,33 @@ refused where the libraries would only warn.
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import safetensors
-
 from cu_runner.models.checkpoint_checks import check_classes, mismatches
-from cu_runner.models.checkpoint_files import COMPONENTS, SECOND, WeightFiles, find_weights, locate
+from cu_runner.models.checkpoint_files import COMPONENTS, SECOND, WeightFiles, find_weights
+from cu_runner.models.components import Components
 from cu_runner.models.schedulers import build_scheduler, find_scheduler
+from cu_runner.models.single_file import read_single_file
 from cu_runner.models.weight_files import (
-    COMPUTED,
     check_finite,
     check_pickle,
-    load_tensors,
     refuse_adapters,
     refuse_strangers,
 )
-from cu_runner.runtime.lazy import diffusers, nn, torch, transformers
-from cu_runner.schema.errors import ModelError, WeightFileError, first_line
+from cu_runner.runtime.lazy import diffusers, torch, transformers
+from cu_runner.schema.errors import ModelError, first_line
 
 Network = TypeVar("Network")
 
 PredictionType = Literal["epsilon", "v_prediction"]
-SINGLE_FILES = (".safetensors", ".ckpt", ".pt")
-# Keys of a single file that say how its model was trained, and what they change of a scheduler.
-MARKERS = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
-# Where a single file keeps the weights of components; SDXL's second text encoder is not renamed
-# one by one.
-ORIGINAL = (
-    ("model.diffusion_model.", "unet"),
-    ("first_stage_model.", "vae"),
-    ("cond_stage_model.transformer.text_model.", "text_encoder"),
-    ("conditioner.embedders.0.transformer.", "text_encoder"),
+# What of a whole CLIP its text encoder does not use.
+REST_OF_CLIP = re.compile(
+    r"logit_scale|text_projection\.weight|visual_projection\.weight|vision_model\..*"
 )
-# What a single file may hold beside the weights that are read: the training's own averages and
-# noise schedule, and what of a whole CLIP its text encoder does not use.
-UNREAD = re.compile(
-    r"(model_ema\.|denoiser\.|first_stage_model\.loss\.|cond_stage_model\.|conditioner\.).*"
-    r"|(alphas|betas|log|lvlb|posterior|sqrt|logvar|scale_factor|v_pred|ztsnr)\w*"
-)
-
-
-@dataclass(frozen=True)
-class Components:
-    """The parts of a pipeline.
-
-    text_encoders, tokenizers: one of each, or SDXL's two. zero_empty_prompt: the text of the empty
-    prompt is zeros (force_zeros_for_empty_prompt of SDXL's model_index.json).
-    """
-
-    unet: diffusers.UNet2DConditionModel
-    vae: diffusers.AutoencoderKL
-    text_encoders: tuple[transformers.PreTrainedModel, ...]
-    tokenizers: tuple[transformers.PreTrainedTokenizerBase, ...]
-    scheduler: diffusers.SchedulerMixin
-    zero_empty_prompt: bool = False
 
 
 def read_components(
@@ -138,9 +105,10 @@ def read_directory(
         for name in encoders
     )
     try:
-        names = [name for name in ("tokenizer", "tokenizer_2") if name in needed]
         tokenizers = tuple(
-            transformers.AutoTokenizer.from_pretrained(root / name) for name in names
+            getattr(transformers, classes[name]).from_pretrained(root / name)
+            for name in ("tokenizer", "tokenizer_2")
+            if name in needed
         )
     except Exception as error:  # of files that are damaged or no tokenizer's, many types
         raise ModelError(f"{root}: tokenizer cannot be read: {first_line(error)}") from error
@@ -175,122 +143,6 @@ def read_scheduler(
         raise ModelError(f"{file}: the scheduler {name}: {error}") from None
 
 
-def read_single_file(
-    file: Path, config: str | None, asked: Mapping[str, object], allow_pickle: Sequence[str]
-) -> Components:
-    """Read a checkpoint in the original layout, all weights in one file. Raises ModelError.
-
-    Args:
-        asked: what replaces values of the scheduler's configuration.
-    """
-    if file.suffix not in SINGLE_FILES:
-        raise ModelError(
-            f"{file}: is no checkpoint; give a diffusers directory or a file that ends in "
-            f"{', '.join(SINGLE_FILES)}"
-        )
-    check_pickle(file, allow_pickle)
-    place = None if config is None else str(locate(config, download=False))
-    reason = (
-        f"cannot be read with the configuration of {place}"
-        if place
-        else "cannot be read, or its configuration not be had"
-    )
-    try:
-        names = names_in(file)
-        refuse_adapters(file, names)
-        pipe = read_original(file, names, place)
-    except WeightFileError:
-        raise
-    # a damaged file, one of another model, no network for the configuration: many types
-    except Exception as error:
-        raise ModelError(
-            f"{file}: {reason} ({first_line(error)}); give model.config a local diffusers "
-            "directory of the same kind of model (its weights are not read)"
-        ) from error
-    second = "text_encoder_2" in pipe.components
-    texts = (pipe.text_encoder, pipe.text_encoder_2) if second else (pipe.text_encoder,)
-    tokenizers = (pipe.tokenizer, pipe.tokenizer_2) if second else (pipe.tokenizer,)
-    parts = dict(
-        zip(
-            ("unet", "vae", "text_encoder", "text_encoder_2"),
-            (pipe.unet, pipe.vae, *texts),
-            strict=False,
-        )
-    )
-    for name, part in parts.items():
-        lacking = [key for key, tensor in part.state_dict().items() if tensor.is_meta]
-        if lacking:
-            raise ModelError(f"{file}: weights of the {name} are missing, e.g. {lacking[0]}")
-        check_finite(f"{file}: {name}", part.state_dict())
-    refuse_unread(file, names, parts, allow_pickle)
-    marked = dict(MARKERS[name] for name in MARKERS if name in names)
-    kind = type(pipe.scheduler)
-    try:
-        scheduler = build_scheduler(kind, pipe.scheduler.config, {**marked, **asked})
-    except ValueError as error:
-        raise ModelError(f"{file}: the scheduler {kind.__name__}: {error}") from None
-    if unheard := [key for key in marked if key not in inspect.signature(kind).parameters]:
-        raise ModelError(
-            f"{file}: its key {next(name for name in MARKERS if MARKERS[name][0] == unheard[0])} "
-            f"asks for {unheard[0]}, which {kind.__name__} does not have; give model.config a "
-            "directory with another scheduler, such as EulerDiscreteScheduler"
-        )
-    return Components(
-        pipe.unet,
-        pipe.vae,
-        texts,
-        tokenizers,
-        scheduler,
-        bool(second and pipe.config.force_zeros_for_empty_prompt),
-    )
-
-
-def names_in(file: Path) -> list[str]:
-    """Return the names of the weights in a single file."""
-    if file.suffix == ".safetensors":
-        with safetensors.safe_open(file, framework="pt") as weights:
-            return list(weights.keys())
-    content = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-    return list(content.get("state_dict", content))
-
-
-def read_original(
-    file: Path, names: Sequence[str], config: str | None
-) -> diffusers.DiffusionPipeline:
-    """Return the pipeline that diffusers makes of a single file.
-
-    It is SDXL's if the file has its two text encoders.
-    """
-    is_sdxl = any(name.startswith("conditioner.") for name in names)
-    kind = diffusers.StableDiffusionXLPipeline if is_sdxl else diffusers.StableDiffusionPipeline
-    places = {} if config is None else {"config": config, "local_files_only": True}
-    unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
-    return kind.from_single_file(str(file), torch_dtype=torch.float32, **places, **unused)
-
-
-def refuse_unread(
-    file: Path, names: Sequence[str], parts: Mapping[str, nn.Module], allow_pickle: Sequence[str]
-) -> None:
-    """Raise ModelError if a single file holds weights that no component has taken."""
-    known = tuple(prefix for prefix, _ in ORIGINAL)
-    refuse_strangers(
-        file, [name for name in names if not (name.startswith(known) or UNREAD.fullmatch(name))]
-    )
-    for prefix, part in ORIGINAL:
-        own = [name for name in names if name.startswith(prefix) and not name.endswith(COMPUTED)]
-        taken = parts[part].state_dict()
-        if len(own) > len(taken):
-            # diffusers renames them: a stranger is known by what it holds
-            contents = {(tensor.numel(), tensor.double().sum().item()) for tensor in taken.values()}
-            tensors = load_tensors(file, allow_pickle)
-            strange = [
-                name
-                for name in own
-                if (tensors[name].numel(), tensors[name].double().sum().item()) not in contents
-            ]
-            refuse_strangers(file, strange or own[-1:])
-
-
 def load_weights(
     kind: type[Network], directory: Path, allow_pickle: Sequence[str] | None = None
 ) -> Network:
@@ -320,7 +172,7 @@ def load_weights(
         raise ModelError(
             f"{directory}: cannot be loaded as {kind.__name__}: {first_line(error)}"
         ) from error
-    strangers = sorted(info["unexpected_keys"])
+    strangers = sorted(name for name in info["unexpected_keys"] if not REST_OF_CLIP.fullmatch(name))
     refuse_adapters(directory, strangers)
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):

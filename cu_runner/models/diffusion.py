@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import PositiveInt
 
 from cu_runner.models.checkpoint_files import locate
-from cu_runner.models.checkpoints import Components, PredictionType, read_components
+from cu_runner.models.checkpoints import PredictionType, read_components
+from cu_runner.models.components import Components
 from cu_runner.models.hashing import describe, describe_tokenizer, hash_weights, to_bytes
 from cu_runner.models.text import PromptEncoder, Text, token_span
 from cu_runner.models.text_readers import TextReaders
@@ -135,9 +136,11 @@ class DiffusionModel:
         """Return how many tokens of a prompt are read, its begin and its end among them."""
         return int(self.tokenizer.model_max_length)
 
-    def token_span(self, text: str, inside: str, before: str = "") -> slice:
+    def token_span(
+        self, text: str, inside: str, before: str = "", *, partly: bool = False
+    ) -> slice:
         """Return the token positions of `text` in the prompt `inside`, as text.token_span does."""
-        return token_span(self.tokenizer, text, inside, before)
+        return token_span(self.tokenizer, text, inside, before, partly=partly)
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noise clean latents x_0 to x_t, all [B, C, H, W], at timesteps [B]."""

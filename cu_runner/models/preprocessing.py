@@ -7,6 +7,7 @@ Shapes: B batch, S image side.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,24 +72,31 @@ def choose_preprocessing(
     Raises:
         ModelError: the directory does not say what the settings leave open.
     """
-    if size and mean and std and interpolation:
+    if size and mean and std and interpolation:  # nothing is left open, whatever it says
         return Preprocessing(size, mean, std, interpolation)
     if isinstance(network, transformers.PreTrainedModel):
         own = read_processor(key, Path(path))
     else:
-        config: Any = network.pretrained_cfg
-        own = Preprocessing(
-            config["input_size"][-1],
-            tuple(config["mean"]),
-            tuple(config["std"]),
-            "bicubic" if config["interpolation"] == "bicubic" else "bilinear",
-        )
+        own = read_timm(network)
     given = {"size": size, "mean": mean, "std": std, "interpolation": interpolation}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     chosen = replace(own, **changes, crop=None if size else own.crop)
     said = " ".join(f"{name}={value}" for name, value in asdict(chosen).items() if value)
     logger.info("%s: %s reads images with %s", key, path, said)
     return chosen
+
+
+def read_timm(network: nn.Module) -> Preprocessing:
+    """Return how a timm architecture is evaluated: its middle is cut out of a larger image."""
+    config: Any = network.pretrained_cfg
+    side = config["input_size"][-1]
+    return Preprocessing(
+        math.floor(side / config["crop_pct"]),
+        tuple(config["mean"]),
+        tuple(config["std"]),
+        "bicubic" if config["interpolation"] == "bicubic" else "bilinear",
+        None if config["crop_pct"] == 1 else side,
+    )
 
 
 def read_processor(key: str, directory: Path) -> Preprocessing:
@@ -118,13 +126,20 @@ def read_processor(key: str, directory: Path) -> Preprocessing:
         if crop is not None and crop > size:
             raise ValueError(f"crop_size={crop} is larger than size={size}")
         normalised = config["do_normalize"]
-        return Preprocessing(
+        own = Preprocessing(
             size,
             tuple(config["image_mean"]) if normalised else (0.0, 0.0, 0.0),
             tuple(config["image_std"]) if normalised else (1.0, 1.0, 1.0),
             RESAMPLING[int(config["resample"])],
             crop,
         )
+        # some classes do more: turn colours around, normalise twice
+        image = torch.rand(3, 2 * size, 2 * size, generator=torch.Generator().manual_seed(0))
+        found = processor(images=[image], do_rescale=False, return_tensors="pt").pixel_values
+        ours = own(image[None])
+        if found.shape != ours.shape or not torch.allclose(found, ours, atol=1e-3):
+            raise ValueError(f"{type(processor).__name__} makes something else of an image")
+        return own
     # of processors there are many classes, with keys of their own
     except Exception as error:
         reason = one_line(error)[:150]

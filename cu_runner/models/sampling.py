@@ -8,14 +8,13 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.schedulers import DEFAULTED, build_scheduler, find_scheduler
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import torch, without_gradients
+from cu_runner.runtime.progress import Progress
 from cu_runner.runtime.seeding import derive_seed, image_noise
 from cu_runner.schema.errors import SamplingError
 from cu_runner.schema.settings import Sampler
@@ -65,7 +64,7 @@ def generate(
     label: str,
     transform: Callable[[Tensor], Any] = lambda images: images,
 ) -> Iterator[Any]:
-    """Yield images batch by batch, in the order of the prompts, under a progress bar.
+    """Yield images batch by batch, in the order of the prompts, and show how far they are.
 
     Where GPU memory runs out, batches become half as large.
 
@@ -80,19 +79,22 @@ def generate(
         [B, 3, S, S] float in 0..1, on the model's device.
     """
     done = 0
-    with progress(len(prompts), label) as bar:
+    with Progress(label, len(prompts), "image") as bar:
         while done < len(prompts):
             size = largest_batch(model, batch_size)
             rows = slice(done, min(done + size, len(prompts)))
+            on_step = bar.between(rows.start, rows.stop)
             try:
-                found = transform(sample_images(model, prompts[rows], seeds[rows], sampler))
+                found = transform(
+                    sample_images(model, prompts[rows], seeds[rows], sampler, on_step)
+                )
             except torch.OutOfMemoryError:
                 if not halve_batches(model, size):
                     raise
                 continue
             yield found
-            bar.update(rows.stop - rows.start)
             done = rows.stop
+            bar.reach(done)
 
 
 def largest_batch(model: DiffusionModel, batch_size: int) -> int:
@@ -120,16 +122,15 @@ def halve_batches(model: DiffusionModel, size: int) -> bool:
     return True
 
 
-def progress(images: int, label: str) -> tqdm[NoReturn]:
-    """Make a progress bar over images, which is moved by hand."""
-    return tqdm(total=images, desc=f"  {label}", leave=False, disable=None, ncols=100, unit="image")
-
-
 def sample_images(
-    model: DiffusionModel, prompts: list[str], seeds: list[int], sampler: Sampler
+    model: DiffusionModel,
+    prompts: list[str],
+    seeds: list[int],
+    sampler: Sampler,
+    on_step: Callable[[float], None] = lambda share: None,
 ) -> Tensor:
     """Sample one batch of images [B, 3, S, S], float in 0..1, on the model's device."""
-    return model.decode_latents(sample_latents(model, prompts, seeds, sampler))
+    return model.decode_latents(sample_latents(model, prompts, seeds, sampler, on_step))
 
 
 def not_finite(model: DiffusionModel, what: str, step: int = 0) -> SamplingError:
@@ -181,11 +182,16 @@ def make_scheduler(
 
 @without_gradients
 def sample_latents(
-    model: DiffusionModel, prompts: list[str], seeds: list[int], sampler: Sampler
+    model: DiffusionModel,
+    prompts: list[str],
+    seeds: list[int],
+    sampler: Sampler,
+    on_step: Callable[[float], None] = lambda share: None,
 ) -> Tensor:
-    """Denoise one batch to scaled latents [B, C, H, W]."""
+    """Denoise one batch to scaled latents [B, C, H, W]. on_step: is told the share that is done."""
     scheduler = make_scheduler(model, sampler)
-    return denoise(model, scheduler, prompts, seeds, sampler.guidance, len(scheduler.timesteps))
+    steps = len(scheduler.timesteps)
+    return denoise(model, scheduler, prompts, seeds, sampler.guidance, steps, on_step)
 
 
 @without_gradients
@@ -216,8 +222,12 @@ def denoise(
     seeds: list[int],
     guidance: float,
     stop: int,
+    on_step: Callable[[float], None] = lambda share: None,
 ) -> Tensor:
     """Take the first `stop` steps of the scheduler from each image's own noise.
+
+    Args:
+        on_step: is told after each step which share of them is done.
 
     Returns:
         Latents [B, C, H, W].
@@ -236,11 +246,12 @@ def denoise(
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
     with model.constant_text():
-        for timestep in scheduler.timesteps[:stop]:
+        for number, timestep in enumerate(scheduler.timesteps[:stop], start=1):
             rows = torch.cat([latents, latents]) if guidance != 1 else latents
             output = model.unet_output(scheduler.scale_model_input(rows, timestep), timestep, text)
             if guidance != 1:
                 unconditional, conditional = output.chunk(2)
                 output = unconditional + guidance * (conditional - unconditional)
             latents = scheduler.step(output, timestep, latents, **extra).prev_sample
+            on_step(number / stop)
     return latents

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cu_runner.models.checkpoints import Components
+from cu_runner.models.components import Components
 from cu_runner.runtime.lazy import torch, without_gradients
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SHOWN = 200  # characters of a prompt that is cut
 CHUNK = 256  # prompts that are encoded together
 
 
@@ -90,11 +91,16 @@ class PromptEncoder:
         for tokenizer in self._parts.tokenizers:
             padded = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
             tokens = padded.input_ids
-            longest = max(len(tokenizer(prompt).input_ids) for prompt in prompts)
             limit = tokens.shape[1]
-            if longest > limit and not ids:
+            counts = {prompt: len(tokenizer(prompt).input_ids) for prompt in prompts}
+            cut = [prompt for prompt, count in counts.items() if count > limit]
+            if cut and not ids:
                 logger.warning(
-                    "a prompt of %d tokens is cut to the %d that the model reads", longest, limit
+                    "   prompt %r has %d tokens and is cut to the %d that the model reads%s",
+                    cut[0][:SHOWN],
+                    counts[cut[0]],
+                    limit,
+                    f"; so are {len(cut) - 1} more" if cut[1:] else "",
                 )
             ids.append(tokens.to(self._device))
             masks.append(padded.attention_mask.to(self._device))
@@ -130,24 +136,40 @@ def find_tokens(
 
 
 def token_span(
-    tokenizer: PreTrainedTokenizerBase, text: str, inside: str, before: str = ""
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    inside: str,
+    before: str = "",
+    *,
+    partly: bool = False,
 ) -> slice:
-    """Return the token positions of `text` that are read of the prompt `inside`.
+    """Return the token positions of `text` in the prompt `inside`, all of which are read.
 
-    Of a text that is longer than any prompt may be, they are not all. before: as of find_tokens.
+    Args:
+        before: as of find_tokens.
+        partly: of a text that is longer than any prompt, return those that are read.
 
     Raises:
-        ValueError: it has none, or they are cut off although the text alone would be read.
+        ValueError: it has none, or not all of them are read.
     """
     span = find_tokens(tokenizer, text, inside, before)
     if span is None:
         raise ValueError(f"{text!r} is not a run of whole tokens in the prompt {inside!r}")
     last = tokenizer.model_max_length - 1  # the last that is read is the end of the text
-    fits = span.stop - span.start < last
-    if span.start >= last or (span.stop > last and fits):
-        shown = inside if len(inside) <= 100 else f"{inside[:60]} ... {inside[-37:]}"
-        raise ValueError(
-            f"{text!r} lies beyond the {last + 1} tokens that the model reads of the prompt "
-            f"{shown!r}; shorten the prompt, or name it earlier"
+    if span.stop > last:
+        name, prompt = (
+            words if len(words) <= 100 else f"{words[:60]} ... {words[-37:]}"
+            for words in (text, inside)
         )
-    return slice(span.start, min(span.stop, last))
+        if span.stop - span.start >= last:
+            if partly and span.start < last:
+                return slice(span.start, last)
+            raise ValueError(
+                f"{name!r} is a name of {span.stop - span.start} tokens, and the model reads "
+                f"{last - 1} of a prompt; shorten it"
+            )
+        raise ValueError(
+            f"{name!r} lies beyond the {last + 1} tokens that the model reads of the prompt "
+            f"{prompt!r}; shorten the prompt, or name it earlier"
+        )
+    return span

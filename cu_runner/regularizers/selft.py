@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveInt
-from tqdm import tqdm
 
 from cu_runner.concepts.templates import fill
 from cu_runner.methods.base import Batch, Method
@@ -20,6 +19,7 @@ from cu_runner.models.sampling import sample_partly
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.scope import Scope
 from cu_runner.runtime.lazy import nn, torch, without_gradients
+from cu_runner.runtime.progress import counted
 from cu_runner.schema.settings import Sampler
 
 if TYPE_CHECKING:
@@ -77,14 +77,7 @@ def score_trajectory(
     for number, concept in enumerate(scope.request.targets):
         bare = (fill(scope.sequence.bare_prompt, concept=concept.prompt_name), concept.anchor or "")
         pairs = [bare] if prompts == "bare" else scope.sequence.training_pairs(concept)
-        for step in tqdm(
-            range(steps),
-            desc=f"  score {concept.name}",
-            leave=False,
-            disable=None,
-            ncols=100,
-            unit="step",
-        ):
+        for step in counted(f"score {concept.name}", steps, "step"):
             target, anchor = pairs[step % len(pairs)]
             seed = int(
                 torch.randint(

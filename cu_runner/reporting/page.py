@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cu_runner.evaluators.metrics import ENOUGH_UA
 from cu_runner.reporting.code_differences import made_by_other_code
 from cu_runner.reporting.diagnosis import by_signature
-from cu_runner.reporting.page_data import (
-    Samples,
-    Shown,
-    costs,
-    drift_by_layer,
-    network_position,
-    provenance,
-    sample_images,
-)
+from cu_runner.reporting.estimates import NOTHING
+from cu_runner.reporting.page_data import costs, drift_estimates, network_position
+from cu_runner.reporting.page_details import details_of
+from cu_runner.reporting.page_groups import Group
 from cu_runner.reporting.page_plots import (
     COLOURS,
     format_percent,
@@ -29,71 +22,41 @@ from cu_runner.reporting.page_plots import (
     publish,
     tradeoff_panel,
     write_costs,
-    write_heat_map,
 )
 from cu_runner.reporting.page_tables import (
-    DAGGER,
-    DOUBLE_DAGGER,
     NAMES,
     Cell,
     Table,
+    by_group,
     by_request,
-    by_run,
     contrasts,
     cost,
+    estimated,
     named,
-    number,
-    parts_of,
+    seeds_at_end,
+    seeds_by_request,
     summary,
 )
-
-MOST_COLUMNS = 26  # of a heat map or a sample grid side by side: what a printed page holds
-PRINTED = (552, 940, 40)  # pixels of samples across and down a printed page, and of one at most
+from cu_runner.reporting.table_formats import DOUBLE_DAGGER, LESS_FORGOTTEN
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot as SVG text, and its numbers."""
+    """A plot as SVG text, its numbers, and those of single seeds."""
 
     svg: str
     description: str
     tables: list[Table]
+    seeds: list[Table]
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some rows and columns of an accuracy matrix, in percent.
-
-    jpeg: their samples, in base64, or "". kinds: "gone" where a concept is unlearned by then,
-    "blank" where it was not measured, or "".
-    """
-
-    requests: list[int]
-    concepts: list[str]
-    values: list[list[float]]
-    kinds: list[list[str]]
-    jpeg: str = ""
-
-
-@dataclass(frozen=True)
-class Details:
-    """What is shown of a single run. pictures: below one another, and in each side by side."""
-
-    shown: Shown
-    numbers: list[Part]
-    samples: Samples
-    pictures: list[list[Part]]
-    side: int  # pixels of a sample in print
-    facts: dict[str, str]
-    config: str
-
-
-def write_page(runs: list[Shown], plots: Path, details: int, remarks: list[str]) -> str:
+def write_page(groups: list[Group], plots: Path, details: int, remarks: list[str]) -> str:
     """Return the whole page as text, and write its plots as PNG and SVG files.
 
     Args:
         plots: existing folder for the pictures.
-        details: of so many runs, the first ones, everything is given (see Details).
+        details: of so many groups, the first ones, and so many seeds of each everything is given
+            (page_details).
         remarks: lines for the end of the summary.
 
     Raises:
@@ -107,42 +70,55 @@ def write_page(runs: list[Shown], plots: Path, details: int, remarks: list[str])
         undefined=StrictUndefined,
     )
     environment.filters["percent"] = format_percent
-    sequences = ", ".join(dict.fromkeys(shown.run.sequence for shown in runs))
-    who = runs[0].title if len(runs) == 1 else f"{len(runs)} runs"
-    found = costs(runs)
-    write_costs(runs, found, plots)
+    found = costs(groups)
+    write_costs(groups, found, plots)
     return environment.get_template("page.html.j2").render(
-        title=f"{who} on {sequences}",
+        title=title(groups),
         colours=COLOURS,
         enough_ua=ENOUGH_UA,
         double_dagger=DOUBLE_DAGGER,
-        runs=[named(shown) for shown in runs],
-        summary=summary(runs),
-        contrasts=contrasts(runs),
-        notes=notes(runs) + remarks,
-        metrics=metrics(runs, plots),
-        tradeoff=tradeoff(runs, plots),
-        layers=layers(runs, plots),
-        cost=cost(runs, found),
+        groups=[named(group) for group in groups],
+        has_seeds=any(len(group.runs) > 1 for group in groups),
+        summary=summary(groups),
+        seeds=seeds_at_end(groups),
+        contrasts=contrasts(groups),
+        notes=notes(groups) + remarks,
+        metrics=metrics(groups, plots),
+        tradeoff=tradeoff(groups, plots),
+        layers=layers(groups, plots),
+        cost=cost(groups, found),
         has_cached=bool(found["cached"].any()),
-        details=[details_of(shown, plots) for shown in runs[:details]],
+        details=[details_of(group, plots, details) for group in groups[:details]],
     )
 
 
-def notes(runs: list[Shown]) -> list[str]:
+def title(groups: list[Group]) -> str:
+    """Return the head of the page."""
+    sequences = ", ".join(dict.fromkeys(group.first.sequence for group in groups))
+    count = sum(len(group.runs) for group in groups)
+    several = "" if count == 1 else f", {count} seeds"
+    who = f"{groups[0].title}{several}" if len(groups) == 1 else f"{count} runs"
+    return f"{who} on {sequences}"
+
+
+def notes(groups: list[Group]) -> list[str]:
     """Return what a reader must know of the summary."""
     found = []
-    if any(shown.last["UA"] < ENOUGH_UA for shown in runs):
-        why = "less was forgotten, so the retention is not comparable"
-        found.append(f"{DAGGER} UA is under {ENOUGH_UA:.0f}: {why}.")
-    settings = [(shown.label, shown.run.config["setting"]) for shown in runs]
+    if any(len(group.runs) > 1 for group in groups):
+        found.append(
+            "Of several seeds: the mean, and in brackets its 95% interval, over the seeds "
+            "(Student's t) or over their images (Wilson's) where that is wider, within 0 and 100."
+        )
+    if any(group.at_end("UA").mean < ENOUGH_UA for group in groups):
+        found.append(LESS_FORGOTTEN)
+    settings = [(group.label, group.first.config["setting"]) for group in groups]
     if stopped := [label for label, setting in settings if setting.get("stop_at") is not None]:
         when = "Requests end when the evaluator that also judges measures a given UA"
         found.append(f"{when}: {', '.join(stopped)}.")
     differing = [
         part
         for part in ("model", "evaluator")
-        if len({getattr(shown.run.records[0], f"{part}_sha256") for shown in runs}) > 1
+        if len({getattr(group.first.records[0], f"{part}_sha256") for group in groups}) > 1
     ]
     if differing:
         which = " and the ".join(differing)
@@ -150,43 +126,56 @@ def notes(runs: list[Shown]) -> list[str]:
             f"Not all runs have the same weights of the {which} (see Configuration): "
             "compare those that do."
         )
-    different = made_by_other_code(shown.run for shown in runs)
+    different = made_by_other_code(group.first for group in groups)
     if any(different):
-        labels = [shown.label for shown, differs in zip(runs, different, strict=True) if differs]
+        labels = [group.label for group, differs in zip(groups, different, strict=True) if differs]
         what = "Made by other code than the first of the runs, or by several"
         found.append(f"{what} (see Configuration): {', '.join(labels)}.")
-    return found + by_signature({shown.label: shown.run for shown in runs})
+    by_label = {
+        group.label if len(group.runs) == 1 else f"{group.label}, seed {run.seed}": run
+        for group in groups
+        for run in group.runs
+    }
+    return found + by_signature(by_label)
 
 
-def metrics(runs: list[Shown], plots: Path) -> list[Plot]:
+def metrics(groups: list[Group], plots: Path) -> list[Plot]:
     """Return the metrics against the request."""
     titles = {"UA": "UA, %", "RA_I": "RA-I, %", "RA_C": "RA-C, %", "drift_l2": "drift, L2 norm"}
-    panels = [metric_panel(runs, name, title) for name, title in titles.items()]
+    panels = [metric_panel(groups, name, title) for name, title in titles.items()]
     return [
-        Plot(svg, f"{NAMES[name]} against the request, one line per run", by_request(runs, name))
-        for name, svg in zip(titles, publish(panels, runs, plots, "metrics"), strict=True)
+        Plot(
+            svg,
+            f"{NAMES[name]} against the request, one line per run or mean of seeds",
+            by_request(groups, name),
+            seeds_by_request(groups, name),
+        )
+        for name, svg in zip(titles, publish(panels, groups, plots, "metrics"), strict=True)
     ]
 
 
-def tradeoff(runs: list[Shown], plots: Path) -> list[Plot]:
+def tradeoff(groups: list[Group], plots: Path) -> list[Plot]:
     """Return both retentions against UA."""
     names = ("RA_I", "RA_C")
-    drawn = publish([tradeoff_panel(runs, name) for name in names], runs, plots, "tradeoff")
+    drawn = publish([tradeoff_panel(groups, name) for name in names], groups, plots, "tradeoff")
     found = []
     for name, svg in zip(names, drawn, strict=True):
         numbers = Table(
             f"UA and {NAMES[name]} after the last finished request",
             ["run", "UA", NAMES[name]],
-            [[named(shown), number(shown.last["UA"]), number(shown.last[name])] for shown in runs],
+            [
+                [named(group), estimated(group.at_end("UA")), estimated(group.at_end(name))]
+                for group in groups
+            ],
         )
         description = f"{NAMES[name]} against UA after the last finished request, one point per run"
-        found.append(Plot(svg, description, [numbers]))
+        found.append(Plot(svg, f"{description} or mean of seeds", [numbers], []))
     return found
 
 
-def layers(runs: list[Shown], plots: Path) -> list[Plot]:
+def layers(groups: list[Group], plots: Path) -> list[Plot]:
     """Return the drift of each layer: keys, values, and all other layers; [] before a request."""
-    drifts = [drift_by_layer(shown.run) for shown in runs]
+    drifts = [drift_estimates(group) for group in groups]
     kinds: dict[str, list[str]] = {"keys": [], "values": [], "all other layers": []}
     for layer in sorted({layer for drift in drifts for layer in drift}, key=network_position):
         is_key, is_value = layer.endswith(".to_k"), layer.endswith(".to_v")
@@ -194,49 +183,15 @@ def layers(runs: list[Shown], plots: Path) -> list[Plot]:
     kinds = {kind: chosen for kind, chosen in kinds.items() if chosen}
     if not kinds:
         return []
-    panels = [layer_panel(runs, drifts, chosen, kind) for kind, chosen in kinds.items()]
+    panels = [layer_panel(groups, drifts, chosen, kind) for kind, chosen in kinds.items()]
+    drawn = publish(panels, groups, plots, "layers")
     found = []
-    for (kind, chosen), svg in zip(
-        kinds.items(), publish(panels, runs, plots, "layers"), strict=True
-    ):
+    for (kind, chosen), svg in zip(kinds.items(), drawn, strict=True):
         rows: dict[str, list[str | Cell]] = {
-            layer: [number(drift.get(layer, float("nan")), "drift_l2") for drift in drifts]
+            layer: [estimated(drift.get(layer, NOTHING), "drift_l2") for drift in drifts]
             for layer in chosen
         }
-        tables = by_run(f"L2 norm of the drift of each layer: {kind}", "layer", runs, rows)
-        found.append(
-            Plot(svg, f"L2 norm of the drift of each layer, {kind}, one line per run", tables)
-        )
+        what = f"L2 norm of the drift of each layer: {kind}"
+        description = f"{what}, one line per run or mean of seeds"
+        found.append(Plot(svg, description, by_group(what, "layer", groups, rows), []))
     return found
-
-
-def details_of(shown: Shown, plots: Path) -> Details:
-    """Return everything of a run, and write its accuracy matrix as a picture."""
-    write_heat_map(shown, plots)
-    run, samples = shown.run, sample_images(shown)
-    rows, columns = shown.accuracy.shape
-    across = parts_of(columns, MOST_COLUMNS)
-    side = min(PRINTED[2], PRINTED[0] // len(across[0]))
-    down = parts_of(rows, PRINTED[1] // side)
-    place, here = run.directory, Path.cwd()
-    place = place.relative_to(here) if place.is_relative_to(here) else place
-    facts = {"directory": str(place), "signature": run.records[0].signature}
-    return Details(
-        shown,
-        numbers=[part_of(shown, range(rows), part) for part in across],
-        samples=samples,
-        pictures=[[part_of(shown, y, x, samples.jpeg(y, x)) for x in across] for y in down],
-        side=side,
-        facts=facts | provenance(run),
-        config=(run.directory / "config.yaml").read_text(encoding="utf-8"),
-    )
-
-
-def part_of(shown: Shown, rows: range, columns: range, jpeg: bytes = b"") -> Part:
-    """Return a part of the accuracy matrix of a run."""
-    cut = np.ix_(rows, columns)
-    values, gone = shown.accuracy.to_numpy()[cut], shown.unlearned.to_numpy()[cut]
-    kinds = np.where(np.isnan(values), "blank", np.where(gone, "gone", ""))
-    concepts = [str(shown.accuracy.index[row]) for row in rows]
-    picture = base64.b64encode(jpeg).decode()
-    return Part(list(columns), concepts, values.tolist(), kinds.tolist(), picture)

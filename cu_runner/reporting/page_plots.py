@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -22,7 +23,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from cu_runner.evaluators.metrics import ENOUGH_UA
-from cu_runner.reporting.page_data import Shown, short_layer
+from cu_runner.reporting.estimates import NOTHING, SHARES, Estimate
+from cu_runner.reporting.page_data import short_layer
+from cu_runner.reporting.page_groups import Group
 from cu_runner.runtime.lazy import pd
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
@@ -51,9 +54,9 @@ COLOURS = {
 SERIES = [light for name, (light, _) in COLOURS.items() if name.startswith("series")]
 DASHES = ((), (5, 2), (1.5, 1.5), (7, 2, 1.5, 2))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-PERCENTAGES = {"UA": "UA", "RA_I": "RA-I", "RA_C": "RA-C"}
 MOST_NUMBERS = 600  # cells of a heat map that still have room for their numbers
 MOST_TICKS = 24
+BAND, BARS = 0.16, 0.55  # opacity of intervals
 STYLE = mpl.RcParams(
     {
         "font.size": 9,
@@ -87,7 +90,7 @@ Panel = Callable[[Axes], None]
 
 @dataclass(frozen=True)
 class LineStyle:
-    """Colour, dashes and marker of a run; 168 runs differ in at least one."""
+    """Colour, dashes and marker of a group; 168 groups differ in at least one."""
 
     colour: int
     dashes: tuple[float, ...]
@@ -101,36 +104,36 @@ class LineStyle:
 
 
 def line_style(number: int) -> LineStyle:
-    """Return the style of a run by its number: colours first, then dashes; markers always turn."""
+    """Return the style of a group by its number: colours first, then dashes; markers turn."""
     colour, turn = number % len(SERIES), number // len(SERIES)
     return LineStyle(colour, DASHES[turn % len(DASHES)], MARKERS[number % len(MARKERS)])
 
 
-def publish(panels: list[Panel], runs: list[Shown], folder: Path, stem: str) -> list[str]:
+def publish(panels: list[Panel], groups: list[Group], folder: Path, stem: str) -> list[str]:
     """Write the panels with a legend to `folder` as stem.png and stem.svg.
 
     Returns:
         Each panel alone as SVG text for a page.
     """
     with mpl.rc_context(STYLE):
-        save(draw(panels, runs), folder / stem)
+        save(draw(panels, groups), folder / stem)
         return [inline(draw([panel], []), f"{stem}-{i}") for i, panel in enumerate(panels)]
 
 
-def draw(panels: list[Panel], legend: list[Shown]) -> Figure:
-    """Return panels in a row, and below them a legend of these runs."""
+def draw(panels: list[Panel], legend: list[Group]) -> Figure:
+    """Return panels in a row, and below them a legend of these groups."""
     width = 4.1 * len(panels)  # inches
-    entry = 0.6 + 0.07 * max((len(shown.title) for shown in legend), default=0)
+    entry = 0.6 + 0.07 * max((len(group.title) for group in legend), default=0)
     columns = max(1, min(len(legend), int(width / entry)))
     lines = -(-len(legend) // columns)
     figure = Figure(figsize=(width, 2.9 + 0.19 * lines), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         panel(axes)
     if legend:
-        handles = [line_style(shown.number).set_on(Line2D([], [])) for shown in legend]
+        handles = [line_style(group.number).set_on(Line2D([], [])) for group in legend]
         figure.legend(
             handles,
-            [shown.title for shown in legend],
+            [group.title for group in legend],
             loc="outside lower center",
             ncols=columns,
             fontsize=8,
@@ -172,17 +175,25 @@ def inline(figure: Figure, name: str) -> str:
     return re.sub(r"\n\s*", "\n", text).strip()
 
 
-def metric_panel(runs: list[Shown], name: str, title: str) -> Panel:
-    """Return a panel of a column of metrics.csv against the request, the runs over one another."""
+def draw_means(axes: Axes, group: Group, estimates: list[Estimate]) -> None:
+    """Draw the line of a group, and as a band the interval over its seeds; gaps where it is NaN."""
+    style, places = line_style(group.number), range(len(estimates))
+    style.set_on(*axes.plot(places, [estimate.mean for estimate in estimates]))
+    if len(group.runs) > 1:
+        low, high = ([estimate.ends[end] for estimate in estimates] for end in (0, 1))
+        axes.fill_between(places, low, high, color=SERIES[style.colour], alpha=BAND, linewidth=0)
+
+
+def metric_panel(groups: list[Group], name: str, title: str) -> Panel:
+    """Return a panel of a column of metrics.csv against the request, groups over one another."""
 
     def panel(axes: Axes) -> None:
-        for shown in runs:
-            table = shown.run.table.dropna(subset=[name])
-            line_style(shown.number).set_on(*axes.plot(table["request"], table[name]))
-        most = max(len(shown.run.records) for shown in runs) - 1
+        for group in groups:
+            draw_means(axes, group, group.estimates[name])
+        most = max(group.last for group in groups)
         axes.set(title=title, xlabel="request", xlim=(-0.04 * most - 0.1, 1.04 * most + 0.1))
         axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
-        if name in PERCENTAGES:
+        if name in SHARES:
             axes.set_ylim(-3, 103)
         else:
             axes.set_ylim(bottom=0)
@@ -190,34 +201,43 @@ def metric_panel(runs: list[Shown], name: str, title: str) -> Panel:
     return panel
 
 
-def tradeoff_panel(runs: list[Shown], name: str) -> Panel:
+def tradeoff_panel(groups: list[Group], name: str) -> Panel:
     """Return a panel of a retention against UA after the last finished request.
 
-    Right of the line, retention can be compared.
+    Right of the line, retention can be compared. Of several seeds, bars are the intervals of both.
     """
 
     def panel(axes: Axes) -> None:
-        measured = [shown for shown in runs if pd.notna(shown.last["UA"])]
-        for shown in measured:
-            points = axes.plot(shown.last["UA"], shown.last[name], markersize=7)
-            line_style(shown.number).set_on(*points).set_linestyle("")
+        lowest = 88.0
+        for group in groups:
+            x, y = group.at_end("UA"), group.at_end(name)
+            if math.isnan(x.mean):
+                continue
+            style = line_style(group.number)
+            style.set_on(*axes.plot(x.mean, y.mean, markersize=7)).set_linestyle("")
+            lowest = min(lowest, x.mean)
+            if len(group.runs) > 1:
+                for ends in ((x.ends, (y.mean, y.mean)), ((x.mean, x.mean), y.ends)):
+                    axes.plot(*ends, color=SERIES[style.colour], alpha=BARS, linewidth=1.2)
+                lowest = min(lowest, x.ends[0])
         axes.axvline(ENOUGH_UA, color=COLOURS["quiet"][0], linewidth=0.8, linestyle=(0, (4, 3)))
-        lowest = min([shown.last["UA"] for shown in measured], default=0.0)
-        title = f"{PERCENTAGES[name]} against UA, %"
-        axes.set(title=title, xlabel="UA", ylim=(-3, 103), xlim=(min(lowest, 88) - 2, 101))
+        title = f"{SHARES[name]} against UA, %"
+        axes.set(title=title, xlabel="UA", ylim=(-3, 103), xlim=(lowest - 2, 101))
 
     return panel
 
 
 def layer_panel(
-    runs: list[Shown], drifts: list[dict[str, float]], layers: list[str], title: str
+    groups: list[Group], norms: list[dict[str, Estimate]], layers: list[str], title: str
 ) -> Panel:
-    """Return a panel of the L2 drift of these layers, in network order, runs over one another."""
+    """Return a panel of the L2 drift of these layers, in network order, groups over one another.
+
+    norms: of each group by layer.
+    """
 
     def panel(axes: Axes) -> None:
-        for shown, drift in zip(runs, drifts, strict=True):
-            norms = [drift.get(layer, float("nan")) for layer in layers]
-            line_style(shown.number).set_on(*axes.plot(range(len(layers)), norms))
+        for group, known in zip(groups, norms, strict=True):
+            draw_means(axes, group, [known.get(layer, NOTHING) for layer in layers])
         ticks = range(0, len(layers), -(-len(layers) // MOST_TICKS))
         axes.set_xticks(
             ticks, [short_layer(layers[tick]) for tick in ticks], rotation=90, fontsize=7.5
@@ -228,12 +248,12 @@ def layer_panel(
     return panel
 
 
-def write_costs(runs: list[Shown], cost: pd.DataFrame, folder: Path) -> None:
-    """Write cost.png and cost.svg: a bar per run for seconds, steps and memory."""
+def write_costs(groups: list[Group], cost: pd.DataFrame, folder: Path) -> None:
+    """Write cost.png and cost.svg: a bar per group for seconds, steps and memory."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(12, 1.2 + 0.24 * len(runs)), layout="constrained")
+        figure = Figure(figsize=(12, 1.2 + 0.24 * len(groups)), layout="constrained")
         seconds, steps, memory = figure.subplots(1, 3, sharey=True)
-        places, first, second = range(len(runs)), COLOURS["known"][0], COLOURS["quiet"][0]
+        places, first, second = range(len(groups)), COLOURS["known"][0], COLOURS["quiet"][0]
         seconds.barh(places, cost["train_seconds"], color=first, label="training")
         seconds.barh(
             places,
@@ -249,21 +269,21 @@ def write_costs(runs: list[Shown], cost: pd.DataFrame, folder: Path) -> None:
         for axes, title in titles.items():
             axes.set(title=title)
             axes.grid(axis="y", visible=False)
-        seconds.set_yticks(places, [shown.title for shown in runs])
+        seconds.set_yticks(places, [group.title for group in groups])
         seconds.invert_yaxis()
         save(figure, folder / "cost")
 
 
-def write_heat_map(shown: Shown, folder: Path) -> None:
-    """Write accuracy-<number>-<run>.png and .svg: rows concepts, columns requests.
+def write_heat_map(group: Group, folder: Path) -> None:
+    """Write accuracy-<number>-<first run>.png and .svg: rows concepts, columns requests.
 
     Unlearned concepts have another colour.
     """
-    accuracy, unlearned = shown.accuracy.to_numpy(), shown.unlearned.to_numpy()
+    accuracy, unlearned = group.accuracy.to_numpy(), group.unlearned.to_numpy()
     rows, columns = accuracy.shape
     roomy = rows * columns <= MOST_NUMBERS
     width, height = (0.42, 0.23) if roomy else (0.15, 0.15)  # inches of a cell
-    title = f"{shown.title}: accuracy, %"
+    title = f"{group.title}: accuracy, %"
     size = max(2.2 + width * columns, 0.09 * len(title)), 0.9 + height * rows
     with mpl.rc_context(STYLE), mpl.rc_context({"axes.grid": False}):
         figure = Figure(figsize=size, layout="constrained")
@@ -284,10 +304,10 @@ def write_heat_map(shown: Shown, folder: Path) -> None:
         axes.hlines(below + 0.46, left - 0.5, left + 0.5, color=COLOURS["gone"][0], linewidth=1.5)
         step = 1 if roomy else 5
         axes.set_xticks(range(0, columns, step), map(str, range(0, columns, step)))
-        axes.set_yticks(range(rows), shown.accuracy.index, fontsize=9 if roomy else 7)
+        axes.set_yticks(range(rows), group.accuracy.index, fontsize=9 if roomy else 7)
         axes.set_xlabel("request")
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-        save(figure, folder / f"accuracy-{shown.number + 1}-{shown.run.directory.name}")
+        save(figure, folder / f"accuracy-{group.number + 1}-{group.first.directory.name}")
 
 
 def format_percent(value: float) -> str:

@@ -6,20 +6,22 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from cu_runner.evaluators.metrics import ENOUGH_UA
-from cu_runner.reporting.page_data import Shown, contrast
-from cu_runner.reporting.page_plots import PERCENTAGES, LineStyle, line_style
+from cu_runner.reporting.estimates import SHARES, Estimate
+from cu_runner.reporting.page_groups import Group, contrast
+from cu_runner.reporting.page_plots import LineStyle, line_style
+from cu_runner.reporting.table_formats import DAGGER, DOUBLE_DAGGER
 from cu_runner.runtime.lazy import pd
 
-NAMES = PERCENTAGES | {"RA_C_retained": "RA-C retained", "drift_l2": "drift"}
+NAMES = SHARES | {"drift_l2": "drift"}
 COST_NAMES = {
     "train_seconds": "training, s",
     "eval_seconds": "evaluation, s",
     "train_steps": "steps",
     "peak_memory_mb": "memory, MB",
 }
-MOST_RUNS = 6  # columns of a table with a column per run
+MOST_GROUPS = 6  # columns of a table with a column per group
 MOST_REQUESTS = 14  # columns of a table with a column per request
-DAGGER, DOUBLE_DAGGER, DASH = "\N{DAGGER}", "\N{DOUBLE DAGGER}", "\N{EN DASH}"
+DASH = "\N{EN DASH}"
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,14 @@ class Cell:
     """A cell of a table, if it is more than a number."""
 
     text: str
-    style: LineStyle | None = None  # of the run that it names
+    style: LineStyle | None = None  # of the group that it names
     mark: str = ""  # beside the number, outside its column
+    below: str = ""  # below the number, and smaller: its interval
     is_prose: bool = False
     bar: str = ""  # its length in percent
+
+
+Row = list[str | Cell]
 
 
 @dataclass(frozen=True)
@@ -38,18 +44,26 @@ class Table:
     """A table; the first cell of each row names it."""
 
     caption: str
-    head: list[str | Cell]
-    rows: list[list[str | Cell]]
+    head: Row
+    rows: list[Row]
 
 
-def named(shown: Shown, label: str | None = None) -> Cell:
-    """Return the cell that names a run; without a label by its title, which says how far it is."""
-    return Cell(label or shown.title, line_style(shown.number))
+def named(group: Group, label: str | None = None) -> Cell:
+    """Return the cell that names a group; without a label by its title: how far it is."""
+    return Cell(label or group.title, line_style(group.number))
 
 
 def number(value: float, name: str = "") -> str:
     """Return a number as written in a column of metrics.csv; a dash if it was not measured."""
     return DASH if pd.isna(value) else format(value, "#.4g" if name == "drift_l2" else ".1f")
+
+
+def estimated(estimate: Estimate, name: str = "", mark: str = "") -> str | Cell:
+    """Return a number, and of several seeds the interval below it."""
+    text, interval = number(estimate.mean, name), ""
+    if estimate.half is not None and text != DASH:
+        interval = f"({' to '.join(number(end, name) for end in estimate.ends)})"
+    return Cell(text, mark=mark, below=interval) if mark or interval else text
 
 
 def parts_of(count: int, most: int) -> list[range]:
@@ -58,69 +72,108 @@ def parts_of(count: int, most: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def summary(runs: list[Shown]) -> Table:
-    """Return the metrics of all runs after the last finished request."""
-    rows: list[list[str | Cell]] = []
-    for shown in runs:
-        numbers: list[str | Cell] = [number(shown.last[name], name) for name in NAMES]
-        if shown.last["UA"] < ENOUGH_UA:
-            numbers[0] = Cell(number(shown.last["UA"]), mark=DAGGER)
-        rows.append([named(shown, shown.label), shown.extent, *numbers])
-    return Table("After the last finished request", ["run", "requests", *NAMES.values()], rows)
+def summary(groups: list[Group]) -> Table:
+    """Return the metrics of all groups after the last finished request."""
+    rows: list[Row] = []
+    for group in groups:
+        marks = {"UA": DAGGER} if group.at_end("UA").mean < ENOUGH_UA else {}
+        numbers = [estimated(group.at_end(name), name, marks.get(name, "")) for name in NAMES]
+        states = ", ".join(dict.fromkeys(outcome.state for outcome in group.outcomes))
+        extent = Cell(group.extent, below=states)
+        rows.append([named(group, group.label), group.seeds, extent, *numbers])
+    head: Row = ["run", "seeds", "requests", *NAMES.values()]
+    return Table("After the last finished request", head, rows)
 
 
-def contrasts(runs: list[Shown]) -> list[str | Table]:
-    """Return what differs between runs of one method, list of regularizers, sequence and seed."""
-    alike: dict[tuple[str, str, int], list[Shown]] = defaultdict(list)
-    for shown in runs:
-        alike[shown.run.label, shown.run.sequence, shown.run.seed].append(shown)
+def seeds_at_end(groups: list[Group]) -> list[Table]:
+    """Return the metrics of each seed after the last finished request, of groups of several."""
+    rows: list[Row] = [
+        [named(group), str(run.seed), *(number(run.table[name].iloc[-1], name) for name in NAMES)]
+        for group in groups
+        if len(group.runs) > 1
+        for run in group.runs
+    ]
+    head: Row = ["run", "seed", *NAMES.values()]
+    return [Table("Single seeds after the last finished request", head, rows)] if rows else []
+
+
+def contrasts(groups: list[Group]) -> list[str | Table]:
+    """Return in what groups of one method, list of regularizers and sequence differ."""
+    alike: dict[tuple[str, str], list[Group]] = defaultdict(list)
+    for group in groups:
+        alike[group.first.label, group.first.sequence].append(group)
     found: list[str | Table] = []
-    for (label, *_), group in alike.items():
-        if len(group) == 1:
+    for (label, _), beside in alike.items():
+        if len(beside) == 1:
             continue
-        rows: dict[str, list[str | Cell]] = {
+        rows: dict[str, Row] = {
             key: [Cell(DASH if value is None else str(value), is_prose=True) for value in values]
-            for key, values in contrast([shown.run for shown in group]).items()
+            for key, values in contrast(beside).items()
         }
-        caption = f"Settings in which the runs of {label} differ"
-        same = f"{label}: one configuration, in {len(group)} directories."
-        found += by_run(caption, "setting", group, rows) if rows else [same]
+        caption = f"What keeps the runs of {label} apart"
+        same = f"{label}: one configuration, in {len(beside)} directories."
+        found += by_group(caption, "what", beside, rows) if rows else [same]
     return found
 
 
-def by_run(
-    caption: str, head: str, runs: list[Shown], rows: dict[str, list[str | Cell]]
-) -> list[Table]:
-    """Return tables with a column per run, MOST_RUNS side by side. rows: name -> cells of runs."""
+def by_group(caption: str, head: str, groups: list[Group], rows: dict[str, Row]) -> list[Table]:
+    """Return tables with a column per group, MOST_GROUPS side by side.
+
+    rows: name -> cells of the groups.
+    """
     return [
         Table(
             caption,
-            [head, *(named(runs[i]) for i in part)],
+            [head, *(named(groups[i]) for i in part)],
             [[name, *(cells[i] for i in part)] for name, cells in rows.items()],
         )
-        for part in parts_of(len(runs), MOST_RUNS)
+        for part in parts_of(len(groups), MOST_GROUPS)
     ]
 
 
-def by_request(runs: list[Shown], name: str) -> list[Table]:
-    """Return a column of metrics.csv: rows runs, columns requests, MOST_REQUESTS side by side."""
-    most = max(len(shown.run.records) for shown in runs)
-    columns = [(named(shown), shown.run.table[name]) for shown in runs]
+def by_request(groups: list[Group], name: str) -> list[Table]:
+    """Return a column of metrics.csv: rows groups, columns requests."""
+    rows: list[Row] = [
+        [named(group), *(estimated(each, name) for each in group.estimates[name])]
+        for group in groups
+    ]
+    return in_parts(f"{NAMES[name]} after request", ["run"], rows)
+
+
+def seeds_by_request(groups: list[Group], name: str) -> list[Table]:
+    """Return a column of metrics.csv of each seed, of groups of several."""
+    rows: list[Row] = [
+        [named(group), str(run.seed), *(number(value, name) for value in run.table[name])]
+        for group in groups
+        if len(group.runs) > 1
+        for run in group.runs
+    ]
+    return in_parts(f"{NAMES[name]} after request, single seeds", ["run", "seed"], rows)
+
+
+def in_parts(caption: str, head: Row, rows: list[Row]) -> list[Table]:
+    """Return tables with a column per request, MOST_REQUESTS side by side; [] without rows.
+
+    head: of the cells that name a row; from request 0 on follow the others, and may end early.
+    """
+    names = len(head)
+    most = max((len(row) for row in rows), default=names) - names
+    full = [[*row, *[DASH] * (most + names - len(row))] for row in rows]
     return [
         Table(
-            f"{NAMES[name]} after request",
-            ["run", *map(str, part)],
-            [[run, *(number(value, name) for value in col.reindex(part))] for run, col in columns],
+            caption,
+            [*head, *map(str, part)],
+            [row[:names] + row[names + part.start : names + part.stop] for row in full],
         )
-        for part in parts_of(most, MOST_REQUESTS)
+        for part in (parts_of(most, MOST_REQUESTS) if rows else [])
     ]
 
 
-def cost(runs: list[Shown], found: pd.DataFrame) -> Table:
+def cost(groups: list[Group], found: pd.DataFrame) -> Table:
     """Return what all finished requests cost. found: of page_data.costs()."""
     largest = found[list(COST_NAMES)].max()
-    rows: list[list[str | Cell]] = []
-    for shown, row in zip(runs, found.to_dict("records"), strict=True):
+    rows: list[Row] = []
+    for group, row in zip(groups, found.to_dict("records"), strict=True):
         bars = [
             Cell(
                 f"{row[name]:,.0f}",
@@ -130,6 +183,6 @@ def cost(runs: list[Shown], found: pd.DataFrame) -> Table:
             for name in COST_NAMES
         ]
         device = Cell(row["device"], is_prose=True)
-        rows.append([named(shown, shown.label), shown.extent, *bars, device])
-    head: list[str | Cell] = ["run", "requests", *COST_NAMES.values(), "device"]
+        rows.append([named(group, group.label), group.seeds, group.extent, *bars, device])
+    head: Row = ["run", "seeds", "requests", *COST_NAMES.values(), "device"]
     return Table("Cost of all finished requests", head, rows)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from cu_runner.config.compose import compose
+from cu_runner.config.compose import compose_all
 from cu_runner.config.run_config import RunConfig
-from cu_runner.evaluators.metrics import ENOUGH_UA, with_face
+from cu_runner.evaluators.metrics import ENOUGH_UA
 from cu_runner.reporting.code_differences import made_by_other_code
-from cu_runner.reporting.intervals import of_sum, over_images, over_seeds, widest
+from cu_runner.reporting.estimates import Estimate, image_counts, of_shares
+from cu_runner.reporting.intervals import of_sum
 from cu_runner.reporting.table_spec import Experiment, Overrides, Table
 from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
-from cu_runner.store.layout import PREDICTIONS, STEP
+from cu_runner.store.layout import STEP
 from cu_runner.store.proof import require_true
 from cu_runner.store.run_record import RunRecord, read_run
 
@@ -41,23 +42,39 @@ class Cell:
 
 
 def make_cells(
-    table: Table, experiment: Experiment, seeds: list[int], more: Overrides
+    table: Table, experiment: Experiment, seeds: list[int], more: Overrides, tree: list[str]
 ) -> Iterator[Cell]:
-    """Compose every cell and open the directories that are there."""
+    """Compose every cell and open the directories that are there.
+
+    Args:
+        more: overrides of every run.
+        tree: --config-dir=DIR, if there is one.
+
+    Raises:
+        ConfigError: a cell cannot be composed, or an error of Hydra's own; of several cells an
+            ExceptionGroup.
+    """
+    commands = {
+        place: [[*command, *seed, *more] for seed in [[f"seed={seed}"] for seed in seeds] or [[]]]
+        for place, command in overrides_of_cells(table, experiment)
+    }
+    plans = iter(compose_all([[*tree, *command] for each in commands.values() for command in each]))
+    for place, each in commands.items():
+        own = list(itertools.islice(plans, len(each)))
+        begun = [plan for plan in own if (plan.directory / "steps/00" / STEP).exists()]
+        runs = [open_run(plan) for plan in begun]
+        yield Cell(*place, each, own, [run for run in runs if run.complete])
+
+
+def overrides_of_cells(
+    table: Table, experiment: Experiment
+) -> Iterator[tuple[tuple[str, str, str], Overrides]]:
+    """Yield method, column and row of every cell, and its overrides."""
     for method, chosen in experiment.methods.items():
         for column, where in experiment.columns.items():
             for row, overrides in table.rows.items():
                 own = overrides[column] if isinstance(overrides, dict) else overrides
-                command = [*where, *chosen, *own]
-                commands = [[*command, f"seed={seed}", *more] for seed in seeds] or [
-                    [*command, *more]
-                ]
-                plans = [compose(each) for each in commands]
-                begun = [plan for plan in plans if (plan.directory / "steps/00" / STEP).exists()]
-                runs = [open_run(plan) for plan in begun]
-                yield Cell(
-                    method, column, row, commands, plans, [run for run in runs if run.complete]
-                )
+                yield (method, column, row), [*where, *chosen, *own]
 
 
 def open_run(plan: RunConfig) -> RunRecord:
@@ -68,24 +85,6 @@ def open_run(plan: RunConfig) -> RunRecord:
         raise StoreError(f"{plan.directory}: {what}")
     require_true(run, [len(run.records) - 1])
     return run
-
-
-def num_images(run: RunRecord, metric: str) -> int:
-    """Return how many images of the last request a metric rests on.
-
-    UA, where faces are looked for, rests on those that show one; RA-I too where these alone count.
-    """
-    last = len(run.records) - 1
-    run.require(last, PREDICTIONS)
-    rows = run.predictions(last)
-    if metric == "UA" or (metric == "RA_I" and "face_only" in rows):
-        rows = with_face(rows)
-    sequence = run.config["sequence"]
-    concepts = {"UA": run.unlearned(last), "RA_I": sequence["retain"]}
-    concepts["RA_C_retained"] = concepts["RA_I"]
-    if metric not in concepts:
-        return len(rows)
-    return sum(concept in concepts[metric] for concept in rows[sequence["domain"]])
 
 
 @dataclass(frozen=True)
@@ -128,30 +127,23 @@ def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
     rows = []
     for cell in cells:
         published = values.get(cell.method, {}).get(cell.column, {}).get(cell.row, {})
-        last = [run.table.iloc[-1] for run in cell.runs] if not cell.missing() else []
+        runs = [] if cell.missing() else cell.runs
+        known = estimates_at_end(runs, ["UA", *table.metrics]) if runs else {}
         for metric in table.metrics:
-            number = published.get(metric)
-            mean = half = comparable = None
-            images: tuple[float, float] | tuple[None, None] = (None, None)
-            ends: tuple[float, float] | tuple[None, None] = (None, None)
-            if last:
-                mean, half = over_seeds([float(entry[metric]) for entry in last])
-                comparable = sum(float(entry["UA"]) for entry in last) / len(last) >= ENOUGH_UA
-                images = over_images(mean, len(last) * num_images(cell.runs[0], metric))
-                ends = widest(mean, half, images)
+            number, found = published.get(metric), known.get(metric)
             row = Measured(
                 cell.method,
                 cell.column,
                 cell.row,
                 metric,
-                ours=mean,
-                half=half,
-                images_low=images[0],
-                images_high=images[1],
-                low=ends[0],
-                high=ends[1],
-                seeds=len(last),
-                comparable=comparable,
+                ours=found.mean if found else None,
+                half=found.half if found else None,
+                images_low=found.images[0] if found else None,
+                images_high=found.images[1] if found else None,
+                low=found.ends[0] if found else None,
+                high=found.ends[1] if found else None,
+                seeds=len(runs),
+                comparable=known["UA"].mean >= ENOUGH_UA if found else None,
                 tuned=cell.plans[0].tuned,
                 other_code=any(run.directory in marked for run in cell.runs),
                 paper=None if number is None else float(number),
@@ -160,6 +152,16 @@ def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
             )
             rows.append(row)
     return pd.DataFrame(rows, columns=[field.name for field in fields(Measured)])
+
+
+def estimates_at_end(runs: list[RunRecord], metrics: list[str]) -> dict[str, Estimate]:
+    """Return shares of images after the last request, over the seeds of a cell."""
+    counts = image_counts(runs[0], len(runs[0].records) - 1)
+    last = [run.table.iloc[-1] for run in runs]
+    return {
+        metric: of_shares([float(entry[metric]) for entry in last], counts[metric])
+        for metric in metrics
+    }
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,11 @@ def orderings(measured: pd.DataFrame, tolerance: float) -> pd.DataFrame:
             high, low = (one, other) if one["paper"] > other["paper"] else (other, one)
             if high["paper"] - low["paper"] <= tolerance:
                 continue
-            ends = of_sum([(1, high["ours"], ends_of(high)), (-1, low["ours"], ends_of(low))])
+            terms = [
+                (sign, entry["ours"], (entry["low"], entry["high"]))
+                for sign, entry in ((1, high), (-1, low))
+            ]
+            ends = of_sum(terms)
             pair = Pair(
                 method=str(method),
                 column=str(column),
@@ -212,9 +218,3 @@ def orderings(measured: pd.DataFrame, tolerance: float) -> pd.DataFrame:
             )
             pairs.append(pair)
     return pd.DataFrame(pairs, columns=[field.name for field in fields(Pair)])
-
-
-def ends_of(entry: Mapping[Hashable, float]) -> tuple[float, float]:
-    """Return the ends of the interval of a row (Measured)."""
-    half = None if pd.isna(entry["half"]) else float(entry["half"])
-    return widest(float(entry["ours"]), half, (entry["images_low"], entry["images_high"]))

@@ -9,12 +9,16 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from cu_runner.evaluators.metrics import ENOUGH_UA
+from cu_runner.reporting.estimates import SHARES
 from cu_runner.runtime.lazy import pd
 
-NAMES = {"UA": "UA", "RA_I": "RA-I", "RA_C": "RA-C", "RA_C_retained": "RA-C retained"}
 VERDICTS = ("holds", "reversed", "undecided")
 SECTION = "\N{SECTION SIGN}"
 DAGGER, DOUBLE_DAGGER = "\N{DAGGER}", "\N{DOUBLE DAGGER}"
+LESS_FORGOTTEN = (
+    f"{DAGGER} UA is under {ENOUGH_UA:.0f}: less was forgotten, so the retention is not comparable."
+)
 SYMBOLS = {
     f" ?{DAGGER}": r"$^\\dagger$",
     f" ?{DOUBLE_DAGGER}": r"$^\\ddagger$",
@@ -27,7 +31,7 @@ class FilledTable:
     """A measured table and what stands around it.
 
     model, paper_model: on what our numbers and the published ones were obtained; None without any.
-    measured: of tables.measure(). ordered: of tables.orderings(). missing: commands still to run.
+    measured, ordered: of measure() and orderings() in table_cells. missing: commands still to run.
     """
 
     name: str
@@ -87,7 +91,7 @@ def as_markdown(table: FilledTable) -> str:
             cells = pd.DataFrame(shown[column]).swaplevel(axis="columns")
             cells = cells[cells.columns.unique(0)]  # ours beside the published number of a metric
             sides = {"ours": table.model, "paper": "paper"}
-            head = [f"{NAMES[metric]}, {sides[side]}" for metric, side in map(tuple, cells.columns)]
+            head = [f"{SHARES[metric]}, {sides[side]}" for metric, side in [*cells.columns]]
             rows = cells.reset_index().to_numpy().tolist()
             parts += [f"## {method}, {column}", to_markdown([["regularizer", *head], *rows])]
     parts.append("\n".join(f"- {note}" for note in table.footnotes))
@@ -103,7 +107,7 @@ def ordering_tables(ordered: pd.DataFrame) -> list[str]:
     """Return the counts per method, column and metric, and every pair."""
     if ordered.empty:
         return ["No pair of rows has both a published number and a run of ours."]
-    ordered = ordered.assign(metric=ordered["metric"].map(NAMES))
+    ordered = ordered.assign(metric=ordered["metric"].map(SHARES))
     places = ["method", "column", "metric"]
     counts = [[*places, "pairs", *VERDICTS, "of these comparable"]]
     for place, group in ordered.groupby(places, sort=False):
@@ -131,7 +135,7 @@ def as_latex(table: FilledTable) -> str:
     for method, block in table.measured.groupby("method", sort=False):
         shown = texts(block, table.paper_model)
         heads = [
-            (method, f"{column} ({sides[side]})", NAMES[metric])
+            (method, f"{column} ({sides[side]})", SHARES[metric])
             for column, side, metric in map(tuple, shown.columns)
         ]
         shown.columns = pd.MultiIndex.from_tuples(heads)

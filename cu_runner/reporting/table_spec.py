@@ -15,7 +15,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from cu_runner.config.permissions import refuse_permissions
-from cu_runner.reporting.table_formats import NAMES
+from cu_runner.reporting.estimates import SHARES
 from cu_runner.runtime.paths import shipped_dir
 from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.settings import STRICT
@@ -94,8 +94,8 @@ class Table:
     def complaints(self) -> Iterator[str]:
         """Yield what is wrong with it though every type is right."""
         for metric in self.metrics:
-            if metric not in NAMES:
-                yield f"metrics: {metric!r} is not a share of images; allowed: {', '.join(NAMES)}"
+            if metric not in SHARES:
+                yield f"metrics: {metric!r} is not a share of images; allowed: {', '.join(SHARES)}"
         for kind in ("metrics", "rows", "experiments"):
             if not getattr(self, kind):
                 yield f"{kind}: empty; a table needs one at least"
@@ -113,6 +113,23 @@ class Table:
                 yield f"row {label!r} gives overrides for {given}; give them for {needed}"
         if self.targets:
             yield from self.targets.complaints(self)
+
+        for place, text in self.texts():
+            if not text.strip().isprintable():
+                yield f"{place}: {text!r} would not be one line of print; give plain text"
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Yield every text that is printed, and where it stands."""
+        yield "title", self.title
+        yield from (("rows", label) for label in self.rows)
+        for name, experiment in self.experiments.items():
+            place = f"experiments: {name}"
+            texts = (experiment.model, *experiment.methods, *experiment.columns)
+            yield from ((place, text) for text in texts)
+        if self.targets:
+            texts = (self.targets.model, *self.targets.sources, *self.targets.sources.values())
+            yield from (("targets", text) for text in texts)
+        yield from (("notes", note) for note in self.notes)
 
     def overrides(self) -> Iterator[Overrides]:
         """Return every list of overrides that the file holds."""
@@ -140,8 +157,12 @@ def read_table(name: str) -> tuple[str, Table]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
     table = validate(Table, content, path.name, every=True)
-    for overrides in table.overrides():
-        refuse_permissions(overrides, path.name)
-    if complaints := list(dict.fromkeys(table.complaints())):
-        raise ConfigError(f"{path.name}: {'; '.join(complaints)}")
+    complaints = [f"{path.name}: {complaint}" for complaint in table.complaints()]
+    for override in (override for overrides in table.overrides() for override in overrides):
+        try:
+            refuse_permissions([override], path.name)
+        except ConfigError as error:
+            complaints.append(str(error))
+    if complaints:
+        raise ConfigError("; ".join(dict.fromkeys(complaints)))
     return path.stem, table

@@ -9,10 +9,11 @@ from typing import Literal
 from pydantic import ConfigDict, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from cu_runner.concepts.entries import read_file, read_shipped
+from cu_runner.concepts.entries import comparable, read_file, read_shipped
 from cu_runner.concepts.sequence import Concept
 from cu_runner.request.language_model import ask, find_model
 from cu_runner.request.scope import Scope
+from cu_runner.request.token_limit import longer
 
 MARKED = re.compile(r"\{([^{}]+)\}")
 
@@ -47,12 +48,9 @@ def read_listed(source: Literal["list", "file"], name: str | None) -> list[str]:
 
 
 def normalized(name: str) -> str:
-    """Return a name for comparison: lower case, single spaces, no underscores of label lists.
-
-    Of a prompt with one part in braces it is that part.
-    """
+    """Return a name for comparison; of a prompt with one part in braces it is that part."""
     marked = MARKED.search(name)
-    return " ".join((marked[1] if marked else name).lower().replace("_", " ").split())
+    return comparable(marked[1] if marked else name)
 
 
 def spellings(concepts: Iterable[Concept]) -> set[str]:
@@ -90,6 +88,12 @@ def kept_names(scope: Scope, source: NameSource) -> list[str]:
 
 
 def ask_for_names(scope: Scope, path: str | None, number: int) -> list[str]:
-    """Ask a language model for names of the domain that are related to the targets."""
+    """Ask a language model for names of the domain that are related to the targets.
+
+    Those that are longer than the diffusion model reads are left out.
+    """
     targets = [concept.prompt_name for concept in scope.request.targets]
-    return ask(find_model(path), scope.sequence.domain, targets, number, str(scope.model.device))
+    device = str(scope.model.device)
+    names = ask(find_model(path), scope.sequence.domain, targets, number, device)
+    cut = longer(scope.model, names)
+    return [name for name in names if name not in cut]

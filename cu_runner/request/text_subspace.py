@@ -60,7 +60,8 @@ def concept_vectors(
     """Return a text-encoder output of each name, [D, K]; the names stand in `context`.
 
     tokens: "own" is the mean over the name's own tokens, "last" the last token of the prompt before
-    its end.
+    its end. A list may hold auxiliary names that are longer than the model reads: they are read as
+    far as they go.
     """
     placed = [in_context(name, context) for name in names]
     prompts = [prompt for prompt, *_ in placed]
@@ -71,7 +72,7 @@ def concept_vectors(
         # a prompt that is cut ends with the end of text too
         last = [min(length, hidden.shape[1]) - 2 for length in lengths]
         return hidden[range(len(last)), last].T
-    spans = [model.token_span(part, prompt, before) for prompt, part, before in placed]
+    spans = [model.token_span(part, prompt, before, partly=True) for prompt, part, before in placed]
     return torch.stack([hidden[row, span].mean(0) for row, span in enumerate(spans)], dim=1)
 
 

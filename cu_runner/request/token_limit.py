@@ -13,18 +13,17 @@ from cu_runner.models.text import find_tokens
 
 
 def check_prompts(model: DiffusionModel, sequence: Sequence) -> None:
-    """Check every training prompt of a target and every evaluation prompt of a sequence.
+    """Check every training prompt of a target and its anchor, and every evaluation prompt.
 
     Raises:
-        ValueError: the name of a concept is cut off, or a target's prompt and its anchor's are the
-            same to the model.
+        ValueError: the name of a concept or an anchor is cut off, or a target's prompt and its
+            anchor's are the same to the model.
     """
-    named = [
-        (target.prompt_name, prompt)
-        for target in sequence.targets
-        for prompts, _ in sequence.training_prompts(target)
-        for prompt in prompts
-    ]
+    named: list[tuple[str, str]] = []
+    for target in sequence.targets:
+        for prompts, wanted in sequence.training_prompts(target):
+            named += [(target.prompt_name, prompt) for prompt in prompts]
+            named += [(target.anchor, wanted)] if target.anchor else []
     spelled = {concept.name: concept.prompt_name for concept in sequence.cross_retain}
     spelled |= {each.name: each.prompt_name for each in (*sequence.targets, *sequence.retain)}
     for image in sequence.evaluation_images([*sequence.targets, *sequence.retain]):

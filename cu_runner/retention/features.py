@@ -16,7 +16,13 @@ from pydantic.dataclasses import dataclass
 from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.hashing import describe_timm, hash_weights, to_bytes
 from cu_runner.models.image_text import ImageTextModel, ImageTextSource, load_image_text
-from cu_runner.models.weight_files import check_finite, check_pickle, load_tensors
+from cu_runner.models.weight_files import (
+    COMPUTED,
+    check_finite,
+    check_pickle,
+    load_tensors,
+    refuse_strangers,
+)
 from cu_runner.runtime.lazy import F, nn, timm, torch, without_gradients
 from cu_runner.schema.errors import ModelError, one_line
 from cu_runner.schema.words import Matches
@@ -148,8 +154,12 @@ def load_network(source: FeatureSource, device: str) -> nn.Module | ImageTextMod
         raise ModelError(
             f"timm:{name}: {one_line(error)}; timm.list_models() has all names"
         ) from None
+    whole = set(network.state_dict())
     network.reset_classifier(0)
-    weights, wanted = load_tensors(path, source.allow_pickle), network.state_dict()
+    wanted = network.state_dict()
+    # files of older versions lack what layers compute by themselves
+    weights = {name: tensor for name, tensor in wanted.items() if name.endswith(COMPUTED)}
+    weights |= load_tensors(path, source.allow_pickle)
     if wrong := sorted(
         name
         for name, tensor in wanted.items()
@@ -160,6 +170,7 @@ def load_network(source: FeatureSource, device: str) -> nn.Module | ImageTextMod
             "another architecture"
         )
     # the head of the file, if there is one, is not needed
+    refuse_strangers(source.path, sorted(set(weights) - whole))
     network.load_state_dict({name: weights[name] for name in wanted})
     return network
 

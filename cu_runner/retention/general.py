@@ -18,6 +18,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from cu_runner.concepts.entries import read_entries
 from cu_runner.concepts.prompt_csv import read_prompts
+from cu_runner.concepts.sequence_file import refuse_repeated
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.image_text import ImageTextSource, load_image_text
 from cu_runner.models.sampling import generate, not_finite
@@ -27,6 +28,7 @@ from cu_runner.retention.base import Retention
 from cu_runner.retention.features import FeatureExtractor, FeatureSource
 from cu_runner.retention.pictures import find_pictures, read_pictures
 from cu_runner.runtime.lazy import torch
+from cu_runner.runtime.progress import Progress
 from cu_runner.schema.errors import ModelError
 from cu_runner.schema.settings import EvalSettings
 from cu_runner.store.cache import ARRAYS, Cache
@@ -134,9 +136,12 @@ class GeneralRetention(Retention):
             named = {"pictures": [sha256_of(path) for path in paths], "side": side}
 
             def measure_pictures() -> dict[str, Tensor]:
-                batches = read_pictures(paths, side, settings.batch_size)
-                features = torch.cat([extractor(images) for images in batches])
-                return {"features": refuse_nan("features", features)}
+                found, batches = [], read_pictures(paths, side, settings.batch_size)
+                with Progress("reference images", len(paths), "image") as bar:
+                    for images in batches:
+                        found.append(extractor(images))
+                        bar.advance(len(images))
+                return {"features": refuse_nan("features", torch.cat(found))}
 
             self._reference = fetch(cache, common | named, measure_pictures)["features"]
 
@@ -209,11 +214,12 @@ def read_images(
     """Read the (prompt, seed) of every image.
 
     Raises:
-        ValueError: prompts that cannot be read, or none.
+        ValueError: prompts that cannot be read, none, or one twice.
     """
     key = "retention.prompts"
     if isinstance(prompts, str) and prompts.endswith(".csv"):
-        rows = spread(read_prompts(key, prompts, ("prompt",)), num_prompts)
+        rows = read_prompts(key, prompts, ("prompt",), distinct=("prompt", "seed"))
+        rows = spread(rows, num_prompts)
         if "seed" in rows[0]:
             return [(row["prompt"], int(row["seed"])) for row in rows]
         entries = [row["prompt"] for row in rows]
@@ -223,6 +229,8 @@ def read_images(
         raise ValueError(
             f"{'retention.seeds' if entries else key} is empty; it needs at least one entry"
         )
+    refuse_repeated(key, entries)  # an image would be there twice
+    refuse_repeated("retention.seeds", seeds)
     return [(prompt, seed) for prompt in entries for seed in seeds]
 
 

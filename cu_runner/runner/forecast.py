@@ -15,7 +15,7 @@ from pathlib import Path
 
 import safetensors
 
-from cu_runner.concepts.requests import Request, plan_requests
+from cu_runner.concepts.requests import Request
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.config.run_config import RunConfig
 from cu_runner.models.checkpoint_files import HUB_ID, find_weights, locate
@@ -124,7 +124,7 @@ def merges(plan: RunConfig) -> bool:
 def work_of(plan: RunConfig) -> list[Work]:
     """Return what every step of a run is."""
     sequence = plan.sequence.build()
-    requests = plan_requests(sequence, plan.setting.plan, plan.setting.last_only)
+    requests = plan.requests(sequence)
     steps = 0 if plan.method.build().closed_form else plan.spine.train.steps
     return plan_work(sequence, requests, steps, merges(plan))
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypedDict
 
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.evaluators.evaluate import Evaluation, check_labels, evaluate
-from cu_runner.evaluators.grid import draw_grid
+from cu_runner.evaluators.grid import Pictures, draw_grid, read_grid
 from cu_runner.evaluators.metrics import RECOGNISED, read_predictions, step_metrics
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.request.anchors import sampler_key
@@ -95,7 +96,12 @@ class Instruments:
         return evaluate(self.model, self.evaluator, self.sequence, concepts, index, self.settings)
 
     def measure(
-        self, index: int, unlearned: Ordered[Concept], label: str, cache: Cache | None = None
+        self,
+        index: int,
+        unlearned: Ordered[Concept],
+        label: str,
+        cache: Cache | None = None,
+        base: Path | None = None,
     ) -> tuple[dict[str, bytes], Metrics]:
         """Measure the weights as they are.
 
@@ -104,6 +110,7 @@ class Instruments:
             unlearned: the concepts that the weights have unlearned, in order of request.
             label: of the request.
             cache: where images of the untouched model are looked for, and kept.
+            base: the folder of step 0, whose pictures stand beside those of later steps.
 
         Returns:
             predictions.csv, grid.png and metrics.json, and the metrics of the step.
@@ -115,9 +122,10 @@ class Instruments:
         if files is None:
             seen = self.sample(concepts, index)
             title = f"after request {index}: {label}" if index else "the untouched model"
+            before = self._pictures(base) if base else None
             files = {
                 PREDICTIONS: to_csv(seen.predictions),
-                GRID: draw_grid(seen.thumbnails, names, title),
+                GRID: draw_grid(seen.thumbnails, names, title, before),
             }
             if cache:
                 cache.put("base_eval", key, files)
@@ -125,6 +133,14 @@ class Instruments:
         metrics: Metrics = dict(step_metrics(table, names, self.sequence))
         metrics |= self.retention.measure(index) if self.retention else {}
         return files | {METRICS: to_json(metrics)}, metrics
+
+    def _pictures(self, folder: Path) -> Pictures:
+        """Return the pictures in the grid of a step: the first seed's of what was measured."""
+        table = read_predictions(folder / PREDICTIONS)
+        concepts, crosses = table[self.sequence.domain], table[self.sequence.cross_domain]
+        rows, columns = list(dict.fromkeys(concepts)), list(dict.fromkeys(crosses))
+        found = read_grid((folder / GRID).read_bytes(), rows, columns)
+        return {cell: found[cell] for cell in zip(concepts, crosses, strict=True)}
 
     def _key(self, concepts: list[Concept]) -> dict[str, object]:
         """Return what the images of the untouched model, and what is seen in them, depend on."""

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from cu_runner.concepts.requests import Request, plan_requests
+from cu_runner.concepts.requests import Request
 from cu_runner.concepts.sequence import Sequence
 from cu_runner.config.run_config import RunConfig
 from cu_runner.evaluators.base import Evaluator
@@ -15,6 +15,7 @@ from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.retention.base import Retention
 from cu_runner.runtime import distributed
+from cu_runner.runtime.progress import slow
 from cu_runner.schema.settings import Speed, TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -36,21 +37,18 @@ class RunParts:
 def build_parts(plan: RunConfig, device: str) -> RunParts:
     """Build every part of a run, what is quick first. Raises ValueError or OSError."""
     sequence = plan.sequence.build()
-    requests = plan_requests(sequence, plan.setting.plan, plan.setting.last_only)
+    requests = plan.requests(sequence)
     method = plan.method.build()
     regularizers = {name: node.build() for name, node in plan.regularizers.items()}
     names = (plan.method_name, "+".join(regularizers) or "none")
     logger.info("%s: %d requests, method %s, reg %s", sequence.name, len(requests), *names)
     if distributed.size() > 1:
         logger.info("%d processes", distributed.size())
-    if not plan.tuned:
-        logger.info(
-            "no tuned settings for these regularizers in this order (conf/tuned): "
-            "those of their own files hold"
-        )
-    model = plan.model.build(device=device)
+    with slow("loading the model"):
+        model = plan.model.build(device=device)
     prepare(model, plan.spine.speed, plan.spine.train)
-    evaluator = plan.evaluator.build(device=device)
+    with slow("loading the evaluator"):
+        evaluator = plan.evaluator.build(device=device)
     retention = plan.retention.build(device=device) if plan.retention else None
     return RunParts(model, evaluator, retention, sequence, requests, method, regularizers)
 

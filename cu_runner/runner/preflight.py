@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 
-from cu_runner.concepts.requests import plan_requests
 from cu_runner.concepts.sequence import Sequence
 from cu_runner.config.run_config import RunConfig
 from cu_runner.evaluators.base import Evaluator
@@ -32,6 +31,8 @@ from cu_runner.runner.rehearsal import Rehearsal, rehearse
 from cu_runner.runner.training import check_composition
 from cu_runner.runtime.devices import choose_device, device_name, limit_threads, peak_memory_mb
 from cu_runner.runtime.lazy import torch
+from cu_runner.runtime.progress import slow
+from cu_runner.runtime.user_code import place_of
 from cu_runner.schema.errors import SamplingError, StoreError, TrainingError, first_line, one_line
 from cu_runner.schema.settings import Sampler, WandbSettings
 from cu_runner.store.verify import Finding
@@ -44,7 +45,10 @@ Made = Generator[Finding, None, Part | None]
 
 SPARE_DISK = 1.2  # the disk must hold so many times what is expected
 SPARE_MEMORY = 1.1  # and memory so many times what the check took: in hours it is fragmented
-UNKNOWN = "; the model does not know these names, or the labels are in another order"
+UNKNOWN = (
+    f"; under {RECOGNISED:.0f}% nothing can be measured: the model does not know these names in "
+    "these prompts, or the labels are in another order"
+)
 SMALLEST = "out of GPU memory at a single image; free it of other processes, or take a larger one"
 FAILURES = (ValueError, OSError, TrainingError, SamplingError, StoreError)
 
@@ -79,6 +83,7 @@ def check_plan(plan: RunConfig) -> Iterator[Finding]:
 def check_parts(plan: RunConfig, device: str) -> Generator[Finding, None, RunParts | None]:
     """Make every part of the run; return them, None if one of them cannot be made or used."""
     sequence = plan.sequence.build()
+    requests = plan.requests(sequence)
     model = yield from load("model", lambda: plan.model.build(device=device))
     evaluator = yield from load("evaluator", lambda: plan.evaluator.build(device=device))
     retention = None
@@ -98,7 +103,6 @@ def check_parts(plan: RunConfig, device: str) -> Generator[Finding, None, RunPar
     if evaluator is None or lacking or not labels or not all(each.ok for each in found):
         return None
     prepare(model, plan.spine.speed, plan.spine.train)
-    requests = plan_requests(sequence, plan.setting.plan, plan.setting.last_only)
     return RunParts(model, evaluator, retention, sequence, requests, method, regularizers)
 
 
@@ -106,12 +110,14 @@ def load(what: str, make: Callable[[], Part]) -> Made[Part]:
     """Make a part of the run that reads weights; return it, None if it cannot be made."""
     started = time.monotonic()
     try:
-        part = make()
+        with slow(f"loading the {what}"):
+            part = make()
+            sha256 = part.fingerprint()
     except (ValueError, OSError) as error:
         yield Finding(what, False, first_line(error))
         return None
     seconds = time.monotonic() - started
-    yield Finding(what, True, f"sha256 {part.fingerprint()[:16]}, loaded in {seconds:.0f} s")
+    yield Finding(what, True, f"sha256 {sha256[:16]}, loaded in {seconds:.0f} s")
     return part
 
 
@@ -132,7 +138,7 @@ def check_composed(
         if model is not None:
             select_parameters(model.unet, method.params)
     except (ValueError, OSError) as error:
-        yield Finding("composition", False, first_line(error))
+        yield Finding("composition", False, said_where(error))
         return None
     names = "+".join(regularizers) or "no regularizer"
     yield Finding("composition", True, f"{plan.method_name} with {names}")
@@ -206,7 +212,8 @@ def check_rehearsal(
 ) -> Iterator[Finding]:
     """Yield what the rehearsal found, stage by stage, down to the error that ended it."""
     failed = rehearsal.stages[-1] if rehearsal.stages else "images"
-    if error is not None and not isinstance(error, (*FAILURES, torch.OutOfMemoryError)):
+    expected = (*FAILURES, torch.OutOfMemoryError)
+    if error is not None and not isinstance(error, expected) and place_of(error) is None:
         raise error
     if rehearsal.per_image is not None:
         yield check_accuracy(rehearsal)
@@ -216,7 +223,7 @@ def check_rehearsal(
     for what in ("method", *(f"reg.{name}" for name in parts.regularizers), "training"):
         if error is not None and what == failed:
             out = isinstance(error, torch.OutOfMemoryError)
-            why = f"out of GPU memory; {less_memory(plan)}" if out else first_line(error)
+            why = f"out of GPU memory; {less_memory(plan)}" if out else said_where(error)
             yield Finding(what, False, why)
         elif what in rehearsal.stages:
             yield Finding(what, True)
@@ -224,12 +231,18 @@ def check_rehearsal(
             yield Finding(what, None, "needs the method and the regularizers")
 
 
+def said_where(error: Exception) -> str:
+    """Return what an error says first, behind its place in the user's own code if it is there."""
+    place = place_of(error)
+    return f"{place}: {type(error).__name__}: {first_line(error)}" if place else first_line(error)
+
+
 def check_accuracy(rehearsal: Rehearsal) -> Finding:
     """Check that the evaluator recognises what the untouched model draws."""
     seen = rehearsal.accuracy
-    shares = ", ".join(f"{accuracy:.0f}% {domain}" for domain, accuracy in seen.items())
+    shares = ", ".join(f"{accuracy:.0f}% {kind}" for kind, accuracy in seen.items())
     well = min(seen.values()) >= RECOGNISED
-    detail = f"{rehearsal.images} images of the untouched model: {shares} recognised"
+    detail = f"of {rehearsal.images} images of the untouched model, {shares} are recognised"
     return Finding("base accuracy", well, detail + ("" if well else UNKNOWN))
 
 

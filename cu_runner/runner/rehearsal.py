@@ -7,6 +7,7 @@ batch, repeated as often as a method asks for images.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import tempfile
@@ -22,9 +23,11 @@ from cu_runner.runner.early_stop import EarlyStop
 from cu_runner.runner.measure import Instruments
 from cu_runner.runner.parts import RunParts
 from cu_runner.runner.runner import Runner
+from cu_runner.runner.saved_state import SavedState
 from cu_runner.runner.tracking import Tracker
 from cu_runner.runner.training import Training
 from cu_runner.runtime.lazy import torch
+from cu_runner.runtime.progress import slow
 from cu_runner.schema.settings import WandbSettings
 from cu_runner.store.cache import Cache
 from cu_runner.store.layout import PREDICTIONS
@@ -42,7 +45,8 @@ class Rehearsal(Runner):
     """Runs in small. Afterwards, or after an error, its attributes tell what was found.
 
     stages: what was begun, in order: "images", "method", "reg.NAME", "training". accuracy: percent
-    of the images of the untouched model that are recognised, by domain. images: their number.
+    of the images of the untouched model that are recognised, by what they are of. images: their
+    number.
     per_image, per_step: seconds.
     """
 
@@ -59,6 +63,7 @@ class Rehearsal(Runner):
             Cache(folder / "cache", plan.code),
             Tracker(WandbSettings("disabled", "-", None), "", folder, {}, "", ""),
         )
+        self.shown_steps = STEPS
         self.stages: list[str] = []
         self.accuracy: dict[str, float] = {}
         self.images = 0
@@ -66,6 +71,7 @@ class Rehearsal(Runner):
         self.per_step: float | None = None
         self._latents: Tensor | None = None
         self._noted = 0.0
+        self._waiting = contextlib.ExitStack()  # says what is done if it takes long
 
     def take_instruments(self) -> Instruments:
         """Return what measures a few concepts, with one seed."""
@@ -75,7 +81,8 @@ class Rehearsal(Runner):
     def _small(self) -> Sequence:
         whole = self.parts.sequence
         targets, retain = whole.targets[:TRIED], whole.retain[:TRIED]
-        crosses = math.ceil(self._together() / (len(targets) + len(retain)))
+        together = math.ceil(self._together() / (len(targets) + len(retain)))
+        crosses = max(together, math.ceil(TRIED / len(targets)))
         return dataclasses.replace(
             whole,
             targets=targets,
@@ -104,26 +111,35 @@ class Rehearsal(Runner):
         if name == "method" and self.per_image is None:
             self._look_at_base()
         self.stages += [name] if name not in self.stages else []
+        self._waiting.close()
+        self._waiting.enter_context(slow(f"{name} begins a request"))
         self._noted = time.monotonic()
 
-    def after_step(self, training: Training, early_stop: EarlyStop) -> None:
+    def after_step(self, training: Training, early_stop: EarlyStop, saved: SavedState) -> None:
         """Time the step, and end the request after a few."""
+        self._waiting.close()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.monotonic()
         self.per_step, self._noted = now - self._noted, now
         training.ended = training.done >= STEPS
 
+    def done(self) -> None:
+        """Take note that nothing is waited for any more."""
+        self._waiting.close()
+
     def _look_at_base(self) -> None:
         """Read what was seen in the images of the untouched model."""
         base, sequence = self.store.finished()[0], self.instruments.sequence
         found = read_predictions(self.store.step_dir(0) / PREDICTIONS)
-        names = [concept.name for concept in (*sequence.targets, *sequence.retain)]
-        self.accuracy = {sequence.domain: mean_accuracy(found, sequence.domain, names)}
+        kinds = {"of the targets": sequence.targets, "of what is retained": sequence.retain}
+        for kind, concepts in kinds.items():
+            if names := [concept.name for concept in concepts]:
+                self.accuracy[kind] = mean_accuracy(found, sequence.domain, names)
         if sequence.cross_domain in sequence.measured_domains:
             crosses = [concept.name for concept in sequence.cross_retain]
             across = mean_accuracy(found, sequence.cross_domain, crosses)
-            self.accuracy[sequence.cross_domain] = across
+            self.accuracy[f"of the {sequence.cross_domain}s"] = across
         self.images = len(found)
         self.per_image = (base.seconds["eval"] or 0.0) / len(found)
 
@@ -137,4 +153,6 @@ def rehearse(plan: RunConfig, parts: RunParts) -> tuple[Rehearsal, Exception | N
                 rehearsal.run()
         except Exception as error:  # the caller judges it: one of ours, of torch, or a bug
             return rehearsal, error
+        finally:
+            rehearsal.done()
         return rehearsal, None

@@ -66,16 +66,24 @@ def measure_again(
     yield from steps
     if len(steps) == len(run.records):
         return
+    sequence = plan.sequence.build()
+    measured = {
+        index: [Concept(name, sequence.domain) for name in run.unlearned(index)] if index else []
+        for index in range(len(steps), len(run.records))
+    }
+    for index, unlearned in measured.items():
+        label = run.records[index].row.concept or "no request"
+        plan.require_shown(sequence, label, unlearned if index else sequence.targets)
     instruments, weights = loaded or load(run, plan)
-    for index in range(len(steps), len(run.records)):
+    for index, unlearned in measured.items():
         started, record = time.monotonic(), run.records[index]
         path = run.weights(index)
         if index:
             run.require_weights(index)
             weights.set(weights.read(path))
-        domain = instruments.sequence.domain
-        unlearned = [Concept(name, domain) for name in run.unlearned(index)] if index else []
-        files, metrics = instruments.measure(index, unlearned, record.row.concept)
+        files, metrics = instruments.measure(
+            index, unlearned, record.row.concept, base=store.step_dir(0) if index else None
+        )
         seconds = round(time.monotonic() - started, 2)
         result = StepResult(
             index=index,

@@ -28,6 +28,7 @@ from cu_runner.request.scope import Scope
 from cu_runner.runner.early_stop import EarlyStop
 from cu_runner.runner.measure import Instruments, describe, unrecognised
 from cu_runner.runner.parts import RunParts
+from cu_runner.runner.saved_state import SavedState
 from cu_runner.runner.tracking import Tracker
 from cu_runner.runner.training import Training, check_composition, erase
 from cu_runner.runner.weights import TrainedWeights
@@ -71,6 +72,7 @@ class Runner:
         """
         self.plan, self.parts, self.store, self.cache = plan, parts, store, cache
         self.tracker, self.stop, self.remarks = tracker, stop or StopSignals(), remarks
+        self.shown_steps: int | None = None  # of training, up to which the progress counts
         self._first_step: float | None = None  # seconds from the start of the process
 
     def run(self) -> list[StepRecord]:
@@ -166,7 +168,9 @@ class Runner:
             self.weights.set(merged)
         trained = time.monotonic()
         shown = self.measured(erased)
-        seen, metrics = self.instruments.measure(request.index, shown, request.label)
+        seen, metrics = self.instruments.measure(
+            request.index, shown, request.label, base=self.store.step_dir(0)
+        )
         seconds = {"train": trained - started, "eval": time.monotonic() - trained}
         row = self._row(request, metrics, seconds, drift(delta), step_l2, training.steps)
         with self.stop.deferred():
@@ -211,24 +215,23 @@ class Runner:
             anchors=self.anchors,
         )
         place = {"parent": parent.sha256, "signature": self.store.signature}
-        state = self._checkpoint.begin(key | place)
+        saved = SavedState(self._checkpoint, request, key | place, self.plan)
+        self.store.goes_on |= saved.mixed
         early_stop = EarlyStop(
             self.plan.setting,
             lambda: self._unlearning_accuracy(request),
-            state["early_stop"] if state else [],
+            saved.early_stop,
         )
-        if state:
-            done = len(state["training"]["rows"])
-            logger.info("   request %d goes on after step %d", request.index, done)
         report = erase(
             scope,
             parts.method,
             parts.regularizers,
             spine.train,
-            lambda training: self.after_step(training, early_stop),
-            state["training"] if state else None,
+            lambda training: self.after_step(training, early_stop, saved),
+            saved.training,
             self.stop.deferred,
             self.stage,
+            self.shown_steps,
         )
         files = {
             DELTA: to_safetensors(subtract(self.weights.params, self.weights.base)),
@@ -244,19 +247,21 @@ class Runner:
             },
             "early_stop": early_stop.seen,
         }
-        if request.start == "base":
+        if request.start == "base" and not saved.mixed:  # no one code made it
             self.cache.put("deltas", key, files | {"record.json": to_json(record)})
         return files, TrainingRecord(**record)
 
-    def after_step(self, training: Training, early_stop: EarlyStop) -> None:
-        """Decide after a training step whether training ends, is saved, or stops here."""
+    def after_step(self, training: Training, early_stop: EarlyStop, saved: SavedState) -> None:
+        """Mirror a training step; decide whether training ends, is saved, or stops after it."""
         self._note_first_step()
+        self.tracker.log_step(saved.request.index, training.last)
         training.ended = early_stop(training.done)
         last = training.ended or training.done == training.steps
         self.stop.share()
         due = distributed.from_main(lambda: self._checkpoint.is_due(training.done, last))
         if self.stop.received or due:
-            self._checkpoint.save({"training": training.state(), "early_stop": early_stop.seen})
+            distributed.from_main(self.store.require_here)
+            saved.save(training, early_stop)
         self.stop.check()
 
     def _unlearning_accuracy(self, request: Request) -> float:

@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ FINISH_SECONDS = 60.0
 
 
 class Tracker:
-    """Logs configuration, metrics per request and sample grids.
+    """Logs configuration, metrics and sample grids per request, losses per training step.
 
     The id is the run directory's name, so that a resume continues it.
     """
@@ -68,6 +69,7 @@ class Tracker:
             import wandb  # a second of import, spared when it is disabled
 
         self._wandb = wandb
+        self._apart = int(config["train"]["steps"]) + 1  # numbers from one request to the next
         try:
             self._run = wandb.init(
                 mode=settings.mode,
@@ -89,6 +91,8 @@ class Tracker:
                     finish_timeout_raises=True,
                 ),
             )
+            self._run.define_metric("*", step_metric="request")
+            self._run.define_metric("training/*", step_metric="training/step")
         except Exception as error:  # W&B fails in many ways; the run goes on without it and says so
             self._give_up(error)
 
@@ -103,9 +107,26 @@ class Tracker:
             if training is not None:
                 table = pd.read_csv(io.BytesIO(training))
                 pictures["training"] = self._wandb.Table(dataframe=table)
-            self._run.log({**numbers, "concept": row.concept, **pictures}, step=row.request)
+            entries = {**numbers, "concept": row.concept, **pictures}
+            self._run.log(entries, step=self._place(row.request))
         except Exception as error:
             self._give_up(error)
+
+    def log_step(self, request: int, row: Mapping[str, float]) -> None:
+        """Log a training step of a request, as it is made: its row of training.csv."""
+        if self._run is None:
+            return
+        step = (request - 1) * (self._apart - 1) + int(row["step"])  # of all requests
+        losses = {f"training/{name}": value for name, value in row.items()}
+        place = self._place(request - 1) + int(row["step"])
+        try:
+            self._run.log(losses | {"training/step": step}, step=place)
+        except Exception as error:
+            self._give_up(error)
+
+    def _place(self, request: int) -> int:
+        """Return the number under which W&B has a request; its training steps come before it."""
+        return request * self._apart
 
     def log_accuracy(self, matrix: pd.DataFrame) -> None:
         """Log the accuracy of every concept (rows) after every request (columns), in percent."""
@@ -119,9 +140,8 @@ class Tracker:
             .reset_index()
         )
         try:
-            self._run.log(
-                {"accuracy": self._wandb.Table(dataframe=table)}, step=int(matrix.columns[-1])
-            )
+            last = self._place(int(matrix.columns[-1]))
+            self._run.log({"accuracy": self._wandb.Table(dataframe=table)}, step=last)
         except Exception as error:
             self._give_up(error)
 
@@ -164,6 +184,8 @@ def send(run: RunRecord, settings: WandbSettings, outputs: Path) -> None:
     for index, record in enumerate(run.records):
         folder = run.step_dir(index)
         training = (folder / TRAINING).read_bytes() if TRAINING in record.files else None
+        for step in pd.read_csv(io.BytesIO(training)).to_dict("records") if training else ():
+            tracker.log_step(index, {str(name): float(value) for name, value in step.items()})
         tracker.log(record.row, (folder / GRID).read_bytes(), training)
     tracker.log_accuracy(run.accuracy_matrix())
     tracker.finish()

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from tqdm import tqdm
-
-from cu_runner.concepts.requests import Request
 from cu_runner.methods.base import Method
 from cu_runner.models.parameters import assign, snapshot
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.scope import Scope
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import nn, torch
+from cu_runner.runtime.progress import Progress
 from cu_runner.schema.errors import TrainingError
 from cu_runner.schema.settings import TrainSettings
 
@@ -91,6 +89,11 @@ class Training:
         """Return how many steps are made."""
         return len(self._rows)
 
+    @property
+    def last(self) -> dict[str, float]:
+        """Return what the last step logged."""
+        return self._rows[-1]
+
     def step(self) -> None:
         """Make a step. Raises TrainingError for a loss that is not finite: the weights are lost."""
         scope, method, regularizers = self._scope, self._method, self._regularizers.values()
@@ -102,9 +105,7 @@ class Training:
                 logs[f"{name}_penalty"] = penalty.item()
                 logs["loss"] += logs[f"{name}_penalty"]
         if not math.isfinite(logs["loss"]):
-            raise TrainingError(
-                diverged(f"a loss of {logs['loss']}", scope.request, self.done + 1, self.steps)
-            )
+            raise TrainingError(self._diverged(f"a loss of {logs['loss']}", self.done + 1))
         method.on_gradients(scope.params)
         for regularizer in regularizers:
             regularizer.on_gradients(scope.params)
@@ -117,14 +118,25 @@ class Training:
         self._optimizer.zero_grad()
         self._rows.append({"step": self.done + 1, **logs})
 
+    def _diverged(self, what: str, step: int) -> str:
+        """Return the line for a training that went astray, with what of it can be changed."""
+        ways = [] if self._method.closed_form else ["lower train.lr"]
+        ways += [f"lower the weight of reg={'+'.join(self._regularizers)}"] * bool(
+            self._regularizers
+        )
+        request = self._scope.request
+        return (
+            f"training led to {what} at request {request.index} ({request.label}), step {step} of "
+            f"{self.steps}; {' or '.join(ways) or 'change the settings of the method'}. "
+            "Finished requests are kept"
+        )
+
     def finish(self) -> TrainingReport:
         """Return what was logged. Raises TrainingError when a weight is not finite."""
         for parameter in self._params:
             parameter.requires_grad_(False)
         if not all(parameter.isfinite().all() for parameter in self._params):
-            raise TrainingError(
-                diverged("weights that are not finite", self._scope.request, self.steps, self.steps)
-            )
+            raise TrainingError(self._diverged("weights that are not finite", self.done))
         return TrainingReport(self._rows, self._method.end_request(self._scope), self._records)
 
     def state(self) -> dict[str, Any]:
@@ -165,6 +177,7 @@ def erase(
     state: dict[str, Any] | None = None,
     undisturbed: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     stage: Callable[[str], None] = lambda name: None,
+    shown: int | None = None,
 ) -> TrainingReport:
     """Unlearn one request, in place in scope.params.
 
@@ -172,6 +185,7 @@ def erase(
         scope, method, regularizers, settings, stage: as for Training.
         on_step: called after every step; it may set training.ended.
         state: of a Training that was interrupted; None begins with the first step.
+        shown: how many steps the progress counts up to; None is all that there may be.
         undisturbed: entered for the steps, but not for what the method and the regularizers prepare
             before the first one.
 
@@ -182,22 +196,17 @@ def erase(
         training = Training(scope, method, regularizers, settings, stage)
         if state is not None:
             training.restore(state)
+        what = f"unlearn {scope.request.label}"
         with (
             undisturbed(),
-            tqdm(
-                desc=f"  unlearn {scope.request.label}",
-                initial=training.done,
-                total=training.steps,
-                leave=False,
-                disable=None,
-                ncols=100,
-                unit="step",
-            ) as bar,
+            Progress(
+                what, min(shown or training.steps, training.steps), "step", training.done
+            ) as progress,
         ):
             while training.done < training.steps and not training.ended:
                 training.step()
+                progress.advance(loss=training.last["loss"])
                 on_step(training)
-                bar.update()
         return training.finish()
 
 
@@ -230,12 +239,3 @@ def numbers_in(logs: Mapping[str, object], method: Method[Any]) -> dict[str, flo
     if "loss" not in numbers:
         raise TrainingError(f"{type(method).__name__}: logs no 'loss', which is needed; add it")
     return numbers
-
-
-def diverged(what: str, request: Request, step: int, steps: int) -> str:
-    """Return the line for a training that went astray."""
-    return (
-        f"training led to {what} at request {request.index} ({request.label}), "
-        f"step {step} of {steps}; lower train.lr or a regularizer's weight. "
-        "Finished requests are kept"
-    )

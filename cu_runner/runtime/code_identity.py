@@ -30,6 +30,7 @@ PRESENTING = (
     "runner/preflight.py",
     "runner/tracking.py",
     "runtime/paths.py",
+    "runtime/progress.py",
     "runtime/user_code.py",
     "schema/secrets.py",
     "store/archive.py",
@@ -44,6 +45,7 @@ TRAINING = (
     "regularizers",
     "runner/training.py",
     "runner/early_stop.py",
+    "runner/saved_state.py",
     "store/checkpoint.py",
 )
 LIBRARIES = ("torch", "diffusers", "transformers")

@@ -8,12 +8,15 @@ once, and so it does anywhere at a second ctrl-C.
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from cu_runner.runtime import distributed
+
+logger = logging.getLogger(__name__)
 
 Handler = Callable[[int, FrameType | None], object] | int | None
 
@@ -76,7 +79,13 @@ class StopSignals:
                 raise KeyboardInterrupt
         else:
             self._received = signum
-            if not self._deferred:
+            if self._deferred:
+                logger.info(
+                    "%s: what was done is being saved, then the run stops; "
+                    "ctrl-C stops it without that",
+                    signal.Signals(signum).name,
+                )
+            else:
                 self.check()
 
     @property

@@ -29,6 +29,12 @@ def raised_in(error: BaseException, modules: list[str]) -> bool:
     return any(f"{name}.".startswith(f"{module}.") for name in names for module in modules)
 
 
+def ends_in_own_code(error: BaseException) -> bool:
+    """Tell whether a line of the user's own raised an error, not one of ours that it called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and is_own(frames[-1].filename)
+
+
 def place_of(error: BaseException) -> str | None:
     """Return FILE:LINE of what is the user's own and raised an error, or cannot be compiled."""
     if isinstance(error, SyntaxError) and error.filename:

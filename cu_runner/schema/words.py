@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,25 @@ class Matches:
             raise ValueError(f"allowed: {self.words}")
         return text
 
+
+def printable(text: str) -> str:
+    r"""Return text for a terminal: what would steer it, or cannot be written, is shown as \x1b."""
+    return "".join(map(shown, text))
+
+
+def shown(mark: str) -> str:
+    r"""Return a character as it is, or its code if it would steer a terminal or cannot be written.
+
+    Those are control characters but for tabs and line breaks, marks of the direction of writing,
+    and bytes of a path that are no UTF-8.
+    """
+    steers = unicodedata.category(mark) in ("Cc", "Cs") and mark not in "\t\n"
+    if steers or mark in DIRECTIONS:
+        return mark.encode("unicode_escape", "surrogatepass").decode()
+    return mark
+
+
+DIRECTIONS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 # What people call a key whose name is another.
 SYNONYMS = {"regulariser": "reg", "concepts": "sequence", "classifier": "evaluator"}

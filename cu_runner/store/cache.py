@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from filelock import FileLock
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 
 from cu_runner.runtime import distributed
 from cu_runner.runtime.code_identity import CodeIdentity
+from cu_runner.schema.errors import one_line
 from cu_runner.store.files import from_safetensors, hash_json, to_json, write_atomic
-from cu_runner.store.layout import DELTA, FILE_NAME, GRID, PREDICTIONS, TRAINING
+from cu_runner.store.layout import DELTA, GRID, PREDICTIONS, TRAINING
+from cu_runner.store.locks import LOCK, waited_for
 from cu_runner.store.records import TrainingRecord
+
+logger = logging.getLogger(__name__)
 
 ARRAYS, RECORD = "arrays.safetensors", "record.json"
 # Kinds that hold images of the untouched model, or what was seen in them.
 IMAGES = ("anchors", "base_eval", "retention")
-# Files of an entry without which it is none, by its kind.
+# Files of an entry, by its kind.
 FILES = {
     "anchors": ("latents.safetensors",),
     "base_eval": (PREDICTIONS, GRID),
@@ -28,13 +32,20 @@ FILES = {
     "retention": (ARRAYS,),
 }
 
+SAY_AFTER, GIVE_UP_AFTER = 5.0, 60.0  # seconds of waiting for another process that writes an entry
+
 
 class Cache:
-    """outputs/cache/<kind>/<sig8>/. A broken entry is made again, and one of other code."""
+    """outputs/cache/<kind>/<sig8>/. A broken entry is made again, and one of other code.
+
+    A run never depends on it: where it cannot be written, or another process holds an entry, the
+    run goes on with what it has made.
+    """
 
     def __init__(self, root: Path, code: CodeIdentity) -> None:
         """Take the code that makes the entries; those of IMAGES depend on a part of it."""
         self.root, self._code = root, code
+        self._writable = True
 
     def fetch(self, kind: str, key: Mapping[str, object]) -> dict[str, bytes] | None:
         """Return the files of an entry by name, or None if there is none or it is damaged."""
@@ -44,15 +55,15 @@ class Cache:
         directory = self._directory(kind, key)
         try:
             index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
-            if not all(FILE_NAME.fullmatch(name) for name in index["files"]):
+            if set(index["files"]) != set(FILES[kind]):
                 return None
-            files = {name: (directory / name).read_bytes() for name in index["files"]}
+            files = {name: (directory / name).read_bytes() for name in FILES[kind]}
             same = index["key"] == json.loads(json.dumps(key))
             whole = all(
                 hashlib.sha256(content).hexdigest() == index["files"][name]
                 for name, content in files.items()
             )
-            sound = same and whole and set(FILES[kind]) <= set(files)
+            sound = same and whole
             for name, content in files.items() if sound else ():
                 check_content(name, content)
         except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
@@ -69,12 +80,27 @@ class Cache:
 
     def _write(self, kind: str, key: Mapping[str, object], files: Mapping[str, bytes]) -> None:
         directory = self._directory(kind, key)
-        directory.mkdir(parents=True, exist_ok=True)
-        with FileLock(directory / ".lock"):
-            for name, content in files.items():
-                write_atomic(directory / name, content)
-            hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-            write_atomic(directory / "index.json", to_json({"key": key, "files": hashes}))
+        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        index = to_json({"key": key, "files": hashes})
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+
+            def say(holder: str) -> None:
+                logger.warning("%s: %s writes it; waiting for that", directory, holder)
+
+            with waited_for(directory / LOCK, SAY_AFTER, GIVE_UP_AFTER, say) as held:
+                for name, content in {**files, "index.json": index}.items() if held else ():
+                    write_atomic(directory / name, content)
+            if not held:
+                logger.warning("%s: is not let go of; this run goes on without it", directory)
+        except OSError as error:
+            if self._writable:
+                logger.warning(
+                    "%s: cannot be written (%s); this run goes on without a cache",
+                    self.root,
+                    error.strerror or one_line(error),
+                )
+            self._writable = False
 
     def _directory(self, kind: str, key: Mapping[str, object]) -> Path:
         return self.root / kind / hash_json(key)[:8]

@@ -7,13 +7,15 @@ flushed to disk and renamed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import yaml
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from cu_runner.runtime import distributed
 from cu_runner.runtime.code_identity import CodeIdentity, identify, spell_changes
@@ -30,6 +32,7 @@ from cu_runner.store.files import (
 )
 from cu_runner.store.layout import CONFIG, STEP, SUMMARY, TABLE, step_dir
 from cu_runner.store.leftovers import clear, refuse_what_is_in_the_way, strangers
+from cu_runner.store.locks import LOCK, acquire, holder_of, lock_directory, release
 from cu_runner.store.proof import require_true
 from cu_runner.store.records import COLUMNS, StepRecord, StepResult, chain, read_chain
 from cu_runner.store.run_record import RunRecord
@@ -67,9 +70,10 @@ class RunStore:
         self.directory, self._config, self._signature_of = directory, config, signature_of
         self.signature, self._command = signature_of(config), command
         self._code, self._allow_other_code = code or identify(), allow_other_code
-        self._lock = FileLock(directory / ".lock")
+        self._lock = FileLock(directory / LOCK)
+        self._handle: int | None = None  # of the directory, whatever becomes of its name
         self._looked = False  # for what is no step
-        self._goes_on = False  # whether finished steps are of other code
+        self.goes_on = False  # whether what is gone on with is of other code
 
     def __enter__(self) -> RunStore:
         distributed.from_main(self._open)
@@ -77,21 +81,42 @@ class RunStore:
 
     def _open(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._handle = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
         try:  # cu-sweep looks at locks by taking one for an instant
-            self._lock.acquire(timeout=0.5, poll_interval=0.05)
-        except Timeout:
-            raise StoreError(
-                f"{self.directory}: another process is writing this run; "
-                "wait for it to end or stop it"
-            ) from None
-        try:
+            if not (lock_directory(self._handle, 0.5) and acquire(self._lock, 0.5)):
+                raise StoreError(
+                    f"{self.directory}: another process is writing this run: "
+                    f"{holder_of(self.directory / LOCK)}; wait for it to end or stop it"
+                )
             self._check_config()
         except BaseException:
-            self._lock.release()
+            self._let_go()
             raise
 
     def __exit__(self, *exception: object) -> None:
-        self._lock.release()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        release(self._lock)
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def require_here(self) -> None:
+        """Raise StoreError if the directory was moved, removed or replaced since it was entered."""
+        if self._handle is None:  # of the first process alone
+            return
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self.directory), os.fstat(self._handle)):
+                return
+        place = ""
+        with contextlib.suppress(OSError):  # Linux tells
+            now = os.readlink(f"/proc/self/fd/{self._handle}")
+            place = f" (now {now})" if Path(now).is_dir() else ""
+        raise StoreError(
+            f"{self.directory}: was moved or removed while the run was working{place}; "
+            "nothing more is written. Put it back and run the same command again"
+        )
 
     def _check_config(self) -> None:
         path = self.directory / CONFIG
@@ -116,7 +141,8 @@ class RunStore:
 
     # ------------------------------------------------------------------------------------ reading
     def step_dir(self, index: int) -> Path:
-        """Return the folder of a step."""
+        """Return the folder of a step, to be read or written. Raises StoreError if it is gone."""
+        self.require_here()
         return step_dir(self.directory, index)
 
     def finished(self) -> list[StepRecord]:
@@ -149,7 +175,7 @@ class RunStore:
         codes = [step.code for step in steps]
         if not self._allow_other_code:
             refuse_other_code(self.directory, self._code, codes)
-        self._goes_on = any(self._code.changes(code) for code in codes)
+        self.goes_on = any(self._code.changes(code) for code in codes)
         return steps
 
     def proven(self) -> list[StepRecord]:
@@ -176,7 +202,8 @@ class RunStore:
     def _write_step(self, result: StepResult, parent: StepRecord | None) -> StepRecord:
         directory = self.step_dir(result.index)
         clear(directory)  # of what a process left that was killed before its commit
-        directory.mkdir(parents=True)
+        directory.parent.mkdir(exist_ok=True)  # not what is above it: that is there or lost
+        directory.mkdir()
         for name, content in result.files.items():
             write_atomic(directory / name, content)
         files = {
@@ -189,7 +216,7 @@ class RunStore:
             parent_sha256=above,
             sha256=chain(above, files),
             code=self._code,
-            allowed_other_code=self._goes_on,
+            allowed_other_code=self.goes_on,
         )
         write_atomic(directory / STEP, to_json(record.entries()))
         return record
@@ -213,7 +240,11 @@ class RunStore:
         self._write(SUMMARY, lambda: to_json(summary))
 
     def _write(self, name: str, content: Callable[[], bytes]) -> None:
-        distributed.from_main(lambda: write_atomic(self.directory / name, content()))
+        distributed.from_main(lambda: self._write_here(name, content()))
+
+    def _write_here(self, name: str, content: bytes) -> None:
+        self.require_here()
+        write_atomic(self.directory / name, content)
 
 
 def advice(folder: Path) -> str:

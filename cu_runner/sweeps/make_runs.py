@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from cu_runner.config.command import key_of, last_of_each
 from cu_runner.runtime.lazy import torch
 from cu_runner.schema.errors import LaunchError
 from cu_runner.store.files import to_json, write_atomic
@@ -32,9 +33,10 @@ def cu_run(overrides: list[str], threads: int | None = None) -> RunRecord | str:
     Raises:
         LaunchError: cu-run failed for another reason.
     """
-    command = [CU_RUN, *overrides]
+    command = [CU_RUN, *last_of_each(overrides)]
     limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    command += [] if threads is None else [f"num_threads={threads}"]
+    asked = any(key_of(override) == "num_threads" for override in overrides)
+    command += [] if threads is None or asked else [f"num_threads={threads}"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | limit
     )
@@ -71,7 +73,7 @@ def submit(jobs: list[list[str]], common: list[str], launcher: str, folder: Path
 
     Args:
         jobs: the overrides of each run.
-        common: further ones of all runs, from the user's command line.
+        common: --config-dir and further overrides of all runs, from the user's command line.
         launcher: name of a file of conf/hydra/launcher.
         folder: of the sweep, where cu_runner.sweeps reads what became of each.
 
@@ -87,7 +89,7 @@ def submit(jobs: list[list[str]], common: list[str], launcher: str, folder: Path
         f"hydra.sweeper.file={file}",
         f"hydra.sweep.dir={folder}",
     ]
-    command = [CU_RUN, "--multirun", *options, *common]
+    command = [CU_RUN, "--multirun", *common, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return "" if done.returncode == 0 else last_line(done.stderr).removeprefix("cu-run: ")
 

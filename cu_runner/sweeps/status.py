@@ -5,9 +5,7 @@ Nothing is written and no lock is taken from a run.
 
 from __future__ import annotations
 
-import fcntl
 import getpass
-import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from typing import Literal, get_args
 
 from cu_runner.schema.errors import SweepError
 from cu_runner.store.layout import JOB
+from cu_runner.store.locks import LOCK, is_held
 from cu_runner.store.run_record import is_complete
 from cu_runner.sweeps.job_note import JobNote, read_job_note, read_sweep_note
 
@@ -95,7 +94,7 @@ def state_of(
         later = (run / "summary.json").stat().st_mtime >= noted
         if note.error is None or later:
             return "done", ""
-    if run is not None and is_locked(run / ".lock"):
+    if run is not None and is_held(run / LOCK):
         return "running", ""
     if logs is not None and logs.name in queue:
         return ("queued" if queue[logs.name] in WAITING else "running"), ""
@@ -125,24 +124,6 @@ def submitit_folder(root: Path, note: JobNote, number: str, alone: bool) -> Path
         if (alone and entry.name.isdecimal()) or entry.name.endswith(f"_{number}"):
             return entry
     return None
-
-
-def is_locked(path: Path) -> bool:
-    """Return whether a process of this machine holds a run's lock.
-
-    A shared lock, let go at once, is refused then.
-    """
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(file)
-    return False
 
 
 def last_line(path: Path) -> str:

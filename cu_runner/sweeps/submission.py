@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from pydantic import PositiveInt
 
 from cu_runner.config.command import words_of
 from cu_runner.config.compose import parse, without_hydra
@@ -46,6 +47,8 @@ def note_jobs(config: DictConfig, loader: ConfigLoader) -> None:
     # both stand in the scripts of jobs
     validate(Cluster, OmegaConf.to_container(config.cluster, resolve=True), "cluster")
     validate(Paths, OmegaConf.to_container(config.paths, resolve=True), "paths")
+    at_once = config.hydra.launcher.get("at_once")  # of local_processes
+    validate(PositiveInt | None, at_once, "hydra.launcher.at_once")
     jobs = jobs_of(config, loader)
     folder, before = Path(config.hydra.sweep.dir), HydraConfig.instance().cfg
     notes = {}

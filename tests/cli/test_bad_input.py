@@ -12,6 +12,9 @@ import torch
 from commands import assert_one_line, run_forked
 from conftest import SMOKE
 
+from cu_runner.cli.console import say
+from cu_runner.cli.failures import explain_error, tell
+
 CONFIGURATION = [
     (["method=nope"], ["method=nope", "conabl"]),
     (["reg=nope"], ["reg=nope", "gradproj", "l1", "l2", "none"]),
@@ -91,14 +94,29 @@ CONFIGURATION = [
     (["device=cude"], ["device='cude'", "allowed: auto, cpu, cuda, or cuda:1 and so on"]),
     (["sequence.order=sorted"], ["'sorted'", "allowed: paper, reversed, or shuffle-1"]),
     (["seed=0,1", "seed=2,3", "-m"], ["seed=0,1 seed=2,3: seed is given 2 times", "seed=0,1,2,3"]),
+    (["seed=0", "seed=2"], ["seed=0 seed=2: seed is given 2 times", "once, as in seed=2\n"]),
+    (["+seed=0", "seed=2"], ["seed is given 2 times"]),
+    (
+        ["sequence.retain=[caf\u00e9, x]"],
+        ["put it in quotes", """'sequence.retain=["caf\u00e9","x"]'"""],
+    ),
+    (["model.path=/tmp/M\u00fcnch"], ["put it in quotes", """'model.path="/tmp/M\u00fcnch"'"""]),
+    (["model.path=it's"], ["model.path=it's: cannot be read; put it in quotes"]),
+    (["sequence.prompt=a {style}, {object}"], ["""'sequence.prompt="a {style}, {object}"'"""]),
+    (["model.allow_pickle=[x.bin]", "model.path=/nowhere"], ["/nowhere", "no such file"]),
+    (["model.config=/x"], ["model.config: its file does not set it", "+model.config=..."]),
+    (["model.device=cpu"], ["unknown key model.device"]),
+    (["evaluator.allow_pickle=[x.pt]", "evaluator.paths.style=/no"], ["/no", "no such file"]),
 ]
 
 
 @pytest.mark.parametrize(
     ("overrides", "fragments"), CONFIGURATION, ids=lambda value: " ".join(value)[:60]
 )
-def test_configuration(in_process, overrides, fragments):
+def test_configuration(in_process, overrides, fragments, tmp_path):
+    """A run that is refused before its start leaves no directory."""
     assert_one_line(in_process(*SMOKE, *overrides), 2, fragments)
+    assert [path.name for path in tmp_path.glob("outputs/*")] in ([], ["sweeps"])
 
 
 @pytest.mark.parametrize("mode", ["", "dryrun"])
@@ -120,10 +138,62 @@ def test_the_same_in_a_terminal(cu_run):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_that_is_not_there(in_process):
+def test_cuda_that_is_not_there(in_process, tmp_path):
     assert_one_line(
         in_process(*SMOKE, "device=cuda"), 2, ["device=cuda", "device=cpu", "device=auto"]
     )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_resume_keeps_the_run(in_process, run_copy):
+    (run_copy / "steps/02/step.json").unlink()
+    words = [*SMOKE, "evaluator.paths.style=/nowhere"]
+    before = sorted(run_copy.rglob("*"))
+    assert in_process(*words)[0] == 2  # another directory
+    (run_copy / "summary.json").unlink()
+    if not torch.cuda.is_available():
+        assert in_process(*SMOKE, "device=cuda")[0] == 2
+    kept = {path for path in before if path.name != "summary.json"}
+    assert kept <= set(run_copy.rglob("*"))
+
+
+@pytest.mark.parametrize("text", ["[on, fog ray]", "[010, fog ray]", "[1e-5, fog ray]"])
+def test_names_that_yaml_reads_as_something_else(in_process, tmp_path, text):
+    (tmp_path / "tree/experiment").mkdir(parents=True)
+    content = f"# @package _global_\nsequence:\n  retain: {text}\n"
+    (tmp_path / "tree/experiment/mine.yaml").write_text(content)
+    found = in_process(f"--config-dir={tmp_path}/tree", *SMOKE, "experiment=mine")
+    assert_one_line(found, 2, ["sequence.retain", "put it in quotes"])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("sizes differ\nby one"), "library: RuntimeError: sizes differ by one; "),
+        (ImportError("needs torchsde"), "library: ImportError: needs torchsde; "),
+        (torch.linalg.LinAlgError("singular"), "library: LinAlgError: singular; "),
+    ],
+)
+def test_what_a_library_raises_is_one_line(error, said):
+    def raised_as(name: str) -> Exception:
+        try:
+            fresh = error.with_traceback(None)
+            exec(compile("raise error", name, "exec"), {"__name__": name, "error": fresh})
+        except Exception as raised:
+            return raised.with_traceback(raised.__traceback__.tb_next)
+
+    status, line = explain_error(raised_as("library.part"), [])
+    assert (status, line) == (1, f"{said}CU_RUNNER_DEBUG=1 shows the traceback")
+    with pytest.raises(type(error)):  # a fault of our own is not hidden
+        explain_error(raised_as("cu_runner.methods.esd"), [])
+
+
+def test_what_would_steer_a_terminal_is_shown(capsys):
+    say("red \x1b[31m, \u202ereversed, \udcff\tok \u00e9 \U0001f600\n")
+    tell("\x07")
+    out, err = capsys.readouterr()
+    assert out == "red \\x1b[31m, \\u202ereversed, \\udcff\tok \u00e9 \U0001f600\n\n"
+    assert err == "\\x07\n"
 
 
 def test_a_combination_file_tuned_for_a_regularizer_that_is_not_selected(in_process, tmp_path):

@@ -316,3 +316,9 @@ def test_a_file_that_replaces_a_whole_key(tmp_path, key):
         assert_plan_or_complaint(
             [f"hydra.searchpath=[file://{tmp_path}]", "sequence=smoke", "experiment=odd"]
         )
+
+
+@pytest.mark.parametrize("end", ["\r", "\x85", "\u2028", "\x1c"])
+def test_an_override_of_two_lines_is_answered_in_one(end):
+    assert_plan_or_complaint(["sequence=smoke", f"x=[{end}"])
+    assert_plan_or_complaint(["sequence=smoke", f"{end}="])

@@ -63,7 +63,7 @@ def compose_complete(*overrides: str):
             f"evaluator.labels.{domain}={LABELS[domain]}"
             for domain in config.evaluator.get("labels", {})
         ]
-    if config.evaluator.get("size", 0) is None:  # the embedded judges bring no image processor
+    if config.evaluator.get("mean", 0) is None:  # the embedded judges bring no image processor
         given += ["evaluator.size=64", "evaluator.interpolation=bilinear"]
         given += [f"evaluator.{name}=[0.5,0.5,0.5]" for name in ("mean", "std")]
     if not OmegaConf.is_missing(config.model, "path") and not config.model.path.startswith(
@@ -343,3 +343,27 @@ def test_a_run_notes_settings_of_another_model_and_settings_of_nobody():
     assert note.startswith("conf/tuned has no settings of method=conabl with reg=l2+gradproj for ")
     for quiet in ("reg=none", "reg=gradproj"):
         assert parse(compose(quiet)).notes == ()
+
+
+def test_regularizers_of_concepts_of_ones_own_take_what_was_chosen_for_the_model():
+    plan = parse(compose("sequence=smoke", "reg=gradproj"))
+    assert plan.spine.train.lr == 0.003
+    assert plan.resolved["reg"]["gradproj"]["tokens"] == "all"
+    assert plan.notes == ()
+    (note,) = parse(compose("sequence=smoke", "method=esd", "reg=gradproj")).notes
+    assert "method=esd with reg=gradproj" in note
+    given = parse(compose("sequence=smoke", "reg=gradproj", "reg.gradproj.tokens=own"))
+    assert given.resolved["reg"]["gradproj"]["tokens"] == "own"
+
+
+def test_composed_and_decomposed_accents_are_the_same_run():
+    """In the configuration, so in every comparison with it; paths stay as they are."""
+    plans = [
+        parse(
+            compose("sequence=smoke", f"sequence.retain=['{name}']", "+sequence.prompts='e\u0301'")
+        )
+        for name in ("caf\u00e9", "cafe\u0301")
+    ]
+    assert plans[0].signature == plans[1].signature
+    assert plans[1].resolved["sequence"]["retain"] == ["caf\u00e9"]
+    assert plans[1].resolved["sequence"]["prompts"] == "e\u0301"

@@ -268,7 +268,8 @@ def test_sampling(experiment, resolution, steps, guidance, scheduler):
     assert (sampler.steps, sampler.guidance, sampler.scheduler) == (steps, guidance, scheduler)
     classifier = plan.evaluator.arguments
     # those of a directory, or of the architecture: of the released ones 224 pixels and 0.5
-    assert [classifier[name] for name in ("size", "mean", "std")] == [None] * 3
+    side = 224 if experiment in (STYLE, OBJECT) else None
+    assert [classifier[name] for name in ("size", "mean", "std")] == [side, None, None]
     if experiment in (STYLE, OBJECT):
         for architecture in classifier["architectures"].values():
             trained = timm.models.get_pretrained_cfg(architecture.removeprefix("timm:"))
@@ -561,6 +562,7 @@ def test_the_released_settings_run(in_process):
     names_of_styles = (
         "reg.gradproj.auxiliary.source=list",
         "reg.gradproj.auxiliary.name=auxiliary_styles",
+        "reg.gradproj.contexts=['{concept}']",
     )
     status, out, err = in_process(*SMOKE, *settings, *names_of_styles)
     assert status == 0, err

@@ -16,6 +16,7 @@ import torch
 import transformers
 from conftest import read_conf
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.evaluators.base import Evaluator
@@ -27,6 +28,8 @@ from cu_runner.evaluators.metrics import metrics, read_predictions, step_metrics
 from cu_runner.evaluators.open_clip import OpenClip
 from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.image_text import ImageTextSource, load_image_text
+from cu_runner.models.preprocessing import Preprocessing, choose_preprocessing
+from cu_runner.retention.features import FeatureExtractor, FeatureSource
 from cu_runner.runner.measure import Instruments
 from cu_runner.runtime.code_identity import identify
 from cu_runner.schema.errors import ModelError, WeightFileError
@@ -749,6 +752,10 @@ def test_a_directorys_own_preprocessing_holds_unless_settings_say_otherwise(
         (transformers.ViTImageProcessor(size=32, do_rescale=False), "rescale_factor is not 1/255"),
         (transformers.ViTImageProcessor(size=32, resample=1), r"cannot be followed \(KeyError: 1"),
         (transformers.ViTImageProcessor(size=32, do_resize=False), "it does not resize"),
+        (
+            transformers.EfficientNetImageProcessor(size=32, resample=2, include_top=True),
+            "EfficientNetImageProcessor makes something else of an image",
+        ),
     ],
 )
 def test_preprocessing_that_cannot_be_followed(tmp_path, processor, message):
@@ -760,24 +767,44 @@ def test_preprocessing_that_cannot_be_followed(tmp_path, processor, message):
 
 
 def test_timm_reads_as_it_was_trained(tmp_path):
-    """resnet10t: mean and std of ImageNet, 176 pixels, bicubic."""
+    """resnet10t: mean and std of ImageNet, the middle 176 pixels of 185, bicubic."""
     torch.manual_seed(0)
     network = timm.create_model("resnet10t", num_classes=3).eval()
     path = str(tmp_path / "net.safetensors")
     safetensors.torch.save_file(network.state_dict(), path)
-    config = network.pretrained_cfg
-    assert config["mean"] == (0.485, 0.456, 0.406)
-    side = config["input_size"][1]
-    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
-    mean, std = (torch.tensor(config[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    images = torch.rand(2, 3, 200, 200, generator=torch.Generator().manual_seed(1))
+    images = (images * 255).round() / 255
+    prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
+    pictures = [to_pil_image(image) for image in images]
     with torch.no_grad():
-        expected = network((images - mean) / std).softmax(1).max(1)
+        expected = (
+            network(torch.stack([prepare(picture) for picture in pictures])).softmax(1).max(1)
+        )
     settings = {"architectures": {"style": "timm:resnet10t"}, "labels": {"style": LABELS}}
     own = Classifier({"style": path}, **OWN, **settings)
-    assert own.predict(images)["style"].scores == pytest.approx(expected.values.tolist(), abs=1e-5)
+    assert own.predict(images)["style"].scores == pytest.approx(expected.values.tolist(), abs=4e-4)
+    whole = Classifier({"style": path}, **OWN | {"size": 176}, **settings)
+    difference = whole.predict(images)["style"].scores[0] - expected.values[0].item()
+    assert abs(difference) > 1e-3
     half = Classifier({"style": path}, **OWN | {"mean": HALF, "std": HALF}, **settings)
     assert half.predict(images)["style"].scores != own.predict(images)["style"].scores
     assert half.fingerprint() != own.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("preset", "domain", "values"),
+    [
+        ("unlearncanvas", "style", (224, (0.5,) * 3, (0.5,) * 3, "bilinear")),
+        ("unlearncanvas", "object", (224, (0.5,) * 3, (0.5,) * 3, "bilinear")),
+        ("imagenet", "object", (224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic")),
+    ],
+)
+def test_judges_of_presets_read_the_whole_image_as_they_were_trained(preset, domain, values):
+    conf = read_conf(f"evaluator/{preset}.yaml")
+    with torch.device("meta"):
+        network = timm.create_model(conf["architectures"][domain].removeprefix("timm:"))
+    settings = {key: conf[key] for key in OWN}
+    assert choose_preprocessing("evaluator", "x", network, **settings) == Preprocessing(*values)
 
 
 # ---------------------------------------------------------------------------------- files of judges
@@ -788,6 +815,30 @@ def test_weights_that_a_wrapper_has_renamed(resnet, resnet_file, tmp_path, wrapp
     torch.save({"state_dict": wrapped}, path)
     found = judge(path, allow_pickle=[path])
     assert found.fingerprint() == judge(resnet_file).fingerprint()
+
+
+def test_what_layers_count_by_themselves_may_be_missing_and_nothing_else_be_there(resnet, tmp_path):
+    """torchvision's older files have no num_batches_tracked."""
+    weights, path = resnet.state_dict(), str(tmp_path / "net.safetensors")
+    plain = judge(safe_file(weights, path)).predict(torch.ones(1, 3, 32, 32))["style"]
+    old = {name: tensor for name, tensor in weights.items() if "num_batches" not in name}
+    assert len(old) < len(weights)
+    found = judge(safe_file(old, path)).predict(torch.ones(1, 3, 32, 32))["style"]
+    assert found == plain
+    for name, message in (
+        ("fc.lora_A.weight", "holds weights of an adapter"),
+        ("more", "holds more, which no layer takes, and 0 more"),
+    ):
+        safe_file(weights | {name: torch.ones(1)}, path)
+        with pytest.raises(WeightFileError, match=f"net.safetensors: {message}"):
+            judge(path)
+        with pytest.raises(WeightFileError, match=f"net.safetensors: {message}"):
+            FeatureExtractor(FeatureSource("timm:test_resnet", path, size=32), "cpu")
+
+
+def safe_file(weights: dict[str, torch.Tensor], path: str) -> str:
+    safetensors.torch.save_file(weights, path)
+    return path
 
 
 def test_weights_of_a_judge_that_are_not_finite(resnet, tmp_path):

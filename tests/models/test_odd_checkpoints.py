@@ -17,6 +17,8 @@ from cu_runner.models.checkpoint_files import find_weights
 from cu_runner.models.diffusion import DiffusionModel, load_model
 from cu_runner.models.sampling import make_scheduler
 from cu_runner.models.schedulers import failure
+from cu_runner.models.single_file import mark_scheduler
+from cu_runner.schema.errors import ModelError
 from cu_runner.schema.settings import Sampler
 
 
@@ -159,13 +161,9 @@ def test_what_a_published_single_file_holds_beside_its_weights(pipelines, tmp_pa
     refused(path, "vae: decoder.conv_out.bias is not finite", config=str(pipelines["sd15"]))
 
 
-def test_the_marker_keys_of_a_single_file(pipelines, pipeline_of, tmp_path):
+def test_the_marker_keys_of_a_single_file(pipelines, random_pipeline, tmp_path):
     path, weights = tmp_path / "model.safetensors", original_weights(pipelines["sdxl"])
     config = str(pipelines["sdxl"])
-    safetensors.torch.save_file(weights | {"v_pred": torch.ones(1)}, path)
-    assert load(path, config=config).scheduler.config.prediction_type == "v_prediction"
-    asked = load(path, config=config, prediction_type="epsilon")
-    assert asked.scheduler.config.prediction_type == "epsilon"
     both = {"v_pred": torch.ones(1), "ztsnr": torch.ones(1)}
     safetensors.torch.save_file(weights | both, path)
     found = load(path, config=config).scheduler
@@ -176,11 +174,13 @@ def test_the_marker_keys_of_a_single_file(pipelines, pipeline_of, tmp_path):
     assert found.alphas_cumprod[-1] < 1e-6
     safetensors.torch.save_file(weights | {"ztsnr": torch.ones(1)}, path)
     refused(path, "ends in pure noise .* prediction type is epsilon", config=config)
-    other = pipeline_of("sdxl")
-    change_json(other / "model_index.json", {"scheduler": ["diffusers", "PNDMScheduler"]})
-    change_json(other / "scheduler/scheduler_config.json", {"_class_name": "PNDMScheduler"})
-    safetensors.torch.save_file(weights | both, path)
-    refused(path, "its key ztsnr asks for rescale_betas_zero_snr, which PNDM", config=str(other))
+    euler = random_pipeline.scheduler_of("sdxl")
+    marked = mark_scheduler(path, ["v_pred", "x"], euler, {}).config
+    assert (marked.prediction_type, marked.rescale_betas_zero_snr) == ("v_prediction", False)
+    asked = mark_scheduler(path, ["v_pred"], euler, {"prediction_type": "epsilon"})
+    assert asked.config.prediction_type == "epsilon"
+    with pytest.raises(ModelError, match="its key ztsnr asks for rescale_betas_zero_snr, which PN"):
+        mark_scheduler(path, list(both), random_pipeline.scheduler_of("sd15"), {})
 
 
 # ------------------------------------------------------------------- inputs that are not supplied
@@ -233,7 +233,7 @@ def test_a_unet_that_asks_for_more(pipeline_of, kind, change, message):
         ),
         ("sd15", "vae/config.json", {"scaling_factor": 0}, "vae has scaling_factor=0; it must"),
         (
-            "sd15",
+            "sdxl",
             "scheduler/scheduler_config.json",
             {"rescale_betas_zero_snr": True},
             "ends in pure noise .*set model.prediction_type=v_prediction if the model predicts v",

@@ -277,7 +277,7 @@ def scarce_memory(monkeypatch, model, most: int) -> tuple[list[int], list]:
     """
     real, sizes, held = sampling.sample_latents, [], []
 
-    def scarce(model, prompts, seeds, sampler):
+    def scarce(model, prompts, seeds, sampler, *_):
         sizes.append(len(prompts))
         assert [kept() for kept in held] == [None] * len(held)
         if len(prompts) > most:

@@ -219,7 +219,7 @@ def test_names_with_quotes_slashes_braces_and_other_scripts(make_scope, tmp_path
     odd = [
         "artist's",
         '"quoted"',
-        "19th/20th century",
+        "19th/20th dot",
         "{caption}",
         "art d\u00e9co",
         "\u65e5\u672c\u753b",

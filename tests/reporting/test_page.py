@@ -20,186 +20,40 @@ import torch
 import wandb
 from commands import USED
 from conftest import SMOKE
-from matplotlib.figure import Figure
 from PIL import Image
+from runs_by_hand import KEY, VALUE, colour, make_run
 
 from cu_runner import __version__
 from cu_runner.cli import report
 from cu_runner.config.compose import compose
-from cu_runner.evaluators.grid import draw_grid
-from cu_runner.evaluators.metrics import named_metrics
-from cu_runner.models.parameters import drift
-from cu_runner.reporting import page_data
 from cu_runner.reporting.page_data import (
-    Shown,
     costs,
     drift_by_layer,
-    label_runs,
     network_position,
     provenance,
-    read_all,
     sample_images,
     short_layer,
+    spread,
 )
+from cu_runner.reporting.page_groups import Group, in_words, label_groups, read_all
 from cu_runner.reporting.page_plots import COLOURS, line_style
 from cu_runner.reporting.page_tables import parts_of
-from cu_runner.runtime.code_identity import CodeIdentity, identify
+from cu_runner.runtime.code_identity import identify
 from cu_runner.schema.errors import StoreError
-from cu_runner.store.files import hash_json, to_safetensors
-from cu_runner.store.records import Row, StepResult, TrainingRecord
-from cu_runner.store.run_directory import RunStore
+from cu_runner.store.files import to_safetensors
 from cu_runner.store.run_record import RunRecord, read_run
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
-KEY, VALUE = (
-    f"up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_{kind}.weight" for kind in "kv"
-)
 ODD = '<b>"x"& \N{GREEK SMALL LETTER PI} $a_1$'  # a concept that must stay text
 
 
-# ------------------------------------------------------------------------------------ a run by hand
-@pytest.fixture(autouse=True, scope="module")
-def numbers_by_hand():
-    """The runs made here have metrics of their own, which do not follow from their predictions."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page_data, "require_true", lambda run: None)
-        yield
-
-
-def wrong(concept: str, cross: str, index: int) -> bool:
-    """Which images of a step are not recognised: "new" on the tree from its request on, "old"
-    everywhere but after request 3.
-    """
-    return (concept == "new" and index >= 2 and cross == "tree") or (
-        concept == "old" and index in (1, 2)
-    )
-
-
-def colour(concept: str, index: int) -> tuple[int, int, int]:
-    """Of the sample images with the first cross concept."""
-    return (sum(map(ord, concept)) % 200, 40 * index, 60)
-
-
-def make_run(
-    outputs: Path,
-    method: str = "conabl",
-    targets: tuple[str, ...] = ("old", "new", "last"),
-    finished: int = 3,
-    *,
-    seed: int = 0,
-    sequence: str = "hand",
-    science: int = 0,
-    code: CodeIdentity | None = None,
-    computed: bool = False,
-) -> Path:
-    """A run directory with the steps 0 to `finished`: retained "kept" and "near", cross concepts
-    "tree" and "cup", one seed. computed: its metrics follow from its predictions.
-    """
-    retain, crosses = ["kept", "near"], ["tree", "cup"]
-    names = {
-        "targets": list(targets),
-        "retain": retain,
-        "cross_retain": crosses,
-        "domain": "style",
-        "cross_domain": "object",
-    }
-    config = {
-        "sequence": names | {"name": sequence, "seeds": [188]},
-        "reg": {},
-        "setting": {"plan": "sequential"},
-    }
-    config |= {"seed": seed, "science": science}
-    directory = (
-        outputs / "runs" / sequence / f"{method}-none-sequential-s{seed}-{hash_json(config)[:8]}"
-    )
-    parent = None
-    with RunStore(directory, config, hash_json, code=code) as store:
-        for index in range(finished + 1):
-            concepts = [*(targets[:index] if index else targets), *retain]
-            rows = [
-                {
-                    "step": index,
-                    "prompt": f"a {cross} in {concept} style",
-                    "style": concept,
-                    "object": cross,
-                    "seed": 188,
-                    "predicted_style": "?" if wrong(concept, cross, index) else concept,
-                    "score_style": 1.0,
-                    "predicted_object": cross,
-                    "score_object": 1.0,
-                }
-                for concept in concepts
-                for cross in crosses
-            ]
-            pictures = {
-                (concept, cross): Image.new(
-                    "RGB", (16, 16), colour(concept, index) if cross == "tree" else "white"
-                )
-                for concept in concepts
-                for cross in crosses
-            }
-            delta = {
-                KEY: torch.full((2, 2), 1.5 * index),
-                VALUE: torch.full((2, 2), 2.0 * index),
-            }  # norms 3n and 4n, together 5n
-            files = {
-                "predictions.csv": pd.DataFrame(rows).to_csv(index=False).encode(),
-                "metrics.json": b"{}",
-                "grid.png": draw_grid(pictures, list(targets[:index]), ""),
-            }
-            row = {
-                "request": index,
-                "concept": targets[index - 1] if index else "",
-                "UA": min(90.0 + 2 * index, 100.0) if index else None,
-                "RA_I": 100.0 - index,
-                "RA_C": 80.0 - index,
-                "RA_C_retained": 70.0,
-                "UA_current": None,
-                "UA_previous": None,
-                "drift_l2": drift(delta).l2,
-                "train_steps": 60 if index else 0,
-                "train_seconds": 10.5 if index else 0.0,
-                "eval_seconds": 4.0,
-                "peak_memory_mb": 1000 + 10 * index,
-            }
-            if computed:
-                gone, shown = list(targets[:index]), pd.DataFrame(rows)
-                row |= named_metrics(shown, gone, "style", list(targets), retain, crosses)
-            result = StepResult(
-                index=index,
-                files=files | ({"delta.safetensors": to_safetensors(delta)} if index else {}),
-                row=Row.of(row),
-                targets=[row["concept"]] if index else [],
-                model_sha256="m" * 64,
-                evaluator_sha256="e" * 64,
-                training=TrainingRecord(steps=60 if index else 0),
-                versions={"python": "3", "torch": "2", "cu_runner": __version__},
-                device="cpu (abacus)" if index < 2 else "cpu (quipu)",
-                git_commit="c" * 40,
-            )
-            parent = store.save_step(result, parent)
-    return directory
+pytestmark = pytest.mark.usefixtures("numbers_by_hand")
 
 
 @pytest.fixture
 def cu_report(call_command):
     """Returns run(*arguments) -> (exit status, stdout, stderr) of cu-report in tmp_path."""
     return lambda *arguments: call_command(report.main, "cu-report", *arguments)
-
-
-@pytest.fixture
-def outlined(monkeypatch):
-    """Plots are made, and in place of drawing them an empty picture is written: for the tests of
-    what stands beside them.
-    """
-
-    def write(figure: Figure, file: str | io.StringIO, **_: object) -> None:
-        if isinstance(file, str):
-            Path(file).touch()
-        else:
-            file.write('<svg viewBox="0 0 1 1"></svg>')
-
-    monkeypatch.setattr(Figure, "savefig", write)
 
 
 class Page(HTMLParser):
@@ -270,33 +124,38 @@ def by_hand(tmp_path_factory) -> Path:
     return folder
 
 
-def only(folder: Path, method: str) -> Shown:
+def only(folder: Path, method: str) -> Group:
     return next(
-        shown
-        for shown in read_all(sorted(folder.glob("runs/*/*")))[0]
-        if shown.run.method == method
+        group
+        for group in read_all(sorted(folder.glob("runs/*/*")))[0]
+        if group.first.method == method
     )
 
 
 # -------------------------------------------------------------------------------------- the numbers
 def test_labels_tell_runs_apart(tmp_path):
-    runs = [read_run(make_run(tmp_path, method, finished=1)) for method in ("conabl", "esd")]
-    assert label_runs(runs) == ["conabl", "esd"]
-    runs.append(read_run(make_run(tmp_path, "esd", finished=1, seed=1)))
-    assert label_runs(runs) == ["conabl, seed 0", "esd, seed 0", "esd, seed 1"]
-    other = read_run(make_run(tmp_path, "esd", finished=1, science=1))
-    assert label_runs([runs[1], other]) == [
-        f"esd [{run.directory.name[-8:-4]}]" for run in (runs[1], other)
+    def labels(*runs: RunRecord) -> list[str]:
+        return label_groups([[run] for run in runs])
+
+    def made(method: str, **options: object) -> RunRecord:
+        return read_run(make_run(tmp_path, method, finished=1, **options))
+
+    conabl, esd = made("conabl"), made("esd")
+    assert labels(conabl, esd) == ["conabl", "esd"]
+    later = made("esd", seed=1)
+    assert labels(conabl, esd, later) == ["conabl, seed 0", "esd, seed 0", "esd, seed 1"]
+    assert label_groups([[conabl], [esd, later]]) == ["conabl, seed 0", "esd, seeds 0, 1"]
+    other = made("esd", science=1)
+    assert labels(esd, other) == [f"esd [{run.directory.name[-8:-4]}]" for run in (esd, other)]
+    assert labels(esd, made("esd", sequence="other")) == ["esd, hand", "esd, other"]
+    copy = RunRecord(tmp_path / "copy" / esd.directory.name, esd.config, esd.records)
+    assert [label[-4:] for label in labels(esd, copy)] == [" [1]", " [2]"]
+    assert [in_words(seeds) for seeds in ([7], [0, 2], [0, 1, 2], [1, 2, 4])] == [
+        "7",
+        "0, 2",
+        "0 to 2",
+        "1, 2, 4",
     ]
-    moved = read_run(make_run(tmp_path, "esd", finished=1, sequence="other"))
-    assert label_runs([runs[1], moved]) == ["esd, hand", "esd, other"]
-    twice = label_runs(
-        [
-            runs[1],
-            RunRecord(tmp_path / "copy" / runs[1].directory.name, runs[1].config, runs[1].records),
-        ]
-    )
-    assert [label[-4:] for label in twice] == [" [1]", " [2]"]
 
 
 def test_accuracy_and_what_is_unlearned_by_then(by_hand):
@@ -310,7 +169,7 @@ def test_accuracy_and_what_is_unlearned_by_then(by_hand):
 
 
 def test_drift_by_layer_adds_up(by_hand, tmp_path):
-    found = drift_by_layer(only(by_hand, "conabl").run)
+    found = drift_by_layer(only(by_hand, "conabl").first)
     assert found == {
         KEY.removesuffix(".weight"): 9.0,
         VALUE.removesuffix(".weight"): 12.0,
@@ -348,26 +207,33 @@ def test_cost_counts_requests_and_names_devices(by_hand):
     assert cost["train_steps"].tolist() == [180, 120]
     assert cost["peak_memory_mb"].tolist() == [1030, 1020]
     assert cost["cached"].tolist() == [0, 0]
-    facts = provenance(only(by_hand, "conabl").run)
+    facts = provenance(only(by_hand, "conabl").first)
     assert facts["device"] == "cpu (abacus) (requests 0 to 1), cpu (quipu) (requests 2 to 3)"
     assert facts["git commit"] == "c" * 40
     assert facts["versions"] == f"python 3, torch 2, cu_runner {__version__}"
 
 
-def test_samples_are_the_first_cross_concept_over_time(by_hand):
-    shown = only(by_hand, "conabl")
-    found = sample_images(shown)
-    assert (found.cross_concept, found.seed) == ("tree", 188)
-    part = Image.open(io.BytesIO(found.jpeg(range(1, 3), range(2, 4))))
-    assert part.size == (16 * 2, 16 * 2)
-    assert part.getpixel((8, 8)) == pytest.approx(colour("new", 2), abs=9)
-    picture = Image.open(io.BytesIO(found.jpeg(range(5), range(4))))
-    assert picture.size == (16 * 4, 16 * 5)
-    for y, concept in enumerate(shown.accuracy.index):
+def test_samples_are_of_several_concepts_of_the_other_domain_over_time(by_hand):
+    group = only(by_hand, "conabl")
+    concepts = list(group.accuracy.index)
+    tree, cup = sample_images(group.first, concepts)
+    assert [(each.cross_concept, each.seed) for each in (tree, cup)] == [
+        ("tree", 188),
+        ("cup", 188),
+    ]
+    part = Image.open(io.BytesIO(tree.jpeg(range(1, 3))))
+    assert part.size == (16 * 4, 16 * 2)
+    assert part.getpixel((40, 8)) == pytest.approx(colour("new", 2), abs=9)
+    assert tree.montage.size == (16 * 4, 16 * 5)
+    for y, concept in enumerate(concepts):
         for index in range(4):
-            measured = pd.notna(shown.accuracy.at[concept, index])
+            measured = pd.notna(group.accuracy.at[concept, index])
             expected = colour(concept, index) if measured else (255, 255, 255)
-            assert picture.getpixel((16 * index + 8, 16 * y + 8)) == pytest.approx(expected, abs=9)
+            place = (16 * index + 8, 16 * y + 8)
+            assert tree.montage.getpixel(place) == expected
+            assert cup.montage.getpixel(place) == (255, 255, 255)
+    assert spread(9, 8) == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert spread(8, 8) == list(range(8))
 
 
 def test_line_styles_differ_and_are_visible():
@@ -409,9 +275,13 @@ def test_the_page_of_two_runs(cu_report, by_hand, tmp_path):
 
     partial = "esd (2 of 3 requests)"
     summary = page.tables["After the last finished request"]
-    assert summary[0] == ["run", "requests", "UA", "RA-I", "RA-C", "RA-C retained", "drift"]
-    assert summary[1] == ["conabl", "3", "96.0", "97.0", "77.0", "70.0", "15.00"]
-    assert summary[2] == ["esd", "2 of 3", "94.0\N{DAGGER}", "98.0", "78.0", "70.0", "10.00"]
+    head = ["run", "seeds", "requests", "UA", "RA-I", "RA-C", "RA-C retained", "drift"]
+    assert summary[0] == head
+    assert summary[1] == ["conabl", "0", "3", "96.0", "97.0", "77.0", "70.0", "15.00"]
+    unfinished = ["esd", "0", "2 of 3 ended", "94.0\N{DAGGER}", "98.0", "78.0", "70.0", "10.00"]
+    assert summary[2] == unfinished
+    heads = [attributes["data-head"] for _, attributes in page.tags if "data-head" in attributes]
+    assert heads[:14] == head[1:] * 2  # of the cards that a narrow screen shows in its place
     tradeoff = page.tables["UA and RA-C after the last finished request"]
     assert tradeoff == [
         ["run", "UA", "RA-C"],
@@ -458,21 +328,22 @@ def test_the_page_of_two_runs(cu_report, by_hand, tmp_path):
     keys = page.tables["L2 norm of the drift of each layer: keys"]
     assert keys == [["layer", "conabl", partial], [KEY.removesuffix(".weight"), "9.000", "6.000"]]
     assert page.tables["L2 norm of the drift of each layer: values"][1][1:] == ["12.00", "8.000"]
-    assert page.tables["Cost of all finished requests"][1][:6] == [
+    assert page.tables["Cost of all finished requests"][1][:7] == [
         "conabl",
+        "0",
         "3",
         "32",
         "12",
         "180",
         "1,030",
     ]
-    assert page.tables["Cost of all finished requests"][2][1] == "2 of 3"
-    directory = only(by_hand, "conabl").run.directory
+    assert page.tables["Cost of all finished requests"][2][2] == "2 of 3"
+    directory = only(by_hand, "conabl").first.directory
     assert (directory / "config.yaml").read_text() in page.text
     assert f"{directory}signature{read_run(directory).records[0].signature}" in page.text
 
     images = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == 2
+    assert len(images) == 4  # two concepts of the other domain of two runs
     assert Image.open(io.BytesIO(base64.b64decode(images[0].partition(",")[2]))).size == (64, 80)
     plots = {path.name for path in (path.parent / "plots").iterdir()}
     names = [
@@ -572,10 +443,8 @@ def test_runs_of_one_name_say_what_differs(cu_report, outlined, tmp_path):
     one, other = (make_run(tmp_path, science=number, finished=1) for number in (3, 4))
     make_run(tmp_path, "esd", finished=1)
     cu_report(tmp_path / "runs", "--output", "here")
-    found = read_page(tmp_path / "here/index.html").tables[
-        "Settings in which the runs of conabl differ"
-    ]
-    assert [row[0] for row in found] == ["setting", "science"]
+    found = read_page(tmp_path / "here/index.html").tables["What keeps the runs of conabl apart"]
+    assert [row[0] for row in found] == ["what", "science"]
     assert sorted(zip(found[0][1:], found[1][1:], strict=True)) == sorted(
         (f"conabl [{run.name[-8:-4]}] (1 of 3 requests)", science)
         for run, science in ((one, "3"), (other, "4"))
@@ -608,7 +477,7 @@ def test_many_runs_stand_in_several_tables(cu_report, outlined, tmp_path):
         )
     cu_report(tmp_path / "runs", "--output", "here", "--details", "1")
     html = (tmp_path / "here/index.html").read_text()
-    assert html.count("<caption>Settings in which the runs of conabl differ</caption>") == 2
+    assert html.count("<caption>What keeps the runs of conabl apart</caption>") == 2
     assert html.count("<caption>L2 norm of the drift of each layer: keys</caption>") == 2
     heads = re.findall(
         r"<caption>UA after request</caption><thead>(.*?)</thead>", html, flags=re.DOTALL
@@ -632,10 +501,11 @@ def test_many_requests_come_in_parts_that_fit_a_printed_page(cu_report, tmp_path
         Image.open(io.BytesIO(base64.b64decode(data))).size
         for data in re.findall(r"jpeg;base64,([^\"]+)", html)
     ]
-    assert (
-        sizes == [(21 * 16, 21 * 16), (20 * 16, 21 * 16)] * 2
-    )  # 42 concepts, 26 pixels each on paper
-    assert html.count("--print:26px") == 4
+    # 42 concepts in three parts, 8 of 41 requests, with two concepts of the other domain
+    assert sizes == [(8 * 16, 14 * 16)] * 6
+    assert html.count("--print:64px") == 6
+    shown = re.findall(r'<b style="grid-area:1/[0-9]">(\d+)</b>', html)[:8]
+    assert shown == ["0", "6", "11", "17", "23", "29", "34", "40"]
     assert parts_of(13, 26) == [range(13)]
 
 
@@ -646,13 +516,15 @@ def test_details_are_for_the_first_runs(cu_report, outlined, by_hand, tmp_path):
         "(--details)."
     )
     assert status == 0
-    assert out.splitlines() == [note, "report: some/where/index.html"]
+    ended = "esd (2 of 3 requests): ended: no log ("
+    assert out.splitlines()[0].startswith(ended)
+    assert out.splitlines()[1:] == [note, "report: some/where/index.html"]
     page = read_page(tmp_path / "some/where/index.html")
     assert note in page.text
     assert [name for name in page.tables if name.startswith("Accuracy")] == [
         "Accuracy of every concept after each request: conabl"
     ]
-    assert len([tag for tag, _ in page.tags if tag == "img"]) == 1
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == 2
     assert len(page.tables["UA after request"]) == 3
 
 
@@ -665,7 +537,8 @@ def test_a_run_that_has_just_begun(cu_report, tmp_path):
     (second / "steps" / "00" / "step.json").unlink()
     status, out, err = cu_report(first, second)
     assert (status, err) == (0, "")
-    assert out.splitlines()[0] == f"Left out, since no step is finished: {second.name}."
+    left_out = f"Left out, since no step is finished: {second.name} (ended: no log)."
+    assert out.splitlines()[1] == left_out
     assert re.search(r"report: outputs/reports/2-runs-[0-9a-f]{8}/index.html", out)
     page = read_page(Path(out.splitlines()[-1].removeprefix("report: ")))
     assert page.tables["RA-I after request"] == [
@@ -776,7 +649,7 @@ def test_a_hundred_runs(tmp_path):
     targets = tuple(f"concept {number}" for number in range(12))
     for number in range(100):
         method = "conabl" if number % 2 else "esd"
-        make_run(tmp_path, method, targets, finished=12, seed=number, computed=True)
+        make_run(tmp_path, method, targets, finished=12, science=number, computed=True)
     code = "import sys, time\nfrom cu_runner.cli import report\n"
     code += f"import cu_runner.reporting.page\n{USED}\n"
     code += "before, started = used(), time.monotonic()\nreport.main()\n"

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from cu_runner.cli import fill_table, table
 from cu_runner.config.compose import compose
 from cu_runner.reporting import table_cells as tables
+from cu_runner.reporting.estimates import image_counts
 from cu_runner.reporting.intervals import of_sum, over_images, over_seeds, widest
 from cu_runner.reporting.table_spec import read_table
 from cu_runner.runtime.paths import shipped_dir
@@ -110,9 +112,8 @@ def measured(*rows: tuple) -> pd.DataFrame:
     """Rows of: row, ours, half over seeds, half over images, paper, comparable."""
     table = pd.DataFrame(rows, columns=["row", "ours", "half", "images", "paper", "comparable"])
     table = table.assign(method="m", column="style", metric="RA_I")
-    return table.assign(
-        images_low=table["ours"] - table["images"], images_high=table["ours"] + table["images"]
-    )
+    half = table[["half", "images"]].max(axis="columns")
+    return table.assign(low=table["ours"] - half, high=table["ours"] + half)
 
 
 def test_orderings():
@@ -182,7 +183,7 @@ def test_near_0_percent_an_interval_reaches_up_only():
     """0 of 240 images and 5 of 240, by Newcombe: the half widths alone would say undecided."""
     rows = measured(("a", 0.0, None, 0.0, 40.0, True), ("b", 500 / 240, None, 0.0, 20.0, True))
     ends = [over_images(0.0, 240), over_images(500 / 240, 240)]
-    rows = rows.assign(images_low=[low for low, _ in ends], images_high=[high for _, high in ends])
+    rows = rows.assign(low=[low for low, _ in ends], high=[high for _, high in ends])
     assert tables.orderings(rows, tolerance=2.0).loc[0, "verdict"] == "reversed"
 
 
@@ -214,6 +215,7 @@ def test_every_shipped_table_reads_and_all_its_cells_compose(tmp_path, monkeypat
                     experiment,
                     [],
                     paths if "canvas" in label and "shape" not in label else [],
+                    [],
                 )
             )
             assert len(cells) == len(experiment.methods) * len(experiment.columns) * len(table.rows)
@@ -334,7 +336,10 @@ def test_seeds_become_mean_and_interval_in_every_format(cu_table, own_table, tmp
     last = [{"UA": 96.0, "RA_I": value, "RA_C": float("nan")} for value in (1.0, 2.0, 3.0)]
     runs = [
         SimpleNamespace(
-            directory=Path(str(i)), table=pd.DataFrame([row]), same_code_as=lambda _: True
+            directory=Path(str(i)),
+            records=[{}],
+            table=pd.DataFrame([row]),
+            same_code_as=lambda _: True,
         )
         for i, row in enumerate(last)
     ]
@@ -343,7 +348,7 @@ def test_seeds_become_mean_and_interval_in_every_format(cu_table, own_table, tmp
         "ConAbl", "style", "sequential", [["seed=0"], ["seed=1"], ["seed=2"]], plans, runs
     )
     monkeypatch.setattr(fill_table, "make_cells", lambda *_: [cell])
-    monkeypatch.setattr(tables, "num_images", lambda *_: 96)
+    monkeypatch.setattr(tables, "image_counts", lambda *_: {"UA": 96, "RA_I": 96, "RA_C": 96})
     status, out, err = cu_table(own_table(), "--seeds", "0,1,2")
     assert (status, err) == (0, "")
     marked = (
@@ -422,7 +427,9 @@ def test_ua_rests_on_images_with_a_face():
         unlearned=lambda _: ["a"],
         config={"sequence": {"domain": "style", "retain": ["b"]}},
     )
-    assert [tables.num_images(run, metric) for metric in ("UA", "RA_I", "RA_C")] == [1, 1, 4]
+    run.config["sequence"]["targets"] = ["a", "c"]
+    assert image_counts(run, 1) == {"UA": 1, "RA_I": 1, "RA_C": 4, "RA_C_retained": 1}
+    assert image_counts(run, 0)["UA"] == 2  # before a request, of all targets
 
 
 def test_run_makes_what_is_missing(cu_table, own_table, run_copy, jobs_in_forks):
@@ -537,7 +544,8 @@ def test_bad_input_is_one_line(cu_table, arguments, message):
 def test_all_that_is_wrong_with_a_file_is_said_at_once(cu_table, own_table):
     wrong = own_table(
         metrics=["UA", "FID", "KID"],
-        rows={"a": {"object": ["reg=none"]}, "b": []},
+        rows={"a": {"object": ["reg=none"]}, "b\nc": ["hydra.job.name=x", "reg=[", ""]},
+        title="\x1b[31mred",
         experiments={"bad name": {"model": "x", "methods": {}, "columns": {}}},
     )
     status, out, err = cu_table(wrong)
@@ -548,12 +556,30 @@ def test_all_that_is_wrong_with_a_file_is_said_at_once(cu_table, own_table):
         "experiments: bad name: methods or columns are empty",
         "experiments: 'bad name' becomes part of a file's name",
         "row 'a' gives overrides for object",
+        r"title: '\x1b[31mred' would not be one line of print",
+        "mine.yaml: hydra.job.name=x can run code",
+        "mine.yaml: 'reg=[' is no override",
+        "mine.yaml: '' is no override",
     ):
         assert said in err
+    rows = {"a": ["reg=l22"], "b": ["train.stepss=1"], "c": ["train.stepss=2"], "d": ["reg=l2"]}
+    status, out, err = cu_table(own_table(rows=rows, targets=None))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "reg=l22: no such file in conf/reg" in err
+    assert err.count("unknown key train.stepss") == 1
     wrong = own_table(metrics=7, rows=[], title=None)
     status, out, err = cu_table(wrong)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert all(f"mine.yaml.{key}" in err for key in ("metrics", "rows", "title"))
+
+
+def test_the_documented_table_is_one(cu_table, tmp_path):
+    text = (Path(__file__).parents[2] / "docs/tables.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(textwrap.dedent(text[text.index("    title: mine") :]))
+    status, out, err = cu_table("mine.yaml")
+    assert (status, err) == (0, "")
+    assert "Not run yet: 2" in out
+    assert "cu-run sequence=smoke method=conabl reg=l2 reg.l2.weight=3000" in out
 
 
 def test_a_table_file_is_checked(cu_table, own_table, tmp_path):

@@ -1,6 +1,7 @@
 """Concepts beyond the tokens that the model reads are refused by name, wherever they are used."""
 
 import dataclasses
+import logging
 
 import pytest
 from conftest import read_conf
@@ -41,8 +42,11 @@ def test_the_span_of_a_concept_is_within_the_tokens_that_are_read(model):
     assert len(model.tokenizer(words).input_ids) == room + 2
     assert model.token_span("ember stripe", f"{words} ember stripe").stop == 15
     refused(lambda: model.token_span("ember stripe", f"tree {words} ember stripe"), "lies beyond")
-
-    assert model.token_span(LONG, LONG) == slice(1, 15)  # as much of a long name as there is
+    refused(
+        lambda: model.token_span(LONG, LONG),
+        rf"^'{LONG}' is a name of \d\d tokens, and the model reads 14 of a prompt; shorten it$",
+    )
+    assert model.token_span(LONG, LONG, partly=True) == slice(1, 15)  # as of auxiliary names
 
 
 @pytest.mark.parametrize("tokens", ["own", "last"])
@@ -76,6 +80,18 @@ def test_uce_refuses_it(make_scope):
         ({"target_prompt": f"{LONG} {{concept}} {{caption}}"}, "^'ember stripe' lies beyond the"),
         ({"prompt": f"{LONG} {{object}} in {{style}}"}, "^'ember stripe' lies beyond the 16"),
         ({"prompt": f"in {{style}} {LONG} {{object}}"}, "^'tree' lies beyond the 16"),
+        ({"retain": [LONG]}, f"^'{LONG}' is a name of"),
+        (
+            {
+                "anchors": {"ember stripe": "gold dot", "glacier dot": "gold dot"},
+                "anchor_prompt": f"{LONG} {{anchor}}",
+            },
+            "^'gold dot' lies beyond the 16 tokens",
+        ),
+        (
+            {"cross_retain": ["tree", LONG], "prompt": "{style} {object}"},
+            f"^'{LONG}' is a name of",
+        ),
         (
             {"target_prompt": "{caption}, {concept}", "captions": [LONG]},
             "^'ember stripe' lies beyond the 16 tokens",
@@ -103,3 +119,17 @@ def test_prompts_of_a_target_and_its_anchor_that_are_read_alike(model):
         sequence, target_prompt=(f"{LONG} {{concept}}s",), anchor_prompt=f"{LONG} nothing"
     )
     refused(lambda: check_prompts(model, cut), "alike, so that nothing can be unlearned")
+
+
+def test_a_prompt_that_is_cut_is_named_once(model, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("cu_runner"), "propagate", True)
+    texts = [f"{LONG} {name}" for name in ("one", "two", "three")]
+    for _ in range(2):
+        model.encode_prompts([*texts, "a tree"])
+    model.encode_prompts([f"{LONG} four"])
+    first, second = caplog.messages
+    assert first == (
+        f"   prompt '{texts[0]}' has 40 tokens and is cut to the 16 that the model reads; "
+        "so are 2 more"
+    )
+    assert second.startswith(f"   prompt '{LONG} four' has ")

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from commands import environment, run_forked
 from conftest import SMOKE, run_directory
 
 from cu_runner.cli import evaluate
+from cu_runner.runner.runner import Runner
 from cu_runner.runtime import code_identity
 from cu_runner.runtime.paths import PACKAGE, config_dir
 from cu_runner.store.files import hash_json
@@ -140,6 +142,61 @@ def test_other_code_that_is_allowed_goes_on_and_is_recorded(
     status, out, err = call_command(evaluate.main, "cu-eval", run, "fresh=true")
     assert (status, err) == (0, "")
     assert out.splitlines()[-1].endswith(f"evaluations/{run.name}-2")
+
+
+def interrupted(patch, step: int) -> None:
+    """Runs are asked to stop after that training step, counted over all requests."""
+    calls = iter(range(1, step))
+    patch.setattr(
+        Runner,
+        "_note_first_step",
+        lambda runner: next(calls, None) is None and os.kill(os.getpid(), signal.SIGUSR1),
+    )
+
+
+def test_the_state_of_an_unfinished_request_is_of_one_code(
+    in_process, package, finished_run, tmp_path, monkeypatch
+):
+    shutil.copytree(finished_run[0] / "outputs/cache", tmp_path / "outputs/cache")
+    method, allowed = package / "methods/conabl.py", "allow_other_code=true"
+    before, edited = method.read_bytes(), method.read_bytes() + b"# edited\n"
+
+    def run(text: bytes, *more: str, stop: int | None = None) -> tuple[int, str, str]:
+        method.write_bytes(text)
+        code_identity.identify.cache_clear()
+        with monkeypatch.context() as patch:
+            if stop is not None:
+                interrupted(patch, stop)
+            return in_process(*SMOKE, *more)
+
+    stopped = 128 + signal.SIGUSR1
+    assert run(before, stop=4)[0] == stopped  # after step 1 of request 2
+    status, _, err = run(edited)
+    assert (status, err.count("was made by other code (changed: methods/conabl.py)")) == (1, 1)
+    assert run(edited, allowed, stop=1)[0] == stopped  # after step 2, by the edited code
+    place = tmp_path / finished_run[1].relative_to(finished_run[0])
+    kept = (place / "checkpoint.pt").read_bytes()
+
+    status, _, err = run(before)  # all finished steps are its own
+    assert (status, err.count("\n")) == (1, 1)
+    assert err == (
+        f"cu-run: {place.relative_to(tmp_path)}/checkpoint.pt: the state of request 2 after step 2 "
+        "was made by other code (changed: methods/conabl.py); fresh=true begins the request anew, "
+        "allow_other_code=true goes on with it\n"
+    )
+    assert (place / "checkpoint.pt").read_bytes() == kept
+    status, out, _ = run(before, allowed)
+    assert (status, "request 2 goes on after step 2" in out) == (0, True)
+    assert record_of(place, 2)["allowed_other_code"] is True
+
+    shutil.rmtree(place / "steps/02")
+    (place / "summary.json").unlink()
+    (place / "checkpoint.pt").write_bytes(kept)
+    status, out, _ = run(before, "fresh=true")
+    assert (status, "request 2 begins anew: its state was made by other code" in out) == (0, True)
+    assert "allowed_other_code" not in record_of(place, 2)
+    name = "steps/02/delta.safetensors"
+    assert (place / name).read_bytes() == (finished_run[1] / name).read_bytes()
 
 
 def test_a_run_of_a_version_that_recorded_no_code_is_refused(in_process, run_copy):

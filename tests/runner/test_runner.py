@@ -22,6 +22,8 @@ from conftest import SMOKE, run_directory
 from PIL import Image
 
 from cu_runner.cli.failures import explain_error
+from cu_runner.evaluators.grid import GRID_LEFT, GRID_TOP, read_grid
+from cu_runner.evaluators.metrics import read_predictions
 from cu_runner.runner.measure import unrecognised
 from cu_runner.runtime.paths import config_dir
 
@@ -151,11 +153,26 @@ def test_config_yaml_is_the_resolved_configuration(finished_run):
     assert "${" not in (finished_run[1] / "config.yaml").read_text()
 
 
-def test_the_grid_has_a_row_per_concept_and_a_column_per_object(finished_run):
-    sizes = [Image.open(finished_run[1] / f"steps/0{index}/grid.png").size for index in range(3)]
-    assert sizes[0] == sizes[2]
-    assert sizes[0][0] == sizes[1][0]
-    assert sizes[0][1] - sizes[1][1] == 64 + 2  # one row of thumbnails less, and the gap
+def test_the_grid_has_a_row_per_concept_and_the_untouched_models_below_it(finished_run):
+    grids = [Image.open(finished_run[1] / f"steps/0{index}/grid.png") for index in range(3)]
+    heights, cell = [grid.height - GRID_TOP for grid in grids], 64 + 2
+    assert len({grid.width for grid in grids}) == 1
+    assert heights == [4 * cell, 2 * 3 * cell, 2 * 4 * cell]
+    for index, rows in ((1, (0, 2, 3)), (2, (0, 1, 2, 3))):  # in the grid of the untouched model
+        for line, row in enumerate(rows):
+            whole, parts = (GRID_LEFT, grids[0].width), []
+            for grid, place in ((grids[0], row), (grids[index], 2 * line + 1)):
+                top = GRID_TOP + place * cell
+                parts.append(grid.convert("RGB").crop((whole[0], top, whole[1], top + 64)))
+            assert parts[0].tobytes() == parts[1].tobytes()
+    # what is read back is the request's own
+    predictions = read_predictions(finished_run[1] / "steps/01/predictions.csv")
+    names = [list(dict.fromkeys(predictions[domain])) for domain in ("style", "object")]
+    png = (finished_run[1] / "steps/01/grid.png").read_bytes()
+    for y, concept in enumerate(names[0]):
+        top = GRID_TOP + 2 * y * cell
+        own = grids[1].convert("RGB").crop((GRID_LEFT, top, GRID_LEFT + 64, top + 64))
+        assert read_grid(png, *names)[concept, names[1][0]].tobytes() == own.tobytes()
 
 
 # ------------------------------------------------------------------------------------------- resume
@@ -367,7 +384,7 @@ def test_gpu_memory_that_runs_out_in_training_is_one_line_with_advice(
         status, out, err = in_process(*SMOKE)
     assert (status, err.count("\n")) == (1, 1)
     assert err.startswith(
-        "cu-run: out of GPU memory; train.gradient_checkpointing=true and a lower eval.batch_size"
+        "cu-run: out of GPU memory; train.gradient_checkpointing=true and eval.batch_size=24 for "
     )
     assert "0/2" in out
     status, out, _ = in_process(*SMOKE, "train.gradient_checkpointing=true", "eval.batch_size=3")

@@ -315,7 +315,7 @@ def test_a_loss_that_is_not_finite_stops_and_says_where(make_scope, settings, fa
     scope = make_scope(request=2)
     message = (
         rf"^training led to a loss of {word} at request 2 \(glacier dot\), step 3 of 5; "
-        rf"lower train.lr or a regularizer's weight. "
+        "lower train.lr. "
         "Finished requests are kept$"
     )
     with pytest.raises(TrainingError, match=message):

@@ -25,6 +25,14 @@ from cu_runner.runner.tracking import send
 from cu_runner.schema.settings import WandbSettings
 from cu_runner.store.run_record import read_run
 
+APART = 3 + 1  # numbers of W&B between requests: those of the training steps lie before
+
+
+def by_request(history: dict[int, dict]) -> dict[int, dict]:
+    """The rows of the requests themselves."""
+    return {place // APART: row for place, row in history.items() if "training/step" not in row}
+
+
 OFFLINE = [override for override in SMOKE if not override.startswith("wandb.")]
 
 
@@ -54,8 +62,16 @@ def test_an_offline_run_holds_configuration_metrics_and_grids_and_a_resume_has_i
     assert found["config"]["seed"] == 0
 
     table = pd.read_csv(directory / "metrics.csv")
-    assert sorted(found["history"]) == [0, 1, 2]
-    for index, row in found["history"].items():
+    rows = by_request(found["history"])
+    assert sorted(rows) == [0, 1, 2]
+    for index in (1, 2):  # live: before the request's own row
+        training = pd.read_csv(directory / f"steps/0{index}/training.csv")
+        for step, logged in training.iterrows():
+            live = found["history"][APART * (index - 1) + step + 1]
+            assert live["training/loss"] == pytest.approx(logged["loss"], rel=1e-9)
+            assert live["training/step"] == 3 * (index - 1) + step + 1
+    assert len(found["history"]) == 3 + 2 * 3
+    for index, row in rows.items():
         for name in table.columns.drop("concept"):
             value = table[name][index]
             assert (
@@ -68,7 +84,7 @@ def test_an_offline_run_holds_configuration_metrics_and_grids_and_a_resume_has_i
         assert saved.size == original.size == (row["grid.width"], row["grid.height"])
         assert saved.convert("RGB").tobytes() == original.convert("RGB").tobytes()
 
-    table = json.loads((written / "files" / found["history"][2]["accuracy.path"]).read_text())
+    table = json.loads((written / "files" / rows[2]["accuracy.path"]).read_text())
     matrix = read_run(directory).accuracy_matrix()
     assert table["columns"] == ["concept", "0", "1", "2"]
     assert [row[0] for row in table["data"]] == list(matrix.index)
@@ -82,12 +98,12 @@ def test_an_offline_run_holds_configuration_metrics_and_grids_and_a_resume_has_i
     (resumed,) = set((tmp_path / "outputs/wandb").glob("offline-run-*")) - {written}
     again = read_run_of_wandb(resumed)
     assert again["id"] == found["id"]
-    assert set(again["history"]) - {1} == {
-        2
-    }  # step 1 may be mirrored again: a kill may have come between commit and mirror
-    for index, row in again["history"].items():
+    remade = by_request(again["history"])
+    # step 1 may be mirrored again: a kill may have come between commit and mirror
+    assert set(remade) - {1} == {2}
+    for index, row in remade.items():
         for name in ("request", "concept", "UA", "RA_C", "drift_l2", "grid.sha256"):
-            assert row[name] == found["history"][index][name], name
+            assert row[name] == rows[index][name], name
     assert {path.name for path in tmp_path.iterdir()} == {"outputs"}
 
 
@@ -108,12 +124,16 @@ def test_a_finished_run_can_be_sent_later(run_copy, tmp_path):
         "smoke-conabl",
         "elsewhere",
     )
-    assert sorted(found["history"]) == [0, 1, 2]
-    for index, row in found["history"].items():
+    rows = by_request(found["history"])
+    assert sorted(rows) == [0, 1, 2]
+    for index, row in rows.items():
         assert row["RA_C"] == pytest.approx(run.table["RA_C"][index])
         assert row["grid._type"] == "image-file"
-    assert "accuracy.path" in found["history"][2]
-    assert "training.path" in found["history"][1]
+    assert "accuracy.path" in rows[2]
+    assert "training.path" in rows[1]
+    losses = [row["training/loss"] for row in found["history"].values() if "training/loss" in row]
+    csv = [pd.read_csv(run_copy / f"steps/0{index}/training.csv")["loss"] for index in (1, 2)]
+    assert losses == pytest.approx([*csv[0], *csv[1]])
 
 
 def test_the_shipped_sweep_composes_for_every_combination_as_an_agent_would_call_it():
@@ -190,7 +210,7 @@ def test_an_online_run_sends_its_configuration_and_every_request(tmp_path):
     assert json.loads(begun["config"])["seed"]["value"] == 0
     table, rows = (
         pd.read_csv(directory / "metrics.csv"),
-        {row["_step"]: row for row in server.history()},
+        by_request({row["_step"]: row for row in server.history()}),
     )
     assert sorted(rows) == [0, 1, 2]
     for step, row in rows.items():

@@ -72,13 +72,18 @@ CELLS = {
 COMMON = ["device=cpu", *(override for override in SMOKE if not override.startswith("method."))]
 
 
+def together(overrides: tuple[str, ...]) -> list[str]:
+    """COMMON, but for the keys that the overrides set."""
+    keys = {override.partition("=")[0] for override in overrides}
+    return [*(each for each in COMMON if each.partition("=")[0] not in keys), *overrides]
+
+
 def launch(cwd, *overrides: str) -> subprocess.CompletedProcess:
     """Two processes of cu-run through accelerate, whose launcher is a fork."""
     return run_forked(
         "accelerate-launch",
         *LAUNCH,
-        *COMMON,
-        *overrides,
+        *together(overrides),
         cwd=cwd,
         env=environment(ACCELERATE_USE_CPU="true"),
         main=accelerate.commands.launch.main,
@@ -105,8 +110,7 @@ def fork_two(
     processes = [
         Forked(
             "cu-run",
-            *COMMON,
-            *overrides,
+            *together(overrides),
             cwd=cwd,
             env=environment(**group, RANK=rank, LOCAL_RANK=rank),
             main=main,

@@ -210,12 +210,17 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-def test_the_second_ctrl_c_stops_at_once(ctrl_c):
+def test_the_second_ctrl_c_stops_at_once(ctrl_c, caplog, monkeypatch):
+    """What the first does is said at once: before the work that it waits for is done."""
+    monkeypatch.setattr(logging.getLogger("cu_runner"), "propagate", True)
+    caplog.set_level(logging.INFO, "cu_runner")
     reached = []
 
     def work(stop: StopSignals) -> None:
         with stop.deferred():
             os.kill(os.getpid(), signal.SIGINT)
+            (line,) = caplog.messages
+            assert line.startswith("SIGINT: what was done is being saved")
             os.kill(os.getpid(), signal.SIGTERM)
             reached.append("after the first")
             os.kill(os.getpid(), signal.SIGINT)
@@ -327,6 +332,8 @@ def test_ctrl_c_saves_the_request_and_is_one_line_everywhere(
     (log,) = (tmp_path / "outputs/runs/smoke").glob("*/run.log")
     assert "Traceback" not in log.read_text()
     assert log.read_text().count("interrupted") == 1
+    said = "SIGINT: what was done is being saved, then the run stops; ctrl-C stops it without that"
+    assert out.count(said) == 1
     status, out, err = in_process(*chosen)
     assert (status, err) == (0, "")
     assert "request 1 goes on after step 4" in out

@@ -13,7 +13,9 @@ import safetensors.torch
 import torch
 from conftest import SMOKE
 
-from cu_runner.cli import report
+from cu_runner.cli import evaluate, report
+from cu_runner.config.compose import compose
+from cu_runner.reporting.table_cells import open_run
 from cu_runner.runtime.code_identity import identify
 from cu_runner.schema.errors import StoreError
 from cu_runner.store.cache import Cache
@@ -102,7 +104,7 @@ def test_weights_that_were_swapped_and_signed_anew_are_refused(run_copy, swap, s
 
 
 def test_a_run_is_not_continued_from_what_was_forged(in_process, call_command, run_copy):
-    """No request is trained on it, a finished run is not called so, no report shows it."""
+    """No request is trained on it, and no run is called finished, reported or tabulated with it."""
     whole = run_copy.with_name("whole")
     shutil.copytree(run_copy, whole)
     shutil.rmtree(run_copy / "steps/02")
@@ -119,10 +121,13 @@ def test_a_run_is_not_continued_from_what_was_forged(in_process, call_command, r
     for status, _, err in (
         in_process(*SMOKE),
         call_command(report.main, "cu-report", run_copy),
+        call_command(evaluate.main, "cu-eval", run_copy),
     ):
         assert (status, err.count("\n")) == (1, 1), err
         assert "02/predictions.csv: gives UA " in err
         assert "says 99.0" in err
+    with pytest.raises(StoreError, match=r"says 99\.0"):  # as a cell of a table
+        open_run(compose(list(SMOKE)))
 
 
 def sign(entry, files) -> None:

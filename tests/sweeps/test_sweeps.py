@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import submitit
 from commands import environment, run_forked
 from conftest import SMOKE
 from filelock import FileLock
+from omegaconf import OmegaConf
 from submitit.core.utils import UncompletedJobError
 
 from cu_runner import __version__
@@ -23,7 +25,9 @@ from cu_runner.store.files import to_json
 from cu_runner.store.layout import JOB, SWEEP
 from cu_runner.store.records import Row, StepRecord, TrainingRecord, chain
 from cu_runner.store.run_record import find_runs
+from cu_runner.sweeps import side_by_side
 from cu_runner.sweeps.status import read_sweep
+from hydra_plugins import cu_runner_jobs
 
 SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
 
@@ -121,8 +125,99 @@ def test_jobs_in_processes_of_their_own_that_fail_are_no_success(run_copy, tmp_p
         "1 of 2 jobs did not end well, the first: seed=-1: input should be greater than or "
         "equal to 0"
     )
-    assert done.stderr == f"cu-run: {said}; see `cu-sweep status {folder.relative_to(tmp_path)}`\n"
+    place = folder.relative_to(tmp_path)
+    assert done.stderr == f"cu-run: {said}; see `cu-sweep status {place}`\n"
     assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    head = f"sweep: {place}; `cu-sweep status {place}` tells what became of each job"
+    assert lines[0] == head
+    assert lines[1].startswith(f"2 jobs, {os.cpu_count()} at a time (hydra.launcher.at_once)")
+    whole = shlex.join(SMOKE)
+    assert sorted(line[5:] for line in lines[2:]) == [
+        f"done    {whole} seed=0",
+        f"failed  {whole} seed=-1  (seed=-1: input should be greater than or equal to 0)",
+    ]
+    assert [line[:3] for line in lines[2:]] == ["1/2", "2/2"]
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "at_once", "gpus", "places"),
+    [
+        ("auto", 1, None, 0, [""] * 8),
+        ("auto", 3, None, 0, [""] * 2),
+        ("auto", 16, None, 0, [""]),
+        ("auto", None, None, 0, [""]),
+        ("auto", None, 3, 0, [""] * 3),
+        ("auto", None, None, 2, ["0", "1"]),
+        ("cuda", 1, 5, 2, ["0", "1", "0", "1", "0"]),
+        ("cuda", 1, 1, 2, ["0"]),
+        ("cuda:1", 1, None, 2, ["0,1"]),
+        ("cpu", 4, None, 2, [""] * 2),
+    ],
+)
+def test_as_many_jobs_begin_as_fit(device, threads, at_once, gpus, places, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(side_by_side, "has_gpu", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert side_by_side.places_for(device, threads, at_once) == places
+
+
+def test_jobs_see_the_gpus_that_their_sweep_sees(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1f, GPU-2e")
+    monkeypatch.setattr(side_by_side, "has_gpu", lambda: True)
+    assert side_by_side.places_for("auto", None, None) == ["GPU-1f", "GPU-2e"]
+
+
+def test_a_number_of_jobs_at_once_that_is_none(in_process, tmp_path):
+    local = ("-m", "hydra/launcher=local_processes", "hydra.launcher.at_once=0")
+    status, _, err = in_process(*local, *SMOKE)
+    assert (status, err) == (
+        2,
+        "cu-run: hydra.launcher.at_once=0: input should be greater than 0\n",
+    )
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_jobs_wait_for_a_place(tmp_path, monkeypatch, capsys):
+    """And each sees the GPU of its place; the executor is submitit's in all but the processes."""
+    running, most, seen = [], [], []
+
+    class Job:
+        looks = 0
+
+        def done(self) -> bool:
+            self.looks += 1
+            if self.looks == 3:
+                running.remove(self)
+            return self.looks >= 3
+
+        def stdout(self) -> str:
+            return "submitit INFO: begun\nplan\n"
+
+        def results(self) -> list[str]:
+            return ["returned"]
+
+    class Executor(submitit.LocalExecutor):
+        def submit(self, *_: object) -> Job:
+            running.append(Job())
+            most.append(len(running))
+            seen.append(self.parameters["visible_gpus"])
+            return running[-1]
+
+    monkeypatch.setattr(submitit, "LocalExecutor", Executor)
+    monkeypatch.setattr(cu_runner_jobs, "POLL", 0)
+    monkeypatch.setattr(side_by_side, "places_for", lambda *_: ["3", "5"])
+    params = {"submitit_folder": str(tmp_path / "%j"), "timeout_min": 5}
+    launcher = cu_runner_jobs.LocalProcesses(None, **params)
+    settings = {"device": "auto", "num_threads": None, "hydra": {"sweep": {"dir": str(tmp_path)}}}
+    launcher.config = OmegaConf.create(settings)
+    assert launcher.launch([["seed=0"], ["seed=1"], ["seed=2"]], 0) == ["returned"] * 3
+    assert (max(most), seen) == (2, [("3",), ("5",), ("3",)])
+    assert capsys.readouterr().out.splitlines() == [
+        "3 jobs, 2 at a time (hydra.launcher.at_once)",
+        *["plan"] * 3,
+    ]
 
 
 def test_listed_jobs(in_process, run_copy, tmp_path):
