@@ -109,7 +109,7 @@ def make_run(
             row = {
                 "request": index,
                 "concept": targets[index - 1] if index else "",
-                "UA": 90.0 + 2 * index if index else None,
+                "UA": min(90.0 + 2 * index, 100.0) if index else None,
                 "RA_I": 100.0 - index - seed,
                 "RA_C": 80.0 - index,
                 "RA_C_retained": 70.0,
