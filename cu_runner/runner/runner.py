@@ -137,7 +137,7 @@ class Runner:
         started = time.monotonic()
         files, metrics = self.instruments.measure(0, [], "", self.cache)
         seconds = {"train": 0.0, "eval": time.monotonic() - started}
-        step = self._commit(0, None, files, self._row(None, metrics, seconds), seconds, None)
+        step = self._commit(None, files, self._row(None, metrics, seconds), seconds, None)
         if (weak := unrecognised(step.row)) and distributed.is_main():
             logger.warning(
                 "   the untouched model is hardly recognised (%s): what it does not show cannot be "
@@ -174,9 +174,7 @@ class Runner:
         seconds = {"train": trained - started, "eval": time.monotonic() - trained}
         row = self._row(request, metrics, seconds, drift(delta), step_l2, training.steps)
         with self.stop.deferred():
-            step = self._commit(
-                request.index, request, files | seen, row, seconds, parent, training
-            )
+            step = self._commit(request, files | seen, row, seconds, parent, training)
             self._checkpoint.remove()
         return step
 
@@ -315,7 +313,6 @@ class Runner:
 
     def _commit(
         self,
-        index: int,
         request: Request | None,
         files: dict[str, bytes],
         row: Row,
@@ -325,7 +322,7 @@ class Runner:
     ) -> StepRecord:
         """Save a step, mirror it, and say what it brought."""
         result = StepResult(
-            index=index,
+            index=row.request,
             files=files,
             row=row,
             targets=[concept.name for concept in request.targets] if request else [],
@@ -338,7 +335,7 @@ class Runner:
         self._mirror(step)
         logger.info("%s", describe(row, len(self.parts.requests)))
         if note := step.training.method.get("note"):
-            logger.warning("   request %d: %s", index, note)
+            logger.warning("   request %d: %s", row.request, note)
         return step
 
     def _mirror(self, step: StepRecord) -> None:
