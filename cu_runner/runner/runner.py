@@ -251,9 +251,7 @@ class Runner:
 
     def after_step(self, training: Training, early_stop: EarlyStop, saved: SavedState) -> None:
         """Mirror a training step; decide whether training ends, is saved, or stops after it."""
-        if self._first_step is None:
-            self._first_step = time.time() - psutil.Process().create_time()
-            logger.debug("first training step %.1f s after the start", self._first_step)
+        self._note_first_step()
         self.tracker.log_step(saved.request.index, training.last)
         training.ended = early_stop(training.done)
         last = training.ended or training.done == training.steps
@@ -285,6 +283,13 @@ class Runner:
             if merged is not None:
                 return self.weights.place(merged)
         return None
+
+    def _note_first_step(self) -> None:
+        if self._first_step is None:
+            self._first_step = time.time() - psutil.Process().create_time()
+            logger.debug(
+                "first training step %.1f s after the start of the process", self._first_step
+            )
 
     def _row(
         self,
