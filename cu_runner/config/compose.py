@@ -26,6 +26,7 @@ from cu_runner.config.resolvers import (
     combination,
     entries_of,
     regularizer_cell,
+    regularizers,
     training_cell,
     tuned_cell,
 )
@@ -131,12 +132,12 @@ def notes_on(config: DictConfig) -> Iterator[str]:
             f"conf/tuned/{sequence}.yaml was made on model={', '.join(models)} and this run has "
             f"model={model}: its step sizes and weights may destroy it; give train.lr=... yourself"
         )
-    regularizers = "+".join(str(name) for name in config.reg)
+    chosen = "+".join(regularizers(config))
     known = regularizer_cell(config) is not None
     known = known or combination(config) in entries_of(config, "training")
-    if regularizers and not known:
+    if chosen and not known:
         yield (
-            f"conf/tuned has no settings of method={method} with reg={regularizers} for "
+            f"conf/tuned has no settings of method={method} with reg={chosen} for "
             f"sequence={sequence}: those of conf/reg are taken, which may do little or too much"
         )
 

@@ -50,7 +50,12 @@ def training_cell(config: DictConfig) -> ConfigTree:
 
 def combination(config: DictConfig) -> str:
     """Return the method and its regularizers as conf/training names them: "conabl+gradproj"."""
-    return "+".join([choice("method"), *(str(name) for name in config.reg)])
+    return "+".join([choice("method"), *regularizers(config)])
+
+
+def regularizers(config: DictConfig) -> list[str]:
+    """Return the chosen regularizers by name, in their order; an entry without a class is none."""
+    return [str(name) for name, node in config.reg.items() if node and "_target_" in node]
 
 
 def method_cells(config: DictConfig) -> dict[str, ConfigTree]:
@@ -68,7 +73,7 @@ def entries_of(config: DictConfig, *keys: str) -> dict[str, ConfigTree]:
 
 def regularizer_cell(config: DictConfig) -> ConfigTree | None:
     """Return the entry for the chosen regularizers, in their order; None if there is none."""
-    return method_cells(config).get("+".join(str(name) for name in config.reg) or "none")
+    return method_cells(config).get("+".join(regularizers(config)) or "none")
 
 
 def concepts(*, _root_: DictConfig) -> DictConfig:
