@@ -183,7 +183,13 @@ def test_alone_a_process_is_the_only_one():
     assert not distributed.any_of(False)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(cell, marks=pytest.mark.slow) if cell in ("rgd", "likelihood") else cell
+        for cell in CELLS
+    ],
+)
 def test_two_processes_make_what_one_makes(in_process, tmp_path, cell):
     status, out, err = in_process(*COMMON, *CELLS[cell], "paths.outputs=one")
     assert (status, err) == (0, "")

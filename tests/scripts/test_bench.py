@@ -68,6 +68,7 @@ def number(pattern: str, line: str) -> float:
     return float(found[1])
 
 
+@pytest.mark.slow
 def test_a_request_is_measured_with_the_whole_sequence_and_the_rest_projected(bench):
     """12 images of the untouched model: its two targets and its retained concept; 8 after request
     1.
