@@ -10,7 +10,7 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def read_records(path: Path) -> list:
-    """Every record of a .wandb file, through W&B's own message type."""
+    """Every whole record of a .wandb file, through W&B's own message type."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, position, records, part = path.read_bytes(), HEADER, [], b""
@@ -21,8 +21,11 @@ def read_records(path: Path) -> list:
             continue
         _, length, kind = struct.unpack("<IHB", content[position : position + HEADER])
         assert kind in (FULL, FIRST, MIDDLE, LAST)
-        part += content[position + HEADER : position + HEADER + length]
-        position += HEADER + length
+        end = position + HEADER + length
+        if end > len(content):  # is being written
+            break
+        part += content[position + HEADER : end]
+        position = end
         if kind in (FULL, LAST):
             record = Record()
             record.ParseFromString(part)
