@@ -10,9 +10,11 @@ from cu_runner.concepts.requests import Request
 from cu_runner.concepts.sequence import Sequence
 from cu_runner.config.run_config import RunConfig
 from cu_runner.evaluators.base import Evaluator
+from cu_runner.evaluators.evaluate import check_labels
 from cu_runner.methods.base import Method
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.regularizers.base import Regularizer
+from cu_runner.request.token_limit import check_prompts
 from cu_runner.retention.base import Retention
 from cu_runner.runtime import distributed
 from cu_runner.runtime.progress import slow
@@ -35,7 +37,12 @@ class RunParts:
 
 
 def build_parts(plan: RunConfig, device: str) -> RunParts:
-    """Build every part of a run, what is quick first. Raises ValueError or OSError."""
+    """Build every part of a run, what is quick first.
+
+    Raises:
+        ValueError: a part cannot be built, or parts do not go together: the evaluator does not know
+            a concept, or the model does not read it in its prompts. OSError: a file is missing.
+    """
     sequence = plan.sequence.build()
     requests = plan.requests(sequence)
     method = plan.method.build()
@@ -49,6 +56,8 @@ def build_parts(plan: RunConfig, device: str) -> RunParts:
     prepare(model, plan.spine.speed, plan.spine.train)
     with slow("loading the evaluator"):
         evaluator = plan.evaluator.build(device=device)
+    check_labels(sequence, evaluator)
+    check_prompts(model, sequence)
     retention = plan.retention.build(device=device) if plan.retention else None
     return RunParts(model, evaluator, retention, sequence, requests, method, regularizers)
 

@@ -196,6 +196,12 @@ def test_what_would_steer_a_terminal_is_shown(capsys):
     assert err == "\\x07\n"
 
 
+def test_a_run_that_the_evaluator_cannot_judge_leaves_nothing_for_wandb(in_process, tmp_path):
+    found = in_process("sequence=smoke", "sequence.targets=[on,no]", "wandb.mode=offline")
+    assert_one_line((found[0], "", found[2]), 2, ["the evaluator has no style 'on'"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_combination_file_tuned_for_a_regularizer_that_is_not_selected(in_process, tmp_path):
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "strong.yaml").write_text(
