@@ -41,10 +41,10 @@ test-fast: setup  ## for whoever edits: the tests that start no command, and one
 test-all: setup  ## the tests and the slow ones, every example of the fuzzing; 13 minutes on two cores
 	@CU_FUZZ=1 $(TESTS) -m 'not slurm and not faults'
 
-test-slurm: setup  ## sweeps on a SLURM of one node: pre-empted, out of time, cancelled; needs root and slurm-wlm, munge
+test-slurm: setup  ## sweeps on a SLURM of one node: pre-empted, out of time, cancelled; ten minutes; needs root and slurm-wlm, munge
 	@$(BIN)/python -m pytest -m slurm tests/sweeps/test_slurm.py
 
-test-faults: setup  ## two hundred kills, damage of every file, a full disk at every write; prints the counts
+test-faults: setup  ## two hundred kills, damage of every file, a full disk at every write; prints the counts; seven minutes
 	@$(BIN)/python -m pytest -m faults tests
 
 lint: setup  ## ruff, import-linter and mypy; mypy reads torch's types once, for minutes, and then takes seconds
