@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from cu_runner import __version__
 from cu_runner.runtime.lazy import diffusers, transformers
 from cu_runner.runtime.signals import Stopped
+from cu_runner.schema.errors import one_line
 from cu_runner.schema.secrets import redact
 from cu_runner.schema.words import printable
 
@@ -149,7 +150,11 @@ def logging_to(path: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         asked = isinstance(error, Stopped | KeyboardInterrupt)  # no traceback for that
-        said = ("stopped by %r", (error,), None if asked else sys.exc_info())
+        said = (
+            ("stopped: %s", (one_line(error),), None)
+            if asked
+            else ("stopped by %r", (error,), sys.exc_info())
+        )
         file.handle(package.makeRecord(__name__, logging.ERROR, "", 0, *said))
         vars(error)["log"] = path  # for the line that tells of it
         raise

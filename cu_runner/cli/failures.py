@@ -49,7 +49,7 @@ NOISE = re.compile(
 )
 
 
-def explain_error(error: Exception, overrides: list[str]) -> tuple[int, str]:
+def explain_error(error: BaseException, overrides: list[str]) -> tuple[int, str]:
     """Return the exit status (2 configuration, 1 run) and the message of what a user can mend.
 
     What a user cannot mend is raised again.
@@ -99,14 +99,14 @@ def explain_error(error: Exception, overrides: list[str]) -> tuple[int, str]:
     raise error
 
 
-def explain_own(error: Exception) -> tuple[int, str]:
+def explain_own(error: BaseException) -> tuple[int, str]:
     """Return status and message of what a user's own code raised: where, and what holds more."""
     where = f"{place_of(error)}: {type(error).__name__}"
     said = f"{where}: {one_line(error)}; raised in your own code, {where_more_is(error)}"
     return 1 if "log" in vars(error) else 2, said
 
 
-def where_more_is(error: Exception) -> str:
+def where_more_is(error: BaseException) -> str:
     """Return what holds the traceback of an error: the log of a run that had begun."""
     log = vars(error).get("log")
     return f"{log} holds the traceback" if log else f"{DEBUG}=1 shows the traceback"
@@ -261,7 +261,9 @@ def one_line_failures(
     except KeyboardInterrupt:
         tell(f"{program}: interrupted; finished requests are kept. {again} resume")
         sys.exit(130)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and not raised_in(error, allowed_in(sys.argv[1:])):
+            raise
         if os.environ.get(DEBUG) == "1":
             tell("".join(traceback.format_exception(error)).rstrip())
         status, message = explain_error(error, sys.argv[1:])

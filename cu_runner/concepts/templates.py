@@ -40,9 +40,6 @@ def check_template(template: str, key: str, needed: Iterable[str], known: Iterab
     """Raise ValueError unless a template holds what it needs, and besides only what is known."""
     found, needed = PLACEHOLDER.findall(template), list(needed)
     allowed = list(dict.fromkeys([*needed, *known]))
-    if missing := [name for name in needed if name not in found]:
-        listed = ", ".join(f"{{{name}}}" for name in missing)
-        raise ValueError(f"{key}: {template!r} lacks the placeholder {listed}")
     if "{" in (rest := PLACEHOLDER.sub("", template)) or "}" in rest:
         raise ValueError(f"{key}: {template!r} has a brace without its other half")
     if strange := [name for name in found if name not in allowed]:
@@ -50,3 +47,6 @@ def check_template(template: str, key: str, needed: Iterable[str], known: Iterab
             f"{key}: {template!r} has the unknown placeholder {{{strange[0]}}}; allowed: "
             + ", ".join(f"{{{name}}}" for name in allowed)
         )
+    if missing := [name for name in needed if name not in found]:
+        listed = ", ".join(f"{{{name}}}" for name in missing)
+        raise ValueError(f"{key}: {template!r} lacks the placeholder {listed}")

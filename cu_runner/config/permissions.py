@@ -29,7 +29,7 @@ from cu_runner.schema.secrets import refuse_secrets
 from cu_runner.schema.validate import validate
 from cu_runner.schema.values import ConfigTree, walk_leaves
 from cu_runner.schema.words import Matches
-from cu_runner.schema.yaml_files import check_tree
+from cu_runner.schema.yaml_files import check_depth, check_tree
 
 MODULE = "the name of a module as Python imports it: package.module"
 ModuleName = Annotated[str, Matches(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", MODULE)]
@@ -62,6 +62,8 @@ def check_command(arguments: list[str]) -> Namespace:
     if options.config_dir and not Path(options.config_dir).is_dir():
         raise ConfigError(f"--config-dir {options.config_dir}: no such directory")
     refuse_long_keys(options.overrides)
+    for override in options.overrides:
+        check_depth(key_of(override), override)
     for folder in (options.config_dir, *searched_folders(options.overrides)):
         if folder:
             check_tree(Path(folder.removeprefix("file://")))

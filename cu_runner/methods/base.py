@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.request.scope import Resumable, Scope
-from cu_runner.runtime.lazy import nn
+from cu_runner.runtime.lazy import nn, torch
+from cu_runner.schema.errors import TrainingError
 from cu_runner.schema.settings import ParameterGroup
 
 if TYPE_CHECKING:
@@ -72,9 +73,25 @@ class Method(Resumable, ABC, Generic[Batch]):
 
         Override for an inner loop or several gradients. The weights must come out as they went in.
         """
-        loss, logs = self.loss(scope, batch)
+        loss, logs = self._checked(self.loss(scope, batch))
         loss.backward()
         return {"loss": loss.item(), **logs}
+
+    def _checked(self, found: object) -> tuple[Tensor, dict[str, float]]:
+        """Return what loss() returned. Raises TrainingError for anything but a loss and logs."""
+        match found:
+            case (torch.Tensor() as loss, dict() as logs) if loss.numel() == 1:
+                if loss.requires_grad:
+                    return loss, logs
+                what = "a loss without gradient"
+            case (torch.Tensor() as loss, dict()):
+                what = f"a loss of {loss.numel()} numbers"
+            case _:
+                what = f"a {type(found).__name__}"
+        raise TrainingError(
+            f"{type(self).__name__}.loss returns {what}; return (loss, logs): a tensor of one "
+            "number, computed from the trained weights, and a mapping of what to log"
+        )
 
     def on_gradients(self, params: dict[str, nn.Parameter]) -> None:
         """Change the gradients in place after the backward pass, before the regularizers do."""

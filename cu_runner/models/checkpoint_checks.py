@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from string import ascii_lowercase
 from typing import TYPE_CHECKING
 
 from cu_runner.schema.errors import ModelError
@@ -26,6 +27,7 @@ CLASSES = {  # component -> classes that are known
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }
+SHORTEST = 3  # tokens of a prompt: the first, the last, and one of a word
 UNET_INPUTS = {  # key of the UNet's configuration -> the input that it asks for
     "time_cond_proj_dim": "the guidance scale, as models distilled with guidance do (LCM)",
     "num_class_embeds": "a class label beside the prompt",
@@ -108,10 +110,11 @@ def mismatches(parts: Components) -> Iterator[str]:
 def mismatches_of_vae(parts: Components) -> Iterator[str]:
     """Yield why latents cannot be made of images by this autoencoder, or images of latents."""
     config, factor = parts.vae.config, parts.vae.config.scaling_factor
-    if config.latents_mean is not None or config.latents_std is not None:
+    shifts = [key for key in ("latents_mean", "latents_std", "shift_factor") if config.get(key)]
+    if shifts:
         yield (
-            "vae shifts its latents (latents_mean, latents_std); Stable Diffusion 1, 2 and SDXL do "
-            "not, and other models are not known"
+            f"vae shifts its latents ({', '.join(shifts)}); Stable Diffusion 1, 2 and SDXL do not, "
+            "and other models are not known"
         )
     if (config.in_channels, config.out_channels) != (3, 3):
         yield (
@@ -128,10 +131,21 @@ def mismatches_of_text(
     """Yield why a tokenizer does not make the tokens that its text encoder reads."""
     ids, added = tokenizer.get_vocab(), tokenizer.added_tokens_encoder
     most, config = tokenizer.model_max_length, encoder.config
+    if not isinstance(most, int) or most < SHORTEST:
+        yield (
+            f"{name} has model_max_length={most!r}; it must be a whole number from {SHORTEST} on: "
+            "correct tokenizer_config.json"
+        )
+        return
     if not set(ids) - set(added):
         yield (
             f"{name} has no vocabulary, so that every prompt is the same; it needs vocab.json and "
             "merges.txt, or tokenizer.json"
+        )
+    elif unread := unread_letters(tokenizer):
+        yield (
+            f"{name} has no token of {unread}: words would all read as its unknown token; its "
+            "vocabulary is not whole"
         )
     elif max(ids.values()) >= config.vocab_size:
         yield (
@@ -149,6 +163,14 @@ def mismatches_of_text(
             f"{name} has {several[0]}, which stands for several vectors (textual inversion): it "
             f"would be read as one; write {several[0]} {several[0]}_1 ... under other names"
         )
+
+
+def unread_letters(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the small letters that a tokenizer has no token of, all in one word."""
+    read = {
+        letter: tokenizer(letter, add_special_tokens=False).input_ids for letter in ascii_lowercase
+    }
+    return "".join(letter for letter in read if tokenizer.unk_token_id in read[letter])
 
 
 def mismatches_of_noise(parts: Components) -> Iterator[str]:

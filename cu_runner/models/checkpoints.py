@@ -25,7 +25,7 @@ from cu_runner.models.weight_files import (
     refuse_strangers,
 )
 from cu_runner.runtime.lazy import diffusers, torch, transformers
-from cu_runner.schema.errors import ModelError, first_line
+from cu_runner.schema.errors import ModelError, first_line, one_line
 
 Network = TypeVar("Network")
 
@@ -75,7 +75,7 @@ def read_directory(
         asked: what replaces values of the scheduler's configuration.
     """
     try:
-        index = json.loads((root / "model_index.json").read_text(encoding="utf-8"))
+        index = json.loads((root / "model_index.json").read_text(encoding="utf-8-sig"))
         entries = index.items()
     except (OSError, ValueError, AttributeError):
         raise ModelError(
@@ -143,6 +143,22 @@ def read_scheduler(
         raise ModelError(f"{file}: the scheduler {name}: {error}") from None
 
 
+def reason_of(error: Exception, directory: Path) -> str:
+    """Return why weights could not be loaded, without a library's advice to its own callers."""
+    said = one_line(error)
+    if "ignore_mismatched_sizes" in said:
+        shapes = re.search(r"because (.*?)\. If you want", said)
+        differ = f" ({shapes[1].replace('torch.Size', '')})" if shapes else ""
+        return f"the weights do not fit config.json{differ}"
+    if said.startswith(("Unable to load weights", "Error while deserializing")):
+        return "the weight file is damaged or empty; copy it again"
+    if isinstance(error, ArithmeticError):
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        zeros = [key for key, value in config.items() if value == 0 and not isinstance(value, bool)]
+        return f"config.json has 0 for {' or '.join(zeros) or 'a size'}, which must be above 0"
+    return said
+
+
 def load_weights(
     kind: type[Network], directory: Path, allow_pickle: Sequence[str] | None = None
 ) -> Network:
@@ -170,7 +186,7 @@ def load_weights(
         )
     except Exception as error:  # damaged files raise many types; the line says which component
         raise ModelError(
-            f"{directory}: cannot be loaded as {kind.__name__}: {first_line(error)}"
+            f"{directory}: cannot be loaded as {kind.__name__}: {reason_of(error, directory)}"
         ) from error
     strangers = sorted(name for name in info["unexpected_keys"] if not REST_OF_CLIP.fullmatch(name))
     refuse_adapters(directory, strangers)

@@ -14,8 +14,8 @@ LOG = "run.log"
 TAIL = 65_536  # bytes of a log in which its last line is looked for: a traceback may stand behind
 MOST = 400  # characters of a reason
 LINE = re.compile(r"[\d-]{10} [\d:,]{12} \w+ [\w.]+: (.*)")  # a line of the log with its time
-STOPPED = re.compile(r"stopped by (\w+)\((.*)\)")
-ASKED = ("Stopped", "KeyboardInterrupt")  # a person or the cluster ended it
+FAILED = re.compile(r"stopped by (\w+)\((.*)\)")
+ASKED = "stopped: "  # a person or the cluster ended it
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ def outcome_of(directory: Path, noted: str | None) -> Outcome:
     if is_held(directory / LOCK):
         return Outcome("runs now")
     last = last_entry(directory / LOG)
-    if found := STOPPED.fullmatch(last):
+    if last.startswith(ASKED):
+        return Outcome("stopped")
+    if found := FAILED.fullmatch(last):
         name, said = found.groups()
-        if name in ASKED:
-            return Outcome("stopped")
         return Outcome("failed", shorten(words_of(said) or name))
     if noted:
         return Outcome("failed", shorten(noted))

@@ -62,6 +62,9 @@ def forecast(plan: RunConfig) -> str:
     Raises:
         ValueError, StoreError: what the run itself would refuse.
     """
+    plan.method.build()  # which refuses settings that do not go together, as those below do
+    for regularizer in plan.regularizers.values():
+        regularizer.build()
     device, work, spine = device_name(choose_device(plan.spine)), work_of(plan), plan.spine
     begun = read_run(plan.directory) if (plan.directory / "steps/00/step.json").exists() else None
     if begun is not None and not spine.allow_other_code:

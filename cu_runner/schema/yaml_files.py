@@ -79,6 +79,16 @@ def deepest(text: bytes) -> int:
     return most
 
 
+def check_depth(key: str, text: str) -> None:
+    """Raise ConfigError for a value of the command line that is too deep to be read."""
+    depth = most = 0
+    for mark in text:
+        depth += (mark in "[{") - (mark in "]}")
+        most = max(most, depth)
+    if most > DEEPEST:
+        raise ConfigError(f"{key}: has {most} levels inside of one another; at most {DEEPEST}")
+
+
 def count_values(node: yaml.Node, known: dict[int, int]) -> int:
     """Return the number of values that a node stands for; a node inside of itself is endless."""
     if id(node) not in known:

@@ -86,7 +86,12 @@ class Cache:
             directory.mkdir(parents=True, exist_ok=True)
 
             def say(holder: str) -> None:
-                logger.warning("%s: %s writes it; waiting for that", directory, holder)
+                logger.warning(
+                    "%s: %s writes it; waiting for that, %g s at most, then going on without it",
+                    directory,
+                    holder,
+                    GIVE_UP_AFTER - SAY_AFTER,
+                )
 
             with waited_for(directory / LOCK, SAY_AFTER, GIVE_UP_AFTER, say) as held:
                 for name, content in {**files, "index.json": index}.items() if held else ():

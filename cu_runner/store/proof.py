@@ -64,6 +64,7 @@ def metrics_of(run: RunRecord, index: int, predictions: pd.DataFrame) -> dict[st
     sequence = run.config["sequence"]
     domain, cross = str(sequence["domain"]), str(sequence["cross_domain"])
     measured = f"predicted_{cross}" in predictions
+    predictions[["prompt", "seed", f"score_{domain}", *([f"score_{cross}"] * measured)]]  # KeyError
     return named_metrics(
         predictions,
         run.unlearned(index) if index else [],

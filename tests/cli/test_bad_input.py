@@ -196,6 +196,12 @@ def test_what_would_steer_a_terminal_is_shown(capsys):
     assert err == "\\x07\n"
 
 
+def test_dry_run_refuses_settings_that_do_not_go_together(in_process):
+    words = ["dry_run=true", "reg=gradproj", "reg.gradproj.contexts=['{concept.__class__}']"]
+    said = ["reg.gradproj.contexts", "has the unknown placeholder {concept.__class__}; allowed: "]
+    assert_one_line(in_process(*SMOKE, *words), 2, said)
+
+
 def test_a_run_that_the_evaluator_cannot_judge_leaves_nothing_for_wandb(in_process, tmp_path):
     found = in_process("sequence=smoke", "sequence.targets=[on,no]", "wandb.mode=offline")
     assert_one_line((found[0], "", found[2]), 2, ["the evaluator has no style 'on'"])

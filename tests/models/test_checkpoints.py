@@ -113,6 +113,7 @@ def test_a_pickle_that_would_run_code_does_not(pipeline_of, tmp_path):
     [
         ("unet/config.json", {"cross_attention_dim": 32}, "cannot be loaded|must match"),
         ("vae/config.json", {"latents_mean": [0.0] * 4}, "vae shifts its latents"),
+        ("vae/config.json", {"shift_factor": 0.5}, r"vae shifts its latents \(shift_factor\)"),
         (
             "scheduler/scheduler_config.json",
             {"prediction_type": "sample"},

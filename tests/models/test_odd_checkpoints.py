@@ -245,6 +245,42 @@ def test_a_unet_that_asks_for_more(pipeline_of, kind, change, message):
             "tokenizer has model_max_length=99, and its text encoder reads 77 tokens",
         ),
         (
+            "sd15",
+            "tokenizer/tokenizer_config.json",
+            {"model_max_length": "x"},
+            "tokenizer has model_max_length='x'; it must be a whole number from 3 on",
+        ),
+        (
+            "sd15",
+            "tokenizer/tokenizer_config.json",
+            {"model_max_length": 0},
+            "tokenizer has model_max_length=0; it must be a whole number from 3 on",
+        ),
+        (
+            "sd15",
+            "text_encoder/config.json",
+            {"num_attention_heads": 3},
+            r"text_encoder: cannot be loaded as CLIPTextModel: .* is not a multiple of the number",
+        ),
+        (
+            "sd15",
+            "text_encoder/config.json",
+            {"max_position_embeddings": 8},
+            "text_encoder: cannot be loaded as CLIPTextModel: the weights do not fit config.json$",
+        ),
+        (
+            "sd15",
+            "unet/config.json",
+            {"out_channels": 8},
+            r"the weights do not fit config.json \(conv_out.* expected shape .* but got .*\)$",
+        ),
+        (
+            "sd15",
+            "unet/config.json",
+            {"norm_num_groups": 0},
+            "config.json has 0 for .*norm_num_groups.*, which must be above 0$",
+        ),
+        (
             "sdxl",
             "tokenizer_2/tokenizer_config.json",
             {"model_max_length": 50},
@@ -261,6 +297,14 @@ def test_what_no_pipeline_would_notice(pipeline_of, kind, file, change, message)
 def without_vocabulary(directory: Path) -> None:
     for name in ("vocab.json", "merges.txt"):
         (directory / name).unlink()
+
+
+def without_letters(directory: Path) -> None:
+    """Leaves the begin and end of a text, and the marks that stand for bytes but letters."""
+    path = directory / "vocab.json"
+    words = [word for word in json.loads(path.read_text()) if not word[0].isalpha()]
+    path.write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
 
 
 def without_length(directory: Path) -> None:
@@ -289,10 +333,20 @@ def with_strange_tokens(directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
+@pytest.mark.parametrize("size", [0, 1000])
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_weight_file_that_breaks_off(pipeline_of, part, size):
+    directory = pipeline_of("sd15")
+    path = find_weights(directory / part).paths[0]
+    path.write_bytes(path.read_bytes()[:size])
+    refused(directory, f"{part}: cannot be loaded as .*: the weight file is damaged or empty; copy")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (without_vocabulary, "tokenizer has no vocabulary, so that every prompt is the same"),
+        (without_letters, "tokenizer has no token of abcdefghijklmnopqrstuvwxyz: words would all"),
         (without_length, "tokenizer has no model_max_length, and its text encoder reads 77 tokens"),
         (with_placeholder, "tokenizer has <cat>, which stands for several vectors"),
         (with_strange_tokens, "tokenizer has tokens up to number 6514, and its text encoder 6514"),

@@ -54,6 +54,7 @@ def run_own(in_process, filled_cache, tmp_path, monkeypatch):
         ("open('/nowhere/file')", "FileNotFoundError: "),
         ("return total.reshape(7, 7), {}", "RuntimeError: "),
         ("raise KeyError('name')", "KeyError: 'name'"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
         ("assert False, 'never'", "AssertionError: never"),
         ("raise BrokenPipeError(32, 'gone')", "BrokenPipeError: "),
         ("import yaml; yaml.safe_load('a: b: c')", "ScannerError: mapping values"),
@@ -71,6 +72,22 @@ def test_what_its_code_raises_is_told_with_file_and_line(run_own, tmp_path, line
     assert f"{log.relative_to(tmp_path)} holds the traceback" in err
     assert "Traceback" in log.read_text()
     assert "Traceback" not in out
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("return total", "a Tensor"),
+        ("pass", "a NoneType"),
+        ("return total, 1", "a tuple"),
+        ("return total.expand(4), {{}}", "a loss of 4 numbers"),
+        ("return total.detach(), {{}}", "a loss without gradient"),
+    ],
+)
+def test_what_is_no_loss_and_logs_is_refused_by_name(run_own, line, what):
+    status, _, err = run_own(METHOD.format(line=line.format()))
+    assert (status, err.count("\n")) == (1, 1), err
+    assert err.startswith(f"cu-run: Own.loss returns {what}; return (loss, logs): a tensor of one ")
 
 
 def test_cu_doctor_tells_where_ones_code_fails():

@@ -70,8 +70,8 @@ def test_a_tree_of_too_many_files_is_refused(tmp_path, monkeypatch):
     [
         (f"seed={'9' * 400}", "seed: a whole number of 400 digits; at most 18"),
         (f"train.steps={10**18}", "train.steps: a whole number of 19 digits"),
-        (f"+wandb.x={'{a: ' * 400}1{'}' * 400}", "cannot be composed"),
-        (f"seed={'[' * 300}1{']' * 300}", "cannot be composed"),
+        (f"+wandb.x={'{a: ' * 400}1{'}' * 400}", "wandb.x: has 400 levels inside of one another"),
+        (f"seed={'[' * 300}1{']' * 300}", "seed: has 300 levels inside of one another; at most 40"),
     ],
     ids=lambda text: text[:12],
 )

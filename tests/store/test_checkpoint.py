@@ -331,7 +331,7 @@ def test_ctrl_c_saves_the_request_and_is_one_line_everywhere(
     assert err.startswith("cu-run: interrupted; what was done is kept.")
     (log,) = (tmp_path / "outputs/runs/smoke").glob("*/run.log")
     assert "Traceback" not in log.read_text()
-    assert log.read_text().count("interrupted") == 1
+    assert log.read_text().count("stopped: interrupted\n") == 1
     said = "SIGINT: what was done is being saved, then the run stops; ctrl-C stops it without that"
     assert out.count(said) == 1
     status, out, err = in_process(*chosen)

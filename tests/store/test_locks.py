@@ -23,6 +23,9 @@ from cu_runner.store.locks import LOCK, acquire, holder_of, is_held
 ENTRY = {LATENTS: to_safetensors({"latents": torch.ones(3)})}
 
 
+UNTIL = "waiting for that, 0.05 s at most, then going on without it"
+
+
 @pytest.fixture
 def log(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("cu_runner"), "propagate", True)
@@ -55,7 +58,7 @@ def test_who_holds_an_entry_is_said_and_not_waited_for_long(tmp_path, log, impat
     waiting, going_on = log.messages
     assert waiting.startswith(f"{entry}: process {os.getpid()} on ")
     assert "pytest" in waiting
-    assert waiting.endswith(f", in {os.getcwd()}) writes it; waiting for that")
+    assert waiting.endswith(f", in {os.getcwd()}) writes it; {UNTIL}")
     assert going_on == f"{entry}: is not let go of; this run goes on without it"
     assert (entry / LATENTS).read_bytes() == b"half"  # nobody writes beside the holder
     holder.release()
@@ -71,7 +74,7 @@ def test_a_lock_without_a_note(tmp_path, log, impatient):
     (entry / LOCK).write_text("")
     with FileLock(entry / LOCK):
         cache.put("anchors", KEY, ENTRY)
-    assert log.messages[0] == f"{entry}: a process that left no note writes it; waiting for that"
+    assert log.messages[0] == f"{entry}: a process that left no note writes it; {UNTIL}"
 
 
 @pytest.mark.parametrize("way", ["a file", "nothing may be written"])

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import safetensors.torch
 import torch
@@ -101,6 +102,15 @@ def test_weights_that_were_swapped_and_signed_anew_are_refused(run_copy, swap, s
     with pytest.raises(StoreError, match=r"02/delta\.safetensors: ") as caught:
         require_true(read_run(run_copy))
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("column", ["prompt", "seed", "score_style", "score_object"])
+def test_predictions_that_lack_a_column_and_were_signed_anew_are_refused(run_copy, column):
+    path = run_copy / "steps/02/predictions.csv"
+    pd.read_csv(path, dtype=str).drop(columns=column).to_csv(path, index=False)
+    forge(run_copy / "steps/02", lambda record: None)
+    with pytest.raises(StoreError, match=rf"predictions\.csv: gives no metrics .*{column}"):
+        require_true(read_run(run_copy))
 
 
 def test_a_run_is_not_continued_from_what_was_forged(in_process, call_command, run_copy):
