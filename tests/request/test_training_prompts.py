@@ -176,7 +176,7 @@ def test_a_word_is_no_pattern_and_its_replacement_no_template():
     [
         ("plain", "k: 'plain' lacks the placeholder {concept}"),
         ("{caption}", "k: '{caption}' lacks the placeholder {concept}"),
-        ("{concept", "k: '{concept' lacks the placeholder {concept}"),
+        ("{concept", "k: '{concept' has a brace without its other half"),
         ("{concept} {", "k: '{concept} {' has a brace without its other half"),
         ("}{concept}", "k: '}{concept}' has a brace without its other half"),
         (
