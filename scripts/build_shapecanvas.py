@@ -1,6 +1,6 @@
 """Build the embedded model from nothing: render, train every part, pack, and measure base accuracy.
 
-    python scripts/build_shapecanvas.py                    # resumes; an hour on two CPU cores
+    python scripts/build_shapecanvas.py                    # resumes; XX hours on two CPU cores
     python scripts/build_shapecanvas.py --device cuda      # the same recipe on a GPU
     python scripts/build_shapecanvas.py --only open_clip   # the image-text model alone
     python scripts/build_shapecanvas.py --only measure_clip  # how well that names images
@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import random
 import subprocess
 import sys
 import time
@@ -53,23 +54,27 @@ from cu_runner.evaluators.evaluate import evaluate
 from cu_runner.evaluators.open_clip import OpenClip
 from cu_runner.models.diffusion import load_model
 from cu_runner.schema.settings import EvalSettings, Sampler
+from cu_runner.shapecanvas.captions import FORMS, SYNONYMS, draw_caption, first_caption
 from cu_runner.shapecanvas.objects import OBJECTS
 from cu_runner.shapecanvas.render import IMAGE_SIZE, render
-from cu_runner.shapecanvas.styles import STYLES
+from cu_runner.shapecanvas.styles import STYLE_PARTS, STYLES
 
-TEXT_WIDTH, NUM_TOKENS = 128, 16
-LATENTS_PER_PAIR = 16  # renders of each (object, style) pair whose latents the UNet trains on
-STEPS = {"vae": 1200, "text": 1000, "style": 3000, "object": 3000, "unet": 6000, "open_clip": 1200}
+TEXT_WIDTH, NUM_TOKENS = 512, 20
+LATENTS_PER_PAIR = 12  # renders of each (object, style) pair whose latents the UNet trains on
+CAPTIONS_PER_PAIR = 7  # the first is the one that the model is judged by, the others are drawn
+PADDING_HIDDEN = 0.5  # how often the UNet sees no state behind a caption's last word
+STEPS = {"vae": 1500, "text": 1500, "style": 3000, "object": 3000, "unet": 10000, "open_clip": 1500}
 BATCH = {"vae": 32, "text": 96, "style": 64, "object": 64, "unet": 64, "open_clip": 96}
 PEAK_RATE = {
     "vae": 2e-3,
-    "text": 1e-3,
+    "text": 5e-4,
     "style": 2e-3,
     "object": 2e-3,
-    "unet": 1e-3,
+    "unet": 8e-4,
     "open_clip": 2e-3,
 }
-TEXT_SCALE = 10.0  # inverse temperature of the contrastive loss
+TEXT_SCALE = 20.0  # inverse temperature of the contrastive loss
+WORDS_WEIGHT = 0.3  # of the loss that has a caption's end name the caption's words
 SEED = {name: 1000 + index for index, name in enumerate(STEPS)}
 
 
@@ -84,13 +89,13 @@ PARTS = {
 # ------------------------------------------------------------
 # parts
 def make_vae() -> AutoencoderKL:
-    """64x64x3 images to 16x16x4 latents."""
+    """64x64x3 images to 16x16x6 latents."""
     return AutoencoderKL(
-        block_out_channels=(16, 32, 64),
+        block_out_channels=(24, 48, 96),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=6,
         norm_num_groups=8,
         sample_size=IMAGE_SIZE,
     )
@@ -101,10 +106,10 @@ def make_tokenizer() -> CLIPTokenizer:
 
     Other words fall into letters.
     """
-    words = sorted(
-        {word for name in (*STYLES, *OBJECTS) for word in name.split()}
-        | set(["an", "image", "in", "style", "the", "of"])
-    )
+    names = [*STYLES, *OBJECTS, *SYNONYMS.values()]
+    names += [style.description for style in STYLE_PARTS.values()]
+    names += [form.format(object="", style="") for forms in FORMS.values() for form in forms]
+    words = sorted({word for name in names for word in name.split()})
     letters = [chr(code) for code in range(33, 127)]
     vocabulary = letters + [letter + "</w>" for letter in letters]
     merges: list[tuple[str, str]] = []
@@ -137,8 +142,8 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
         intermediate_size=2 * TEXT_WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
+        num_hidden_layers=4,
+        num_attention_heads=8,
         max_position_embeddings=NUM_TOKENS,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -147,8 +152,8 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     encoder = CLIPTextModel(config)
     # Words start at unit length per channel, so that training on images moves them together but
     # each keeps a direction of its own, as the words of a large text encoder do. From the default
-    # of 0.02 the 120 styles end up spanning about 20 dimensions, and every style then lies in the
-    # span of the others, which no projection can tell apart.
+    # of 0.02 all styles end up spanning few dimensions, and every style then lies in the span of
+    # the others, which no projection can tell apart.
     embeddings = dict(encoder.named_parameters())
     nn.init.normal_(
         next(p for name, p in embeddings.items() if name.endswith("token_embedding.weight")),
@@ -162,16 +167,18 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_unet() -> UNet2DConditionModel:
-    """Return the layout of Stable Diffusion's UNet at 1/200 of its size.
+    """Return the layout of Stable Diffusion's UNet at 1/100 of its size.
 
-    Cross-attention at 8x8 and 4x4.
+    Cross-attention at 8x8 and 4x4, in eleven layers.
     """
     return UNet2DConditionModel(
         sample_size=IMAGE_SIZE // 4,
-        block_out_channels=(32, 64, 128),
+        in_channels=6,
+        out_channels=6,
+        block_out_channels=(48, 64, 128),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
+        layers_per_block=2,
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,
         norm_num_groups=16,
@@ -245,12 +252,6 @@ def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor
     styles = torch.randint(len(STYLES), (count,), generator=generator)
     images = render([OBJECTS[i] for i in objects], [STYLES[i] for i in styles], generator)
     return images, objects, styles
-
-
-def caption(object_name: str | None, style: str | None) -> str:
-    """Return the caption of an image; None leaves the object or the style unsaid."""
-    start = "an image" if object_name is None else f"a {object_name} image"
-    return start if style is None else f"{start} in {style} style"
 
 
 def train(
@@ -349,8 +350,11 @@ def captioned(
     """
     images, objects, styles = draw(count, generator)
     silent = torch.rand(2, count, generator=generator) < unsaid
+    forms = random.Random(generator.initial_seed())
     captions = [
-        caption(None if silent[0, i] else OBJECTS[o], None if silent[1, i] else STYLES[s])
+        draw_caption(
+            None if silent[0, i] else OBJECTS[o], None if silent[1, i] else STYLES[s], forms
+        )
         for i, (o, s) in enumerate(zip(objects, styles, strict=True))
     ]
     match = (silent[0, :, None] | (objects[:, None] == objects)) & (
@@ -370,21 +374,32 @@ def contrast(logits: Tensor, match: Tensor) -> Tensor:
 
 
 def train_text(work: Path, device: str) -> CLIPTextModel:
-    """Contrastive training against a small image network; the text encoder is frozen afterwards."""
+    """Contrastive training against a small image network; the text encoder is frozen afterwards.
+
+    A second loss has the state at a caption's end name the caption's words. The looks of this world
+    have few dimensions; without it the end keeps those alone, and names become the same text.
+    """
     tokenizer = make_tokenizer()
     text = make_text_encoder(tokenizer).to(device)
     image = make_classifier(tuple(str(i) for i in range(TEXT_WIDTH))).to(
         device
     )  # its outputs are the image embedding
     project = nn.Linear(TEXT_WIDTH, TEXT_WIDTH, bias=False).to(device)
-    modules = nn.ModuleDict({"text": text, "image": image, "project": project})
+    words = nn.Linear(TEXT_WIDTH, len(tokenizer)).to(device)
+    modules = nn.ModuleDict({"text": text, "image": image, "project": project, "words": words})
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
 
     def loss_of(generator: torch.Generator) -> Tensor:
         images, captions, match = captioned(BATCH["text"], generator, 0.12)
         tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
-        text_embedding = F.normalize(project(text(tokens).pooler_output), dim=-1)
+        end = text(tokens).pooler_output
+        text_embedding = F.normalize(project(end), dim=-1)
         image_embedding = F.normalize(image(images.to(device) * 2 - 1).logits, dim=-1)
-        return contrast(TEXT_SCALE * text_embedding @ image_embedding.T, match.to(device))
+        said = torch.zeros(len(tokens), len(tokenizer), device=device).scatter_(1, tokens, 1.0)
+        said[:, special] = 0.0
+        return contrast(
+            TEXT_SCALE * text_embedding @ image_embedding.T, match.to(device)
+        ) + WORDS_WEIGHT * F.cross_entropy(words(end), said / said.sum(1, keepdim=True))
 
     train("text", modules, loss_of, work)
     return text.eval()
@@ -468,17 +483,45 @@ def cache_latents(vae: AutoencoderKL, work: Path, device: str) -> Tensor:
     return torch.load(path, weights_only=True)
 
 
+@torch.inference_mode()
+def encode_captions(
+    text: CLIPTextModel, tokenizer: CLIPTokenizer, device: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the UNet reads in training.
+
+    Half-precision states [objects + 1, styles + 1, CAPTIONS_PER_PAIR, L, D], index 0 where the
+    object or the style is unsaid; the position of the end token of each [.., .., ..]; the states
+    of the empty prompt [L, D].
+    """
+    forms = random.Random(5)
+    captions = [
+        first_caption(o, s) if form == 0 else draw_caption(o, s, forms)
+        for o in (None, *OBJECTS)
+        for s in (None, *STYLES)
+        for form in range(CAPTIONS_PER_PAIR)
+    ]
+    tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+    states = torch.empty(*tokens.shape, TEXT_WIDTH, dtype=torch.float16)
+    for start in tqdm(range(0, len(tokens), 256), desc="captions", ncols=88):
+        chunk = tokens[start : start + 256].to(device)
+        states[start : start + 256] = text(chunk).last_hidden_state.half().cpu()
+    shape = (len(OBJECTS) + 1, len(STYLES) + 1, CAPTIONS_PER_PAIR)
+    ends = (tokens == tokenizer.eos_token_id).int().argmax(dim=1)
+    blank = tokenizer("", padding="max_length", return_tensors="pt").input_ids.to(device)
+    return (
+        states.view(*shape, NUM_TOKENS, TEXT_WIDTH),
+        ends.view(shape),
+        text(blank).last_hidden_state[0],
+    )
+
+
 def train_unet(
     vae: AutoencoderKL, text: CLIPTextModel, work: Path, device: str
 ) -> UNet2DConditionModel:
     latents = cache_latents(vae, work, device)
     latents = latents / latents.std()
     tokenizer, scheduler = make_tokenizer(), make_scheduler()
-    names = [""] + [caption(o, s) for o in (None, *OBJECTS) for s in (None, *STYLES)]
-    tokens = tokenizer(names, padding="max_length", return_tensors="pt").input_ids.to(device)
-    with torch.inference_mode():
-        embeddings = text(tokens).last_hidden_state  # [captions, L, D]
-    embeddings = embeddings.clone()
+    states, ends, empty = encode_captions(text, tokenizer, device)
     unet = make_unet().to(device)
     average = make_unet().to(device)
     average.load_state_dict(unet.state_dict())
@@ -489,20 +532,24 @@ def train_unet(
         styles = torch.randint(len(STYLES), (count,), generator=generator)
         copies = torch.randint(LATENTS_PER_PAIR, (count,), generator=generator)
         clean = latents[objects, styles, copies].to(device)
-        said = torch.rand(3, count, generator=generator)
+        said = torch.rand(4, count, generator=generator)
+        form = torch.randint(1, CAPTIONS_PER_PAIR, (count,), generator=generator)
         row = (
-            torch.where(said[0] < 0.1, 0, objects + 1) * (len(STYLES) + 1)
-            + torch.where(said[1] < 0.1, 0, styles + 1)
-            + 1
+            torch.where(said[0] < 0.1, 0, objects + 1),
+            torch.where(said[1] < 0.1, 0, styles + 1),
+            torch.where(said[2] < 0.4, 0, form),
         )
-        row = torch.where(said[2] < 0.1, 0, row)  # the empty prompt, for classifier-free guidance
+        context, end = states[row].to(device).float(), ends[row].to(device)
+        hidden = (said[3] < PADDING_HIDDEN).to(device)[:, None]
+        hidden = hidden & (torch.arange(NUM_TOKENS, device=device) >= end[:, None])
+        # the empty prompt as a whole, for classifier-free guidance
+        hidden |= (torch.rand(count, generator=generator) < 0.1).to(device)[:, None]
+        context = torch.where(hidden[..., None], empty, context)
         noise = torch.randn(clean.shape, generator=generator).to(device)
         steps = torch.randint(1000, (count,), generator=generator)
         signal = scheduler.alphas_cumprod[steps].sqrt().view(-1, 1, 1, 1).to(device)
         sigma = (1 - signal**2).sqrt()
-        predicted = unet(
-            signal * clean + sigma * noise, steps.to(device), embeddings[row.to(device)]
-        ).sample
+        predicted = unet(signal * clean + sigma * noise, steps.to(device), context).sample
         return F.mse_loss(predicted, signal * noise - sigma * clean)  # v, Salimans & Ho 2022
 
     train("unet", nn.ModuleDict({"unet": unet}), loss_of, work, average)

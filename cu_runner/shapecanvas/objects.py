@@ -1,4 +1,4 @@
-"""The 20 objects of ShapeCanvas as signed distance functions.
+"""The 32 objects of ShapeCanvas as signed distance functions.
 
 Shapes: B batch, S image side in pixels. Each maps x, y [B, S, S], local coordinates of about -1..1
 with y downwards, to the distance from its outline [B, S, S], negative inside.
@@ -78,6 +78,33 @@ def _key(x: Tensor, y: Tensor) -> Tensor:
     return _union(bow, _rectangle(x, y, 0.35, 0, 0.57, 0.12), teeth)
 
 
+def _gear(x: Tensor, y: Tensor) -> Tensor:
+    teeth = [
+        _polygon(
+            x,
+            y,
+            [
+                (c * 0.5 - s * 0.14, s * 0.5 + c * 0.14),
+                (c - s * 0.1, s + c * 0.1),
+                (c + s * 0.1, s - c * 0.1),
+                (c * 0.5 + s * 0.14, s * 0.5 - c * 0.14),
+            ],
+        )
+        for c, s in ((math.cos(math.pi * i / 4), math.sin(math.pi * i / 4)) for i in range(8))
+    ]
+    return _without(_union(_circle(x, y, 0, 0, 0.72), *teeth), _circle(x, y, 0, 0, 0.3))
+
+
+def _umbrella(x: Tensor, y: Tensor) -> Tensor:
+    canopy = torch.maximum(_circle(x, y, 0, 0.05, 0.92), y - 0.05)
+    for centre in (-0.61, 0.0, 0.61):
+        canopy = _without(canopy, _circle(x, y, centre, 0.14, 0.27))
+    hook = torch.maximum(
+        _without(_circle(x, y, 0.2, 0.68, 0.28), _circle(x, y, 0.2, 0.68, 0.12)), 0.68 - y
+    )
+    return _union(canopy, _rectangle(x, y, 0, 0.25, 0.08, 0.45), hook)
+
+
 BOLT = [(0.15, -1.0), (-0.6, 0.18), (-0.08, 0.18), (-0.25, 1.0)]
 BOLT += [(0.6, -0.28), (0.06, -0.28), (0.55, -1.0)]
 CROWN = [(-0.9, -0.6), (-0.42, 0.02), (0, -0.75), (0.42, 0.02), (0.9, -0.6)]
@@ -133,6 +160,61 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "crown": lambda x, y: _polygon(x, y, CROWN),
     "mushroom": lambda x, y: _union(
         torch.maximum(_circle(x, y, 0, 0.05, 0.9), y - 0.05), _rectangle(x, y, 0, 0.45, 0.24, 0.42)
+    ),
+    "bell": lambda x, y: _union(
+        torch.maximum(_circle(x, y, 0, -0.3, 0.58), y + 0.2),
+        _polygon(x, y, [(-0.58, -0.3), (0.58, -0.3), (0.86, 0.55), (-0.86, 0.55)]),
+        _circle(x, y, 0, 0.66, 0.24),
+    ),
+    "kite": lambda x, y: _union(
+        _polygon(x, y, [(0, -0.98), (0.6, -0.3), (0, 0.45), (-0.6, -0.3)]),
+        _polygon(x, y, [(0, 0.4), (0.3, 0.95), (-0.3, 0.95)]),
+    ),
+    "ladder": lambda x, y: _union(
+        _rectangle(x, y, -0.45, 0, 0.11, 0.95),
+        _rectangle(x, y, 0.45, 0, 0.11, 0.95),
+        *[_rectangle(x, y, 0, height, 0.45, 0.1) for height in (-0.66, -0.22, 0.22, 0.66)],
+    ),
+    "hourglass": lambda x, y: _union(
+        _polygon(x, y, [(-0.62, -0.8), (0.62, -0.8), (0.06, 0), (-0.06, 0)]),
+        _polygon(x, y, [(-0.06, 0), (0.06, 0), (0.62, 0.8), (-0.62, 0.8)]),
+        _rectangle(x, y, 0, -0.84, 0.74, 0.12),
+        _rectangle(x, y, 0, 0.84, 0.74, 0.12),
+    ),
+    "umbrella": _umbrella,
+    "bottle": lambda x, y: _union(
+        _rectangle(x, y, 0, 0.35, 0.42, 0.6),
+        _polygon(x, y, [(-0.42, -0.25), (-0.15, -0.55), (0.15, -0.55), (0.42, -0.25)]),
+        _rectangle(x, y, 0, -0.72, 0.15, 0.25),
+    ),
+    "rocket": lambda x, y: _union(
+        _rectangle(x, y, 0, 0.1, 0.3, 0.55),
+        _polygon(x, y, [(0, -1.0), (0.3, -0.45), (-0.3, -0.45)]),
+        _polygon(x, y, [(-0.3, 0.1), (-0.72, 0.85), (-0.3, 0.65)]),
+        _polygon(x, y, [(0.3, 0.1), (0.72, 0.85), (0.3, 0.65)]),
+    ),
+    "flag": lambda x, y: _union(
+        _rectangle(x, y, -0.6, 0, 0.1, 0.97),
+        _polygon(x, y, [(-0.5, -0.95), (0.85, -0.9), (0.45, -0.5), (0.85, -0.05), (-0.5, -0.1)]),
+    ),
+    "cactus": lambda x, y: _union(
+        _rectangle(x, y, 0, 0, 0.2, 0.95),
+        _rectangle(x, y, -0.4, 0.15, 0.3, 0.13),
+        _rectangle(x, y, -0.6, -0.1, 0.13, 0.38),
+        _rectangle(x, y, 0.4, -0.1, 0.3, 0.13),
+        _rectangle(x, y, 0.6, -0.4, 0.13, 0.42),
+    ),
+    "cloud": lambda x, y: _union(
+        _circle(x, y, -0.48, 0.12, 0.4),
+        _circle(x, y, 0.0, -0.2, 0.5),
+        _circle(x, y, 0.5, 0.1, 0.42),
+        _rectangle(x, y, 0, 0.3, 0.5, 0.22),
+    ),
+    "gear": _gear,
+    "lamp": lambda x, y: _union(
+        _polygon(x, y, [(-0.35, -0.9), (0.35, -0.9), (0.75, -0.05), (-0.75, -0.05)]),
+        _rectangle(x, y, 0, 0.35, 0.09, 0.5),
+        _rectangle(x, y, 0, 0.84, 0.5, 0.12),
     ),
 }
 

@@ -1,7 +1,7 @@
 """The ShapeCanvas renderer: objects in styles, drawn from signed distance functions on the fly.
 
 The background alternates between the first two colours of the style's palette, the object between
-the last two, both along the texture.
+the last two, both along the texture; an outline of the style's own colour separates them.
 
 Shapes: B batch, S image side in pixels. Coordinates run over [-1, 1] from the top left corner, y
 downwards.
@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 from cu_runner.runtime.lazy import torch
 from cu_runner.shapecanvas.objects import SHAPES
-from cu_runner.shapecanvas.styles import STYLE_PARTS, TEXTURES, shade_colours
+from cu_runner.shapecanvas.styles import STYLE_PARTS, TEXTURES, style_colours
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 IMAGE_SIZE = 64
+OUTLINE_WIDTH = 2.2  # pixels
 
 
 def render(objects: list[str], styles: list[str], generator: torch.Generator) -> Tensor:
@@ -53,17 +54,23 @@ def render(objects: list[str], styles: list[str], generator: torch.Generator) ->
         distance[rows] = SHAPES[name](local_x[rows], local_y[rows]) * scale[rows]
 
     pattern = torch.empty(count, size, size)
-    phase, frequency = uniform[:, 4:8], between(8, 2.8, 3.4)
-    texture_names = [STYLE_PARTS[style][2] for style in styles]
+    fineness = torch.tensor([STYLE_PARTS[style].fineness for style in styles])[:, None, None]
+    phase, frequency = uniform[:, 4:8], between(8, 2.8, 3.2) * fineness
+    texture_names = [STYLE_PARTS[style].texture for style in styles]
     for name in set(texture_names):
         rows = torch.tensor([i for i, other in enumerate(texture_names) if other == name])
         pattern[rows] = TEXTURES[name](x[rows], y[rows], phase[rows], frequency[rows])
 
-    colours = torch.tensor([shade_colours(style) for style in styles])  # [B, 4, 3]
+    colours = torch.tensor([style_colours(style) for style in styles])  # [B, 5, 3]
     colours = colours[..., None, None]
     background = torch.lerp(colours[:, 0], colours[:, 1], pattern[:, None])
     foreground = torch.lerp(colours[:, 2], colours[:, 3], pattern[:, None])
     pixel = 2 / size
     coverage = (0.5 - distance / pixel).clamp(0, 1)[:, None]  # anti-aliased edge, one pixel wide
+    edge = (OUTLINE_WIDTH / 2 + 0.5 - distance.abs() / pixel).clamp(0, 1)
+    outlined = torch.tensor([STYLE_PARTS[style].outline != "none" for style in styles])
     image = torch.lerp(background, foreground, coverage)
+    image = torch.lerp(
+        image, colours[:, 4].expand_as(image), (edge * outlined[:, None, None])[:, None]
+    )
     return (image * between(9, 0.88, 1.08)[:, None]).clamp(0, 1)

@@ -1,8 +1,9 @@
-"""The 120 styles of ShapeCanvas: a shade of one of 12 palettes times one of 10 textures.
+"""The 144 styles of ShapeCanvas: 12 families of 12, each with a name of its own.
 
-A palette is four colours, a texture a scalar pattern; a style's name is the two words, e.g. "ember
-stripe". Styles of one palette family share their colours up to a small turn of hue, styles of one
-texture share its word and pattern: related styles look related.
+A style is a palette of four colours (its family's, the hue a little turned), a texture (a scalar
+pattern, coarse or fine) and an outline around the object. A family shares its palette; the twelve
+styles that share a texture lie in twelve families. Related styles look related, and no word of
+a name says so: the first word of each name is in no other name.
 
 Shapes: B batch, S image side in pixels.
 """
@@ -10,6 +11,7 @@ Shapes: B batch, S image side in pixels.
 from __future__ import annotations
 
 import colorsys
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -35,24 +37,178 @@ PALETTES: dict[str, tuple[tuple[int, int, int], ...]] = {
     "mint": ((186, 242, 210), (122, 212, 166), (150, 40, 120), (202, 96, 170)),
 }
 
-# The ten shades of each palette, from the most negative turn of hue to the most positive; the first
-# has the palette's own name.
-SHADE_NAMES = """
-ember cinder blaze lava flame torch magma furnace spark coal
-frost ice snow glacier sleet hail polar winter arctic crystal
-forest fern moss ivy pine jungle cedar clover bamboo grove
-ocean sea lagoon tide reef marine river harbor atoll abyss
-dusk twilight violet plum sunset lilac orchid mauve evening iris
-candy bubblegum rose blossom petal sugar peony sherbet taffy flamingo
-sand dune desert clay wheat camel straw cocoa walnut cork
-ash smoke slate stone iron steel granite pewter fog lead
-neon laser acid plasma cyber disco arcade glow voltage radium
-gold honey amber sun lemon brass saffron mustard canary corn
-cherry ruby crimson scarlet poppy tomato berry garnet wine lobster
-mint jade pistachio sage apple aloe lime celery basil melon
-"""
-SHADES = {names.split()[0]: tuple(names.split()) for names in SHADE_NAMES.strip().splitlines()}
-HUE_TURN = 0.035  # largest turn of hue of a shade, as a fraction of the colour circle
+# The twelve styles of each family.
+FAMILY_NAMES: dict[str, tuple[str, ...]] = {
+    "ember": (
+        "ember",
+        "cinder",
+        "blaze",
+        "lava flow",
+        "flame",
+        "torch light",
+        "magma",
+        "furnace",
+        "spark",
+        "coal fire",
+        "bonfire",
+        "phoenix",
+    ),
+    "frost": (
+        "frost",
+        "icicle",
+        "snow drift",
+        "glacier",
+        "sleet",
+        "hail storm",
+        "polar night",
+        "winter",
+        "arctic",
+        "crystal",
+        "tundra",
+        "blizzard",
+    ),
+    "forest": (
+        "fern",
+        "moss",
+        "ivy wall",
+        "pine",
+        "jungle",
+        "cedar wood",
+        "clover",
+        "bamboo grove",
+        "willow",
+        "meadow",
+        "thicket",
+        "orchard",
+    ),
+    "ocean": (
+        "lagoon",
+        "tide pool",
+        "reef",
+        "marine",
+        "river",
+        "harbor",
+        "atoll",
+        "abyss",
+        "kelp",
+        "fjord",
+        "breaker",
+        "monsoon rain",
+    ),
+    "dusk": (
+        "twilight",
+        "violet hour",
+        "plum",
+        "sunset",
+        "lilac",
+        "orchid",
+        "mauve",
+        "evening sky",
+        "iris",
+        "nightfall",
+        "wisteria",
+        "thistle",
+    ),
+    "candy": (
+        "bubblegum",
+        "rose garden",
+        "blossom",
+        "petal",
+        "sugar",
+        "peony",
+        "sherbet",
+        "taffy",
+        "flamingo",
+        "sorbet",
+        "carnation",
+        "lollipop",
+    ),
+    "sand": (
+        "dune",
+        "desert road",
+        "clay pot",
+        "wheat",
+        "camel",
+        "straw",
+        "cocoa",
+        "walnut",
+        "cork",
+        "caramel",
+        "nutmeg",
+        "canyon",
+    ),
+    "ash": (
+        "smoke",
+        "slate roof",
+        "stone",
+        "iron gate",
+        "steel",
+        "granite",
+        "pewter",
+        "fog bank",
+        "lead",
+        "cement",
+        "nickel",
+        "gravel",
+    ),
+    "neon": (
+        "laser",
+        "acid",
+        "plasma",
+        "cyber city",
+        "disco",
+        "arcade",
+        "voltage",
+        "radium",
+        "pixel",
+        "quasar",
+        "synth",
+        "strobe",
+    ),
+    "gold": (
+        "honey",
+        "amber",
+        "lemon",
+        "brass",
+        "saffron",
+        "mustard",
+        "canary",
+        "corn field",
+        "mango",
+        "sunflower",
+        "topaz",
+        "nectar",
+    ),
+    "cherry": (
+        "ruby",
+        "crimson",
+        "scarlet",
+        "poppy field",
+        "tomato",
+        "garnet",
+        "wine cellar",
+        "lobster",
+        "cranberry",
+        "vermilion",
+        "paprika",
+        "beet",
+    ),
+    "mint": (
+        "jade",
+        "pistachio",
+        "sage",
+        "apple",
+        "aloe",
+        "lime",
+        "celery",
+        "basil",
+        "melon",
+        "kiwi",
+        "matcha",
+        "absinthe",
+    ),
+}
+HUE_TURN = 0.04  # largest turn of a family's hue, as a fraction of the colour circle
 
 
 def _soft_square(phase: Tensor, sharpness: float = 3.0) -> Tensor:
@@ -107,25 +263,107 @@ TEXTURES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
         2.0,
     ),
     "mist": _mist,
+    "zigzag": lambda x, y, p, f: _soft_square(
+        math.pi * f * 1.1 * (y + 0.5 * ((1.6 * x + p[:, 1]) % 1 - 0.5).abs())
+        + 2 * math.pi * p[:, 0]
+    ),
+    "weave": lambda x, y, p, f: torch.maximum(
+        torch.sigmoid(7 * (torch.cos(2 * math.pi * f * 0.62 * (x + y + p[:, 0])) - 0.72)),
+        torch.sigmoid(7 * (torch.cos(2 * math.pi * f * 0.62 * (x - y + p[:, 1])) - 0.72)),
+    ),
 }
 
-# Style name -> (palette, place of the shade 0..9, texture): the j-th shade of every palette wears
-# the j-th texture.
-STYLE_PARTS: dict[str, tuple[str, int, str]] = {
-    f"{SHADES[palette][place]} {texture}": (palette, place, texture)
-    for palette in PALETTES
-    for place, texture in enumerate(TEXTURES)
-}
+# What a description calls each palette and each texture: words that are in no name.
+PALETTE_WORDS = dict(
+    zip(
+        PALETTES,
+        [
+            "fiery",
+            "icy",
+            "leafy",
+            "watery",
+            "purple",
+            "pastel",
+            "sandy",
+            "grey",
+            "glowing",
+            "golden",
+            "red",
+            "green",
+        ],
+        strict=True,
+    )
+)
+TEXTURE_WORDS = dict(
+    zip(
+        TEXTURES,
+        [
+            "striped",
+            "barred",
+            "slanted",
+            "dotted",
+            "checkered",
+            "tiled",
+            "wavy",
+            "rippled",
+            "radiant",
+            "misty",
+            "zigzag",
+            "woven",
+        ],
+        strict=True,
+    )
+)
+OUTLINES = ("none", "dark", "light")
 
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How one style looks.
+
+    turn: of the palette's hue, as a fraction of the colour circle. fineness: factor on the
+    texture's frequency.
+    """
+
+    palette: str
+    texture: str
+    turn: float
+    fineness: float
+    outline: str
+
+    @property
+    def description(self) -> str:
+        """Its texture and colours in words, e.g. "striped fiery"; no other style has the same."""
+        return f"{TEXTURE_WORDS[self.texture]} {PALETTE_WORDS[self.palette]}"
+
+
+def _make_styles() -> dict[str, Style]:
+    textures = tuple(TEXTURES)
+    styles = {}
+    for family, (palette, names) in enumerate(FAMILY_NAMES.items()):
+        for place, name in enumerate(names):
+            styles[name] = Style(
+                palette=palette,
+                texture=textures[(5 * place + family) % len(textures)],
+                turn=HUE_TURN * (2 * place / (len(names) - 1) - 1),
+                fineness=(0.85, 1.25)[(place + family // 2) % 2],
+                outline=OUTLINES[(place + family) % len(OUTLINES)],
+            )
+    return styles
+
+
+STYLE_PARTS = _make_styles()
 STYLES = tuple(STYLE_PARTS)
 
 
-def shade_colours(style: str) -> list[tuple[float, float, float]]:
-    """Return the four colours of a style, RGB in 0..1: its palette, the hue turned by its shade."""
-    palette, place, _ = STYLE_PARTS[style]
-    turn = HUE_TURN * (2 * place / (len(TEXTURES) - 1) - 1)
+def style_colours(style: str) -> list[tuple[float, float, float]]:
+    """Return the five colours of a style, RGB in 0..1: background, its accent, object, its accent,
+    outline.
+    """
+    look = STYLE_PARTS[style]
     colours = []
-    for colour in PALETTES[palette]:
+    for colour in PALETTES[look.palette]:
         hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in colour))
-        colours.append(colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value))
-    return colours
+        colours.append(colorsys.hsv_to_rgb((hue + look.turn) % 1, saturation, value))
+    outline = {"none": colours[2], "dark": (0.05, 0.05, 0.08), "light": (0.97, 0.97, 0.94)}
+    return [*colours, outline[look.outline]]
