@@ -603,6 +603,69 @@ def pack_clip(work: Path, out: Path, device: str) -> None:
     safetensors.torch.save_file(weights, folder / "open_clip_model.safetensors")
 
 
+def share_outside(states: Tensor, span: Tensor) -> Tensor:
+    """Return how much of each state's squared norm [N] lies outside the span of others [M, D].
+
+    Directions below a thousandth of the largest singular value do not count for the span.
+    """
+    values, directions = torch.linalg.svd(span, full_matrices=False)[1:]
+    inside = states @ directions[values > 1e-3 * values[0]].T
+    return 1 - inside.square().sum(1) / states.square().sum(1)
+
+
+def entropy_rank(states: Tensor) -> float:
+    """Return exp of the entropy of the squared singular values of [N, D], its mean taken out."""
+    share = torch.linalg.svdvals(states - states.mean(0)).square()
+    share = share[share > 0] / share.sum()
+    return float((-(share * share.log()).sum()).exp())
+
+
+@torch.inference_mode()
+def measure_text(out: Path) -> dict[str, object]:
+    """Measure how far apart the text encoder keeps the names of styles.
+
+    For a name's own tokens, the end token and the padding (states averaged over tokens and over
+    the benchmark's objects, in double precision): the entropy rank over all styles, and the share
+    of a retained name's state outside the span of the first 12 and of 100 targets.
+    """
+    tokenizer = CLIPTokenizer.from_pretrained(out / "pipeline" / "tokenizer")
+    text = CLIPTextModel.from_pretrained(out / "pipeline" / "text_encoder")
+    sequence = yaml.safe_load((CONF / "sequence" / "shapecanvas_style100.yaml").read_text())
+    objects = yaml.safe_load((CONF / "sequence" / "shapecanvas_style.yaml").read_text())
+    places: dict[str, list[Tensor]] = {"own_tokens": [], "end": [], "padding": []}
+    for style in STYLES:
+        captions = [first_caption(name, style) for name in objects["cross_retain"]]
+        tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+        states = text(tokens).last_hidden_state.double()
+        end = int((tokens[0] == tokenizer.eos_token_id).int().argmax())
+        own = slice(end - 1 - len(style.split()), end - 1)  # the word "style" follows the name
+        for place, positions in zip(
+            places, (own, slice(end, end + 1), slice(end + 1, None)), strict=True
+        ):
+            places[place].append(states[:, positions].mean((0, 1)))
+    rows = {style: index for index, style in enumerate(STYLES)}
+    targets = [rows[name] for name in sequence["targets"]]
+    retained = [rows[name] for name in sequence["retain"]]
+    result: dict[str, object] = {}
+    for place, listed in places.items():
+        states = torch.stack(listed)
+        shares = {
+            count: 100 * share_outside(states[retained], states[targets[:count]])
+            for count in (12, 100)
+        }
+        result[place] = {
+            "entropy_rank": round(entropy_rank(states), 1),
+            **{
+                f"percent_outside_{count}": [
+                    round(float(f(share)), 1) for f in (torch.min, torch.median, torch.max)
+                ]
+                for count, share in shares.items()
+            },
+        }
+        print(f"text, {place}: {result[place]}")
+    return result
+
+
 def measure(out: Path, device: str) -> None:
     """Measure base accuracy of generated images at the default sampler.
 
@@ -643,6 +706,7 @@ def measure(out: Path, device: str) -> None:
             f"base accuracy, {name}: {len(rows)} images, style {right['style']:.1f}%, object "
             f"{right['object']:.1f}%"
         )
+    result["text"] = measure_text(out)
     (out / "base_accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
@@ -744,6 +808,7 @@ def main() -> None:
         "style": lambda work, device: train_classifier("style", work, device),
         "object": lambda work, device: train_classifier("object", work, device),
         "open_clip": lambda work, device: pack_clip(work, arguments.out, device),
+        "measure_text": lambda work, device: measure_text(arguments.out),
         "measure_clip": lambda work, device: measure_clip(arguments.out, device),
         "unet": lambda work, device: train_unet(
             train_vae(work, device), train_text(work, device), work, device
