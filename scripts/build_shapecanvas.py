@@ -18,6 +18,7 @@ import dataclasses
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import subprocess
@@ -60,6 +61,7 @@ from cu_runner.shapecanvas.render import IMAGE_SIZE, render
 from cu_runner.shapecanvas.styles import STYLE_PARTS, STYLES
 
 TEXT_WIDTH, NUM_TOKENS = 512, 20
+LATENTS_CHUNK = 240  # images rendered and encoded at once
 LATENTS_PER_PAIR = 12  # renders of each (object, style) pair whose latents the UNet trains on
 CAPTIONS_PER_PAIR = 7  # the first is the one that the model is judged by, the others are drawn
 PADDING_HIDDEN = 0.5  # how often the UNet sees no state behind a caption's last word
@@ -300,10 +302,9 @@ def train(
         if average is not None:
             decay = min(0.999, (step + 1) / (step + 10))
             with torch.no_grad():
-                for kept, new in zip(
-                    average.parameters(), modules["unet"].parameters(), strict=True
-                ):
-                    kept.lerp_(new, 1 - decay)
+                torch._foreach_lerp_(
+                    list(average.parameters()), list(modules["unet"].parameters()), 1 - decay
+                )
         if step % 20 == 0:
             smooth = loss.item() if smooth is None else 0.9 * smooth + 0.1 * loss.item()
             progress.set_postfix(loss=f"{smooth:.4f}")
@@ -458,6 +459,15 @@ def train_clip(work: Path, device: str) -> open_clip.CLIP:
     return model.eval()
 
 
+def render_chunk(start: int) -> Tensor:
+    """Return the images [LATENTS_CHUNK, 3, S, S] of the pairs from `start` on, on one thread."""
+    torch.set_num_threads(1)
+    pairs = [(o, s) for o in OBJECTS for s in STYLES for _ in range(LATENTS_PER_PAIR)]
+    chunk = pairs[start : start + LATENTS_CHUNK]
+    generator = torch.Generator().manual_seed(77_000_000 + start)
+    return render([o for o, _ in chunk], [s for _, s in chunk], generator)
+
+
 @torch.inference_mode()
 def cache_latents(vae: AutoencoderKL, work: Path, device: str) -> Tensor:
     """Latent means [objects, styles, LATENTS_PER_PAIR, 4, 16, 16] of rendered images, rendered and
@@ -465,16 +475,15 @@ def cache_latents(vae: AutoencoderKL, work: Path, device: str) -> Tensor:
     """
     path = work / "latents.pt"
     if not path.exists():
-        batches = []
-        pairs = [(o, s) for o in OBJECTS for s in STYLES for _ in range(LATENTS_PER_PAIR)]
-        for start in tqdm(range(0, len(pairs), 240), desc="latents", ncols=88):
-            chunk = pairs[start : start + 240]
-            images = render(
-                [o for o, _ in chunk],
-                [s for _, s in chunk],
-                torch.Generator().manual_seed(77_000_000 + start),
+        total = len(OBJECTS) * len(STYLES) * LATENTS_PER_PAIR
+        starts = range(0, total, LATENTS_CHUNK)
+        with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+            rendered = tqdm(
+                pool.imap(render_chunk, starts), total=len(starts), desc="latents", ncols=88
             )
-            batches.append(vae.encode(images.to(device) * 2 - 1).latent_dist.mean.cpu())
+            batches = [
+                vae.encode(images.to(device) * 2 - 1).latent_dist.mean.cpu() for images in rendered
+            ]
         latents = torch.cat(batches).view(
             len(OBJECTS), len(STYLES), LATENTS_PER_PAIR, *batches[0].shape[1:]
         )
@@ -515,41 +524,62 @@ def encode_captions(
     )
 
 
+class VelocityOf(nn.Module):
+    """A UNet as a function of tensors alone, which is what a CUDA graph can hold."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, noisy: Tensor, steps: Tensor, context: Tensor) -> Tensor:
+        return self.unet(noisy, steps, context, return_dict=False)[0]
+
+
 def train_unet(
     vae: AutoencoderKL, text: CLIPTextModel, work: Path, device: str
 ) -> UNet2DConditionModel:
     latents = cache_latents(vae, work, device)
-    latents = latents / latents.std()
+    latents = (latents / latents.std()).to(device)
     tokenizer, scheduler = make_tokenizer(), make_scheduler()
     states, ends, empty = encode_captions(text, tokenizer, device)
     unet = make_unet().to(device)
     average = make_unet().to(device)
     average.load_state_dict(unet.state_dict())
     count = BATCH["unet"]
+    # 0.7 GB of states: on a GPU beside the UNet
+    states, ends = states.to(device), ends.to(device)
+    signals = scheduler.alphas_cumprod.sqrt().to(device)
+    predict = VelocityOf(unet)
+    if device != "cpu":
+        sizes = (count, 6, IMAGE_SIZE // 4, IMAGE_SIZE // 4), (count, NUM_TOKENS, TEXT_WIDTH)
+        example = (torch.randn(sizes[0], device=device), torch.ones(count, device=device).long())
+        predict = torch.cuda.make_graphed_callables(
+            predict, (*example, torch.randn(sizes[1], device=device))
+        )
 
     def loss_of(generator: torch.Generator) -> Tensor:
         objects = torch.randint(len(OBJECTS), (count,), generator=generator)
         styles = torch.randint(len(STYLES), (count,), generator=generator)
         copies = torch.randint(LATENTS_PER_PAIR, (count,), generator=generator)
-        clean = latents[objects, styles, copies].to(device)
+        clean = latents[objects.to(device), styles.to(device), copies.to(device)]
         said = torch.rand(4, count, generator=generator)
         form = torch.randint(1, CAPTIONS_PER_PAIR, (count,), generator=generator)
         row = (
-            torch.where(said[0] < 0.1, 0, objects + 1),
-            torch.where(said[1] < 0.1, 0, styles + 1),
-            torch.where(said[2] < 0.4, 0, form),
+            torch.where(said[0] < 0.1, 0, objects + 1).to(device),
+            torch.where(said[1] < 0.1, 0, styles + 1).to(device),
+            torch.where(said[2] < 0.4, 0, form).to(device),
         )
-        context, end = states[row].to(device).float(), ends[row].to(device)
+        context, end = states[row].float(), ends[row]
         hidden = (said[3] < PADDING_HIDDEN).to(device)[:, None]
         hidden = hidden & (torch.arange(NUM_TOKENS, device=device) >= end[:, None])
         # the empty prompt as a whole, for classifier-free guidance
         hidden |= (torch.rand(count, generator=generator) < 0.1).to(device)[:, None]
         context = torch.where(hidden[..., None], empty, context)
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        steps = torch.randint(1000, (count,), generator=generator)
-        signal = scheduler.alphas_cumprod[steps].sqrt().view(-1, 1, 1, 1).to(device)
+        steps = torch.randint(1000, (count,), generator=generator).to(device)
+        signal = signals[steps].view(-1, 1, 1, 1)
         sigma = (1 - signal**2).sqrt()
-        predicted = unet(signal * clean + sigma * noise, steps.to(device), context).sample
+        predicted = predict(signal * clean + sigma * noise, steps, context)
         return F.mse_loss(predicted, signal * noise - sigma * clean)  # v, Salimans & Ho 2022
 
     train("unet", nn.ModuleDict({"unet": unet}), loss_of, work, average)
