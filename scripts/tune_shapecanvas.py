@@ -5,9 +5,9 @@
     python scripts/tune_shapecanvas.py object conabl+l2 train.lr=0.0002      # these candidates
 
 Runs each candidate of tune_shapecanvas.yaml with seed 1: those of styles on
-sequence=shapecanvas_tune (12 styles, 6 retained, none in shapecanvas_style), those of objects on
-sequence=shapecanvas_tune_object (of the 20 objects that there are, the 8 that shapecanvas_object
-retains are unlearned). Metrics are means over the last three requests, which are less noisy than
+sequence=shapecanvas_tune (12 styles, 12 retained), those of objects on
+sequence=shapecanvas_tune_object (8 objects, 4 retained); no concept of either is in the sequences
+that are reported. Metrics are means over the last three requests, which are less noisy than
 the last alone. Of the candidates with UA of at least 98 the one with the highest mean of RA-I and
 RA-C is chosen (of several the one with the highest UA), else the one with the highest UA; it is
 printed and belongs into conf/tuned/shapecanvas_<domain>.yaml. The aim is 95 on the concepts that
@@ -22,6 +22,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from cu_runner.reporting.page_data import provenance
 from cu_runner.schema.errors import LaunchError
 from cu_runner.store.run_record import RunRecord
 from cu_runner.sweeps.make_runs import cu_runs
@@ -70,12 +71,13 @@ def choose(candidates: pd.DataFrame) -> pd.Series:
     return candidates.loc[best]
 
 
-def figures(run: RunRecord | str) -> dict[str, float]:
-    """Return what tuning.csv holds of a candidate; nothing if it diverged."""
+def figures(run: RunRecord | str) -> dict[str, float | str]:
+    """Return what tuning.csv holds of a candidate, device included; nothing if it diverged."""
     if isinstance(run, str):
         return {}
     last = run.table[run.table["request"] > 0][["UA", "RA_I", "RA_C"]].tail(3).mean().round(1)
-    return {**last, "train_seconds": run.table["train_seconds"].sum().round()}
+    seconds = run.table["train_seconds"].sum().round()
+    return {**last, "train_seconds": seconds, "device": provenance(run)["device"]}
 
 
 def describe(row: Mapping[str, float]) -> str:

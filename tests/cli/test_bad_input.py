@@ -61,17 +61,17 @@ CONFIGURATION = [
     ),
     (["+reg.l2.weight=3"], ["reg.l2", "not selected", "reg=[l2]"]),
     (["reg=l1", "+reg.l2.weight=3"], ["reg.l2", "selected: l1", "reg=[l1,l2]"]),
-    (["sequence.retain=[ember stripe,fog ray]"], ["ember stripe", "targets", "retain"]),
+    (["sequence.retain=[blaze,fog bank]"], ["blaze", "targets", "retain"]),
     (
-        ["sequence.targets=[ember stripe,ember stripe]"],
-        ["sequence.targets", "ember stripe", "more than once"],
+        ["sequence.targets=[blaze,blaze]"],
+        ["sequence.targets", "blaze", "more than once"],
     ),
     (["sequence.targets=[]"], ["sequence.targets", "empty"]),
     (["sequence.captions=[]"], ["sequence.captions", "empty"]),
     (["sequence.name=../up"], ["sequence.name", "../up"]),
     (["train.steps=true"], ["train.steps=True", "integer"]),
     (["sequence.targets=ember"], ["sequence.targets='ember'", "list"]),
-    (["sequence.targets=[no style]"], ["no style", "ember stripe"]),
+    (["sequence.targets=[no style]"], ["no style", "blaze"]),
     (["sequence.vocabulary=nope"], ["nope", "shapecanvas_styles"]),
     (["sequence.prompt=a picture"], ["sequence.prompt", "'a picture'", "{object}"]),
     (["setting.plan=parallel"], ["setting.plan='parallel'", "sequential"]),
@@ -157,7 +157,7 @@ def test_a_refused_resume_keeps_the_run(in_process, run_copy):
     assert kept <= set(run_copy.rglob("*"))
 
 
-@pytest.mark.parametrize("text", ["[on, fog ray]", "[010, fog ray]", "[1e-5, fog ray]"])
+@pytest.mark.parametrize("text", ["[on, fog bank]", "[010, fog bank]", "[1e-5, fog bank]"])
 def test_names_that_yaml_reads_as_something_else(in_process, tmp_path, text):
     (tmp_path / "tree/experiment").mkdir(parents=True)
     content = f"# @package _global_\nsequence:\n  retain: {text}\n"

@@ -524,7 +524,7 @@ def turned(names: list[str]) -> list[str]:
 
 
 def targets_swapped(names: list[str]) -> list[str]:
-    other = {"ember stripe": "glacier dot", "glacier dot": "ember stripe"}
+    other = {"blaze": "glacier", "glacier": "blaze"}
     return [other.get(name, name) for name in names]
 
 

@@ -192,7 +192,7 @@ def test_general_prompts_have_the_seeds_of_their_file(tmp_path):
         "ember\u00a0 stripe",
         "em\u200bber stri\u00adpe",
         "ember\ufe0f stripe",
-        "{ember stripe}",
+        "{blaze}",
         "a picture in {Ember-Stripe}",
     ],
 )
@@ -209,7 +209,7 @@ def test_no_spelling_of_a_target_is_a_protected_name(make_scope, tmp_path, spell
         ("Georgia O\u2019Keeffe", "georgia o'keeffe", True),
         ("Stra\u00dfe", "STRASSE", True),
         (EMOJI, EMOJI.replace("\u200d", ""), True),
-        ("ember stripe", "emberstripe", False),
+        ("blaze", "emberstripe", False),
         (COMPOSED, "ete", False),
         ("a, b", "a b", False),
         ("a=b", "ab", False),
@@ -233,11 +233,11 @@ def test_a_target_is_named_once(key, message, spelling):
 def test_accents_are_the_same_in_both_forms(evaluator, monkeypatch, tmp_path):
     """Of a sequence, its anchors, a judge and a file of prompts."""
     names = read_conf("sequence/smoke.yaml")["retain"]
-    rows = [f"x,{name},1" for name in ("glacier dot", *names, COMPOSED)]
+    rows = [f"x,{name},1" for name in ("glacier", *names, COMPOSED)]
     (tmp_path / "mine.csv").write_text("prompt,concept,seed\n" + "\n".join(rows), encoding="utf-8")
     found = sequence_with(
-        targets=["glacier dot", DECOMPOSED],
-        anchors={DECOMPOSED: "art", "glacier dot": DECOMPOSED},
+        targets=["glacier", DECOMPOSED],
+        anchors={DECOMPOSED: "art", "glacier": DECOMPOSED},
         prompt_names={DECOMPOSED: f"the {DECOMPOSED}"},
         prompts=str(tmp_path / "mine.csv"),
     )
@@ -255,7 +255,7 @@ def test_accents_are_the_same_in_both_forms(evaluator, monkeypatch, tmp_path):
 
 
 def test_a_file_may_spell_concepts_otherwise(tmp_path):
-    spelled = {"ember stripe": "Ember-Stripe", "fog ray": "fog_ray"}
+    spelled = {"blaze": "Ember-Stripe", "fog bank": "fog_ray"}
     smoke = read_conf("sequence/smoke.yaml")
     names = [*smoke["targets"], *smoke["retain"]]
     rows = [f"a picture,{spelled.get(name, name)},1,Tree" for name in names]

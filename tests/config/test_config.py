@@ -158,7 +158,7 @@ def test_where_and_how_fast_does_not_count(override):
         "reg=l1",
         "model.sampler.steps=3",
         "sequence.seeds=[1]",
-        "sequence.targets=[glacier dot,ember stripe]",
+        "sequence.targets=[glacier,blaze]",
     ],
 )
 def test_science_counts(override):
@@ -181,7 +181,7 @@ def test_retention_that_is_off_is_no_part_of_a_run():
 
 def test_the_zero_shot_labels_are_the_concepts_of_the_sequence():
     plan = parse(compose("sequence=smoke", "evaluator=open_clip", "evaluator.path=/x.safetensors"))
-    styles = ["ember stripe", "glacier dot", "blaze slash", "fog ray"]
+    styles = ["blaze", "glacier", "lava flow", "fog bank"]
     assert plan.evaluator.arguments["labels"] == {"style": styles, "object": ["tree", "star"]}
     assert signature(
         "evaluator=open_clip", "evaluator.path=/x", "evaluator.allow_pickle=[/x]"

@@ -41,7 +41,7 @@ def test_plans(sequence, setting, targets, erased, start):
     assert [names(request.targets) for request in requests] == targets
     assert [names(request.erased) for request in requests] == erased
     assert {request.start for request in requests} == {start}
-    assert [request.label for request in requests] == ["ember stripe", "glacier dot"]
+    assert [request.label for request in requests] == ["blaze", "glacier"]
 
 
 def test_the_last_of_simultaneous_requests_alone(sequence):
@@ -130,7 +130,7 @@ def test_the_cache_of_deltas_knows_precision_sampler_and_method(in_process, fill
 def test_a_file_of_names_counts_by_its_content(in_process, filled_cache, tmp_path):
     names = tmp_path / "names.txt"
     found = []
-    for content in ("tide dot\nlead mist\n", "tide dot\nash stripe\n", "tide dot\nlead mist\n"):
+    for content in ("tide pool\nlead mist\n", "tide pool\nash stripe\n", "tide pool\nlead mist\n"):
         names.write_text(content)
         chosen = (
             "reg=gradproj",
@@ -156,13 +156,13 @@ def test_merging_keeps_the_early_stop_of_its_setting(compose_run):
 def test_simultaneous_requests_train_on_all_concepts_so_far(in_process, filled_cache, tmp_path):
     directory, table, _ = run(in_process, tmp_path, "setting=simultaneous")
     assert json.loads((directory / "steps/02/step.json").read_text())["targets"] == [
-        "ember stripe",
-        "glacier dot",
+        "blaze",
+        "glacier",
     ]
     assert table["train_steps"].tolist() == [0, 3, 3]
     assert set(pd.read_csv(directory / "steps/02/predictions.csv")["style"]) >= {
-        "ember stripe",
-        "glacier dot",
+        "blaze",
+        "glacier",
     }
 
 
@@ -179,8 +179,8 @@ def test_all_concepts_in_one_request(in_process, filled_cache, tmp_path):
         1,
         ["", "2 concepts"],
     )
-    assert found.unlearned(1) == ["ember stripe", "glacier dot"]
-    assert found.requested == {"ember stripe": 1, "glacier dot": 1}
+    assert found.unlearned(1) == ["blaze", "glacier"]
+    assert found.requested == {"blaze": 1, "glacier": 1}
     assert found.accuracy_matrix()[1].notna().all()
     judged = found.predictions(1)
     wrong = judged[judged["style"].isin(found.unlearned(1))]
@@ -233,7 +233,7 @@ def test_early_stop_on_ua(in_process, filled_cache, tmp_path):
 
 def test_order_is_a_choice_of_the_sequence(in_process, filled_cache, tmp_path):
     _, table, _ = run(in_process, tmp_path, "sequence.order=reversed")
-    assert table["concept"].fillna("").tolist() == ["", "glacier dot", "ember stripe"]
+    assert table["concept"].fillna("").tolist() == ["", "glacier", "blaze"]
     status, _, err = in_process(*SMOKE, "sequence.order=random")
     assert status == 2
     assert err.startswith(

@@ -346,7 +346,7 @@ def test_a_configuration_and_a_weight_file_of_ones_own(tmp_path):
     weights = str(folder / "open_clip_model.safetensors")
     mine = load_image_text(ImageTextSource(str(tmp_path / "mine.json"), weights), "cpu")
     shipped = load_image_text(ImageTextSource(CLIP), "cpu")
-    texts = ["a star image", "an image in gold stripe style"]
+    texts = ["a star image", "an image in amber style"]
     assert torch.equal(mine.embed_texts(texts), shipped.embed_texts(texts))
     assert shipped.embed_texts(texts).norm(dim=1).tolist() == pytest.approx([1, 1])
     torch.save(safetensors.torch.load_file(weights), tmp_path / "weights.pt")
@@ -452,11 +452,11 @@ def test_faceless_images_are_no_success(detector, model, sequence, classes, face
         model, judge, sequence, [*sequence.targets, *sequence.retain], 1, settings
     ).predictions
     assert rows["face"].tolist() == [face] * 8
-    found = step_metrics(rows, ["ember stripe", "glacier dot"], sequence)
+    found = step_metrics(rows, ["blaze", "glacier"], sequence)
     assert (found["faceless_unlearned"], found["faceless_retained"]) == ((0, 0) if face else (4, 4))
     if face:
         right = (rows["style"] == rows["predicted_style"])[
-            rows["style"].isin(["ember stripe", "glacier dot"])
+            rows["style"].isin(["blaze", "glacier"])
         ]
         assert found["UA"] == pytest.approx(100 - 100 * right.mean())
     else:
@@ -617,8 +617,8 @@ def test_without_a_cross_domain_only_the_concepts_are_judged(model, sequence, ev
     own = make_sequence(**read_conf("sequence/smoke.yaml"), prompts=str(tmp_path / "mine.csv"))
     assert own.measured_domains == ("style",)
     assert [dataclasses.astuple(image) for image in own.evaluation_images(own.targets[1:])] == [
-        ("a glacier dot thing, 3", 3, "glacier dot", ""),
-        ("a glacier dot thing, 4", 4, "glacier dot", ""),
+        ("a glacier thing, 3", 3, "glacier", ""),
+        ("a glacier thing, 4", 4, "glacier", ""),
     ]
     rows = evaluate(
         model,
@@ -630,7 +630,7 @@ def test_without_a_cross_domain_only_the_concepts_are_judged(model, sequence, ev
     ).predictions
     assert rows["seed"].tolist() == [3, 4] * 4
     assert "predicted_object" not in rows
-    found = step_metrics(rows, ["ember stripe"], own)
+    found = step_metrics(rows, ["blaze"], own)
     assert (found["RA_C"], found["RA_C_retained"]) == (None, None)
     assert 0 <= found["RA_I"] <= 100
 
@@ -638,36 +638,36 @@ def test_without_a_cross_domain_only_the_concepts_are_judged(model, sequence, ev
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("prompt,concept\nx,ember stripe\n", "has no column seed; needed: prompt, concept, seed$"),
+        ("prompt,concept\nx,blaze\n", "has no column seed; needed: prompt, concept, seed$"),
         ("prompt,concept,seed\n", "holds no row below its header$"),
         (
-            "prompt,concept,seed\nx,ember stripe,-1\n",
+            "prompt,concept,seed\nx,blaze,-1\n",
             "line 2: seed '-1' is no whole number from 0 on$",
         ),
         (
-            "prompt,concept,seed\nx,y,z,ember stripe,1\n",
+            "prompt,concept,seed\nx,y,z,blaze,1\n",
             "line 2 has another number of fields than the header",
         ),
-        ("prompt,concept,seed\n ,ember stripe,1\n", "line 2 has no prompt$"),
+        ("prompt,concept,seed\n ,blaze,1\n", "line 2 has no prompt$"),
         (
             "prompt,concept,seed\nx,nobody,1\n",
             "'nobody' is neither in sequence.targets nor in sequence.retain$",
         ),
         (
-            "prompt,concept,seed\nx,ember stripe,1\n",
-            "holds no image of glacier dot, blaze slash, fog ray",
+            "prompt,concept,seed\nx,blaze,1\n",
+            "holds no image of glacier, lava flow, fog bank",
         ),
         (
             (
-                "prompt,concept,seed,object\nx,ember stripe,1,tree\nx,glacier "
-                "dot,1,cow\nx,blaze slash,1,tree\nx,fog ray,1,tree\n"
+                "prompt,concept,seed,object\nx,blaze,1,tree\nx,glacier "
+                "dot,1,cow\nx,lava flow,1,tree\nx,fog bank,1,tree\n"
             ),
             "object 'cow' is not in sequence.cross_retain",
         ),
         (
             "prompt,concept,seed\n"
-            + "x,ember stripe,1\n" * 2
-            + "x,glacier dot,1\nx,blaze slash,1\nx,fog ray,1\n",
+            + "x,blaze,1\n" * 2
+            + "x,glacier,1\nx,lava flow,1\nx,fog bank,1\n",
             "is there twice",
         ),
     ],

@@ -24,10 +24,10 @@ from cu_runner.schema.settings import EvalSettings, Sampler, Speed
 from cu_runner.store.cache import Cache
 
 PROMPTS = [
-    "a tree image in ember stripe style",
-    "a star image in fog ray style",
+    "a tree image in blaze style",
+    "a star image in fog bank style",
     "a fish image",
-    "a cup image in iris mist style",
+    "a cup image in iris style",
 ] * 2
 SEEDS = [188, 188, 188, 188, 288, 288, 288, 288]
 

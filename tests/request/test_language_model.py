@@ -65,9 +65,9 @@ def test_parse_answer(answer, names):
 
 
 def test_the_question_names_domain_targets_and_number():
-    text = question("style", ["ember stripe", "sun dot"], 12)
+    text = question("style", ["blaze", "plum"], 12)
     assert text.startswith(
-        "List 12 different names of a style that are related to ember stripe, sun dot,"
+        "List 12 different names of a style that are related to blaze, plum,"
     )
 
 
@@ -80,7 +80,7 @@ def answering(tmp_path_factory):
 
     def make(answer: str, chat: bool = False) -> str:
         directory = tmp_path_factory.mktemp("gpt2")
-        asked = question("style", ["ember stripe"], 4)
+        asked = question("style", ["blaze"], 4)
         texts = [f"{asked}\n\n1.{answer}<|end|>", f"{asked}\nassistant:1.{answer}<|end|>"][chat:][
             :1
         ]
@@ -134,43 +134,43 @@ def answering(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def good(answering):
-    return answering(' cinder pillar\n2. ember stripe\n3. fog ray\n4. Ice "pillar"\n5. lava dot')
+    return answering(' cinder\n2. blaze\n3. fog bank\n4. Ice "pillar"\n5. magma')
 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_model_is_asked_and_answers_the_same_every_time(answering, chat):
-    path = answering(" cinder pillar\n2. lava dot\n3. art d\u00e9co", chat)
-    first = ask(path, "style", ["ember stripe"], 4)
-    assert first == ["cinder pillar", "lava dot", "art d\u00e9co"]
+    path = answering(" cinder\n2. magma\n3. art d\u00e9co", chat)
+    first = ask(path, "style", ["blaze"], 4)
+    assert first == ["cinder", "magma", "art d\u00e9co"]
     torch.manual_seed(99)
     load_language_model.cache_clear()
-    assert ask(path, "style", ["ember stripe"], 4) == first
+    assert ask(path, "style", ["blaze"], 4) == first
 
 
 def test_targets_and_retained_names_in_the_answer_are_banned(good, make_scope):
     scope = make_scope()
-    assert ask(good, "style", ["ember stripe"], 4) == [
-        "cinder pillar",
-        "ember stripe",
-        "fog ray",
+    assert ask(good, "style", ["blaze"], 4) == [
+        "cinder",
+        "blaze",
+        "fog bank",
         'Ice "pillar',
     ]
-    assert kept_names(scope, NameSource("llm", good, number=4)) == ["cinder pillar", 'Ice "pillar']
+    assert kept_names(scope, NameSource("llm", good, number=4)) == ["cinder", 'Ice "pillar']
     assert kept_names(scope, NameSource("llm", good, number=4, retained=True)) == [
-        "cinder pillar",
-        "fog ray",
+        "cinder",
+        "fog bank",
         'Ice "pillar',
     ]
     record = GradProj(auxiliary=NameSource("llm", good, number=4), threshold=1.0).begin_request(
         scope, None
     )
-    assert sorted(record["auxiliary"]) == ['Ice "pillar', "cinder pillar"]
+    assert sorted(record["auxiliary"]) == ['Ice "pillar', "cinder"]
 
 
 def test_the_model_is_loaded_once(good):
     load_language_model.cache_clear()
     for _ in range(3):
-        ask(good, "style", ["ember stripe"], 2)
+        ask(good, "style", ["blaze"], 2)
     assert load_language_model.cache_info().misses == 1
     assert load_language_model.cache_info().hits == 2
 
@@ -213,9 +213,9 @@ def test_an_answer_without_names_and_a_short_context_are_refused(answering):
     with pytest.raises(
         ValueError, match=r"its answer holds no names; give a model that follows instructions"
     ):
-        ask(path, "style", ["ember stripe"], 4)
+        ask(path, "style", ["blaze"], 4)
     with pytest.raises(
         ValueError,
         match=r"the question of \d+ tokens does not fit; give a model with a longer context",
     ):
-        ask(path, "style", ["ember stripe"] * 60, 4)
+        ask(path, "style", ["blaze"] * 60, 4)

@@ -29,19 +29,19 @@ def refused(call, message: str) -> None:
 
 def test_the_span_of_a_concept_is_within_the_tokens_that_are_read(model):
     assert model.num_tokens == 16
-    span = find_tokens(model.tokenizer, "ember stripe", f"{LONG} ember stripe")
+    span = find_tokens(model.tokenizer, "blaze", f"{LONG} blaze")
     assert span.start > 15
     refused(
-        lambda: model.token_span("ember stripe", f"{LONG} ember stripe"),
-        r"^'ember stripe' lies beyond the 16 tokens that the model reads of the prompt 'a fish "
-        r"and .*ember stripe'; shorten the prompt, or name it earlier$",
+        lambda: model.token_span("blaze", f"{LONG} blaze"),
+        r"^'blaze' lies beyond the 16 tokens that the model reads of the prompt 'a fish "
+        r"and .*blaze'; shorten the prompt, or name it earlier$",
     )
-    own = find_tokens(model.tokenizer, "ember stripe", "ember stripe")
+    own = find_tokens(model.tokenizer, "blaze", "blaze")
     room = 15 - (own.stop - own.start) - 1  # tokens before it, so that it ends as the last one
     words = " ".join(["tree"] * room)
     assert len(model.tokenizer(words).input_ids) == room + 2
-    assert model.token_span("ember stripe", f"{words} ember stripe").stop == 15
-    refused(lambda: model.token_span("ember stripe", f"tree {words} ember stripe"), "lies beyond")
+    assert model.token_span("blaze", f"{words} blaze").stop == 15
+    refused(lambda: model.token_span("blaze", f"tree {words} blaze"), "lies beyond")
     refused(
         lambda: model.token_span(LONG, LONG),
         rf"^'{LONG}' is a name of \d\d tokens, and the model reads 14 of a prompt; shorten it$",
@@ -71,19 +71,19 @@ def test_regularizers_refuse_it(make_scope, part):
 def test_uce_refuses_it(make_scope):
     sequence = sequence_with(target_prompt=f"{LONG} {{concept}} {{caption}}")
     scope = dataclasses.replace(make_scope(), sequence=sequence)
-    refused(lambda: UCE().batch(scope, 1), "'ember stripe' lies beyond the 16 tokens")
+    refused(lambda: UCE().batch(scope, 1), "'blaze' lies beyond the 16 tokens")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_prompt": f"{LONG} {{concept}} {{caption}}"}, "^'ember stripe' lies beyond the"),
-        ({"prompt": f"{LONG} {{object}} in {{style}}"}, "^'ember stripe' lies beyond the 16"),
+        ({"target_prompt": f"{LONG} {{concept}} {{caption}}"}, "^'blaze' lies beyond the"),
+        ({"prompt": f"{LONG} {{object}} in {{style}}"}, "^'blaze' lies beyond the 16"),
         ({"prompt": f"in {{style}} {LONG} {{object}}"}, "^'tree' lies beyond the 16"),
         ({"retain": [LONG]}, f"^'{LONG}' is a name of"),
         (
             {
-                "anchors": {"ember stripe": "gold dot", "glacier dot": "gold dot"},
+                "anchors": {"blaze": "gold dot", "glacier": "gold dot"},
                 "anchor_prompt": f"{LONG} {{anchor}}",
             },
             "^'gold dot' lies beyond the 16 tokens",
@@ -94,7 +94,7 @@ def test_uce_refuses_it(make_scope):
         ),
         (
             {"target_prompt": "{caption}, {concept}", "captions": [LONG]},
-            "^'ember stripe' lies beyond the 16 tokens",
+            "^'blaze' lies beyond the 16 tokens",
         ),
     ],
 )
@@ -112,7 +112,7 @@ def test_prompts_of_a_target_and_its_anchor_that_are_read_alike(model):
     )
     refused(
         lambda: check_prompts(model, alike),
-        "^the model reads the prompt of ember stripe and that of its anchor alike, .*EMBER STRIPE",
+        "^the model reads the prompt of blaze and that of its anchor alike, .*EMBER STRIPE",
     )
     # the name is not a run of whole tokens of its prompt, so that only the texts can be compared
     cut = dataclasses.replace(

@@ -9,7 +9,7 @@ from cu_runner.config.compose import compose
 HEAD = "prompt,concept,seed,object\n"
 FULL = [
     f"a {cross} in {name},{name},7,{cross}"
-    for name in ("ember stripe", "glacier dot", "blaze slash", "fog ray")
+    for name in ("blaze", "glacier", "lava flow", "fog bank")
     for cross in ("tree", "star")
 ]
 
@@ -26,7 +26,7 @@ def words(tmp_path):
     return make
 
 
-RETAINED = ("blaze slash", "fog ray")
+RETAINED = ("lava flow", "fog bank")
 
 
 @pytest.mark.parametrize(
@@ -34,11 +34,11 @@ RETAINED = ("blaze slash", "fog ray")
     [
         ((), "independent", None),
         (RETAINED, "independent", None),
-        ((*RETAINED, "glacier dot"), "independent", "glacier dot"),  # request 2
-        ((*RETAINED, "glacier dot"), "sequential", None),  # request 1's images are still there
-        ((*RETAINED, "ember stripe"), "sequential", "ember stripe"),
-        ((*RETAINED, "ember stripe"), "simultaneous", "ember stripe"),
-        ((*RETAINED, "ember stripe", "glacier dot"), "sequential", "no request"),
+        ((*RETAINED, "glacier"), "independent", "glacier"),  # request 2
+        ((*RETAINED, "glacier"), "sequential", None),  # request 1's images are still there
+        ((*RETAINED, "blaze"), "sequential", "blaze"),
+        ((*RETAINED, "blaze"), "simultaneous", "blaze"),
+        ((*RETAINED, "blaze", "glacier"), "sequential", "no request"),
     ],
 )
 def test_every_request_is_checked_before_the_first(words, tmp_path, without, plan, late):
@@ -53,13 +53,13 @@ def test_every_request_is_checked_before_the_first(words, tmp_path, without, pla
 
 
 def test_merged_requests_are_measured_on_all_images_so_far(words):
-    planned = compose([*words(*RETAINED, "glacier dot"), "reg=merge"])
+    planned = compose([*words(*RETAINED, "glacier"), "reg=merge"])
     assert planned.setting.plan == "independent"
     assert len(planned.requests(planned.sequence.build())) == 2
 
 
 def test_run_dry_run_and_doctor_refuse_alike(in_process, call_command, words, tmp_path):
-    chosen = [*words(*RETAINED, "glacier dot"), "setting=independent"]
+    chosen = [*words(*RETAINED, "glacier"), "setting=independent"]
     said = {in_process(*chosen), in_process(*chosen, "dry_run=true")}
     said.add(call_command(doctor.main, "cu-doctor", *chosen))
     assert {status for status, _, _ in said} == {2}

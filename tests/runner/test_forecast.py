@@ -182,7 +182,7 @@ def test_a_dry_run_touches_nothing(in_process, tmp_path):
     status, out, err = in_process(*PLAN)
     assert (status, err) == (0, "")
     assert files_below(tmp_path) == []
-    assert "12 sun dot 60 steps 192 images from the previous weights" in [
+    assert "12 plum 60 steps 192 images from the previous weights" in [
         " ".join(line.split()) for line in out.splitlines()
     ]
     assert (

@@ -314,7 +314,7 @@ def test_adamw_by_hand(make_scope, settings, clip):
 def test_a_loss_that_is_not_finite_stops_and_says_where(make_scope, settings, factor, word):
     scope = make_scope(request=2)
     message = (
-        rf"^training led to a loss of {word} at request 2 \(glacier dot\), step 3 of 5; "
+        rf"^training led to a loss of {word} at request 2 \(glacier\), step 3 of 5; "
         "lower train.lr. "
         "Finished requests are kept$"
     )
@@ -330,7 +330,7 @@ def test_weights_that_the_last_step_ruins_are_refused(make_scope, settings):
         def on_step(self, params, before):
             next(iter(params.values()))[0, 0] = math.nan
 
-    with pytest.raises(TrainingError, match=r"request 1 \(ember stripe\), step 1 of 1"):
+    with pytest.raises(TrainingError, match=r"request 1 \(blaze\), step 1 of 1"):
         erase(make_scope(), Pull(), {"ruin": Ruin()}, settings(steps=1))
 
 

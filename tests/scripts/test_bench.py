@@ -74,7 +74,7 @@ def test_a_request_is_measured_with_the_whole_sequence_and_the_rest_projected(be
     1.
     """
     status, (one, whole), err = bench(
-        "--request", *SMOKE, "sequence.seeds=[1,2]", "sequence.retain=[blaze slash]"
+        "--request", *SMOKE, "sequence.seeds=[1,2]", "sequence.retain=[lava flow]"
     )
     assert (status, err) == (0, "")
     assert "12 images of the untouched model, sampled and classified, in " in one

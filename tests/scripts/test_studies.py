@@ -48,7 +48,7 @@ def make_study(script, tmp_path: Path, *overrides: str):
 def cells_of(module: ModuleType, study, tmp_path: Path) -> dict[str, list[str]]:
     """The runs of a study, whatever it needs to name them."""
     if module.__name__ == "auxiliary":
-        (tmp_path / "names.txt").write_text("ash stripe\nwalnut ray\n")
+        (tmp_path / "names.txt").write_text("stone\nwalnut ray\n")
         return module.cells(study, tmp_path / "names.txt")
     if module.__name__ == "sensitivity":
         sequence: Sequence = study.plan([]).sequence.build()
@@ -110,15 +110,15 @@ def test_near_and_far_halves():
 
 
 def test_text_similarity_is_the_cosine_of_all_positions(model):
-    found = text_similarity(model, ["ember stripe", "glacier dot"], ["ember stripe"], "style")
-    assert found.columns.tolist() == ["ember stripe"]
+    found = text_similarity(model, ["blaze", "glacier"], ["blaze"], "style")
+    assert found.columns.tolist() == ["blaze"]
     one, two = (
-        model.encode_prompts(["ember stripe Style", "glacier dot Style"])
+        model.encode_prompts(["blaze Style", "glacier Style"])
         .hidden.numpy()
         .reshape(2, -1)
     )
-    assert found.loc["ember stripe"].item() == pytest.approx(1)
-    assert found.loc["glacier dot"].item() == pytest.approx(
+    assert found.loc["blaze"].item() == pytest.approx(1)
+    assert found.loc["glacier"].item() == pytest.approx(
         one @ two / np.linalg.norm(one) / np.linalg.norm(two), abs=1e-6
     )
 
@@ -276,11 +276,11 @@ def test_sensitivity_measures_every_other_name_and_never_names_it(script, tmp_pa
         for label, sequence in sequences.items()
     }
     assert [*sequences] == ["none, all", *(f"gradproj, {i} of 4" for i in (1, 2, 3, 4))]
-    assert retained["none, all"] == [name for name in vocabulary if name != "ember stripe"]
+    assert retained["none, all"] == [name for name in vocabulary if name != "blaze"]
     folds = [name for label, names in retained.items() if label != "none, all" for name in names]
     assert sorted(folds) == sorted(retained["none, all"])
     for sequence in sequences.values():
-        assert [concept.name for concept in sequence.targets] == ["ember stripe"]
+        assert [concept.name for concept in sequence.targets] == ["blaze"]
         assert [concept.name for concept in sequence.cross_retain] == [
             "tree",
             "star",
@@ -300,11 +300,11 @@ def test_sensitivity_of_objects_unlearns_one_with_its_anchor(script, tmp_path):
 def test_sensitivity_leaves_out_what_the_evaluator_does_not_know(script, tmp_path):
     study = make_study(script, tmp_path)
     cells = script("sensitivity").cells(
-        study, study.plan([]).sequence.build(), ["wine ray", "ember stripe", "ash stripe"]
+        study, study.plan([]).sequence.build(), ["wine cellar", "blaze", "stone"]
     )
     assert [concept.name for concept in study.plan(cells["none, all"]).sequence.build().retain] == [
-        "ash stripe",
-        "wine ray",
+        "stone",
+        "wine cellar",
     ]
 
 
@@ -587,12 +587,12 @@ def test_halves_of_a_finished_run(script, run_copy):
     from cu_runner.store.run_record import read_run
 
     found = script("semantic").accuracy_of_halves(
-        {"none": read_run(run_copy)}, ["blaze slash"], ["fog ray"]
+        {"none": read_run(run_copy)}, ["lava flow"], ["fog bank"]
     )
     matrix = read_run(run_copy).accuracy_matrix()
     assert found["request"].tolist() == [0, 1, 2]
-    assert found["near"].tolist() == matrix.loc["blaze slash"].tolist()
-    assert found["far"].tolist() == matrix.loc["fog ray"].tolist()
+    assert found["near"].tolist() == matrix.loc["lava flow"].tolist()
+    assert found["far"].tolist() == matrix.loc["fog bank"].tolist()
 
 
 def test_sensitivity_per_concept_of_a_finished_run(script, run_copy, model):
@@ -600,8 +600,8 @@ def test_sensitivity_per_concept_of_a_finished_run(script, run_copy, model):
 
     module, run = script("sensitivity"), read_run(run_copy)
     table = module.per_concept(model, {"none, all": run})
-    assert table["concept"].tolist() == ["blaze slash", "fog ray"]
-    accuracy = run.accuracy_matrix().loc[["blaze slash", "fog ray"]]
+    assert table["concept"].tolist() == ["lava flow", "fog bank"]
+    accuracy = run.accuracy_matrix().loc[["lava flow", "fog bank"]]
     assert table["before"].tolist() == accuracy[0].tolist()
     assert table["drop"].tolist() == (accuracy[0] - accuracy[1]).tolist()
     assert (table["kv_change"] > 0).all()
@@ -725,7 +725,7 @@ def test_frontier_from_end_to_end(script, call, filled_cache, tmp_path, jobs_in_
 def test_sizes_from_end_to_end(script, call, pipeline_copy, tmp_path, jobs_in_forks, monkeypatch):
     other = pipeline_copy.with_name("again")
     shutil.copytree(pipeline_copy, other)
-    names = ["ember stripe", "blaze slash", "fog ray", "glacier dot", "lead mist"]
+    names = ["blaze", "lava flow", "fog bank", "glacier", "lead"]
     monkeypatch.setattr(
         "cu_runner.evaluators.classifier.Classifier.labels", lambda self: {"style": names}
     )
@@ -737,7 +737,7 @@ def test_sizes_from_end_to_end(script, call, pipeline_copy, tmp_path, jobs_in_fo
     assert table["model"].tolist() == ["pipeline"] * 4 + ["again"] * 4
     one, two = (group.reset_index(drop=True) for _, group in table.groupby("model"))
     pd.testing.assert_frame_equal(one.drop(columns="model"), two.drop(columns="model"))
-    assert set(table["concept"]) == {*names} - {"ember stripe"}
+    assert set(table["concept"]) == {*names} - {"blaze"}
 
 
 def test_semantic_from_end_to_end(script, call, run_copy, tmp_path, jobs_in_forks, monkeypatch):
