@@ -1,6 +1,7 @@
 """The embedded world: renderer, shipped pipeline, judges, and the names that sequences use."""
 
 import json
+import random
 
 import diffusers
 import pytest
@@ -11,9 +12,10 @@ from cu_runner.concepts.entries import read_shipped
 from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.models.checkpoint_files import locate
 from cu_runner.runtime.paths import config_dir
+from cu_runner.shapecanvas.captions import FORMS, SYNONYMS, draw_caption, first_caption
 from cu_runner.shapecanvas.objects import OBJECTS
 from cu_runner.shapecanvas.render import render
-from cu_runner.shapecanvas.styles import PALETTES, STYLE_PARTS, STYLES, TEXTURES
+from cu_runner.shapecanvas.styles import FAMILY_NAMES, PALETTES, STYLE_PARTS, STYLES, TEXTURES
 
 WEIGHTS = locate("package:shapecanvas/weights")
 SEQUENCES = sorted(
@@ -27,17 +29,56 @@ def draw(objects, styles, seed: int = 0):
 
 # ----------------------------------------------------------------------------------------- renderer
 def test_names():
-    assert len(STYLES) == len(set(STYLES)) == 120
-    assert len(OBJECTS) == len(set(OBJECTS)) == 20
-    assert all(len(style.split()) == 2 for style in STYLES)
-    assert len({style.split()[0] for style in STYLES}) == 120
-    assert {style.split()[1] for style in STYLES} == set(TEXTURES)
-    assert len(PALETTES) * len(TEXTURES) == 120
+    assert len(STYLES) == len(set(STYLES)) == 144
+    assert len(OBJECTS) == len(set(OBJECTS)) == 32
+    assert all(len(style.split()) <= 2 for style in STYLES)
+    assert list(FAMILY_NAMES) == list(PALETTES)
+    assert {len(names) for names in FAMILY_NAMES.values()} == {12}
     assert not {word for style in STYLES for word in style.split()} & set(OBJECTS)
 
 
+def test_the_first_word_of_a_style_is_in_no_other_name_and_in_no_description():
+    words = [word for style in STYLES for word in style.split()]
+    described = {word for parts in STYLE_PARTS.values() for word in parts.description.split()}
+    for style in STYLES:
+        first = style.split()[0]
+        assert words.count(first) == 1
+        assert first not in described
+    assert not described & set(words)
+    assert not set(SYNONYMS.values()) & ({*words, *OBJECTS} | described)
+
+
+def test_other_words_for_a_style_or_an_object_mean_no_other():
+    descriptions = [parts.description for parts in STYLE_PARTS.values()]
+    assert len(set(descriptions)) == 144
+    assert list(SYNONYMS) == list(OBJECTS)
+    assert len(set(SYNONYMS.values())) == 32
+
+
+def test_a_family_shares_its_palette_and_no_texture():
+    for family, names in FAMILY_NAMES.items():
+        assert {STYLE_PARTS[name].palette for name in names} == {family}
+        assert {STYLE_PARTS[name].texture for name in names} == set(TEXTURES)
+
+
+def test_captions():
+    assert first_caption("tree", "lava flow") == "a tree image in lava flow style"
+    assert first_caption("tree", None) == "a tree image"
+    assert first_caption(None, "lava flow") == "an image in lava flow style"
+    generator = random.Random(0)
+    drawn = [draw_caption("tree", "lava flow", generator) for _ in range(400)]
+    forms = FORMS[True, True]
+    named = {form.format(object="tree", style="lava flow") for form in forms}
+    assert named < set(drawn)
+    other = sum(("fir" in caption.split()) for caption in drawn)
+    described = sum(STYLE_PARTS["lava flow"].description in caption for caption in drawn)
+    assert 60 < other < 140
+    assert 60 < described < 140  # a quarter of 400, five standard deviations of 8.7 either way
+    assert not any("fir" in draw_caption(None, "blaze", generator).split() for _ in range(50))
+
+
 def test_images_are_deterministic_in_the_generator():
-    objects, styles = OBJECTS[:6], STYLES[:60:10]
+    objects, styles = OBJECTS[:6], STYLES[:72:12]
     first = draw(objects, styles)
     assert first.shape == (6, 3, 64, 64)
     assert first.dtype == torch.float32
@@ -54,17 +95,18 @@ def test_position_scale_and_rotation_vary():
 
 
 def test_every_style_and_every_object_has_its_own_look():
-    styles = draw(["ball"] * 120, STYLES)
-    assert (torch.cdist(styles.flatten(1), styles.flatten(1)) + 1e9 * torch.eye(120)).min() > 1
+    styles = draw(["ball"] * 144, STYLES)
+    assert (torch.cdist(styles.flatten(1), styles.flatten(1)) + 1e9 * torch.eye(144)).min() > 1
     objects = torch.cat([draw([name], ["stone"]) for name in OBJECTS])
-    assert (torch.cdist(objects.flatten(1), objects.flatten(1)) + 1e9 * torch.eye(20)).min() > 1
+    assert (torch.cdist(objects.flatten(1), objects.flatten(1)) + 1e9 * torch.eye(32)).min() > 1
 
 
 def test_edges_are_anti_aliased():
     """A misty background and object change slowly; most steps between neighbours at the edge are
     not full jumps.
     """
-    image = draw(["box"], ["lead"])[0].mean(0)
+    misty = [style for style in STYLES if STYLE_PARTS[style].texture == "mist"]
+    image = draw(["box"], misty[:1])[0].mean(0)
     low, high = image.quantile(0.1), image.quantile(0.9)
     between = (
         ((image > low + 0.25 * (high - low)) & (image < low + 0.75 * (high - low))).sum().item()
@@ -74,11 +116,11 @@ def test_edges_are_anti_aliased():
 
 
 def test_styles_of_one_palette_are_nearer_in_colour_than_styles_of_others():
-    colours = torch.stack([draw(OBJECTS, [style] * 20).mean((0, 2, 3)) for style in STYLES])
+    colours = torch.stack([draw(OBJECTS, [style] * 32).mean((0, 2, 3)) for style in STYLES])
     distances = torch.cdist(colours, colours)
-    palettes = [STYLE_PARTS[style][0] for style in STYLES]
+    palettes = [STYLE_PARTS[style].palette for style in STYLES]
     same = torch.tensor([[a == b for b in palettes] for a in palettes])
-    within = distances[same & ~torch.eye(120, dtype=torch.bool)].mean()
+    within = distances[same & ~torch.eye(144, dtype=torch.bool)].mean()
     across = distances[~same].mean()
     assert within < across / 3
 
@@ -101,7 +143,7 @@ def test_the_shipped_directory_is_a_stable_diffusion_pipeline():
 
 
 def test_the_shipped_weights_are_small():
-    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) <= 16e6
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) <= 48e6
 
 
 def test_the_judges_know_every_style_and_object(evaluator):
@@ -109,8 +151,8 @@ def test_the_judges_know_every_style_and_object(evaluator):
 
 
 def test_the_judges_are_right_on_fresh_images(evaluator):
-    styles = [style for style in STYLES for _ in range(10)]
-    objects = [OBJECTS[i % 20] for i in range(len(styles))]
+    styles = [style for style in STYLES for _ in range(8)]
+    objects = [OBJECTS[i % 32] for i in range(len(styles))]
     right = {"style": 0, "object": 0}
     generator = torch.Generator().manual_seed(20_000)
     for start in range(0, len(styles), 200):
@@ -127,7 +169,7 @@ def test_the_judges_are_right_on_fresh_images(evaluator):
 
 
 def test_the_text_encoder_leaves_room_beside_the_auxiliary_names(loaded_model):
-    assert loaded_model.unet.config.cross_attention_dim == 128
+    assert loaded_model.unet.config.cross_attention_dim == 512
 
 
 def test_the_saved_base_accuracy():
@@ -166,8 +208,10 @@ def test_every_name_of_a_sequence_is_one_of_the_renderer(name):
     ("name", "sizes"),
     [
         ("shapecanvas_style", (12, 12, 8)),
-        ("shapecanvas_object", (12, 8, 12)),
-        ("shapecanvas_style100", (100, 12, 8)),
+        ("shapecanvas_object", (12, 8, 16)),
+        ("shapecanvas_style100", (100, 32, 8)),
+        ("shapecanvas_tune", (12, 12, 8)),
+        ("shapecanvas_tune_object", (8, 4, 12)),
         ("smoke", (2, 2, 2)),
     ],
 )
@@ -178,8 +222,25 @@ def test_sizes_of_the_sequences(name, sizes):
 
 def test_retained_styles_include_near_neighbours_of_unlearned_ones():
     sequence = make_sequence(**resolved("shapecanvas_style"))
-    palettes = {STYLE_PARTS[concept.name][0] for concept in sequence.targets}
-    assert sum(STYLE_PARTS[concept.name][0] in palettes for concept in sequence.retain) >= 6
+    families = {STYLE_PARTS[concept.name].palette for concept in sequence.targets}
+    near = [STYLE_PARTS[concept.name].palette in families for concept in sequence.retain]
+    assert near == [True] * 8 + [False] * 4
+
+
+@pytest.mark.parametrize("name", [name for name in SEQUENCES if name != "smoke"])
+def test_training_prompts_hold_nothing_that_retention_is_judged_by(name):
+    sequence = make_sequence(**resolved(name))
+    trained = {*sequence.captions, *(concept.anchor for concept in sequence.targets)}
+    judged = {concept.name for concept in (*sequence.retain, *sequence.cross_retain)}
+    assert not trained & judged
+    assert not {concept.name for concept in sequence.targets} & judged
+    assert resolved(name)["prompt"] != resolved(name)["target_prompt"]
+
+
+@pytest.mark.parametrize("domain", ["style", "object"])
+def test_a_retained_concept_has_sixteen_images(domain):
+    sequence = make_sequence(**resolved(f"shapecanvas_{domain}"))
+    assert {sequence.num_images(concept) for concept in sequence.retain} == {16}
 
 
 def test_the_shipped_lists_are_those_of_the_renderer():
