@@ -5,7 +5,8 @@
 
 ConAbl without regularizer, three seeds: UA, RA-I, RA-C and drift after every request; the request
 at which retention has halved; the correlation of drift with retention over requests 0 to N of a
-run. 3 runs of the sequence; diagnostic.md has their seconds.
+run; how far the curves of RA-I and RA-C lie from the paper's. 3 runs of the sequence;
+diagnostic.md has their seconds.
 """
 
 import pandas as pd
@@ -22,6 +23,8 @@ from study import (
     with_stopped,
 )
 from study_statistics import pearson, spearman
+
+from cu_runner.runtime.paths import shipped_dir
 
 SEEDS = (0, 1, 2)
 RETENTION = {"RA_I": "RA-I", "RA_C": "RA-C"}
@@ -57,6 +60,28 @@ def correlations(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def beside_paper(tables: dict[str, pd.DataFrame], domain: str) -> pd.DataFrame:
+    """Compare retention over the requests with the paper's plain curves of a domain.
+
+    Means over the requests that both have, in percent, and the mean of the absolute differences in
+    percentage points. No rows for a domain that the paper has no curve of.
+    """
+    curves = pd.read_csv(shipped_dir("tables") / "paper_curves.csv", comment="#")
+    curves = curves[(curves["column"] == domain) & (curves["row"] == "sequential")]
+    rows = []
+    for label, table in tables.items():
+        for metric, title in RETENTION.items():
+            paper = curves[curves["metric"] == metric].set_index("request")["percent"]
+            both = pd.concat([table.set_index("request")[metric], paper], axis=1).dropna()
+            if both.empty:
+                continue
+            ours, theirs = both.iloc[:, 0], both.iloc[:, 1]
+            row = {"run": label, "metric": title, "requests": len(both), "mean": ours.mean()}
+            row |= {"paper's mean": theirs.mean()}
+            rows.append(row | {"mean absolute difference": (ours - theirs).abs().mean()})
+    return pd.DataFrame(rows)
+
+
 def draw(tables: dict[str, pd.DataFrame]) -> Figure:
     """Draw the metrics over the requests, then retention against drift."""
     figure, axes = panels(2, 3)
@@ -76,6 +101,12 @@ def main(study: Study) -> None:
         "Drift and retention over the requests, with 95% "
         f"intervals:\n\n{as_markdown(correlations(tables), digits=3)}\n\n"
     )
+    compared = beside_paper(tables, study.plan([]).sequence.build().domain)
+    if len(compared):
+        text += (
+            "Beside the paper's curves of ConAbl without regularizer on UnlearnCanvas "
+            f"(`scripts/tables/paper_curves.csv`):\n\n{as_markdown(compared)}\n\n"
+        )
     text += (
         "The requests of one run follow from each other; the intervals take them as "
         "independent and are too narrow."

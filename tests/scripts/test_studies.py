@@ -23,6 +23,7 @@ from study_statistics import near_and_far, output_change, pearson, spearman, tex
 from cu_runner.concepts.entries import read_shipped
 from cu_runner.concepts.sequence import Sequence
 from cu_runner.models.parameters import select_parameters
+from cu_runner.runtime.paths import shipped_dir
 
 SCRIPTS = Path(__file__).parents[2] / "scripts/studies"
 STUDIES = ("diagnostic", "ablation", "sensitivity", "scaling", "auxiliary", "order", "frontier")
@@ -366,6 +367,23 @@ def test_halved(script):
     assert script("diagnostic").halved(table, "RA_I") == 3  # 45 is half, not below it
     assert script("diagnostic").halved(table, "RA_C") == "never"
     assert script("diagnostic").halved(table.assign(RA_C=np.nan), "RA_C") == "-"
+
+
+def test_the_distance_to_the_papers_curves_by_hand(script):
+    """The paper's RA-I on styles begins 81, 63; request 0 and RA-C are left out here."""
+    table = pd.DataFrame({"request": [0, 1, 2], "RA_I": [99.0, 91.0, 60.0], "RA_C": np.nan})
+    (row,) = script("diagnostic").beside_paper({"seed 0": table}, "style").to_dict("records")
+    assert row["metric"] == "RA-I"
+    assert row["requests"] == 2
+    curves = pd.read_csv(shipped_dir("tables") / "paper_curves.csv", comment="#")
+    plain = curves[(curves["column"] == "style") & (curves["row"] == "sequential")]
+    first, second = plain[plain["metric"] == "RA_I"].sort_values("request")["percent"][:2]
+    assert row["mean"] == 75.5
+    assert row["paper's mean"] == pytest.approx((first + second) / 2)
+    expected = (abs(91 - first) + abs(60 - second)) / 2
+    assert row["mean absolute difference"] == pytest.approx(expected)
+    assert script("diagnostic").beside_paper({"seed 0": table}, "celebrity").empty
+
 
 
 def test_drift_against_retention(script):
