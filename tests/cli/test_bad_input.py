@@ -61,17 +61,17 @@ CONFIGURATION = [
     ),
     (["+reg.l2.weight=3"], ["reg.l2", "not selected", "reg=[l2]"]),
     (["reg=l1", "+reg.l2.weight=3"], ["reg.l2", "selected: l1", "reg=[l1,l2]"]),
-    (["sequence.retain=[blaze,fog bank]"], ["blaze", "targets", "retain"]),
+    (["sequence.retain=[torch light,fog bank]"], ["torch light", "targets", "retain"]),
     (
-        ["sequence.targets=[blaze,blaze]"],
-        ["sequence.targets", "blaze", "more than once"],
+        ["sequence.targets=[torch light,torch light]"],
+        ["sequence.targets", "torch light", "more than once"],
     ),
     (["sequence.targets=[]"], ["sequence.targets", "empty"]),
     (["sequence.captions=[]"], ["sequence.captions", "empty"]),
     (["sequence.name=../up"], ["sequence.name", "../up"]),
     (["train.steps=true"], ["train.steps=True", "integer"]),
     (["sequence.targets=ember"], ["sequence.targets='ember'", "list"]),
-    (["sequence.targets=[no style]"], ["no style", "blaze"]),
+    (["sequence.targets=[no style]"], ["no style", "torch light"]),
     (["sequence.vocabulary=nope"], ["nope", "shapecanvas_styles"]),
     (["sequence.prompt=a picture"], ["sequence.prompt", "'a picture'", "{object}"]),
     (["setting.plan=parallel"], ["setting.plan='parallel'", "sequential"]),
@@ -268,11 +268,11 @@ def test_a_unet_of_another_text_width(in_process, pipeline_copy):
     config = json.loads((pipeline_copy / "unet" / "config.json").read_text())
     unet = diffusers.UNet2DConditionModel.from_config(config | {"cross_attention_dim": 64})
     unet.save_pretrained(pipeline_copy / "unet")
-    fragments = ["unet reads text of width 64, text_encoder writes 128"]
+    fragments = ["unet reads text of width 64, text_encoder writes 512"]
     assert_one_line(in_process(*SMOKE, f"model.path={pipeline_copy}"), 2, fragments)
 
 
-@pytest.mark.parametrize("change", [{"block_out_channels": [32, 64, 96]}, {"layers_per_block": 2}])
+@pytest.mark.parametrize("change", [{"block_out_channels": [48, 64, 96]}, {"layers_per_block": 1}])
 def test_weights_that_do_not_fit_their_configuration(in_process, pipeline_copy, change):
     path = pipeline_copy / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))

@@ -524,7 +524,7 @@ def turned(names: list[str]) -> list[str]:
 
 
 def targets_swapped(names: list[str]) -> list[str]:
-    other = {"blaze": "glacier", "glacier": "blaze"}
+    other = {"torch light": "snow drift", "snow drift": "torch light"}
     return [other.get(name, name) for name in names]
 
 

@@ -46,7 +46,7 @@ def odd_tree(tmp_path):
     config["id2label"] = {key: new.get(name, name) for key, name in config["id2label"].items()}
     config["label2id"] = {name: int(key) for key, name in config["id2label"].items()}
     (judge / "config.json").write_text(json.dumps(config))
-    # the embedded model reads 16 tokens of a prompt
+    # the embedded model reads 20 tokens of a prompt; at least 256 of this one
     longer = shutil.copytree(
         locate("package:shapecanvas/weights/pipeline"), tmp_path / "tree/model"
     )
@@ -59,7 +59,7 @@ def odd_tree(tmp_path):
     file = longer / "text_encoder/model.safetensors"
     weights = safetensors.torch.load_file(file)
     (name,) = [name for name in weights if name.endswith("position_embedding.weight")]
-    weights[name] = weights[name].repeat(16, 1)
+    weights[name] = weights[name].repeat(13, 1)[:256]
     safetensors.torch.save_file(weights, file, {"format": "pt"})
     return tmp_path / "tree"
 

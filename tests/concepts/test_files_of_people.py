@@ -184,16 +184,16 @@ def test_general_prompts_have_the_seeds_of_their_file(tmp_path):
 @pytest.mark.parametrize(
     "spelling",
     [
-        "Ember Stripe",
-        "ember_stripe",
-        "ember-stripe",
-        "ember\u2011stripe",
-        "ember \u2013 stripe",
-        "ember\u00a0 stripe",
-        "em\u200bber stri\u00adpe",
-        "ember\ufe0f stripe",
-        "{blaze}",
-        "a picture in {Ember-Stripe}",
+        "Torch Light",
+        "torch_light",
+        "torch-light",
+        "torch\u2011light",
+        "torch \u2013 light",
+        "torch\u00a0 light",
+        "tor\u200bch li\u00adght",
+        "torch\ufe0f light",
+        "{torch light}",
+        "a picture in {Torch-Light}",
     ],
 )
 def test_no_spelling_of_a_target_is_a_protected_name(make_scope, tmp_path, spelling):
@@ -209,7 +209,7 @@ def test_no_spelling_of_a_target_is_a_protected_name(make_scope, tmp_path, spell
         ("Georgia O\u2019Keeffe", "georgia o'keeffe", True),
         ("Stra\u00dfe", "STRASSE", True),
         (EMOJI, EMOJI.replace("\u200d", ""), True),
-        ("blaze", "emberstripe", False),
+        ("torch light", "torchlight", False),
         (COMPOSED, "ete", False),
         ("a, b", "a b", False),
         ("a=b", "ab", False),
@@ -219,7 +219,7 @@ def test_what_is_another_spelling_of_a_name(one, other, same):
     assert (comparable(one) == comparable(other)) == same
 
 
-@pytest.mark.parametrize("spelling", ["Ember stripe", "ember_stripe", "ember-stripe"])
+@pytest.mark.parametrize("spelling", ["Torch light", "torch_light", "torch-light"])
 @pytest.mark.parametrize(
     ("key", "message"),
     [("retain", "is both in targets .* and in retain"), ("targets", "two spellings of one name")],
@@ -233,11 +233,11 @@ def test_a_target_is_named_once(key, message, spelling):
 def test_accents_are_the_same_in_both_forms(evaluator, monkeypatch, tmp_path):
     """Of a sequence, its anchors, a judge and a file of prompts."""
     names = read_conf("sequence/smoke.yaml")["retain"]
-    rows = [f"x,{name},1" for name in ("glacier", *names, COMPOSED)]
+    rows = [f"x,{name},1" for name in ("snow drift", *names, COMPOSED)]
     (tmp_path / "mine.csv").write_text("prompt,concept,seed\n" + "\n".join(rows), encoding="utf-8")
     found = sequence_with(
-        targets=["glacier", DECOMPOSED],
-        anchors={DECOMPOSED: "art", "glacier": DECOMPOSED},
+        targets=["snow drift", DECOMPOSED],
+        anchors={DECOMPOSED: "art", "snow drift": DECOMPOSED},
         prompt_names={DECOMPOSED: f"the {DECOMPOSED}"},
         prompts=str(tmp_path / "mine.csv"),
     )
@@ -255,7 +255,7 @@ def test_accents_are_the_same_in_both_forms(evaluator, monkeypatch, tmp_path):
 
 
 def test_a_file_may_spell_concepts_otherwise(tmp_path):
-    spelled = {"blaze": "Ember-Stripe", "fog bank": "fog_ray"}
+    spelled = {"torch light": "Torch-Light", "fog bank": "fog_bank"}
     smoke = read_conf("sequence/smoke.yaml")
     names = [*smoke["targets"], *smoke["retain"]]
     rows = [f"a picture,{spelled.get(name, name)},1,Tree" for name in names]

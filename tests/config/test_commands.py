@@ -37,7 +37,7 @@ ODD = [
             "+setting.stop_at=90",
         ],
         [
-            "sequence.targets=[blaze,'a, \"b\"']",
+            "sequence.targets=[torch light,'a, \"b\"']",
             "method=esd",
             "reg=merge",
             "anchors.steps=3",

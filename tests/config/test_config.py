@@ -158,7 +158,7 @@ def test_where_and_how_fast_does_not_count(override):
         "reg=l1",
         "model.sampler.steps=3",
         "sequence.seeds=[1]",
-        "sequence.targets=[glacier,blaze]",
+        "sequence.targets=[snow drift,torch light]",
     ],
 )
 def test_science_counts(override):
@@ -166,11 +166,10 @@ def test_science_counts(override):
 
 
 def test_retention_that_is_off_is_no_part_of_a_run():
-    """A run that was made before there was any keeps its directory, and cu-eval reads its
-    configuration.
-    """
+    """The run that the README shows keeps its directory; it was made without any."""
     plan = parse(compose("method=conabl", "reg=gradproj"))
-    assert plan.signature[:8] == "847d6b1e"
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"conabl-gradproj-sequential-s0-{plan.signature[:8]}\n" in readme
     assert plan.retention is None
     assert "retention" not in plan.resolved
     assert signature("retention=shapecanvas") != signature()
@@ -181,7 +180,7 @@ def test_retention_that_is_off_is_no_part_of_a_run():
 
 def test_the_zero_shot_labels_are_the_concepts_of_the_sequence():
     plan = parse(compose("sequence=smoke", "evaluator=open_clip", "evaluator.path=/x.safetensors"))
-    styles = ["blaze", "glacier", "lava flow", "fog bank"]
+    styles = ["torch light", "snow drift", "lava flow", "fog bank"]
     assert plan.evaluator.arguments["labels"] == {"style": styles, "object": ["tree", "star"]}
     assert signature(
         "evaluator=open_clip", "evaluator.path=/x", "evaluator.allow_pickle=[/x]"

@@ -421,7 +421,7 @@ def test_captions_come_from_a_list_a_file_or_the_configuration(tmp_path):
         "first",
         "second",
     )
-    assert make_sequence(**smoke).captions == ("tree", "star", "fish", "cup")
+    assert make_sequence(**smoke).captions == ("ball", "box", "tent", "hoop")
     scenes = make_sequence(**smoke | {"cross_retain": "portrait_scenes"}).cross_retain
     assert [scene.name for scene in scenes] == read_shipped("portrait_scenes")
 

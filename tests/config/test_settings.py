@@ -30,9 +30,9 @@ def names(concepts) -> str:
 @pytest.mark.parametrize(
     ("setting", "targets", "erased", "start"),
     [
-        ("sequential", ["ember", "glacier"], ["ember", "ember glacier"], "previous"),
-        ("independent", ["ember", "glacier"], ["ember", "glacier"], "base"),
-        ("simultaneous", ["ember", "ember glacier"], ["ember", "ember glacier"], "base"),
+        ("sequential", ["torch", "snow"], ["torch", "torch snow"], "previous"),
+        ("independent", ["torch", "snow"], ["torch", "snow"], "base"),
+        ("simultaneous", ["torch", "torch snow"], ["torch", "torch snow"], "base"),
     ],
 )
 def test_plans(sequence, setting, targets, erased, start):
@@ -41,15 +41,15 @@ def test_plans(sequence, setting, targets, erased, start):
     assert [names(request.targets) for request in requests] == targets
     assert [names(request.erased) for request in requests] == erased
     assert {request.start for request in requests} == {start}
-    assert [request.label for request in requests] == ["blaze", "glacier"]
+    assert [request.label for request in requests] == ["torch light", "snow drift"]
 
 
 def test_the_last_of_simultaneous_requests_alone(sequence):
     (request,) = plan_requests(sequence, "simultaneous", last_only=True)
     assert (request.index, names(request.targets), names(request.erased)) == (
         1,
-        "ember glacier",
-        "ember glacier",
+        "torch snow",
+        "torch snow",
     )
     assert (request.start, request.label) == ("base", "2 concepts")
 
@@ -156,13 +156,13 @@ def test_merging_keeps_the_early_stop_of_its_setting(compose_run):
 def test_simultaneous_requests_train_on_all_concepts_so_far(in_process, filled_cache, tmp_path):
     directory, table, _ = run(in_process, tmp_path, "setting=simultaneous")
     assert json.loads((directory / "steps/02/step.json").read_text())["targets"] == [
-        "blaze",
-        "glacier",
+        "torch light",
+        "snow drift",
     ]
     assert table["train_steps"].tolist() == [0, 3, 3]
     assert set(pd.read_csv(directory / "steps/02/predictions.csv")["style"]) >= {
-        "blaze",
-        "glacier",
+        "torch light",
+        "snow drift",
     }
 
 
@@ -179,8 +179,8 @@ def test_all_concepts_in_one_request(in_process, filled_cache, tmp_path):
         1,
         ["", "2 concepts"],
     )
-    assert found.unlearned(1) == ["blaze", "glacier"]
-    assert found.requested == {"blaze": 1, "glacier": 1}
+    assert found.unlearned(1) == ["torch light", "snow drift"]
+    assert found.requested == {"torch light": 1, "snow drift": 1}
     assert found.accuracy_matrix()[1].notna().all()
     judged = found.predictions(1)
     wrong = judged[judged["style"].isin(found.unlearned(1))]
@@ -233,7 +233,7 @@ def test_early_stop_on_ua(in_process, filled_cache, tmp_path):
 
 def test_order_is_a_choice_of_the_sequence(in_process, filled_cache, tmp_path):
     _, table, _ = run(in_process, tmp_path, "sequence.order=reversed")
-    assert table["concept"].fillna("").tolist() == ["", "glacier", "blaze"]
+    assert table["concept"].fillna("").tolist() == ["", "snow drift", "torch light"]
     status, _, err = in_process(*SMOKE, "sequence.order=random")
     assert status == 2
     assert err.startswith(

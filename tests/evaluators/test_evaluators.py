@@ -50,8 +50,8 @@ def images():
     """60 rendered images [60, 3, 64, 64] with the indices of their objects and styles."""
     generator = torch.Generator().manual_seed(31)
     objects, styles = (
-        torch.randint(20, (60,), generator=generator),
-        torch.randint(120, (60,), generator=generator),
+        torch.randint(32, (60,), generator=generator),
+        torch.randint(144, (60,), generator=generator),
     )
     return (
         render([OBJECTS[i] for i in objects], [STYLES[i] for i in styles], generator),
@@ -267,17 +267,17 @@ def test_a_given_list_is_held_against_a_transformers_directory():
     assert kept.labels() == {"object": list(OBJECTS)}
     assert kept.fingerprint() == Classifier({"object": path}, **PREPROCESSING).fingerprint()
     with pytest.raises(
-        ModelError, match=r"output 0 is 'ball' in its config.json and 'mushroom' in the label list"
+        ModelError, match=r"output 0 is 'ball' in its config.json and 'lamp' in the label list"
     ):
         Classifier({"object": path}, **PREPROCESSING, labels={"object": list(OBJECTS[::-1])})
-    with pytest.raises(ModelError, match="has 20 outputs and the label list 120 labels"):
+    with pytest.raises(ModelError, match="has 32 outputs and the label list 144 labels"):
         Classifier({"object": path}, **PREPROCESSING, labels={"object": "shapecanvas_styles"})
 
 
 def test_the_fingerprint_of_the_shipped_classifiers_is_the_one_that_runs_record(evaluator):
     assert (
         evaluator.fingerprint()
-        == "c76f893d46a276a98a3128a9f676f6f144a71b0f62d81c4799e1c019df9110e2"
+        == "ff0149ccf552ff9e78a8f337be0218bbf1ee7102f2a594746b510bd2c3566009"
     )
 
 
@@ -452,11 +452,11 @@ def test_faceless_images_are_no_success(detector, model, sequence, classes, face
         model, judge, sequence, [*sequence.targets, *sequence.retain], 1, settings
     ).predictions
     assert rows["face"].tolist() == [face] * 8
-    found = step_metrics(rows, ["blaze", "glacier"], sequence)
+    found = step_metrics(rows, ["torch light", "snow drift"], sequence)
     assert (found["faceless_unlearned"], found["faceless_retained"]) == ((0, 0) if face else (4, 4))
     if face:
         right = (rows["style"] == rows["predicted_style"])[
-            rows["style"].isin(["blaze", "glacier"])
+            rows["style"].isin(["torch light", "snow drift"])
         ]
         assert found["UA"] == pytest.approx(100 - 100 * right.mean())
     else:
@@ -617,8 +617,8 @@ def test_without_a_cross_domain_only_the_concepts_are_judged(model, sequence, ev
     own = make_sequence(**read_conf("sequence/smoke.yaml"), prompts=str(tmp_path / "mine.csv"))
     assert own.measured_domains == ("style",)
     assert [dataclasses.astuple(image) for image in own.evaluation_images(own.targets[1:])] == [
-        ("a glacier thing, 3", 3, "glacier", ""),
-        ("a glacier thing, 4", 4, "glacier", ""),
+        ("a snow drift thing, 3", 3, "snow drift", ""),
+        ("a snow drift thing, 4", 4, "snow drift", ""),
     ]
     rows = evaluate(
         model,
@@ -630,7 +630,7 @@ def test_without_a_cross_domain_only_the_concepts_are_judged(model, sequence, ev
     ).predictions
     assert rows["seed"].tolist() == [3, 4] * 4
     assert "predicted_object" not in rows
-    found = step_metrics(rows, ["blaze"], own)
+    found = step_metrics(rows, ["torch light"], own)
     assert (found["RA_C"], found["RA_C_retained"]) == (None, None)
     assert 0 <= found["RA_I"] <= 100
 
@@ -638,36 +638,36 @@ def test_without_a_cross_domain_only_the_concepts_are_judged(model, sequence, ev
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("prompt,concept\nx,blaze\n", "has no column seed; needed: prompt, concept, seed$"),
+        ("prompt,concept\nx,torch light\n", "has no column seed; needed: prompt, concept, seed$"),
         ("prompt,concept,seed\n", "holds no row below its header$"),
         (
-            "prompt,concept,seed\nx,blaze,-1\n",
+            "prompt,concept,seed\nx,torch light,-1\n",
             "line 2: seed '-1' is no whole number from 0 on$",
         ),
         (
-            "prompt,concept,seed\nx,y,z,blaze,1\n",
+            "prompt,concept,seed\nx,y,z,torch light,1\n",
             "line 2 has another number of fields than the header",
         ),
-        ("prompt,concept,seed\n ,blaze,1\n", "line 2 has no prompt$"),
+        ("prompt,concept,seed\n ,torch light,1\n", "line 2 has no prompt$"),
         (
             "prompt,concept,seed\nx,nobody,1\n",
             "'nobody' is neither in sequence.targets nor in sequence.retain$",
         ),
         (
-            "prompt,concept,seed\nx,blaze,1\n",
-            "holds no image of glacier, lava flow, fog bank",
+            "prompt,concept,seed\nx,torch light,1\n",
+            "holds no image of snow drift, lava flow, fog bank",
         ),
         (
             (
-                "prompt,concept,seed,object\nx,blaze,1,tree\nx,glacier "
-                "dot,1,cow\nx,lava flow,1,tree\nx,fog bank,1,tree\n"
+                "prompt,concept,seed,object\nx,torch light,1,tree\nx,snow drift,1,"
+                "cow\nx,lava flow,1,tree\nx,fog bank,1,tree\n"
             ),
             "object 'cow' is not in sequence.cross_retain",
         ),
         (
             "prompt,concept,seed\n"
-            + "x,blaze,1\n" * 2
-            + "x,glacier,1\nx,lava flow,1\nx,fog bank,1\n",
+            + "x,torch light,1\n" * 2
+            + "x,snow drift,1\nx,lava flow,1\nx,fog bank,1\n",
             "is there twice",
         ),
     ],

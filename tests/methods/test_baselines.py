@@ -112,10 +112,10 @@ def test_a_request_of_two_concepts_trains_on_images_of_both(make_scope, sequence
     request = plan_requests(sequence, "simultaneous")[1]
     scope, asked = recording(dataclasses.replace(make_scope(batch_size=8), request=request))
     report = erase(scope, METHODS[name](), {}, settings(steps=1))
-    assert all("blaze" in prompt for prompt in asked[0])
-    assert all("glacier" in prompt for prompt in asked[1])
+    assert all("torch light" in prompt for prompt in asked[0])
+    assert all("snow drift" in prompt for prompt in asked[1])
     assert not any(
-        target in prompt for prompt in asked[2] for target in ("blaze", "glacier")
+        target in prompt for prompt in asked[2] for target in ("torch light", "snow drift")
     )
     assert len(report.logs) == 1
 
@@ -186,7 +186,7 @@ def test_labels_are_other_names_in_the_images_own_prompt(make_scope):
         assert label.endswith(end)
         name = label.removeprefix(start).removesuffix(end)
         assert name in scope.sequence.vocabulary
-        assert name not in ("blaze", "lava flow", "fog bank")  # the target, the retained
+        assert name not in ("torch light", "lava flow", "fog bank")  # the target, the retained
     assert len(set(labels)) > 40
     assert method._labels(make_scope()) == [labels]
     assert method._labels(make_scope(seed=1)) != [labels]
@@ -202,7 +202,7 @@ def test_labels_are_prompts_of_the_retain_set_when_asked_for(make_scope):
 def test_no_other_name_is_an_error(make_scope):
     scope = make_scope()
     alone = dataclasses.replace(
-        scope, sequence=dataclasses.replace(scope.sequence, vocabulary=("blaze",))
+        scope, sequence=dataclasses.replace(scope.sequence, vocabulary=("torch light",))
     )
     with pytest.raises(
         ValueError, match=r"^method.label=name: no name is left .*; use label=prompt$"

@@ -392,7 +392,7 @@ def test_a_batch_is_an_anchor_image_under_noise_with_both_prompts_of_its_caption
     model, sequence = scope.model, scope.sequence
     latents = scope.anchors([], NUM_ANCHORS)
     pairs = sequence.training_pairs(scope.request.targets[0])
-    assert pairs[0] == ("a tree image in blaze style", "a tree image")
+    assert pairs[0] == ("a tree image in torch light style", "a tree image")
     (batch,) = stream(scope, 1)
     assert batch.noisy.shape == batch.noise.shape == (8, 4, 16, 16)
     assert batch.timesteps.shape == (8,)

@@ -358,8 +358,8 @@ def test_a_request_of_several_concepts_has_a_multiplier_for_each(scope, settings
     scope = both_targets(scope)
     report = erase(scope, MAKE[name](), {}, settings(steps=2))
     constraints = report.method["constraints"]
-    assert list(constraints) == ["blaze", "glacier"]
-    assert constraints["blaze"]["final"] != constraints["glacier"]["final"]
+    assert list(constraints) == ["torch light", "snow drift"]
+    assert constraints["torch light"]["final"] != constraints["snow drift"]["final"]
     assert report.method["status"] in ("feasible", "infeasible", "unfinished")
     assert {"loss", "lambda", "constraint", "constraint_mean", "retain_loss"} <= set(report.logs[0])
     assert all(
@@ -410,7 +410,7 @@ def test_a_constraint_out_of_reach_is_infeasible(scope, settings, name):
     )
     assert report.method["status"] == "infeasible"
     assert report.method["note"].startswith(
-        "infeasible: lambda is stuck at its cap and the constraint on blaze"
+        "infeasible: lambda is stuck at its cap and the constraint on torch light"
     )
 
 

@@ -161,7 +161,7 @@ def test_the_unrelated_prompt(make_scope, unrelated, expected):
     scope = make_scope(batch_size=8)  # noqa: F811
     batch = first_batch(EraseDiff(unrelated=unrelated, **SMALL), scope).outer.forget
     own = scope.model.encode_prompts(
-        [f"a {caption} image in blaze style" for caption in scope.sequence.captions]
+        [f"a {caption} image in torch light style" for caption in scope.sequence.captions]
     ).hidden
     other = scope.model.encode_prompts(
         [expected.format(caption) for caption in scope.sequence.captions]

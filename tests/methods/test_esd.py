@@ -120,7 +120,7 @@ def test_a_batch_is_a_partly_denoised_sample_of_the_current_weights(scope):
         stop = int(torch.randint(STEPS, (), generator=generator))
         rows = torch.randint(len(scope.sequence.captions), (2,), generator=generator).tolist()
         seeds = torch.randint(2**62, (2,), generator=generator).tolist()
-        prompts = [f"a {scope.sequence.captions[row]} image in blaze style" for row in rows]
+        prompts = [f"a {scope.sequence.captions[row]} image in torch light style" for row in rows]
         assert batch.prompts == prompts
         noisy, timestep = sample_partly(model, prompts, seeds, Sampler(STEPS, 3.0), stop)
         assert torch.equal(batch.noisy, noisy)
@@ -151,7 +151,7 @@ def test_samples_of_the_teacher_are_those_of_a_model_with_its_weights(scope, tea
         stop = int(torch.randint(STEPS, (), generator=generator))
         torch.randint(1, (2,), generator=generator)
         seeds = torch.randint(2**62, (2,), generator=generator).tolist()
-        prompts = ["a blaze image"] * 2
+        prompts = ["a torch light image"] * 2
         noisy, timestep = sample_partly(scope.model, prompts, seeds, Sampler(STEPS, 3.0), stop)
         assert torch.equal(batch.noisy, noisy)
         assert batch.timesteps.tolist() == own[step].timesteps.tolist() == [int(timestep)] * 2
@@ -189,9 +189,9 @@ def test_batches_depend_on_weights_seed_request_and_step_alone(make_scope):
 
 def test_the_prompt_is_the_name_and_all_targets_are_drawn(make_scope, sequence):
     scope = make_scope(batch_size=16)
-    assert set(stream(scope, 1)[0].prompts) == {"blaze"}
+    assert set(stream(scope, 1)[0].prompts) == {"torch light"}
     both = dataclasses.replace(scope, request=plan_requests(sequence, "simultaneous")[1])
-    assert set(stream(both, 1)[0].prompts) == {"blaze", "glacier"}
+    assert set(stream(both, 1)[0].prompts) == {"torch light", "snow drift"}
 
 
 @pytest.mark.parametrize(

@@ -109,9 +109,9 @@ def test_status_tells_a_cap_from_too_few_steps():
     torch.testing.assert_close(state.lam, tensor(0.25, 0.0075))
     assert state.status(tensor(0.5, 4.0)) == ["infeasible", "unfinished"]
     assert state.status(tensor(3.5, 5.5)) == ["feasible", "feasible"]
-    record = state.record(["blaze", "fog bank"], tensor(0.5, 4.0))
+    record = state.record(["torch light", "fog bank"], tensor(0.5, 4.0))
     assert record["status"] == "infeasible"
-    assert record["constraints"]["blaze"] == {
+    assert record["constraints"]["torch light"] == {
         "lambda": 0.25,
         "initial": 2.0,
         "bound": 3.0,
@@ -119,9 +119,9 @@ def test_status_tells_a_cap_from_too_few_steps():
         "status": "infeasible",
     }
     assert record["note"].startswith(
-        "infeasible: lambda is stuck at its cap and the constraint on blaze is violated"
+        "infeasible: lambda is stuck at its cap and the constraint on torch light is violated"
     )
-    assert "note" not in state.record(["blaze", "fog bank"], tensor(3.5, 5.5))
+    assert "note" not in state.record(["torch light", "fog bank"], tensor(3.5, 5.5))
 
 
 # --------------------------------------------------------------------------------------- reverse KL

@@ -149,14 +149,14 @@ def prompts(make_scope, **options) -> tuple[list[str], list[str]]:
 def test_the_sequences_own_prompts(make_scope):
     forget, keep = prompts(make_scope, diversity="sequence")
     assert forget == [
-        f"a {caption} image in blaze style" for caption in ("tree", "star", "fish", "cup")
+        f"a {caption} image in torch light style" for caption in ("tree", "star", "fish", "cup")
     ]
     assert keep == SMALL["retain"].read(make_scope())
 
 
 def test_a_single_prompt_is_the_ablation(make_scope):
     assert prompts(make_scope, diversity="narrow") == (
-        ["a tree image in blaze style"],
+        ["a tree image in torch light style"],
         ["a tree image"],
     )
 
@@ -165,14 +165,14 @@ def test_templates_pair_each_prompt_with_itself_without_the_concept(make_scope):
     forget, keep = prompts(make_scope, diversity="diversified", num_prompts=50)
     assert len(forget) == len(keep) == len(set(keep)) == 50
     for target, other in zip(forget, keep, strict=True):
-        assert target == f"{other}, blaze"
+        assert target == f"{other}, torch light"
 
 
 def test_templates_of_the_users_own(make_scope, tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("# mine\na {concept} boat\n\na boat, {concept}, at sea\n")
     forget, keep = prompts(make_scope, diversity="diversified", templates=str(path))
-    assert forget == ["a blaze boat", "a boat, blaze, at sea"]
+    assert forget == ["a torch light boat", "a boat, torch light, at sea"]
     assert keep == ["a boat", "a boat, at sea"]
     path.write_text("a {concept} boat\na boat\n")
     with pytest.raises(
@@ -257,7 +257,7 @@ def test_the_diversified_method_runs_from_the_command(in_process, filled_cache):
         "method.num_images=4",
         "method.num_prompts=4",
         "train.optimizer=sgd",
-        "sequence.targets=[blaze]",
+        "sequence.targets=[torch light]",
     ]
     status, _, err = in_process(
         *overrides, *small, "method=rgd", "method.diversity=diversified", "method.truncate_at=1.3"

@@ -120,7 +120,7 @@ def test_positions_from_the_concept_on_go_to_those_of_the_anchor_and_the_others_
     scope = make_scope()
     model = scope.model
     batch = UCE(retain=RetainSet("anchors")).batch(scope, 0)
-    hidden = model.encode_prompts(["a tree image in blaze style", "a tree image"]).hidden
+    hidden = model.encode_prompts(["a tree image in torch light style", "a tree image"]).hidden
     length = hidden.shape[1]
     assert torch.equal(
         hidden[0, :4], hidden[1, :4]
@@ -144,7 +144,7 @@ def test_earlier_targets_are_preserved_and_all_targets_edited(make_scope, sequen
     scope = make_scope(request=2)
     batch = UCE(retain=retain).batch(scope, 0)
     assert len(batch.preserved) == 2 * captions * length
-    earlier = scope.model.encode_prompts(["a tree image in blaze style"]).hidden[0]
+    earlier = scope.model.encode_prompts(["a tree image in torch light style"]).hidden[0]
     assert torch.equal(batch.preserved[captions * length :][:length], earlier)
     both = dataclasses.replace(scope, request=plan_requests(sequence, "simultaneous")[1])
     together = UCE(retain=retain).batch(both, 0)
@@ -165,7 +165,7 @@ def test_an_exact_fit_makes_the_concept_act_like_its_anchor(make_scope, settings
     noisy, timesteps = torch.randn(2, *model.latent_shape, generator=draw), torch.tensor([200, 600])
     concept, anchor = (
         model.encode_prompts([prompt] * 2)
-        for prompt in ("a tree image blaze", "a tree image")
+        for prompt in ("a tree image torch light", "a tree image")
     )
     wanted, before = (
         model.predict_noise(noisy, timesteps, anchor),

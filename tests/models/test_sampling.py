@@ -24,7 +24,7 @@ from cu_runner.schema.settings import EvalSettings, Sampler, Speed
 from cu_runner.store.cache import Cache
 
 PROMPTS = [
-    "a tree image in blaze style",
+    "a tree image in torch light style",
     "a star image in fog bank style",
     "a fish image",
     "a cup image in iris style",

@@ -152,7 +152,7 @@ def test_the_record(make_scope):
     record = begun(NullSpace(energy=0.95, target_rank=2), scope)
     assert record["prompts"] == {"names": 117 * 4, "anchors": 4, "empty": 1}
     assert len(record["auxiliary"]) == 117
-    assert not {"blaze", "lava flow", "fog bank"} & set(record["auxiliary"])
+    assert not {"torch light", "lava flow", "fog bank"} & set(record["auxiliary"])
     assert record["energy"] >= 0.95
     assert begun(NullSpace(rank=record["rank"], energy=None), scope)["energy"] == pytest.approx(
         record["energy"], rel=1e-6
@@ -165,8 +165,8 @@ def test_the_record(make_scope):
 def test_retained_names_and_earlier_targets_are_named_only_when_they_may_be(make_scope):
     named = begun(NullSpace(names=NameSource(retained=True)), make_scope())["auxiliary"]
     assert {"lava flow", "fog bank"} <= set(named)
-    assert "blaze" not in begun(NullSpace(), make_scope(request=2))["auxiliary"]
-    assert "glacier" not in begun(NullSpace(), make_scope(request=2))["auxiliary"]
+    assert "torch light" not in begun(NullSpace(), make_scope(request=2))["auxiliary"]
+    assert "snow drift" not in begun(NullSpace(), make_scope(request=2))["auxiliary"]
 
 
 def test_every_source_counts_as_much_however_many_prompts_it_holds(make_scope, tmp_path):
@@ -267,7 +267,7 @@ def test_kept_prompts_do_not_move_and_the_target_does(make_scope, settings):
         )
         erase(scope, Pull(), {"nullspace": regularizer}, settings(steps=3, lr=1e-2))
         assert relative_change(scope, kept) < 5e-3
-    assert relative_change(scope, ["a tree image in blaze style"]) > 0.3
+    assert relative_change(scope, ["a tree image in torch light style"]) > 0.3
     changes = subtract(scope.params, scope.base).values()
     assert all(
         torch.linalg.matrix_rank(change, rtol=1e-3) == 1 for change in changes
@@ -279,7 +279,7 @@ def test_earlier_targets_stay_as_unlearned_as_they_are(make_scope):
     scope, moved = make_scope(request=2), {}
     T = text_vectors(
         scope.model,
-        [f"a {caption} image in blaze style" for caption in scope.sequence.captions],
+        [f"a {caption} image in torch light style" for caption in scope.sequence.captions],
     )
     for earlier in (0, 1, 8):
         regularizer = NullSpace(energy=0.9, scaled=False, earlier=earlier)
@@ -293,7 +293,7 @@ def test_a_scaled_step_moves_the_targets_text_as_much_as_an_unprojected_one(make
     """||T P|| = ||T|| over all positions of its prompts: every target is moved alike by one step
     size.
     """
-    for request, name in ((1, "blaze"), (2, "glacier")):
+    for request, name in ((1, "torch light"), (2, "snow drift")):
         scope, regularizer = make_scope(request=request), NullSpace()
         begun(regularizer, scope)
         T = text_vectors(
@@ -311,15 +311,15 @@ def test_requests_with_several_targets_move_one_direction_for_each(make_scope):
     regularizer = NullSpace(scaled=False)
     record = begun(regularizer, dataclasses.replace(scope, request=both))
     assert regularizer._projector.trace().item() == pytest.approx(2, abs=1e-4)
-    assert not {"blaze", "glacier"} & set(record["auxiliary"])
+    assert not {"torch light", "snow drift"} & set(record["auxiliary"])
 
 
 def test_a_target_with_nothing_outside_the_subspace_is_warned_of(make_scope, caplog):
     with caplog.at_level(logging.WARNING, logger="cu_runner"):
-        record = begun(NullSpace(rank=128, energy=None), make_scope())
+        record = begun(NullSpace(rank=512, energy=None), make_scope())
     assert record["target_moved"] == 0
-    assert record["rank"] == 128
-    assert "leaves nothing of blaze to unlearn" in caplog.text
+    assert record["rank"] == 512
+    assert "leaves nothing of torch light to unlearn" in caplog.text
 
 
 def test_bad_settings_are_refused(make_scope, tmp_path):

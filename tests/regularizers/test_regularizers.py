@@ -147,10 +147,10 @@ def names_of(regularizer, scope) -> list[str]:
 def test_the_target_is_never_among_the_names_and_earlier_targets_are(make_scope):
     first, second = (names_of(GradProj(threshold=1.0), make_scope(request)) for request in (1, 2))
     retained = {"lava flow", "fog bank"}
-    assert "blaze" not in first
-    assert "glacier" in first
-    assert second[0] == "blaze"
-    assert "glacier" not in second
+    assert "torch light" not in first
+    assert "snow drift" in first
+    assert second[0] == "torch light"
+    assert "snow drift" not in second
     assert not retained & {*first, *second}
     assert len(first) == 120 - 1 - 2
     assert len(second) == 120 - 1 - 2
@@ -168,9 +168,9 @@ def test_the_nearest_names_are_chosen_first(make_scope, model):
     everything = [
         name
         for name in read_shipped("shapecanvas_styles")
-        if name not in ("blaze", "lava flow", "fog bank")
+        if name not in ("torch light", "lava flow", "fog bank")
     ]
-    vectors = concept_vectors(model, ["blaze", *everything], "{concept}")
+    vectors = concept_vectors(model, ["torch light", *everything], "{concept}")
     cosine = torch.nn.functional.cosine_similarity(vectors[:, :1], vectors[:, 1:], dim=0)
     assert set(names) == {everything[i] for i in cosine.topk(5).indices.tolist()}
     assert cosine.topk(5).values.tolist() == sorted(cosine.tolist(), reverse=True)[:5]
@@ -178,11 +178,11 @@ def test_the_nearest_names_are_chosen_first(make_scope, model):
 
 def test_concept_vectors_are_the_mean_over_the_names_own_tokens(model):
     context = "a tree image in {concept} style"
-    hidden = model.encode_prompts([context.format(concept="blaze")]).hidden[0]
-    tokens = model.tokenizer(context.format(concept="blaze")).input_ids
-    own = model.tokenizer("blaze").input_ids[1:-1]
+    hidden = model.encode_prompts([context.format(concept="torch light")]).hidden[0]
+    tokens = model.tokenizer(context.format(concept="torch light")).input_ids
+    own = model.tokenizer("torch light").input_ids[1:-1]
     start = next(i for i in range(len(tokens)) if tokens[i : i + len(own)] == own)
-    (vector,) = concept_vectors(model, ["blaze"], context).T
+    (vector,) = concept_vectors(model, ["torch light"], context).T
     torch.testing.assert_close(vector, hidden[start : start + len(own)].mean(0))
 
 
@@ -198,9 +198,9 @@ def test_similar_names_are_dropped_and_the_record_says_which_were_used(make_scop
 
 
 def test_prompt_vectors_hold_every_position_and_one_column_for_end_and_padding(model):
-    hidden = model.encode_prompts(["an image in blaze style"]).hidden[0]
-    columns = prompt_vectors(model, ["blaze"], "an image in {concept} style")
-    assert columns.shape == (128, 8)  # begin, an, image, in, ember, stripe, style, end with padding
+    hidden = model.encode_prompts(["an image in torch light style"]).hidden[0]
+    columns = prompt_vectors(model, ["torch light"], "an image in {concept} style")
+    assert columns.shape == (512, 8)  # begin, an, image, in, torch, light, style, end with padding
     torch.testing.assert_close(columns[:, :7], hidden[:7].T)
     torch.testing.assert_close(columns[:, 7], hidden[7:].mean(0))
 
@@ -249,7 +249,7 @@ def test_names_from_a_shipped_list_and_from_a_file(make_scope, tmp_path):
     )
     assert sorted(listed) == sorted(read_shipped("shapecanvas_objects"))
     path = tmp_path / "names.txt"
-    path.write_text("# mine\nstar\n\n  tree \nstar\nember stripe\nfog ray\n")
+    path.write_text("# mine\nstar\n\n  tree \nstar\ntorch light\nfog bank\n")
     filed = names_of(GradProj(auxiliary=NameSource("file", str(path)), threshold=1.0), make_scope())
     assert sorted(filed) == ["star", "tree"]
 
@@ -261,7 +261,7 @@ def test_sources_that_hold_no_names_are_refused(make_scope, tmp_path):
 
     empty, only = tmp_path / "empty.txt", tmp_path / "only.txt"
     empty.write_text("# nothing\n")
-    only.write_text("blaze\nfog ray\n")
+    only.write_text("torch light\nfog bank\n")
     refused("file", str(empty), r"empty.txt: holds no names")
     refused("file", str(tmp_path / "gone"), r"gone: no such file")
     refused("list", "nope", r"nope: no such list; allowed: .*painting_styles")
@@ -270,22 +270,22 @@ def test_sources_that_hold_no_names_are_refused(make_scope, tmp_path):
 
 def test_when_the_vocabulary_is_used_up_the_earlier_targets_are_the_names(make_scope, tmp_path):
     path = tmp_path / "used.txt"
-    path.write_text("blaze\nglacier dot\n")
+    path.write_text("torch light\nsnow drift\n")
     assert names_of(GradProj(auxiliary=NameSource("file", str(path))), make_scope(request=2)) == [
-        "blaze"
+        "torch light"
     ]
 
 
 def test_spellings_of_the_target_and_of_retained_names_are_banned_too(make_scope, tmp_path):
     path = tmp_path / "spelled.txt"
-    path.write_text("Ember_Stripe\nFOG_ray\ntide dot\n")
+    path.write_text("Torch_Light\nFOG_bank\ntide pool\n")
     assert names_of(GradProj(auxiliary=NameSource("file", str(path))), make_scope()) == ["tide pool"]
 
 
 def test_a_subspace_that_holds_the_target_is_warned_of(make_scope, caplog):
     with caplog.at_level(logging.WARNING):
         GradProj(tokens="all").begin_request(make_scope(), METHOD)
-    assert "leaves nothing of blaze to unlearn" in caplog.text
+    assert "leaves nothing of torch light to unlearn" in caplog.text
 
 
 def test_weights_that_are_not_projected_are_warned_of_once(make_scope, caplog):
@@ -551,13 +551,13 @@ def test_a_name_is_read_where_it_is_marked_not_where_its_word_stands_before(mode
 def test_no_spelling_of_an_earlier_target_joins_a_merging_request_twice(make_scope, tmp_path):
     scope = make_scope()
     first, second = scope.sequence.targets
-    bear = dataclasses.replace(first, name="Bears", spelling="blaze")
+    bear = dataclasses.replace(first, name="Bears", spelling="torch light")
     request = dataclasses.replace(scope.request, index=2, plan="independent", listed=(bear, second))
     (tmp_path / "names.txt").write_text(
-        "Bears\nbears\nan image of a {Ember  Stripe}\nember_stripe\nfog mist\n", encoding="utf-8"
+        "Bears\nbears\nan image of a {Ember  Stripe}\ntorch_light\nfog mist\n", encoding="utf-8"
     )
     source = NameSource("file", str(tmp_path / "names.txt"))
     record = GradProj(auxiliary=source).begin_request(
         dataclasses.replace(scope, request=request), ConAbl()
     )
-    assert record["auxiliary"] == ["blaze", "fog mist"]
+    assert record["auxiliary"] == ["torch light", "fog mist"]

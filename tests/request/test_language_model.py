@@ -65,9 +65,9 @@ def test_parse_answer(answer, names):
 
 
 def test_the_question_names_domain_targets_and_number():
-    text = question("style", ["blaze", "plum"], 12)
+    text = question("style", ["torch light", "plum"], 12)
     assert text.startswith(
-        "List 12 different names of a style that are related to blaze, plum,"
+        "List 12 different names of a style that are related to torch light, plum,"
     )
 
 
@@ -80,7 +80,7 @@ def answering(tmp_path_factory):
 
     def make(answer: str, chat: bool = False) -> str:
         directory = tmp_path_factory.mktemp("gpt2")
-        asked = question("style", ["blaze"], 4)
+        asked = question("style", ["torch light"], 4)
         texts = [f"{asked}\n\n1.{answer}<|end|>", f"{asked}\nassistant:1.{answer}<|end|>"][chat:][
             :1
         ]
@@ -134,24 +134,24 @@ def answering(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def good(answering):
-    return answering(' cinder\n2. blaze\n3. fog bank\n4. Ice "pillar"\n5. magma')
+    return answering(' cinder\n2. torch light\n3. fog bank\n4. Ice "pillar"\n5. magma')
 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_model_is_asked_and_answers_the_same_every_time(answering, chat):
     path = answering(" cinder\n2. magma\n3. art d\u00e9co", chat)
-    first = ask(path, "style", ["blaze"], 4)
+    first = ask(path, "style", ["torch light"], 4)
     assert first == ["cinder", "magma", "art d\u00e9co"]
     torch.manual_seed(99)
     load_language_model.cache_clear()
-    assert ask(path, "style", ["blaze"], 4) == first
+    assert ask(path, "style", ["torch light"], 4) == first
 
 
 def test_targets_and_retained_names_in_the_answer_are_banned(good, make_scope):
     scope = make_scope()
-    assert ask(good, "style", ["blaze"], 4) == [
+    assert ask(good, "style", ["torch light"], 4) == [
         "cinder",
-        "blaze",
+        "torch light",
         "fog bank",
         'Ice "pillar',
     ]
@@ -170,7 +170,7 @@ def test_targets_and_retained_names_in_the_answer_are_banned(good, make_scope):
 def test_the_model_is_loaded_once(good):
     load_language_model.cache_clear()
     for _ in range(3):
-        ask(good, "style", ["blaze"], 2)
+        ask(good, "style", ["torch light"], 2)
     assert load_language_model.cache_info().misses == 1
     assert load_language_model.cache_info().hits == 2
 
@@ -213,9 +213,9 @@ def test_an_answer_without_names_and_a_short_context_are_refused(answering):
     with pytest.raises(
         ValueError, match=r"its answer holds no names; give a model that follows instructions"
     ):
-        ask(path, "style", ["blaze"], 4)
+        ask(path, "style", ["torch light"], 4)
     with pytest.raises(
         ValueError,
         match=r"the question of \d+ tokens does not fit; give a model with a longer context",
     ):
-        ask(path, "style", ["blaze"] * 60, 4)
+        ask(path, "style", ["torch light"] * 60, 4)

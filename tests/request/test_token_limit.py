@@ -14,7 +14,7 @@ from cu_runner.regularizers.nullspace import NullSpace
 from cu_runner.request.text_subspace import concept_vectors, prompt_vectors
 from cu_runner.request.token_limit import check_prompts
 
-LONG = "a fish and a cup and a fish and a cup and a fish and a cup and a fish and"
+LONG = "a fish and a cup and a fish and a cup and a fish and a cup and a fish and a cup and a"
 
 
 def sequence_with(**changes):
@@ -28,32 +28,32 @@ def refused(call, message: str) -> None:
 
 
 def test_the_span_of_a_concept_is_within_the_tokens_that_are_read(model):
-    assert model.num_tokens == 16
-    span = find_tokens(model.tokenizer, "blaze", f"{LONG} blaze")
-    assert span.start > 15
+    assert model.num_tokens == 20
+    span = find_tokens(model.tokenizer, "torch light", f"{LONG} torch light")
+    assert span.start > 19
     refused(
-        lambda: model.token_span("blaze", f"{LONG} blaze"),
-        r"^'blaze' lies beyond the 16 tokens that the model reads of the prompt 'a fish "
-        r"and .*blaze'; shorten the prompt, or name it earlier$",
+        lambda: model.token_span("torch light", f"{LONG} torch light"),
+        r"^'torch light' lies beyond the 20 tokens that the model reads of the prompt 'a fish "
+        r"and .*torch light'; shorten the prompt, or name it earlier$",
     )
-    own = find_tokens(model.tokenizer, "blaze", "blaze")
-    room = 15 - (own.stop - own.start) - 1  # tokens before it, so that it ends as the last one
+    own = find_tokens(model.tokenizer, "torch light", "torch light")
+    room = 19 - (own.stop - own.start) - 1  # tokens before it, so that it ends as the last one
     words = " ".join(["tree"] * room)
     assert len(model.tokenizer(words).input_ids) == room + 2
-    assert model.token_span("blaze", f"{words} blaze").stop == 15
-    refused(lambda: model.token_span("blaze", f"tree {words} blaze"), "lies beyond")
+    assert model.token_span("torch light", f"{words} torch light").stop == 19
+    refused(lambda: model.token_span("torch light", f"tree {words} torch light"), "lies beyond")
     refused(
         lambda: model.token_span(LONG, LONG),
-        rf"^'{LONG}' is a name of \d\d tokens, and the model reads 14 of a prompt; shorten it$",
+        rf"^'{LONG}' is a name of \d\d tokens, and the model reads 18 of a prompt; shorten it$",
     )
-    assert model.token_span(LONG, LONG, partly=True) == slice(1, 15)  # as of auxiliary names
+    assert model.token_span(LONG, LONG, partly=True) == slice(1, 19)  # as of auxiliary names
 
 
 @pytest.mark.parametrize("tokens", ["own", "last"])
 def test_vectors_of_a_name_that_is_cut_off_are_refused(model, tokens):
     context = f"{LONG} {{concept}}"
-    refused(lambda: concept_vectors(model, ["tree", "star"], context, tokens), "lies beyond the 16")
-    refused(lambda: prompt_vectors(model, ["tree", "star"], context), "lies beyond the 16")
+    refused(lambda: concept_vectors(model, ["tree", "star"], context, tokens), "lies beyond the 20")
+    refused(lambda: prompt_vectors(model, ["tree", "star"], context), "lies beyond the 20")
 
 
 @pytest.mark.parametrize(
@@ -65,28 +65,28 @@ def test_vectors_of_a_name_that_is_cut_off_are_refused(model, tokens):
     ],
 )
 def test_regularizers_refuse_it(make_scope, part):
-    refused(lambda: part().begin_request(make_scope(), UCE()), "lies beyond the 16 tokens")
+    refused(lambda: part().begin_request(make_scope(), UCE()), "lies beyond the 20 tokens")
 
 
 def test_uce_refuses_it(make_scope):
     sequence = sequence_with(target_prompt=f"{LONG} {{concept}} {{caption}}")
     scope = dataclasses.replace(make_scope(), sequence=sequence)
-    refused(lambda: UCE().batch(scope, 1), "'blaze' lies beyond the 16 tokens")
+    refused(lambda: UCE().batch(scope, 1), "'torch light' lies beyond the 20 tokens")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_prompt": f"{LONG} {{concept}} {{caption}}"}, "^'blaze' lies beyond the"),
-        ({"prompt": f"{LONG} {{object}} in {{style}}"}, "^'blaze' lies beyond the 16"),
-        ({"prompt": f"in {{style}} {LONG} {{object}}"}, "^'tree' lies beyond the 16"),
+        ({"target_prompt": f"{LONG} {{concept}} {{caption}}"}, "^'torch light' lies beyond the"),
+        ({"prompt": f"{LONG} {{object}} in {{style}}"}, "^'torch light' lies beyond the 20"),
+        ({"prompt": f"in {{style}} {LONG} {{object}}"}, "^'tree' lies beyond the 20"),
         ({"retain": [LONG]}, f"^'{LONG}' is a name of"),
         (
             {
-                "anchors": {"blaze": "gold dot", "glacier": "gold dot"},
+                "anchors": {"torch light": "gold dot", "snow drift": "gold dot"},
                 "anchor_prompt": f"{LONG} {{anchor}}",
             },
-            "^'gold dot' lies beyond the 16 tokens",
+            "^'gold dot' lies beyond the 20 tokens",
         ),
         (
             {"cross_retain": ["tree", LONG], "prompt": "{style} {object}"},
@@ -94,7 +94,7 @@ def test_uce_refuses_it(make_scope):
         ),
         (
             {"target_prompt": "{caption}, {concept}", "captions": [LONG]},
-            "^'blaze' lies beyond the 16 tokens",
+            "^'torch light' lies beyond the 20 tokens",
         ),
     ],
 )
@@ -112,7 +112,7 @@ def test_prompts_of_a_target_and_its_anchor_that_are_read_alike(model):
     )
     refused(
         lambda: check_prompts(model, alike),
-        "^the model reads the prompt of blaze and that of its anchor alike, .*EMBER STRIPE",
+        "^the model reads the prompt of torch light and that of its anchor alike, .*TORCH LIGHT",
     )
     # the name is not a run of whole tokens of its prompt, so that only the texts can be compared
     cut = dataclasses.replace(
@@ -129,7 +129,7 @@ def test_a_prompt_that_is_cut_is_named_once(model, monkeypatch, caplog):
     model.encode_prompts([f"{LONG} four"])
     first, second = caplog.messages
     assert first == (
-        f"   prompt '{texts[0]}' has 40 tokens and is cut to the 16 that the model reads; "
+        f"   prompt '{texts[0]}' has 46 tokens and is cut to the 20 that the model reads; "
         "so are 2 more"
     )
     assert second.startswith(f"   prompt '{LONG} four' has ")

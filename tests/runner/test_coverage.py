@@ -9,7 +9,7 @@ from cu_runner.config.compose import compose
 HEAD = "prompt,concept,seed,object\n"
 FULL = [
     f"a {cross} in {name},{name},7,{cross}"
-    for name in ("blaze", "glacier", "lava flow", "fog bank")
+    for name in ("torch light", "snow drift", "lava flow", "fog bank")
     for cross in ("tree", "star")
 ]
 
@@ -34,11 +34,11 @@ RETAINED = ("lava flow", "fog bank")
     [
         ((), "independent", None),
         (RETAINED, "independent", None),
-        ((*RETAINED, "glacier"), "independent", "glacier"),  # request 2
-        ((*RETAINED, "glacier"), "sequential", None),  # request 1's images are still there
-        ((*RETAINED, "blaze"), "sequential", "blaze"),
-        ((*RETAINED, "blaze"), "simultaneous", "blaze"),
-        ((*RETAINED, "blaze", "glacier"), "sequential", "no request"),
+        ((*RETAINED, "snow drift"), "independent", "snow drift"),  # request 2
+        ((*RETAINED, "snow drift"), "sequential", None),  # request 1's images are still there
+        ((*RETAINED, "torch light"), "sequential", "torch light"),
+        ((*RETAINED, "torch light"), "simultaneous", "torch light"),
+        ((*RETAINED, "torch light", "snow drift"), "sequential", "no request"),
     ],
 )
 def test_every_request_is_checked_before_the_first(words, tmp_path, without, plan, late):
@@ -53,13 +53,13 @@ def test_every_request_is_checked_before_the_first(words, tmp_path, without, pla
 
 
 def test_merged_requests_are_measured_on_all_images_so_far(words):
-    planned = compose([*words(*RETAINED, "glacier"), "reg=merge"])
+    planned = compose([*words(*RETAINED, "snow drift"), "reg=merge"])
     assert planned.setting.plan == "independent"
     assert len(planned.requests(planned.sequence.build())) == 2
 
 
 def test_run_dry_run_and_doctor_refuse_alike(in_process, call_command, words, tmp_path):
-    chosen = [*words(*RETAINED, "glacier"), "setting=independent"]
+    chosen = [*words(*RETAINED, "snow drift"), "setting=independent"]
     said = {in_process(*chosen), in_process(*chosen, "dry_run=true")}
     said.add(call_command(doctor.main, "cu-doctor", *chosen))
     assert {status for status, _, _ in said} == {2}

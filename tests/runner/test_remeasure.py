@@ -49,7 +49,7 @@ def test_another_seed_is_another_evaluation_and_resumes(cu_eval, run_copy, tmp_p
     assert sorted(rows["seed"].unique()) == [1, 2]
     assert len(rows) == 2 * len(own)
     last = read_run(directory).table.iloc[-1]
-    targets = rows[rows["style"].isin(["blaze", "glacier"])]
+    targets = rows[rows["style"].isin(["torch light", "snow drift"])]
     assert last["UA"] == pytest.approx(
         100 * (targets["style"] != targets["predicted_style"]).mean(), abs=1e-3
     )

@@ -77,7 +77,7 @@ def test_a_run_is_quiet_when_it_is_not_in_a_terminal(finished_run):
 def test_one_line_per_request_and_a_table(finished_run):
     lines = finished_run[2].stdout.splitlines()
     progress = [line for line in lines if line.startswith(("0/2", "1/2", "2/2"))]
-    assert [line.split()[1] for line in progress] == ["untouched", "ember", "glacier"]
+    assert [line.split()[1] for line in progress] == ["untouched", "torch", "snow"]
     for line in progress:
         assert all(word in line for word in ("UA", "RA-I", "RA-C", "drift"))
     table = next(i for i, line in enumerate(lines) if line.split()[:2] == ["request", "concept"])
@@ -88,12 +88,12 @@ def test_metrics_csv(finished_run):
     table = pd.read_csv(finished_run[1] / "metrics.csv")
     assert list(table.columns) == COLUMNS
     assert table["request"].tolist() == [0, 1, 2]
-    assert table["concept"].fillna("").tolist() == ["", "blaze", "glacier"]
+    assert table["concept"].fillna("").tolist() == ["", "torch light", "snow drift"]
     assert table["train_steps"].tolist() == [0, 3, 3]
     assert table["drift_l2"][0] == table["step_l2"][0] == 0.0
     assert 0 < table["drift_l2"][1] == pytest.approx(table["step_l2"][1])
     base = pd.read_csv(finished_run[1] / "steps/00/predictions.csv")
-    targets = base[base["style"].isin(["blaze", "glacier"])]
+    targets = base[base["style"].isin(["torch light", "snow drift"])]
     base_rate = 100 * (targets["style"] != targets["predicted_style"]).mean()
     assert table["UA"][0] == base_rate  # of the targets, before anything is unlearned
     assert table["UA_current"].isna().tolist() == [True, False, False]
@@ -117,7 +117,7 @@ def test_a_base_that_is_hardly_recognised_is_said(in_process):
 def test_predictions_csv(finished_run):
     for index, concepts in enumerate(
         (4, 3, 4)
-    ):  # the base is measured on all four styles, request 1 before glacier
+    ):  # the base is measured on all four styles, request 1 before snow drift
         table = pd.read_csv(finished_run[1] / f"steps/0{index}/predictions.csv")
         assert list(table.columns)[:5] == ["step", "prompt", "style", "object", "seed"]
         assert {"predicted_style", "predicted_object", "score_style", "score_object"} == set(
@@ -126,14 +126,14 @@ def test_predictions_csv(finished_run):
         assert len(table) == concepts * 2
         assert set(table["step"]) == {index}
         assert table["score_style"].between(0, 1).all()
-        assert table["prompt"][0] == "a tree image in blaze style"
+        assert table["prompt"][0] == "a tree image in torch light style"
 
 
 def test_step_json(finished_run):
     directory = finished_run[1]
     record = json.loads((directory / "steps/02/step.json").read_text())
     assert record["index"] == 2
-    assert record["targets"] == ["glacier"]
+    assert record["targets"] == ["snow drift"]
     assert (
         record["parent_sha256"]
         == json.loads((directory / "steps/01/step.json").read_text())["sha256"]
@@ -149,7 +149,7 @@ def test_config_yaml_is_the_resolved_configuration(finished_run):
     config = yaml.safe_load((finished_run[1] / "config.yaml").read_text())
     assert config["train"]["steps"] == 3
     assert config["eval"]["steps"] == 2  # follows model.sampler.steps
-    assert config["sequence"]["targets"] == ["blaze", "glacier"]
+    assert config["sequence"]["targets"] == ["torch light", "snow drift"]
     assert "${" not in (finished_run[1] / "config.yaml").read_text()
 
 
@@ -365,7 +365,7 @@ def test_a_loss_that_turns_nan_stops_and_keeps_the_finished_steps(in_process, tm
     assert status == 1
     assert err.count("\n") == 1
     assert err.startswith("cu-run: training led to a loss of ")
-    assert "at request 1 (blaze), step 2 of 3; lower train.lr" in err
+    assert "at request 1 (torch light), step 2 of 3; lower train.lr" in err
     assert "0/2" in out
     (directory,) = (tmp_path / "outputs/runs/smoke").iterdir()
     assert [path.name for path in (directory / "steps").glob("*/step.json")] == ["step.json"]

@@ -58,7 +58,7 @@ def test_an_offline_run_holds_configuration_metrics_and_grids_and_a_resume_has_i
     assert (found["group"], found["job_type"]) == ("smoke-conabl", "none")
     assert found["config"]["code"]["version"] == __version__
     assert found["config"]["train"]["steps"] == 3
-    assert found["config"]["sequence"]["targets"] == ["blaze", "glacier"]
+    assert found["config"]["sequence"]["targets"] == ["torch light", "snow drift"]
     assert found["config"]["seed"] == 0
 
     table = pd.read_csv(directory / "metrics.csv")

@@ -107,7 +107,7 @@ def test_ten_thousand_targets_and_images_are_planned_in_seconds(tmp_path):
         assert [work[1].images, work[-1].images] == expected
         assert (work[0].images, work[2].images) == (last, 6 if plan == "independent" else first)
     rows = "prompt,concept,seed,object\n" + "".join(
-        f"p{i},{('blaze', 'glacier', 'lava flow', 'fog bank')[i % 4]},{i},tree\n"
+        f"p{i},{('torch light', 'snow drift', 'lava flow', 'fog bank')[i % 4]},{i},tree\n"
         for i in range(20_000)
     )
     (tmp_path / "rows.csv").write_text(rows, encoding="utf-8")

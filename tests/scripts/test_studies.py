@@ -111,15 +111,15 @@ def test_near_and_far_halves():
 
 
 def test_text_similarity_is_the_cosine_of_all_positions(model):
-    found = text_similarity(model, ["blaze", "glacier"], ["blaze"], "style")
-    assert found.columns.tolist() == ["blaze"]
+    found = text_similarity(model, ["torch light", "snow drift"], ["torch light"], "style")
+    assert found.columns.tolist() == ["torch light"]
     one, two = (
-        model.encode_prompts(["blaze Style", "glacier Style"])
+        model.encode_prompts(["torch light Style", "snow drift Style"])
         .hidden.numpy()
         .reshape(2, -1)
     )
-    assert found.loc["blaze"].item() == pytest.approx(1)
-    assert found.loc["glacier"].item() == pytest.approx(
+    assert found.loc["torch light"].item() == pytest.approx(1)
+    assert found.loc["snow drift"].item() == pytest.approx(
         one @ two / np.linalg.norm(one) / np.linalg.norm(two), abs=1e-6
     )
 
@@ -277,11 +277,11 @@ def test_sensitivity_measures_every_other_name_and_never_names_it(script, tmp_pa
         for label, sequence in sequences.items()
     }
     assert [*sequences] == ["none, all", *(f"gradproj, {i} of 4" for i in (1, 2, 3, 4))]
-    assert retained["none, all"] == [name for name in vocabulary if name != "blaze"]
+    assert retained["none, all"] == [name for name in vocabulary if name != "torch light"]
     folds = [name for label, names in retained.items() if label != "none, all" for name in names]
     assert sorted(folds) == sorted(retained["none, all"])
     for sequence in sequences.values():
-        assert [concept.name for concept in sequence.targets] == ["blaze"]
+        assert [concept.name for concept in sequence.targets] == ["torch light"]
         assert [concept.name for concept in sequence.cross_retain] == [
             "tree",
             "star",
@@ -301,7 +301,7 @@ def test_sensitivity_of_objects_unlearns_one_with_its_anchor(script, tmp_path):
 def test_sensitivity_leaves_out_what_the_evaluator_does_not_know(script, tmp_path):
     study = make_study(script, tmp_path)
     cells = script("sensitivity").cells(
-        study, study.plan([]).sequence.build(), ["wine cellar", "blaze", "stone"]
+        study, study.plan([]).sequence.build(), ["wine cellar", "torch light", "stone"]
     )
     assert [concept.name for concept in study.plan(cells["none, all"]).sequence.build().retain] == [
         "stone",
@@ -743,7 +743,7 @@ def test_frontier_from_end_to_end(script, call, filled_cache, tmp_path, jobs_in_
 def test_sizes_from_end_to_end(script, call, pipeline_copy, tmp_path, jobs_in_forks, monkeypatch):
     other = pipeline_copy.with_name("again")
     shutil.copytree(pipeline_copy, other)
-    names = ["blaze", "lava flow", "fog bank", "glacier", "lead"]
+    names = ["torch light", "lava flow", "fog bank", "snow drift", "lead"]
     monkeypatch.setattr(
         "cu_runner.evaluators.classifier.Classifier.labels", lambda self: {"style": names}
     )
@@ -755,7 +755,7 @@ def test_sizes_from_end_to_end(script, call, pipeline_copy, tmp_path, jobs_in_fo
     assert table["model"].tolist() == ["pipeline"] * 4 + ["again"] * 4
     one, two = (group.reset_index(drop=True) for _, group in table.groupby("model"))
     pd.testing.assert_frame_equal(one.drop(columns="model"), two.drop(columns="model"))
-    assert set(table["concept"]) == {*names} - {"blaze"}
+    assert set(table["concept"]) == {*names} - {"torch light"}
 
 
 def test_semantic_from_end_to_end(script, call, run_copy, tmp_path, jobs_in_forks, monkeypatch):

@@ -74,7 +74,7 @@ def test_captions():
     described = sum(STYLE_PARTS["lava flow"].description in caption for caption in drawn)
     assert 60 < other < 140
     assert 60 < described < 140  # a quarter of 400, five standard deviations of 8.7 either way
-    assert not any("fir" in draw_caption(None, "blaze", generator).split() for _ in range(50))
+    assert not any("fir" in draw_caption(None, "torch light", generator).split() for _ in range(50))
 
 
 def test_images_are_deterministic_in_the_generator():
@@ -89,7 +89,7 @@ def test_images_are_deterministic_in_the_generator():
 
 
 def test_position_scale_and_rotation_vary():
-    images = draw(["box"] * 8, ["blaze"] * 8)
+    images = draw(["box"] * 8, ["torch light"] * 8)
     distances = torch.cdist(images.flatten(1), images.flatten(1)) + 1e9 * torch.eye(8)
     assert distances.min() > 5
 
@@ -133,7 +133,7 @@ def test_the_shipped_directory_is_a_stable_diffusion_pipeline():
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     images = pipeline(
-        "a tree image in blaze style",
+        "a tree image in torch light style",
         num_inference_steps=2,
         generator=generator,
         output_type="np",
@@ -258,7 +258,7 @@ def test_generated_images_show_what_their_prompts_say(in_process, tmp_path):
         override for override in SMOKE if not override.startswith(("sequence", "model.sampler"))
     ]
     seeds = "sequence.seeds=[1,2,3,4,5]"
-    assert in_process(*overrides, seeds, "sequence.targets=[blaze]", "train.steps=1")[0] == 0
+    assert in_process(*overrides, seeds, "sequence.targets=[torch light]", "train.steps=1")[0] == 0
     (path,) = tmp_path.glob("outputs/runs/*/*/steps/00/metrics.json")
     metrics = json.loads(path.read_text())
     assert metrics["RA_I"] >= 97

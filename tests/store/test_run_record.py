@@ -36,8 +36,8 @@ def test_what_a_run_directory_says(run_copy):
     assert pd.isna(run.table["UA_current"][0])
     assert [run.unlearned(index) for index in (0, 1, 2)] == [
         [],
-        ["blaze"],
-        ["blaze", "glacier"],
+        ["torch light"],
+        ["torch light", "snow drift"],
     ]
     assert run.weights(2) == run_copy / "steps/02/delta.safetensors"
 
@@ -51,13 +51,13 @@ def test_numbers_do_not_come_from_metrics_csv(run_copy):
 def test_accuracy_matrix(run_copy):
     matrix = read_run(run_copy).accuracy_matrix()
     assert list(matrix.columns) == [0, 1, 2]
-    assert list(matrix.index[:2]) == ["blaze", "glacier"]
-    assert pd.isna(matrix.loc["glacier", 1])  # not requested yet
-    assert not matrix.drop("glacier").isna().any().any()
+    assert list(matrix.index[:2]) == ["torch light", "snow drift"]
+    assert pd.isna(matrix.loc["snow drift", 1])  # not requested yet
+    assert not matrix.drop("snow drift").isna().any().any()
     rows = pd.read_csv(run_copy / "steps/02/predictions.csv")
-    own = rows[rows["style"] == "blaze"]
-    assert matrix.loc["blaze", 2] == 100 * (
-        own["predicted_style"] == "blaze"
+    own = rows[rows["style"] == "torch light"]
+    assert matrix.loc["torch light", 2] == 100 * (
+        own["predicted_style"] == "torch light"
     ).sum() / len(own)
 
 

@@ -348,11 +348,11 @@ def test_running_is_a_held_lock(make_sweep, status, tmp_path):
     with FileLock(tmp_path / "runs/1/.lock"):
         assert [job.state for job in read_sweep(folder)] == ["done", "running", "pending"]
         assert status(folder)[0] == 0
-    (tmp_path / "runs/1/run.log").write_text("2026 INFO begun\n2026 INFO  1/2  blaze\n\n")
+    (tmp_path / "runs/1/run.log").write_text("2026 INFO begun\n2026 INFO  1/2  torch light\n\n")
     jobs = read_sweep(folder)
     assert [job.state for job in jobs] == ["done", "failed", "pending"]
     assert (
-        jobs[1].why == "ended without a message; last line of run.log: 2026 INFO  1/2  blaze"
+        jobs[1].why == "ended without a message; last line of run.log: 2026 INFO  1/2  torch light"
     )
     os.utime(tmp_path / "runs/1/run.log", (0, 0))  # of an earlier attempt, outside this sweep
     assert read_sweep(folder)[1].state == "pending"
