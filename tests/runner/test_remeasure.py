@@ -182,6 +182,9 @@ def test_a_change_is_measured_as_the_request_that_made_it(run_copy, tmp_path, mo
 
     monkeypatch.setattr(measure, "evaluate", None)  # the cache has what was seen of either change
     assert measure_change(run, 2, change, loaded, cache) == found
-    assert measure_change(run, 2, {name: 0 * part for name, part in change.items()}, loaded, cache) == none
+    assert (
+        measure_change(run, 2, {name: 0 * part for name, part in change.items()}, loaded, cache)
+        == none
+    )
     with pytest.raises(TypeError):
         measure_change(run, 2, {name: part / 2 for name, part in change.items()}, loaded, cache)
