@@ -37,8 +37,8 @@ from cu_runner.runtime.seeding import RandomSource
 from cu_runner.store.cache import Cache
 from cu_runner.store.files import from_safetensors, to_safetensors
 
-# By method, what makes it train the keys and values alone, as the others do. The loss of SculpMem is
-# that of ConAbl, and so would its masks be.
+# By method, what makes it train the keys and values alone, as the others do. The loss of SculpMem
+# is that of ConAbl, and so would its masks be.
 METHODS = {"conabl": [], "esd": ["method.variant=esd-x-strict"], "gradient_ascent": []}
 SEEDS = (0, 1, 2)
 RANDOM = "random gradients"

@@ -382,7 +382,9 @@ def draw(path: pd.DataFrame, changes: pd.DataFrame) -> Figure:
         for number, (label, lines) in enumerate(path.groupby("run", sort=False)):
             lines = lines[lines["change"] == change]
             colour = f"C{number}"
-            axis.plot(lines["request"], lines["dL"].abs(), "o-", markersize=3, color=colour, label=label)
+            axis.plot(
+                lines["request"], lines["dL"].abs(), "o-", markersize=3, color=colour, label=label
+            )
             axis.plot(lines["request"], lines["bound"], "--", color=colour)
         axis.set(title=f"|dL| of {change}, bound dashed", xlabel="request", yscale="log")
     steps = path[path["change"] == "the request"]
@@ -440,7 +442,7 @@ def main(study: Study) -> None:
         "as if independent. ||H|| is that at the start of d: beyond second order the bound need "
         "not hold.\n\n"
     )
-    text += f"Interventions on the change of all requests, dL from the untouched model:\n\n"
+    text += "Interventions on the change of all requests, dL from the untouched model:\n\n"
     text += f"{as_markdown(means, 3)}\n\n"
     text += (
         "from, to: 95% over seeds (Student), never narrower than over images (Wilson). "
