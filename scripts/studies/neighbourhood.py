@@ -193,8 +193,9 @@ def main(study: Study) -> None:
     )
     page += (
         "from, to: 95% intervals over resampled names; they hold nothing of how another seed would "
-        f"differ: the runs show it.\n\nLayer by layer, {first['run'].iloc[0]}, all names (the other "
-        f"runs are in {study.name}.csv):\n\n{as_markdown(by_layer.drop(columns=['run', 'names']), 3)}"
+        "differ: the runs show it.\n\nLayer by layer, "
+        f"{first['run'].iloc[0]}, all names (the other runs are in {study.name}.csv):\n\n"
+        f"{as_markdown(by_layer.drop(columns=['run', 'names']), 3)}"
     )
     study.write(with_stopped(table, runs), draw(table), page)
 

@@ -13,7 +13,6 @@ by half of its path, and each is measured as the run was: UA, RA-I, RA-C. Three 
 sequence, those of diagnostic.py, and the seconds that taylor.md names.
 """
 
-import dataclasses
 import math
 import time
 from collections.abc import Iterator
