@@ -12,14 +12,14 @@ gradient|, of gradients that are noise. Nothing is trained: masks.md has the num
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from study import Study, as_markdown, command, panels
-from study_statistics import distinct_pairs, over_items
+from study_statistics import distinct_pairs, over_items, resamples
 from torch import Tensor
 from tqdm import tqdm
 
@@ -173,14 +173,15 @@ def between_concepts(masks: list[Mask]) -> dict[str, object]:
         for name, value in overlap(masks[i], masks[j]).items():
             matrices[name][i, j] = matrices[name][j, i] = value
 
-    def mean(name: str) -> Callable[[np.ndarray], float]:
-        return lambda items: float(distinct_pairs(matrices[name], items).mean())
+    def mean(name: str, items: np.ndarray) -> float:
+        return float(distinct_pairs(matrices[name], items).mean())
 
     row: dict[str, object] = {"pairs": number * (number - 1) // 2}
     if number < 2:
         return row
-    row |= {name: mean(name)(np.arange(number)) for name in MEASURES}
-    row["from"], row["to"] = over_items(number, mean("jaccard"))
+    row |= {name: mean(name, np.arange(number)) for name in MEASURES}
+    drawn = (mean("jaccard", items) for items in resamples(number))
+    row["from"], row["to"] = over_items(number, drawn)
     return row
 
 

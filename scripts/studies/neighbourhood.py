@@ -10,7 +10,7 @@ Spearman's correlation for the untouched model, after the last request, and the 
 regularizer and with gradient projection, three seeds. 6 runs of the sequence, those of order.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from scipy.spatial.distance import pdist, squareform
 from scipy.stats import rankdata
 from study import Study, as_markdown, command, finished, panels, with_stopped
-from study_statistics import distinct_pairs, over_items
+from study_statistics import distinct_pairs, over_items, resamples
 from torch import Tensor
 
 from cu_runner.concepts.sequence import Concept, Sequence
@@ -32,6 +32,7 @@ SEEDS = (0, 1, 2)
 KINDS = {"keys": ".to_k.", "values": ".to_v."}
 ALL = "all layers"
 Distances = dict[tuple[str, str], np.ndarray]  # [K, K] by kind and layer
+Rhos = dict[tuple[str, str], np.ndarray]  # [1 + resamples] by kind and layer
 
 
 def cells() -> dict[str, list[str]]:
@@ -75,44 +76,49 @@ def distances_of_outputs(weights: Mapping[str, Tensor], text: Tensor) -> Distanc
     return found
 
 
-def spearman_of_pairs(one: np.ndarray, two: np.ndarray, items: np.ndarray) -> float:
-    """Return Spearman's rank correlation of two matrices [K, K] over the pairs of items."""
-    ranks = [rankdata(distinct_pairs(matrix, items)) for matrix in (one, two)]
-    if np.ptp(ranks[0]) == 0 or np.ptp(ranks[1]) == 0:
+def ranks_of_pairs(matrix: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """Return the ranks of the entries of a matrix [K, K] for all pairs of items, as a vector."""
+    return np.asarray(rankdata(distinct_pairs(matrix, items)))
+
+
+def correlation(one: np.ndarray, two: np.ndarray) -> float:
+    """Return the linear correlation of two vectors; NaN where one is constant."""
+    if np.ptp(one) == 0 or np.ptp(two) == 0:
         return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(one, two)[0, 1])
 
 
-def with_interval(
-    number: int, statistic: Callable[[np.ndarray], float], name: str
-) -> dict[str, float]:
-    """Return a statistic of all names and its interval over resampled names, as columns."""
-    low, high = over_items(number, statistic)
-    return {name: statistic(np.arange(number)), f"{name} from": low, f"{name} to": high}
+def rhos(text: np.ndarray, outputs: Distances) -> Rhos:
+    """Return Spearman's correlation of the distances of texts [K, K] with those of each output.
+
+    First of all names, then of each of resamples().
+    """
+    drawn = [np.arange(len(text)), *resamples(len(text))]
+    ranks = [ranks_of_pairs(text, items) for items in drawn]
+    return {
+        place: np.array(
+            [
+                correlation(rank, ranks_of_pairs(matrix, items))
+                for rank, items in zip(ranks, drawn, strict=True)
+            ]
+        )
+        for place, matrix in outputs.items()
+    }
 
 
-def compare(text: np.ndarray, before: Distances, after: Distances) -> pd.DataFrame:
-    """Return one row per kind and layer: rho of text and outputs before, after, the difference.
+def compare(number: int, before: Rhos, after: Rhos) -> pd.DataFrame:
+    """Return one row per kind and layer: rho before, after, their difference, with intervals.
 
     Args:
-        text: distances of the texts [K, K]. before, after: those of the outputs.
+        number: of names.
     """
     rows = []
     for (kind, layer), base in before.items():
         moved = after[kind, layer]
-
-        def rho_before(items: np.ndarray, base: np.ndarray = base) -> float:
-            return spearman_of_pairs(text, base, items)
-
-        def rho_after(items: np.ndarray, moved: np.ndarray = moved) -> float:
-            return spearman_of_pairs(text, moved, items)
-
-        def change(items: np.ndarray, base: np.ndarray = base, moved: np.ndarray = moved) -> float:
-            return rho_after(items, moved) - rho_before(items, base)
-
         row: dict[str, object] = {"of": kind, "layer": layer}
-        for name, statistic in (("before", rho_before), ("after", rho_after), ("change", change)):
-            row |= with_interval(len(text), statistic, name)
+        for name, values in (("before", base), ("after", moved), ("change", moved - base)):
+            low, high = over_items(number, values[1:])
+            row |= {name: values[0], f"{name} from": low, f"{name} to": high}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -121,22 +127,24 @@ def table_of(
     runs: dict[str, RunRecord],
     text: Tensor,
     base: Mapping[str, Tensor],
-    names: dict[str, np.ndarray],
+    groups: dict[str, np.ndarray],
 ) -> pd.DataFrame:
     """Return the rows of compare() for every run and group of names.
 
     Args:
         text: of all names as rows, [K, D]. base: W by name in the untouched model.
-        names: places of the names of each group.
+        groups: places of the names of each.
     """
     tables = []
-    for label, run in runs.items():
-        delta = safetensors.torch.load_file(run.weights(len(run.records) - 1))
-        changed = {name: weight + delta.get(name, 0) for name, weight in base.items()}
-        for group, places in names.items():
-            rows = text[places]
-            outputs = (distances_of_outputs(weights, rows) for weights in (base, changed))
-            table = compare(distances(rows), *outputs)
+    for group, places in groups.items():
+        rows = text[places]
+        apart = distances(rows)
+        before = rhos(apart, distances_of_outputs(base, rows))  # the same for every run
+        for label, run in runs.items():
+            delta = safetensors.torch.load_file(run.weights(len(run.records) - 1))
+            changed = {name: weight + delta.get(name, 0) for name, weight in base.items()}
+            after = rhos(apart, distances_of_outputs(changed, rows))
+            table = compare(len(places), before, after)
             table.insert(0, "names", f"{group} ({len(places)})")
             table.insert(0, "run", label)
             tables.append(table)

@@ -6,7 +6,7 @@ intervals of what pairs of names show.
 Shapes: B prompts, L tokens, D text width, out attention width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,22 +114,25 @@ def distinct_pairs(matrix: np.ndarray, items: np.ndarray) -> np.ndarray:
     return matrix[rows, columns][rows != columns]
 
 
-def over_items(
-    number: int, statistic: Callable[[np.ndarray], float], resamples: int = RESAMPLES
-) -> tuple[float, float]:
+def resamples(number: int) -> list[np.ndarray]:
+    """Return RESAMPLES draws of so many items with repeats, always the same; those of one item
+    alone, which has no pair, are left out.
+    """
+    generator = np.random.default_rng(0)
+    drawn = (generator.integers(number, size=number) for _ in range(RESAMPLES))
+    return [items for items in drawn if len(np.unique(items)) > 1]
+
+
+def over_items(number: int, values: Iterable[float]) -> tuple[float, float]:
     """Return the 95% interval of a statistic of pairs, by resampling the items that are paired.
 
     Pairs that share an item are not independent, so items are drawn and not pairs (the vertex
     bootstrap of Snijders & Borgatti 1999). Percentiles; NaN with fewer than three items.
 
     Args:
-        number: of items. statistic: of the indices of those drawn, repeats among them.
+        number: of items. values: of the statistic, one for each of resamples().
     """
     if number < 3:
         return float("nan"), float("nan")
-    generator = np.random.default_rng(0)
-    drawn = (generator.integers(number, size=number) for _ in range(resamples))
-    # a draw of one item alone has no pair
-    values = [statistic(items) for items in drawn if len(np.unique(items)) > 1]
-    low, high = np.nanpercentile(values, (2.5, 97.5))
+    low, high = np.nanpercentile([*values], (2.5, 97.5))
     return float(low), float(high)
