@@ -50,8 +50,15 @@ Mask = dict[str, Tensor]  # by parameter, True where it may move
 Masks = dict[str, list[Mask]]  # by setting, one for each concept
 
 
-def cells() -> dict[str, list[str]]:
-    """Return the settings that are scored; labels are "METHOD, SCORING, SEED"."""
+def cells(study: Study) -> dict[str, list[str]]:
+    """Return the settings that are scored; labels are "METHOD, SCORING, SEED".
+
+    The masks of all are as large as ConAbl's.
+    """
+    fraction = []
+    if not study.gives("reg.selft.fraction"):
+        tuned = study.plan(["method=conabl", "reg=selft"]).resolved["reg"]["selft"]["fraction"]
+        fraction = [f"reg.selft.fraction={tuned}"]
     settings = [("conabl", "loss", seed) for seed in SEEDS]
     settings += [(name, "loss", SEEDS[0]) for name in METHODS if name != "conabl"]
     settings += [("conabl", "trajectory", SEEDS[0])]
@@ -60,6 +67,7 @@ def cells() -> dict[str, list[str]]:
             f"method={name}",
             *METHODS[name],
             "reg=selft",
+            *fraction,
             f"reg.selft.scoring={scoring}",
             f"seed={seed}",
         ]
@@ -242,8 +250,9 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def main(study: Study) -> None:
-    study.check_own(cells())
-    plans = {label: study.plan(cell) for label, cell in cells().items()}
+    own = cells(study)
+    study.check_own(own)
+    plans = {label: study.plan(cell) for label, cell in own.items()}
     plan = plans[FIRST]
     limit_threads(plan.spine.num_threads)
     model = plan.model.build(device=choose_device(plan.spine))
