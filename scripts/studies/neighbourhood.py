@@ -161,19 +161,10 @@ def draw(table: pd.DataFrame) -> Figure:
             axis = axes[row * len(labels) + column]
             lines = shown[(shown["run"] == label) & (shown["of"] == kind)]
             for moment, colour in (("before", "#888888"), ("after", "#d95f02")):
-                ends = [
-                    lines[moment] - lines[f"{moment} from"],
-                    lines[f"{moment} to"] - lines[moment],
-                ]
-                axis.errorbar(
-                    range(len(lines)),
-                    lines[moment],
-                    ends,
-                    fmt="o",
-                    markersize=3,
-                    color=colour,
-                    label=moment,
-                )
+                # of resamples: an interval need not hold the value
+                places = range(len(lines))
+                axis.vlines(places, lines[f"{moment} from"], lines[f"{moment} to"], colour)
+                axis.plot(places, lines[moment], "o", markersize=3, color=colour, label=moment)
             axis.set(title=f"{label}: {kind}", xlabel="layer; last: all", ylim=(-0.1, 1.05))
     axes[0].set_ylabel("Spearman rho")
     axes[0].legend(fontsize=7, loc="lower left")
