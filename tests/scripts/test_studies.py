@@ -229,12 +229,16 @@ def test_the_user_may_not_set_what_some_run_of_a_study_sets(script, tmp_path):
 
 
 def test_masks_of_all_methods_are_of_one_size_and_of_keys_and_values(script, tmp_path):
-    for overrides, fraction in (([], None), (["reg.selft.fraction=0.2"], 0.2)):
+    (tmp_path / "tuned").mkdir()
+    cell = "models: [shapecanvas]\nconabl:\n  selft:\n    reg.selft.fraction: 0.3\n"
+    (tmp_path / "tuned/smoke.yaml").write_text(cell)
+    words = [f"hydra.searchpath=[file://{tmp_path}]", "sequence=smoke"]
+    for overrides, fraction in ((words, 0.3), ([*words, "reg.selft.fraction=0.2"], 0.2)):
         study = make_study(script, tmp_path, *overrides)
         plans = [study.plan(cell) for cell in script("masks").cells(study).values()]
-        fractions = {plan.regularizers["selft"].arguments["fraction"] for plan in plans}
-        assert fractions == {fraction or plans[0].regularizers["selft"].arguments["fraction"]}
-        assert [plan.method.build().params for plan in plans] == ["kv_xattn"] * len(plans)
+        fractions = [plan.regularizers["selft"].arguments["fraction"] for plan in plans]
+        assert fractions == [fraction] * 6
+        assert [plan.method.build().params for plan in plans] == ["kv_xattn"] * 6
 
 
 def test_crossdomain_takes_as_many_names_of_either_domain(script, sequence):

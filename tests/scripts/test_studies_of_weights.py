@@ -152,6 +152,17 @@ def test_the_expansion_is_exact_where_the_loss_is_quadratic():
     assert (path["dL"].abs() <= path["bound"]).all()
 
 
+def test_curvature_is_that_at_the_start_of_a_change():
+    loss = scale_loss(2, [1.0, 1.0, 1.0], [[0.0, 0.0, 0.0]])
+    path = taylor.along_the_path(
+        loss, run_of([1.0, 0.0, 0.0], [3.0, 0.0, 0.0]), (None, Weights(loss.params))
+    )
+    # L = sum w^4 / 3: g = 4 w^3 / 3, H = 4 w^2; d = 1 and 1 from w = 1, 2 from 2, 3 from 1
+    assert path["first"].tolist() == pytest.approx([4 / 3, 4 / 3, 64 / 3, 4])
+    assert path["second"].tolist() == pytest.approx([2, 2, 32, 18])
+    assert path["curvature"].tolist() == pytest.approx([4, 4, 16, 4], rel=0.01)
+
+
 def test_what_the_expansion_explains_by_hand():
     path = pd.DataFrame(
         {
