@@ -1,16 +1,17 @@
-"""Does gradient projection keep the other domain when its auxiliary names come from there?
-(Lee et al. 2026, arXiv 2511.07970: on objects projection keeps less of the styles than merging)
+"""Does gradient projection keep the other domain when its auxiliary names come from there? (Lee et
+al. 2026, arXiv 2511.07970)
 
     python scripts/studies/crossdomain.py [seed=0,1,2] [own=LIST] [other=LIST] [OVERRIDE ...]
         [--output DIR]
 
-ConAbl on a sequence of objects, with projection off names of objects (own), of styles (other), and
-of both. As many names of either domain, at random from the sequence's vocabulary and from the list
-of the other domain that goes with it; both is their union. No target, no retained concept and no
-concept by which RA-C is measured is among them. Each name is a prompt of its own, so that no
-caption brings in the other domain; everything else is as tuned. Beside them plain unlearning,
-projection as tuned, and merging. own, other: a shipped list or a text file in place of these
-names. 18 runs, crossdomain.md has the seconds of each.
+On objects projection keeps less of the styles than merging does. ConAbl on a sequence of objects,
+with projection off names of objects (own), of styles (other), and of both. As many names of either
+domain, at random from the sequence's vocabulary and from the list of the other domain that goes
+with it; both is their union. No target, no retained concept and no concept by which RA-C is
+measured is among them. Each name is a prompt of its own, so that no caption brings in the other
+domain; everything else is as tuned. Beside them plain unlearning, projection as tuned, and merging.
+own, other: a shipped list or a text file in place of these names. 18 runs, crossdomain.md has the
+seconds of each.
 """
 
 import json
