@@ -127,7 +127,17 @@ class SelFT(Regularizer):
         self.acts_on = ("gradient",) if apply == "gradient" else ("step",)
 
     def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
-        """Score the weights, make the mask, and return its size."""
+        """Make the mask, and return its size."""
+        self._mask = self.choose(scope, method)
+        kept = sum(int(mask.sum()) for mask in self._mask.values())
+        return {"kept": kept, "of": sum(mask.numel() for mask in self._mask.values())}
+
+    def choose(self, scope: Scope, method: Method[Batch]) -> dict[str, Tensor]:
+        """Score the weights as they are, and return the mask, as topk_mask does.
+
+        Args:
+            method: has begun the request of the scope.
+        """
         if self.scoring == "trajectory":
             score_trajectory(scope, method, self.steps, self.prompts)
         elif method.closed_form:
@@ -139,11 +149,10 @@ class SelFT(Regularizer):
         else:
             for step in range(self.num_batches):
                 method.backward(scope, method.batch(scope, step))
-        self._mask = topk_mask(scope.params, gradients(scope.params), self.fraction)
+        mask = topk_mask(scope.params, gradients(scope.params), self.fraction)
         for parameter in scope.params.values():
             parameter.grad = None
-        kept = sum(int(mask.sum()) for mask in self._mask.values())
-        return {"kept": kept, "of": sum(mask.numel() for mask in self._mask.values())}
+        return mask
 
     def on_gradients(self, params: dict[str, nn.Parameter]) -> None:
         """Mask the gradients with apply=gradient."""

@@ -102,6 +102,7 @@ class Instruments:
         label: str,
         cache: Cache | None = None,
         base: Path | None = None,
+        change: str | None = None,
     ) -> tuple[dict[str, bytes], Metrics]:
         """Measure the weights as they are.
 
@@ -109,8 +110,9 @@ class Instruments:
             index: of the step; 0 is the untouched model, of which every target is measured.
             unlearned: the concepts that the weights have unlearned, in order of request.
             label: of the request.
-            cache: where images of the untouched model are looked for, and kept.
+            cache: where what is seen in the images is looked for, and kept.
             base: the folder of step 0, whose pictures stand beside those of later steps.
+            change: with a cache, names the weights, where they are not the untouched model's.
 
         Returns:
             predictions.csv, grid.png and metrics.json, and the metrics of the step.
@@ -118,6 +120,7 @@ class Instruments:
         concepts = [*(unlearned if index else self.sequence.targets), *self.sequence.retain]
         names = [concept.name for concept in unlearned]
         key = self._key(concepts) if cache else {}
+        key |= {"change": change, "index": index} if change else {}
         files = cache.fetch("base_eval", key) if cache else None
         if files is None:
             seen = self.sample(concepts, index)
@@ -143,7 +146,7 @@ class Instruments:
         return {cell: found[cell] for cell in zip(concepts, crosses, strict=True)}
 
     def _key(self, concepts: list[Concept]) -> dict[str, object]:
-        """Return what the images of the untouched model, and what is seen in them, depend on."""
+        """Return what the images, and what is seen in them, depend on beside a change of weights."""
         sequence, model = self.sequence, self.model
         return {
             "model": self.model_sha256,

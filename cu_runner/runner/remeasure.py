@@ -7,10 +7,12 @@ weights. It resumes, and what is complete is not made again.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cu_runner.concepts.sequence import Concept
 from cu_runner.config.run_config import RunConfig
@@ -20,9 +22,13 @@ from cu_runner.runtime.devices import choose_device, limit_threads
 from cu_runner.runtime.provenance import made_with
 from cu_runner.schema.errors import StoreError
 from cu_runner.store.cache import Cache
-from cu_runner.store.records import StepRecord, StepResult
+from cu_runner.store.files import to_safetensors
+from cu_runner.store.records import Metrics, StepRecord, StepResult
 from cu_runner.store.run_directory import RunStore
 from cu_runner.store.run_record import RunRecord
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Loaded = tuple[Instruments, TrainedWeights]
 
@@ -99,3 +105,24 @@ def measure_again(
         )
         steps.append(store.save_step(result, steps[-1] if steps else None))
         yield steps[-1]
+
+
+def measure_change(
+    run: RunRecord, index: int, change: dict[str, Tensor], loaded: Loaded, cache: Cache
+) -> Metrics:
+    """Measure a change of the untouched model's weights as if a request of the run had made it.
+
+    Args:
+        index: of the request: UA is over what the run had unlearned with it.
+        change: theta - theta_base, of every weight that the run trains.
+        loaded: by load(); its weights are left as they are measured.
+        cache: keeps what is seen in the images.
+    """
+    instruments, weights = loaded
+    change = weights.place(change)
+    weights.set(change)
+    domain = instruments.sequence.domain
+    unlearned = [Concept(name, domain) for name in run.unlearned(index)]
+    digest = hashlib.sha256(to_safetensors(change)).hexdigest()
+    label = run.records[index].row.concept
+    return instruments.measure(index, unlearned, label, cache, change=digest)[1]

@@ -29,6 +29,7 @@ FILES = {
     "anchors": ("latents.safetensors",),
     "base_eval": (PREDICTIONS, GRID),
     "deltas": (DELTA, TRAINING, RECORD),
+    "masks": ("mask.safetensors",),
     "retention": (ARRAYS,),
 }
 

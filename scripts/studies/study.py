@@ -89,6 +89,14 @@ class Study:
         """
         return compose(self.job(cell))
 
+    def check_own(self, cells: dict[str, list[str]]) -> None:
+        """Raise ValueError if the user sets what the study sets itself in some of its cells."""
+        for key in {override.partition("=")[0] for cell in cells.values() for override in cell}:
+            if self.gives(key):
+                raise ValueError(
+                    f"{key}: this study sets it itself; leave it out, or run cu-run with it"
+                )
+
     def run(self, cells: dict[str, list[str]]) -> dict[str, RunRecord | str]:
         """Make, resume or find the runs, by label; of a run that diverged the line that says so.
 
@@ -100,11 +108,7 @@ class Study:
             ValueError: the user sets what the study sets itself. LaunchError: a run failed, or
                 every run diverged.
         """
-        for key in {override.partition("=")[0] for cell in cells.values() for override in cell}:
-            if self.gives(key):
-                raise ValueError(
-                    f"{key}: this study sets it itself; leave it out, or run cu-run with it"
-                )
+        self.check_own(cells)
         places = {label: self.plan(cell).directory for label, cell in cells.items()}
         jobs = {places[label]: self.job(cell) for label, cell in cells.items()}
         found = {}

@@ -1,11 +1,12 @@
 """Statistics of the studies.
 
-Correlations with intervals, how near two names are as text, what a change of weights does to it.
+Correlations with intervals, how near two names are as text, what a change of weights does to it,
+intervals of what pairs of names show.
 
 Shapes: B prompts, L tokens, D text width, out attention width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from cu_runner.models.diffusion import DiffusionModel
 
 NORMAL = 1.959964  # half width of the central 95% of a standard normal
+RESAMPLES = 500
 
 
 @dataclass(frozen=True)
@@ -100,3 +102,37 @@ def output_change(base: Mapping[str, Tensor], delta: Mapping[str, Tensor], text:
     return float(
         (change / sum((weight.double() @ tokens).square().sum() for weight in base.values())) ** 0.5
     )
+
+
+def distinct_pairs(matrix: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """Return the entries of a symmetric matrix [n, n] for all pairs among items [m], as a vector.
+
+    Items may come several times, as in a resample; a pair of an item with itself is left out.
+    """
+    rows, columns = np.triu_indices(len(items), 1)
+    rows, columns = items[rows], items[columns]
+    return matrix[rows, columns][rows != columns]
+
+
+def resamples(number: int) -> list[np.ndarray]:
+    """Return RESAMPLES draws of so many items with repeats, always the same; those of one item
+    alone, which has no pair, are left out.
+    """
+    generator = np.random.default_rng(0)
+    drawn = (generator.integers(number, size=number) for _ in range(RESAMPLES))
+    return [items for items in drawn if len(np.unique(items)) > 1]
+
+
+def over_items(number: int, values: Iterable[float]) -> tuple[float, float]:
+    """Return the 95% interval of a statistic of pairs, by resampling the items that are paired.
+
+    Pairs that share an item are not independent, so items are drawn and not pairs (the vertex
+    bootstrap of Snijders & Borgatti 1999). Percentiles; NaN with fewer than three items.
+
+    Args:
+        number: of items. values: of the statistic, one for each of resamples().
+    """
+    if number < 3:
+        return float("nan"), float("nan")
+    low, high = np.nanpercentile([*values], (2.5, 97.5))
+    return float(low), float(high)

@@ -133,6 +133,18 @@ def test_loss_scoring_is_the_gradient_of_the_methods_first_batches(make_scope):
     assert differing <= 4  # sums in another order may swap elements at the threshold
 
 
+@pytest.mark.parametrize("scoring", ["loss", "trajectory"])
+def test_a_mask_can_be_chosen_without_being_used(make_scope, scoring):
+    scope = trainable(make_scope())
+    used, idle = (SelFT(TENTH, scoring, num_batches=2, steps=2) for _ in range(2))
+    mask = idle.choose(scope, METHOD)
+    assert "_mask" not in vars(idle)
+    assert all(parameter.grad is None for parameter in scope.params.values())
+    record = used.begin_request(scope, METHOD)
+    assert record["kept"] == sum(int(part.sum()) for part in mask.values())
+    assert all(torch.equal(mask[name], part) for name, part in used._mask.items())
+
+
 def test_trajectory_scoring_by_hand(make_scope):
     """Three DDIM steps: fresh noise for each, c* with guidance 3, the summed squared distance to
     the anchor's prediction.

@@ -9,6 +9,10 @@ import pytest
 from conftest import SMOKE, run_directory
 
 from cu_runner.cli import evaluate
+from cu_runner.config.compose import compose
+from cu_runner.runner import measure
+from cu_runner.runner.remeasure import load, measure_change
+from cu_runner.store.cache import Cache
 from cu_runner.store.run_record import read_run
 
 
@@ -160,3 +164,27 @@ def test_damage_is_refused(cu_eval, run_copy):
     status, _, err = cu_eval(str(run_copy / "steps"))
     assert (status, err.count("\n")) == (1, 1)
     assert "holds no readable config.yaml" in err
+
+
+def test_a_change_is_measured_as_the_request_that_made_it(run_copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, plan = read_run(run_copy), compose([*SMOKE])
+    loaded, cache = load(run, plan), Cache(tmp_path / "outputs/cache", plan.code)
+    weights = loaded[1]
+    change = weights.read(run.weights(2))
+    found = measure_change(run, 2, change, loaded, cache)
+    assert found == run.records[2].row.metrics
+    none = measure_change(run, 2, {name: 0 * part for name, part in change.items()}, loaded, cache)
+    assert (none["RA_I"], none["RA_C_retained"]) == (
+        run.records[0].row.metrics["RA_I"],
+        run.records[0].row.metrics["RA_C_retained"],
+    )
+
+    monkeypatch.setattr(measure, "evaluate", None)  # the cache has what was seen of either change
+    assert measure_change(run, 2, change, loaded, cache) == found
+    assert (
+        measure_change(run, 2, {name: 0 * part for name, part in change.items()}, loaded, cache)
+        == none
+    )
+    with pytest.raises(TypeError):
+        measure_change(run, 2, {name: part / 2 for name, part in change.items()}, loaded, cache)

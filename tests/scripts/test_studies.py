@@ -26,7 +26,10 @@ from cu_runner.models.parameters import select_parameters
 from cu_runner.runtime.paths import shipped_dir
 
 SCRIPTS = Path(__file__).parents[2] / "scripts/studies"
-STUDIES = ("diagnostic", "ablation", "sensitivity", "scaling", "auxiliary", "order", "frontier")
+STUDIES = (
+    *("diagnostic", "ablation", "sensitivity", "scaling", "auxiliary", "order", "frontier"),
+    *("crossdomain", "taylor", "masks", "neighbourhood"),
+)
 STABLE_DIFFUSION = [
     "experiment=unlearncanvas_style",
     "model.path=m",
@@ -59,6 +62,14 @@ def cells_of(module: ModuleType, study, tmp_path: Path) -> dict[str, list[str]]:
     if module.__name__ == "frontier":
         (tmp_path / "prompts.txt").write_text("a tree image in {concept} style\n")
         return module.cells(study, [0, 1], tmp_path / "prompts.txt")
+    if module.__name__ == "crossdomain":
+        names = {"own": "lamp\nbell\n", "other": "amber\nhoney\n"}
+        files = {source: tmp_path / f"{source}.txt" for source in (*names, "both")}
+        for source, file in files.items():
+            file.write_text(names.get(source, "".join(names.values())))
+        return module.cells(study, [0, 1], files)
+    if module.__name__ == "masks":
+        return module.cells(study)
     return module.cells()
 
 
@@ -151,9 +162,8 @@ def test_the_runs_of_every_study_compose(script, tmp_path, name, overrides):
     plans = [study.plan(cell) for cell in cells.values()]
     if not overrides:  # a value that a study tries may be the published one
         assert len({plan.directory for plan in plans}) == len(cells)
-    assert (
-        all(plan.tuned for plan in plans) or overrides
-    )  # ewc and replay have no published settings
+    # ewc and replay have no published settings; masks trains nothing
+    assert all(plan.tuned for plan in plans) or overrides or name == "masks"
     for plan in plans:
         assert plan.sequence.build().targets
         assert plan.model.target == "cu_runner.models.load_model"
@@ -208,6 +218,90 @@ def test_frontier_holds_the_multiplier_where_no_bound_asks_for_it(script, tmp_pa
         free = study.plan(cells[f"{method}, bound {problem.bounds[0]:g}, seed 0"]).method.build()
         assert (free.bound, free.cap) == (problem.bounds[0], max(problem.weights))
         assert free.dual.step_size < 1
+
+
+def test_the_user_may_not_set_what_some_run_of_a_study_sets(script, tmp_path):
+    cells = {"plain": ["reg=none"], "strong": ["reg=l2", "reg.l2.weight=3"]}
+    make_study(script, tmp_path, "seed=3", "train.steps=2").check_own(cells)
+    for words in (["reg.l2.weight=1"], ["+reg.l2.weight=1"], ["seed=3", "reg=l1"]):
+        with pytest.raises(ValueError, match=r"^reg(\.l2\.weight)?: this study sets it itself"):
+            make_study(script, tmp_path, *words).check_own(cells)
+
+
+def test_masks_of_all_methods_are_of_one_size_and_of_keys_and_values(script, tmp_path):
+    (tmp_path / "tuned").mkdir()
+    cell = "models: [shapecanvas]\nconabl:\n  selft:\n    reg.selft.fraction: 0.3\n"
+    (tmp_path / "tuned/smoke.yaml").write_text(cell)
+    words = [f"hydra.searchpath=[file://{tmp_path}]", "sequence=smoke"]
+    for overrides, fraction in ((words, 0.3), ([*words, "reg.selft.fraction=0.2"], 0.2)):
+        study = make_study(script, tmp_path, *overrides)
+        plans = [study.plan(cell) for cell in script("masks").cells(study).values()]
+        fractions = [plan.regularizers["selft"].arguments["fraction"] for plan in plans]
+        assert fractions == [fraction] * 6
+        assert [plan.method.build().params for plan in plans] == ["kv_xattn"] * 6
+
+
+def test_crossdomain_takes_as_many_names_of_either_domain(script, sequence):
+    module = script("crossdomain")
+    own = ["frost", "Lava-Flow", "blaze", "brass", "shared", "sage"]
+    other = ["cloud", "tree", "cup", "Shared", "box", "house"]
+    found = module.choose_names(sequence, own, other)
+    # targets, what is retained in either domain and what is in both are left out
+    assert sorted(found["own"]) == ["brass", "frost", "sage"]
+    assert len(found["other"]) == 3
+    assert {*found["other"]} < {"cloud", "cup", "box", "house"}
+    assert found["both"] == [*found["own"], *found["other"]]
+    assert module.choose_names(sequence, own, other) == found
+    with pytest.raises(ValueError, match=r"^other: no name is left .* give other=LIST"):
+        module.choose_names(sequence, own, ["tree", "star"])
+
+
+def test_crossdomain_finds_the_names_of_the_other_domain(script, tmp_path):
+    module = script("crossdomain")
+    own, other, study = module.take_names(make_study(script, tmp_path))
+    assert own == read_shipped("shapecanvas_objects")
+    assert other == read_shipped("shapecanvas_styles")
+    assert study.plan(module.default_sequence(study)).sequence.build().domain == "object"
+    styles = make_study(script, tmp_path, "sequence=shapecanvas_style")
+    assert module.take_names(styles)[:2] == (other, own)
+    words = ["sequence.vocabulary=[brick]", "other=[ruby_red,lime]"]
+    own, other, study = module.take_names(make_study(script, tmp_path, *words))
+    assert (own, other) == (["brick"], ["ruby red", "lime"])
+    assert (study.overrides, study.own) == (words[:1], ("other=[ruby_red,lime]",))
+    with pytest.raises(ValueError, match=r"^other: no list of style names .* give other=LIST"):
+        module.take_names(make_study(script, tmp_path, words[0]))
+    with pytest.raises(ValueError, match=r"^own=nowhere: no such list"):
+        module.take_names(make_study(script, tmp_path, "own=nowhere"))
+
+
+def test_crossdomain_on_stable_diffusion_has_names_left(script, tmp_path):
+    module = script("crossdomain")
+    words = shlex.split(module.ON_STABLE_DIFFUSION)
+    study = make_study(script, tmp_path, *words[: words.index("--output")])
+    own, other, study = module.take_names(study)
+    sequence = study.plan(module.default_sequence(study)).sequence.build()
+    assert (sequence.name, sequence.domain) == ("unlearncanvas_object", "object")
+    assert len(module.choose_names(sequence, own, other)["both"]) > 200
+
+
+def test_crossdomain_projects_off_all_names_of_a_file(script, tmp_path):
+    study = make_study(script, tmp_path)
+    cells = cells_of(script("crossdomain"), study, tmp_path)
+    assert len(cells) == 6 * 2
+    plan = study.plan(cells["projection, other, seed 1"])
+    settings = plan.resolved["reg"]["gradproj"]
+    assert settings["contexts"] == ["{concept}"]
+    assert settings["auxiliary"] == {
+        "source": "file",
+        "name": str(tmp_path / "other.txt"),
+        "number": 4,  # as many as both have
+        "retained": False,
+    }
+    tuned = study.plan(cells["projection, as tuned, seed 1"])
+    same = [each.resolved["reg"]["gradproj"]["energy"] for each in (plan, tuned)]
+    assert same[0] == same[1]
+    assert (plan.spine.seed, plan.spine.train.lr) == (1, tuned.spine.train.lr)
+    assert plan.resolved["sequence"]["name"] == "shapecanvas_object"
 
 
 def test_order_has_four_orders_and_three_seeds(script, tmp_path):
@@ -491,6 +585,32 @@ def test_bounds_against_weights(script):
     assert one["from"].isna().all()
 
 
+def test_differences_of_sources_are_paired_by_seed(script):
+    def table(ra_c: float, images: int) -> pd.DataFrame:
+        columns = {"UA": [np.nan, 100.0], "RA_I": [90.0, 50.0], "RA_C": [99.0, ra_c]}
+        return metrics_table(**columns).assign(
+            UA_images=images, RA_I_images=images, RA_C_images=images
+        )
+
+    values = {"other, seed 0": 60, "other, seed 1": 64, "own, seed 1": 50, "own, seed 0": 50}
+    values["both, seed 2"] = 90  # a seed that own does not have
+    tables = {f"projection, {label}": table(value, 10**6) for label, value in values.items()}
+    module = script("crossdomain")
+    found = module.differences(tables | {"plain, seed 0": table(1, 1)})
+    assert found["difference"].unique().tolist() == ["other - own"]
+    row = found.set_index("metric").loc["RA_C"]
+    # gains of 10 and 14: t_.975 with one degree of freedom is 12.706, the standard error 2
+    assert row[["seeds", "points"]].tolist() == [2, 12]
+    assert row[["from", "to"]].tolist() == pytest.approx([12 - 25.412, 12 + 25.412], abs=0.01)
+    one = {"projection, both, seed 0": table(60, 100), "merge, seed 0": table(50, 100)}
+    row = module.differences(one).set_index("metric").loc["RA_C"]
+    # Wilson's of 60 and of 50 of 100 images: 50.20 to 69.06 and 40.38 to 59.62
+    assert row["difference"] == "both - merge"
+    low, high = (9.80**2 + 9.62**2) ** 0.5, (9.06**2 + 9.62**2) ** 0.5
+    assert row[["from", "to"]].tolist() == pytest.approx([10 - low, 10 + high], abs=0.01)
+    assert module.differences({}).empty
+
+
 def test_growth_of_losses(script):
     losses = pd.DataFrame(
         {
@@ -738,6 +858,31 @@ def test_frontier_from_end_to_end(script, call, filled_cache, tmp_path, jobs_in_
     assert line.split(" | ")[-2:] == ["0.01", "0.00 |"]
     assert "| rgd, diversified | loss on what is kept | 1 |" in text
     assert (tmp_path / "found/frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_crossdomain_from_end_to_end(script, call, run_copy, tmp_path, jobs_in_forks, monkeypatch):
+    module = script("crossdomain")
+    cells, names = module.cells, ("plain", "projection, own", "projection, other")
+    monkeypatch.setattr(
+        module,
+        "cells",
+        lambda *given: {f"{name}, seed 0": cells(*given)[f"{name}, seed 0"] for name in names},
+    )
+    status, _, err = call("crossdomain", "seed=0", *SMOKE, "--output", "found")
+    assert (status, err) == (0, "")
+    files = {path.name: len(path.read_text().splitlines()) for path in tmp_path.glob("found/*.txt")}
+    assert files == {
+        "crossdomain_own.txt": 30,  # of 32 objects two are measured
+        "crossdomain_other.txt": 30,
+        "crossdomain_both.txt": 60,
+    }
+    text = (tmp_path / "found/crossdomain.md").read_text()
+    assert "own: style, other: object" in text
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| projection, o")]
+    assert [float(line[-3]) for line in lines[:2]] == [30.5, 30.5]  # the first target joins once
+    assert text.count("| other - own |") == 3
+    table = pd.read_csv(tmp_path / "found/crossdomain.csv")
+    assert table["run"].unique().tolist() == [f"{name}, seed 0" for name in names]
 
 
 def test_sizes_from_end_to_end(script, call, pipeline_copy, tmp_path, jobs_in_forks, monkeypatch):

@@ -1,0 +1,231 @@
+"""Does gradient projection keep the other domain when its auxiliary names come from there? (Lee et
+al. 2026, arXiv 2511.07970)
+
+    python scripts/studies/crossdomain.py [seed=0,1,2] [own=LIST] [other=LIST] [OVERRIDE ...]
+        [--output DIR]
+
+On objects projection keeps less of the styles than merging does. ConAbl on a sequence of objects,
+with projection off names of objects (own), of styles (other), and of both. As many names of either
+domain, at random from the sequence's vocabulary and from the list of the other domain that goes
+with it; both is their union. No target, no retained concept and no concept by which RA-C is
+measured is among them. Each name is a prompt of its own, so that no caption brings in the other
+domain; everything else is as tuned. Beside them plain unlearning, projection as tuned, and merging.
+own, other: a shipped list or a text file in place of these names. 18 runs, crossdomain.md has the
+seconds of each.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from auxiliary import draw_names, subspaces
+from matplotlib.figure import Figure
+from study import (
+    STABLE_DIFFUSION,
+    Study,
+    as_markdown,
+    command,
+    finished,
+    last_rows,
+    over_requests,
+    panels,
+    with_stopped,
+)
+from study_seeds import (
+    MARK,
+    counted,
+    curves,
+    groups,
+    last_with_intervals,
+    plot_bands,
+    remark,
+    take_seeds,
+    with_seeds,
+    without_seed,
+)
+
+from cu_runner.concepts.entries import read_entries, shipped_lists
+from cu_runner.concepts.sequence import Concept, Sequence
+from cu_runner.reporting.intervals import of_sum, over_images, over_seeds
+from cu_runner.request.name_sources import normalized, spellings
+
+SEQUENCE = "sequence=shapecanvas_object"
+# All objects of UnlearnCanvas are targets or retained: none of its vocabulary is left.
+ON_STABLE_DIFFUSION = (
+    "own=common_objects other=painting_styles "
+    f"{STABLE_DIFFUSION.replace('unlearncanvas_style', 'unlearncanvas_object')}"
+)
+METRICS = ("UA", "RA_I", "RA_C")
+PROJECTION = "projection, "
+DIFFERENCES = (("other", "own"), ("both", "own"), ("both", "merge"))
+
+
+# ------------------------------------------------------------ names
+def default_sequence(study: Study) -> list[str]:
+    return [] if study.gives("sequence", "experiment") else [SEQUENCE]
+
+
+def take_names(study: Study) -> tuple[list[str], list[str], Study]:
+    """Return all names of the sequence's domain and of the other, and the study without own, other.
+
+    Raises:
+        ValueError: no list of the other domain goes with the sequence's, or one cannot be read.
+    """
+    words = {}
+    for key in ("own", "other"):
+        values, study = study.take(key, [])
+        words[key] = values[0] if len(values) == 1 else values
+    plan = study.plan(default_sequence(study))
+    sequence = plan.sequence.build()
+    listed = plan.resolved["sequence"]["vocabulary"]
+    if not words["other"]:
+        words["other"] = str(listed).replace(sequence.domain, sequence.cross_domain)
+        if words["other"] not in shipped_lists() or words["other"] == listed:
+            raise ValueError(
+                f"other: no list of {sequence.cross_domain} names goes with the vocabulary of "
+                f"{sequence.name}; give other=LIST or other=FILE.txt"
+            )
+    own = (
+        read_entries("own", words["own"])
+        if words["own"]
+        else [sequence.prompt_name(label) for label in sequence.vocabulary]
+    )
+    labels = read_entries("other", words["other"])
+    other = [Concept(label, sequence.cross_domain).prompt_name for label in labels]
+    return own, other, study
+
+
+def choose_names(sequence: Sequence, own: list[str], other: list[str]) -> dict[str, list[str]]:
+    """Return the names by source: equally many of own and other, and both.
+
+    None of them is a target, retained, by which RA-C is measured, or in both domains.
+
+    Raises:
+        ValueError: a domain has none left.
+    """
+    shut = spellings((*sequence.targets, *sequence.retain, *sequence.cross_retain))
+    shut |= {normalized(name) for name in own} & {normalized(name) for name in other}
+    free = {
+        "own": draw_names(own, [*shut], len(own)),
+        "other": draw_names(other, [*shut], len(other)),
+    }
+    for source, names in free.items():
+        if not names:
+            raise ValueError(
+                f"{source}: no name is left beside the targets and what is measured; give "
+                f"{source}=LIST or {source}=FILE.txt"
+            )
+    number = min(map(len, free.values()))
+    chosen = {source: names[:number] for source, names in free.items()}
+    return chosen | {"both": [*chosen["own"], *chosen["other"]]}
+
+
+# ------------------------------------------------------------ runs
+def cells(study: Study, seeds: list[int], files: dict[str, Path]) -> dict[str, list[str]]:
+    """Labels are "plain", "merge" and "projection, SOURCE" with ", seed N".
+
+    files: of names, by source; those of both are all.
+    """
+    shared, setting = default_sequence(study), "reg.gradproj.auxiliary"
+    number = len(files["both"].read_text(encoding="utf-8").splitlines())
+    found = {
+        "plain": ["reg=none"],
+        "merge": ["reg=merge"],
+        f"{PROJECTION}as tuned": ["reg=gradproj"],
+    }
+    for source, file in files.items():
+        found[f"{PROJECTION}{source}"] = [
+            "reg=gradproj",
+            f"{setting}.source=file",
+            f"{setting}.name={json.dumps(str(file))}",
+            f"{setting}.number={number}",  # at most: all of them
+            "reg.gradproj.contexts=['{concept}']",
+        ]
+    return with_seeds({label: [*cell, *shared] for label, cell in found.items()}, seeds)
+
+
+# ------------------------------------------------------------ statistics
+def differences(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return each metric of one run less that of another after the last request, DIFFERENCES.
+
+    Means over the seeds that both have. from, to: the 95% interval over seeds, paired (Student's
+    t), never narrower than that over images (Newcombe's from Wilson's).
+
+    Args:
+        tables: of counted(), by label with a seed.
+    """
+    rows = []
+    for pair in DIFFERENCES:
+        names = [name if name == "merge" else f"{PROJECTION}{name}" for name in pair]
+        by_seed = [
+            {label.rpartition(MARK)[2]: tables[label].iloc[-1] for label in groups(tables)[name]}
+            if name in groups(tables)
+            else {}
+            for name in names
+        ]
+        seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
+        if not seeds:  # all runs of one diverged
+            continue
+        for metric in METRICS:
+            values = [np.array([float(lasts[seed][metric]) for seed in seeds]) for lasts in by_seed]
+            mean, half = over_seeds((values[0] - values[1]).tolist())
+            terms = []
+            for sign, value, lasts in zip((1, -1), values, by_seed, strict=True):
+                images = int(lasts[seeds[0]][f"{metric}_images"])
+                terms.append((sign, value.mean(), over_images(value.mean(), images)))
+            low, high = of_sum(terms)
+            row = {"difference": " - ".join(pair), "metric": metric, "seeds": len(seeds)}
+            row |= {"points": mean, "from": min(low, mean - (half or 0.0))}
+            rows.append(row | {"to": max(high, mean + (half or 0.0))})
+    return pd.DataFrame(rows)
+
+
+def draw(found: pd.DataFrame) -> Figure:
+    figure, axes = panels(1, 4)
+    plot_bands(axes, found)
+    return figure
+
+
+def main(study: Study) -> None:
+    seeds, study = take_seeds(study)
+    own, other, study = take_names(study)
+    sequence = study.plan(default_sequence(study)).sequence.build()
+    chosen = choose_names(sequence, own, other)
+    study.output.mkdir(parents=True, exist_ok=True)
+    files = {source: study.output / f"crossdomain_{source}.txt" for source in chosen}
+    for source, names in chosen.items():
+        files[source].write_text("\n".join(names) + "\n", encoding="utf-8")
+        print(f"wrote {files[source]}")
+    runs = study.run(cells(study, seeds, files))
+    done = finished(runs)
+    tables = counted(done)
+    found = curves(tables)
+    projected = {label: run for label, run in done.items() if label.startswith(PROJECTION)}
+    held = subspaces(projected)
+    held["run"] = held["run"].map(without_seed)
+    held = held.groupby("run", sort=False).mean().reset_index()
+    last = last_with_intervals(found).merge(held, on="run", how="left")
+    text = (
+        f"{len(chosen['own'])} names of each domain, own: {sequence.domain}, other: "
+        f"{sequence.cross_domain}. After the last request, means over seeds. "
+        f"{remark([*tables])}\n\n{as_markdown(last, digits=2)}\n\n"
+    )
+    text += (
+        "Means over the requests: names (earlier targets included, duplicates not), rank "
+        "(directions of the subspace),\ntarget_outside (fraction of the target's vector that it "
+        "leaves free). both has twice the names.\n\n"
+    )
+    text += f"Differences after the last request:\n\n{as_markdown(differences(tables))}\n\n"
+    text += (
+        "from, to: the 95% interval over seeds, paired (Student's t), never narrower than that "
+        "over images (Newcombe's).\n\n"
+    )
+    rows = with_stopped(last_rows(tables), runs)
+    text += f"All runs, after the last request:\n\n{as_markdown(rows)}"
+    rows = with_stopped(over_requests(tables), runs)
+    study.write(rows, draw(found), text, ON_STABLE_DIFFUSION)
+
+
+if __name__ == "__main__":
+    command(main, __doc__)
