@@ -299,9 +299,6 @@ def test_zero_shot_names_rendered_images(zero_shot, images):
         ),
     }
     assert right["style"] >= 48  # of 60; chance is half an image
-    assert (
-        right["object"] >= 9
-    )  # chance is 3: it hardly knows objects (see conf/evaluator/shapecanvas_clip.yaml)
     assert all(0 < score <= 1 for score in found["style"].scores)
 
 

@@ -392,9 +392,9 @@ def test_a_batch_is_an_anchor_image_under_noise_with_both_prompts_of_its_caption
     model, sequence = scope.model, scope.sequence
     latents = scope.anchors([], NUM_ANCHORS)
     pairs = sequence.training_pairs(scope.request.targets[0])
-    assert pairs[0] == ("a tree image in torch light style", "a tree image")
+    assert pairs[0] == ("a ball in the style of torch light", "a ball")
     (batch,) = stream(scope, 1)
-    assert batch.noisy.shape == batch.noise.shape == (8, 4, 16, 16)
+    assert batch.noisy.shape == batch.noise.shape == (8, 6, 16, 16)
     assert batch.timesteps.shape == (8,)
     ab = model.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
     clean = (batch.noisy - (1 - ab).sqrt() * batch.noise) / ab.sqrt()

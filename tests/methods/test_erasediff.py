@@ -155,13 +155,13 @@ def test_qhat_is_positive_where_the_passes_lower_the_loss(scope):  # noqa: F811
 
 # ---------------------------------------------------------------------------------------- the texts
 @pytest.mark.parametrize(
-    ("unrelated", "expected"), [(None, "a {} image"), ("", ""), ("a blue thing", "a blue thing")]
+    ("unrelated", "expected"), [(None, "a {}"), ("", ""), ("a blue thing", "a blue thing")]
 )
 def test_the_unrelated_prompt(make_scope, unrelated, expected):
     scope = make_scope(batch_size=8)  # noqa: F811
     batch = first_batch(EraseDiff(unrelated=unrelated, **SMALL), scope).outer.forget
     own = scope.model.encode_prompts(
-        [f"a {caption} image in torch light style" for caption in scope.sequence.captions]
+        [f"a {caption} in the style of torch light" for caption in scope.sequence.captions]
     ).hidden
     other = scope.model.encode_prompts(
         [expected.format(caption) for caption in scope.sequence.captions]

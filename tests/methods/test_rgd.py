@@ -149,15 +149,15 @@ def prompts(make_scope, **options) -> tuple[list[str], list[str]]:
 def test_the_sequences_own_prompts(make_scope):
     forget, keep = prompts(make_scope, diversity="sequence")
     assert forget == [
-        f"a {caption} image in torch light style" for caption in ("tree", "star", "fish", "cup")
+        f"a {caption} in the style of torch light" for caption in ("ball", "box", "tent", "hoop")
     ]
     assert keep == SMALL["retain"].read(make_scope())
 
 
 def test_a_single_prompt_is_the_ablation(make_scope):
     assert prompts(make_scope, diversity="narrow") == (
-        ["a tree image in torch light style"],
-        ["a tree image"],
+        ["a ball in the style of torch light"],
+        ["a ball"],
     )
 
 

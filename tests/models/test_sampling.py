@@ -212,7 +212,7 @@ def test_v_prediction_identity(model):
     )
     other = with_scheduler(model, scheduler)
     draw = torch.Generator().manual_seed(0)
-    noisy, timesteps = torch.randn(4, 4, 16, 16, generator=draw), torch.tensor([1, 250, 700, 998])
+    noisy, timesteps = torch.randn(4, 6, 16, 16, generator=draw), torch.tensor([1, 250, 700, 998])
     text = model.encode_prompts(PROMPTS[:4])
     with torch.no_grad():
         v, eps = (
@@ -231,7 +231,7 @@ def test_epsilon_is_what_the_unet_says(model):
         model,
         diffusers.DDIMScheduler.from_config(model.scheduler.config, prediction_type="epsilon"),
     )
-    noisy, timesteps = torch.ones(2, 4, 16, 16), torch.tensor([1, 998])
+    noisy, timesteps = torch.ones(2, 6, 16, 16), torch.tensor([1, 998])
     text = model.encode_prompts(PROMPTS[:2])
     with torch.no_grad():
         assert torch.equal(
@@ -252,7 +252,7 @@ def test_weights_given_for_a_prediction_do_not_stay(model):
     )
     weight = dict(model.unet.named_parameters())[name]
     before = weight.clone()
-    arguments = (torch.ones(1, 4, 16, 16), torch.tensor([500]), model.encode_prompts(PROMPTS[:1]))
+    arguments = (torch.ones(1, 6, 16, 16), torch.tensor([500]), model.encode_prompts(PROMPTS[:1]))
     with torch.no_grad():
         plain = model.predict_noise(*arguments)
         changed = model.predict_noise(*arguments, {name: before + 1})

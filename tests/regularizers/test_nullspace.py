@@ -150,8 +150,8 @@ def relative_change(scope, prompts: list[str]) -> float:
 def test_the_record(make_scope):
     scope = make_scope()
     record = begun(NullSpace(energy=0.95, target_rank=2), scope)
-    assert record["prompts"] == {"names": 117 * 4, "anchors": 4, "empty": 1}
-    assert len(record["auxiliary"]) == 117
+    assert record["prompts"] == {"names": 141 * 4, "anchors": 4, "empty": 1}
+    assert len(record["auxiliary"]) == 141
     assert not {"torch light", "lava flow", "fog bank"} & set(record["auxiliary"])
     assert record["energy"] >= 0.95
     assert begun(NullSpace(rank=record["rank"], energy=None), scope)["energy"] == pytest.approx(
@@ -209,8 +209,8 @@ def test_the_number_of_prompts_is_bounded_and_the_first_hold_every_name(make_sco
     assert len(kept["names"]) == 50
     assert all(any(name in prompt for prompt in kept["names"]) for name in names)
     assert kept["names"][:2] == [
-        f"a tree image in {names[0]} style",
-        f"a star image in {names[1]} style",
+        f"a ball in the style of {names[0]}",
+        f"a box in the style of {names[1]}",
     ]
 
 
@@ -267,7 +267,7 @@ def test_kept_prompts_do_not_move_and_the_target_does(make_scope, settings):
         )
         erase(scope, Pull(), {"nullspace": regularizer}, settings(steps=3, lr=1e-2))
         assert relative_change(scope, kept) < 5e-3
-    assert relative_change(scope, ["a tree image in torch light style"]) > 0.3
+    assert relative_change(scope, ["a ball in the style of torch light"]) > 0.3
     changes = subtract(scope.params, scope.base).values()
     assert all(
         torch.linalg.matrix_rank(change, rtol=1e-3) == 1 for change in changes
@@ -279,14 +279,14 @@ def test_earlier_targets_stay_as_unlearned_as_they_are(make_scope):
     scope, moved = make_scope(request=2), {}
     T = text_vectors(
         scope.model,
-        [f"a {caption} image in torch light style" for caption in scope.sequence.captions],
+        [f"a {caption} in the style of torch light" for caption in scope.sequence.captions],
     )
-    for earlier in (0, 1, 8):
+    for earlier in (0, 1, 12):
         regularizer = NullSpace(energy=0.9, scaled=False, earlier=earlier)
         begun(regularizer, scope)
         moved[earlier] = ((regularizer._projector @ T).norm() / T.norm()).item()
-    assert moved[8] < moved[1] < moved[0]
-    assert moved[8] < 0.2 * moved[0]
+    assert moved[12] < moved[1] < moved[0]
+    assert moved[12] < 0.2 * moved[0]
 
 
 def test_a_scaled_step_moves_the_targets_text_as_much_as_an_unprojected_one(make_scope):
@@ -298,7 +298,7 @@ def test_a_scaled_step_moves_the_targets_text_as_much_as_an_unprojected_one(make
         begun(regularizer, scope)
         T = text_vectors(
             scope.model,
-            [f"a {caption} image in {name} style" for caption in scope.sequence.captions],
+            [f"a {caption} in the style of {name}" for caption in scope.sequence.captions],
         ).T
         assert (T @ regularizer._projector).norm().item() == pytest.approx(
             T.norm().item(), rel=1e-4
@@ -365,7 +365,7 @@ def test_it_runs_with_gradproj(in_process, filled_cache, tmp_path):
         (run_directory(out, tmp_path) / "steps" / "02").joinpath("step.json").read_text()
     )
     assert record["training"]["regularizers"]["nullspace"]["prompts"] == {
-        "names": 116 * 4,
+        "names": 140 * 4,
         "anchors": 4,
         "empty": 1,
     }

@@ -152,14 +152,14 @@ def test_the_target_is_never_among_the_names_and_earlier_targets_are(make_scope)
     assert second[0] == "torch light"
     assert "snow drift" not in second
     assert not retained & {*first, *second}
-    assert len(first) == 120 - 1 - 2
-    assert len(second) == 120 - 1 - 2
+    assert len(first) == 144 - 1 - 2
+    assert len(second) == 144 - 1 - 2
 
 
 def test_retained_names_are_in_when_asked_for(make_scope):
     names = names_of(GradProj(auxiliary=NameSource(retained=True), threshold=1.0), make_scope())
     assert {"lava flow", "fog bank"} <= set(names)
-    assert len(names) == 119
+    assert len(names) == 143
 
 
 def test_the_nearest_names_are_chosen_first(make_scope, model):
@@ -222,7 +222,8 @@ def test_all_tokens_protect_the_prompts_that_share_words_with_the_target(make_sc
     prompts alone.
     """
     scope = make_scope()
-    shared = scope.model.encode_prompts(["a tree image"]).hidden[0, :4].T  # begin, a, tree, image
+    # begin, a, ball, in, the, style, of
+    shared = scope.model.encode_prompts(["a ball in the style of blaze"]).hidden[0, :7].T
     moved = {}
     for tokens, contexts in (("own", ("{concept}",)), ("all", None)):
         assign(scope.params, scope.base)
@@ -284,7 +285,7 @@ def test_spellings_of_the_target_and_of_retained_names_are_banned_too(make_scope
 
 def test_a_subspace_that_holds_the_target_is_warned_of(make_scope, caplog):
     with caplog.at_level(logging.WARNING):
-        GradProj(tokens="all").begin_request(make_scope(), METHOD)
+        GradProj(tokens="all", contexts=None).begin_request(make_scope(), METHOD)
     assert "leaves nothing of torch light to unlearn" in caplog.text
 
 
@@ -522,7 +523,7 @@ def test_the_projected_gradient_from_columns_by_hand(make_scope, tmp_path, token
     columns = [column(name, context) for context in contexts for name in names]
     P = projector_by_hand(columns)
     record = regularizer.begin_request(scope, METHOD)
-    assert record["rank"] == round(64 * 2 - P.trace().item()) < len(columns)  # of width 128
+    assert record["rank"] == round(512 - P.trace().item()) < len(columns)  # of width 512
     outside = ((P @ goal).norm() / goal.norm()).item()
     assert record["target_outside_subspace"] == pytest.approx(outside, rel=1e-4)
     draw = torch.Generator().manual_seed(1)
@@ -537,8 +538,8 @@ def test_the_projected_gradient_from_columns_by_hand(make_scope, tmp_path, token
 def test_a_name_is_read_where_it_is_marked_not_where_its_word_stands_before(model):
     """With the word twice, the part in braces counts, and the place of {concept}."""
     for names, context, prompt in (
-        (["dot of a {dot}"], "{concept}", "dot of a dot"),
-        (["dot"], "dot of a {concept}", "dot of a dot"),
+        (["key of a {key}"], "{concept}", "key of a key"),
+        (["key"], "key of a {concept}", "key of a key"),
     ):
         hidden = model.encode_prompts([prompt]).hidden[0]
         second = len(model.tokenizer(prompt).input_ids) - 2
@@ -554,7 +555,7 @@ def test_no_spelling_of_an_earlier_target_joins_a_merging_request_twice(make_sco
     bear = dataclasses.replace(first, name="Bears", spelling="torch light")
     request = dataclasses.replace(scope.request, index=2, plan="independent", listed=(bear, second))
     (tmp_path / "names.txt").write_text(
-        "Bears\nbears\nan image of a {Ember  Stripe}\ntorch_light\nfog mist\n", encoding="utf-8"
+        "Bears\nbears\nan image of a {Torch  Light}\ntorch_light\nfog mist\n", encoding="utf-8"
     )
     source = NameSource("file", str(tmp_path / "names.txt"))
     record = GradProj(auxiliary=source).begin_request(

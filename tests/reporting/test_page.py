@@ -405,7 +405,7 @@ def test_the_page_of_a_real_run(cu_report, outlined, finished_run):
         for kind in ("keys", "values")
         for row in page.tables[f"L2 norm of the drift of each layer: {kind}"][1:]
     ]
-    assert len(layers) == 14
+    assert len(layers) == 22
     assert sum(float(row[1]) ** 2 for row in layers) ** 0.5 == pytest.approx(
         table["drift_l2"].iloc[-1], rel=1e-3
     )

@@ -40,12 +40,12 @@ def test_mirrored_anchors_are_encoded_mirror_images(model, tmp_path):
 def test_retained_prompts_hold_every_name_before_any_comes_twice(make_scope):
     scope = make_scope()
     names = (
-        120 - 1 - len(scope.sequence.retain)
+        144 - 1 - len(scope.sequence.retain)
     )  # the vocabulary but for the target and the retained
     for number in (50, 80, names):
         prompts = RetainSet("names", prompts=number).read(scope)
         assert len(prompts) == number
-        assert len({prompt.rpartition(" image in ")[2] for prompt in prompts}) == number
+        assert len({prompt.rpartition(" in the style of ")[2] for prompt in prompts}) == number
     more = RetainSet("names", prompts=2 * names).read(scope)
     assert len(set(more)) == 2 * names
 
@@ -54,7 +54,7 @@ def test_both_sources_share_the_prompts(make_scope):
     prompts = RetainSet("both", prompts=8).read(make_scope())
     assert sum("style" not in prompt for prompt in prompts) == 4
     assert RetainSet("anchors").read(make_scope()) == [
-        f"a {caption} image" for caption in ("tree", "star", "fish", "cup")
+        f"a {caption}" for caption in ("ball", "box", "tent", "hoop")
     ]
 
 

@@ -337,7 +337,7 @@ def test_masks_from_end_to_end(call, filled_cache, tmp_path, monkeypatch):  # no
 # ------------------------------------------------------------------------------------ neighbourhood
 def test_names_are_targets_retained_and_the_rest_of_the_vocabulary(sequence):
     names = [concept.name for concept in neighbourhood.names_of(sequence)]
-    assert names[:4] == ["blaze", "glacier", "lava flow", "fog bank"]
+    assert names[:4] == ["torch light", "snow drift", "lava flow", "fog bank"]
     assert (len(names), {*names}) == (len({*names}), {*sequence.vocabulary})
 
 
