@@ -3,7 +3,8 @@
     python scripts/build_shapecanvas.py                    # resumes; XX hours on two CPU cores
     python scripts/build_shapecanvas.py --device cuda      # the same recipe on a GPU
     python scripts/build_shapecanvas.py --only open_clip   # the image-text model alone
-    python scripts/build_shapecanvas.py --only measure_clip  # how well that names images
+    python scripts/build_shapecanvas.py --only measure       # base accuracy, in other words too
+    python scripts/build_shapecanvas.py --only measure_clip  # how well open_clip names images
 
 Stages: vae | text -> style, object, open_clip (beside the VAE) -> unet -> pack -> measure. Each
 saves a checkpoint every minute under --work and is skipped once it is finished. Results go to
@@ -48,12 +49,13 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from cu_runner.concepts.sequence import Concept
+from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.evaluators.classifier import Classifier
 from cu_runner.evaluators.evaluate import evaluate
 from cu_runner.evaluators.open_clip import OpenClip
-from cu_runner.models.diffusion import load_model
+from cu_runner.models.diffusion import DiffusionModel, load_model
+from cu_runner.models.sampling import generate
 from cu_runner.schema.settings import EvalSettings, Sampler
 from cu_runner.shapecanvas.captions import FORMS, SYNONYMS, draw_caption, first_caption
 from cu_runner.shapecanvas.objects import OBJECTS
@@ -81,11 +83,6 @@ SEED = {name: 1000 + index for index, name in enumerate(STEPS)}
 
 
 CONF = Path(__file__).parent.parent / "conf"
-PARTS = {
-    "model": "shapecanvas",
-    "evaluator": "shapecanvas",
-    "sequence": "shapecanvas_style",
-}  # what measure() rests on
 
 
 # ------------------------------------------------------------
@@ -696,14 +693,11 @@ def measure_text(out: Path) -> dict[str, object]:
     return result
 
 
-def measure(out: Path, device: str) -> None:
-    """Measure base accuracy of generated images at the default sampler.
-
-    It is printed, and saved as base_accuracy.json.
-    """
+def load_result(out: Path, device: str) -> tuple[DiffusionModel, Classifier, Sampler]:
+    """Return the model and the judges that were built, and the sampler of conf/model."""
     read = {
-        group: yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
-        for group, name in PARTS.items()
+        group: yaml.safe_load((CONF / group / "shapecanvas.yaml").read_text())
+        for group in ("model", "evaluator")
     }
     for part in read.values():
         del part["_target_"]
@@ -712,8 +706,23 @@ def measure(out: Path, device: str) -> None:
         **read["model"] | {"path": str(out / "pipeline")}, sampler=sampler, device=device
     )
     judges = {domain: str(out / f"{domain}_classifier") for domain in ("style", "object")}
-    evaluator = Classifier(**read["evaluator"] | {"paths": judges}, device=device)
-    sequence = make_sequence(**read["sequence"])
+    return model, Classifier(**read["evaluator"] | {"paths": judges}, device=device), sampler
+
+
+def read_sequence(name: str) -> Sequence:
+    """Return a sequence of conf/sequence."""
+    read = yaml.safe_load((CONF / "sequence" / f"{name}.yaml").read_text())
+    del read["_target_"]
+    return make_sequence(**read)
+
+
+def measure(out: Path, device: str) -> None:
+    """Measure base accuracy of generated images at the default sampler, by name and in other words.
+
+    It is printed, and saved as base_accuracy.json.
+    """
+    model, evaluator, sampler = load_result(out, device)
+    sequence = read_sequence("shapecanvas_style")
     grids = {
         "benchmark": (list(sequence.targets + sequence.retain), OBJECTS, (1, 2)),
         "all_styles": ([Concept(style, "style") for style in STYLES], OBJECTS[:8], (1,)),
@@ -728,72 +737,79 @@ def measure(out: Path, device: str) -> None:
             domain: 100 * (rows[domain] == rows[f"predicted_{domain}"]).mean().item()
             for domain in ("style", "object")
         }
-        result[name] = {
-            "images": len(rows),
-            **{f"{domain}_percent": round(value, 2) for domain, value in right.items()},
-        }
-        print(
-            f"base accuracy, {name}: {len(rows)} images, style {right['style']:.1f}%, object "
-            f"{right['object']:.1f}%"
-        )
+        result[name] = accuracy_line(f"base accuracy, {name}", len(rows), right)
+    result |= measure_words(model, evaluator, sampler)
     result["text"] = measure_text(out)
     (out / "base_accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def accuracy_line(label: str, images: int, percent: dict[str, float]) -> dict[str, float]:
+    """Print accuracy by domain, and return what base_accuracy.json holds of it."""
+    shares = ", ".join(f"{domain} {value:.1f}%" for domain, value in percent.items())
+    print(f"{label}: {images} images, {shares}")
+    return {
+        "images": images,
+        **{f"{domain}_percent": round(value, 2) for domain, value in percent.items()},
+    }
+
+
+def measure_words(
+    model: DiffusionModel, evaluator: Classifier, sampler: Sampler
+) -> dict[str, object]:
+    """Measure whether the model understands other words: captions of other forms, synonyms of the
+    objects, descriptions of the styles; 288 random pairs each.
+    """
+    result: dict[str, object] = {}
+    for kind in ("other_forms", "synonyms", "descriptions"):
+        draws = random.Random(8)
+        pairs = [(draws.choice(OBJECTS), draws.choice(STYLES)) for _ in range(288)]
+        captions = []
+        for name, style in pairs:
+            forms = FORMS[True, True]
+            form = draws.choice(forms[1:]) if kind == "other_forms" else forms[0]
+            said = SYNONYMS[name] if kind == "synonyms" else name
+            look = STYLE_PARTS[style].description if kind == "descriptions" else style
+            captions.append(form.format(object=said, style=look))
+        images = torch.cat(
+            list(generate(model, captions, [3] * 288, sampler, batch_size=96, label=kind))
+        )
+        found = evaluator.predict(images)
+        right = {
+            "style": sum(a == b for a, (_, b) in zip(found["style"].labels, pairs, strict=True)),
+            "object": sum(a == b for a, (b, _) in zip(found["object"].labels, pairs, strict=True)),
+        }
+        percent = {domain: 100 * number / len(pairs) for domain, number in right.items()}
+        result[kind] = accuracy_line(f"base accuracy, {kind}", len(pairs), percent)
+    return result
 
 
 def measure_clip(out: Path, device: str) -> None:
     """Zero-shot accuracy of the image-text model on 1000 rendered images, and on the base model's
     grid of the benchmark.
     """
-    read = {
-        name: yaml.safe_load((CONF / f"{name}.yaml").read_text())
-        for name in (
-            "evaluator/shapecanvas_clip",
-            "model/shapecanvas",
-            "sequence/shapecanvas_style",
-        )
-    }
-    for part in read.values():
-        del part["_target_"]
-    judge = OpenClip(
-        **read["evaluator/shapecanvas_clip"] | {"model": str(out / "open_clip")}, device=device
-    )
-    generator, rows = torch.Generator().manual_seed(987654321), []
+    read = yaml.safe_load((CONF / "evaluator/shapecanvas_clip.yaml").read_text())
+    del read["_target_"]
+    judge = OpenClip(**read | {"model": str(out / "open_clip")}, device=device)
+    generator, right = torch.Generator().manual_seed(987654321), {"style": 0, "object": 0}
     for _ in range(10):
         images, objects, styles = draw(100, generator)
         found = judge.predict(images.to(device))
-        rows += zip(
-            found["style"].labels,
-            found["object"].labels,
-            styles.tolist(),
-            objects.tolist(),
-            strict=True,
-        )
-    style, thing = (
-        sum(row[0] == STYLES[row[2]] for row in rows) / 10,
-        sum(row[1] == OBJECTS[row[3]] for row in rows) / 10,
-    )
-    print(f"zero-shot, rendered: {len(rows)} images, style {style:.1f}%, object {thing:.1f}%")
-    sampler, sequence = (
-        Sampler(**read["model/shapecanvas"].pop("sampler")),
-        make_sequence(**read["sequence/shapecanvas_style"]),
-    )
-    model = load_model(
-        **read["model/shapecanvas"] | {"path": str(out / "pipeline")},
-        sampler=sampler,
-        device=device,
-    )
+        for domain, names, labels in (("style", STYLES, styles), ("object", OBJECTS, objects)):
+            said = found[domain].labels
+            right[domain] += sum(a == names[b] for a, b in zip(said, labels.tolist(), strict=True))
+    percent = {domain: number / 10 for domain, number in right.items()}
+    accuracy_line("zero-shot, rendered", 1000, percent)
+    model, _, sampler = load_result(out, device)
+    sequence = read_sequence("shapecanvas_style")
     settings = EvalSettings(sampler.steps, sampler.guidance, sampler.scheduler, batch_size=96)
     grid = evaluate(
         model, judge, sequence, [*sequence.targets, *sequence.retain], 0, settings
     ).predictions
-    right = {
+    percent = {
         domain: 100 * (grid[domain] == grid[f"predicted_{domain}"]).mean()
         for domain in ("style", "object")
     }
-    print(
-        f"zero-shot, generated: {len(grid)} images, style {right['style']:.1f}%, object "
-        f"{right['object']:.1f}%"
-    )
+    accuracy_line("zero-shot, generated", len(grid), percent)
 
 
 def beside(stages: list[str], arguments: argparse.Namespace) -> subprocess.Popen:
@@ -838,6 +854,7 @@ def main() -> None:
         "style": lambda work, device: train_classifier("style", work, device),
         "object": lambda work, device: train_classifier("object", work, device),
         "open_clip": lambda work, device: pack_clip(work, arguments.out, device),
+        "measure": lambda work, device: measure(arguments.out, device),
         "measure_text": lambda work, device: measure_text(arguments.out),
         "measure_clip": lambda work, device: measure_clip(arguments.out, device),
         "unet": lambda work, device: train_unet(

@@ -146,7 +146,7 @@ class Instruments:
         return {cell: found[cell] for cell in zip(concepts, crosses, strict=True)}
 
     def _key(self, concepts: list[Concept]) -> dict[str, object]:
-        """Return what the images, and what is seen in them, depend on beside a change of weights."""
+        """Return what the images, and what is seen in them, rest on beside a change of weights."""
         sequence, model = self.sequence, self.model
         return {
             "model": self.model_sha256,

@@ -71,7 +71,7 @@ CONFIGURATION = [
     (["sequence.name=../up"], ["sequence.name", "../up"]),
     (["train.steps=true"], ["train.steps=True", "integer"]),
     (["sequence.targets=ember"], ["sequence.targets='ember'", "list"]),
-    (["sequence.targets=[no style]"], ["no style", "torch light"]),
+    (["sequence.targets=[no style]"], ["no style", "ember, cinder"]),
     (["sequence.vocabulary=nope"], ["nope", "shapecanvas_styles"]),
     (["sequence.prompt=a picture"], ["sequence.prompt", "'a picture'", "{object}"]),
     (["setting.plan=parallel"], ["setting.plan='parallel'", "sequential"]),

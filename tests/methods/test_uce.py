@@ -161,8 +161,7 @@ def test_an_exact_fit_makes_the_concept_act_like_its_anchor(make_scope, settings
     model, draw = scope.model, torch.Generator().manual_seed(0)
     noisy, timesteps = torch.randn(2, *model.latent_shape, generator=draw), torch.tensor([200, 600])
     concept, anchor = (
-        model.encode_prompts([prompt] * 2)
-        for prompt in ("a tree torch light", "a tree")
+        model.encode_prompts([prompt] * 2) for prompt in ("a tree torch light", "a tree")
     )
     wanted, before = (
         model.predict_noise(noisy, timesteps, anchor),

@@ -280,7 +280,8 @@ def test_when_the_vocabulary_is_used_up_the_earlier_targets_are_the_names(make_s
 def test_spellings_of_the_target_and_of_retained_names_are_banned_too(make_scope, tmp_path):
     path = tmp_path / "spelled.txt"
     path.write_text("Torch_Light\nFOG_bank\ntide pool\n")
-    assert names_of(GradProj(auxiliary=NameSource("file", str(path))), make_scope()) == ["tide pool"]
+    named = GradProj(auxiliary=NameSource("file", str(path)))
+    assert names_of(named, make_scope()) == ["tide pool"]
 
 
 def test_a_subspace_that_holds_the_target_is_warned_of(make_scope, caplog):

@@ -35,16 +35,16 @@ def files_below(folder):
 def test_work_of_the_three_settings():
     sequence = make_sequence(
         **read_conf("sequence/shapecanvas_style.yaml")
-    )  # 12 + 12 styles, 8 objects, 1 seed
+    )  # 12 + 12 styles, 8 objects, 2 seeds
     for setting, merges, last in (
-        ("sequential", False, 192),
-        ("independent", False, 104),
-        ("independent", True, 192),
+        ("sequential", False, 384),
+        ("independent", False, 208),
+        ("independent", True, 384),
     ):
         work = plan_work(sequence, plan_requests(sequence, setting), 60, merges)
         assert [entry.request for entry in work] == list(range(13))
-        assert (work[0].train_steps, work[0].images) == (0, 192)
-        assert (work[1].train_steps, work[1].images) == (60, 104)
+        assert (work[0].train_steps, work[0].images) == (0, 384)
+        assert (work[1].train_steps, work[1].images) == (60, 208)
         assert work[12].images == last, (setting, merges)
     assert {
         entry.start
@@ -182,11 +182,11 @@ def test_a_dry_run_touches_nothing(in_process, tmp_path):
     status, out, err = in_process(*PLAN)
     assert (status, err) == (0, "")
     assert files_below(tmp_path) == []
-    assert "12 plum 60 steps 192 images from the previous weights" in [
+    assert "12 plum 60 steps 384 images from the previous weights" in [
         " ".join(line.split()) for line in out.splitlines()
     ]
     assert (
-        "to do: 13 of 13 evaluations, 720 training steps of batch 8, 1968 images (10 "
+        "to do: 13 of 13 evaluations, 720 training steps of batch 8, 3936 images (10 "
         "denoising steps, guidance 2.5)"
     ) in out
     assert "time: unknown: no earlier run under outputs measured evaluation" in out

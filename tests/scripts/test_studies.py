@@ -479,7 +479,6 @@ def test_the_distance_to_the_papers_curves_by_hand(script):
     assert script("diagnostic").beside_paper({"seed 0": table}, "celebrity").empty
 
 
-
 def test_drift_against_retention(script):
     table = metrics_table(
         drift_l2=[1.0, 2.0, 3.0, 4.0, 5.0], RA_I=[4.0, 5.0, 2.0, 3.0, 1.0], RA_C=[9.0] * 5
