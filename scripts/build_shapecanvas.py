@@ -1,10 +1,16 @@
 """Build the embedded model from nothing: render, train every part, pack, and measure base accuracy.
 
-    python scripts/build_shapecanvas.py                    # resumes; XX hours on two CPU cores
+    python scripts/build_shapecanvas.py                    # resumes; hours on two CPU cores
     python scripts/build_shapecanvas.py --device cuda      # the same recipe on a GPU
     python scripts/build_shapecanvas.py --only open_clip   # the image-text model alone
     python scripts/build_shapecanvas.py --only measure       # base accuracy, in other words too
     python scripts/build_shapecanvas.py --only measure_clip  # how well open_clip names images
+
+Other sizes of the UNet, or half of the training pairs, in the same world (for the study `sizes`):
+copy every checkpoint but unet.pt to another --work, and give it and another --out:
+
+    python scripts/build_shapecanvas.py --channels 32 48 96 --work W --out O
+    python scripts/build_shapecanvas.py --half-of-pairs --work W --out O
 
 Stages: vae | text -> style, object, open_clip (beside the VAE) -> unet -> pack -> measure. Each
 saves a checkpoint every minute under --work and is skipped once it is finished. Results go to
@@ -80,6 +86,17 @@ PEAK_RATE = {
 TEXT_SCALE = 20.0  # inverse temperature of the contrastive loss
 WORDS_WEIGHT = 0.3  # of the loss that has a caption's end name the caption's words
 SEED = {name: 1000 + index for index, name in enumerate(STEPS)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What other UNets than the shipped one differ in; everything else of the world they share.
+
+    channels: of the three levels. half_of_pairs: train on every other (object, style) pair alone.
+    """
+
+    channels: tuple[int, ...] = (48, 64, 128)
+    half_of_pairs: bool = False
 
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -165,16 +182,16 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return encoder
 
 
-def make_unet() -> UNet2DConditionModel:
+def make_unet(channels: tuple[int, ...]) -> UNet2DConditionModel:
     """Return the layout of Stable Diffusion's UNet at 1/100 of its size.
 
-    Cross-attention at 8x8 and 4x4, in eleven layers.
+    Cross-attention at 8x8 and 4x4, in eleven layers. channels: of its levels, multiples of 16.
     """
     return UNet2DConditionModel(
         sample_size=IMAGE_SIZE // 4,
         in_channels=6,
         out_channels=6,
-        block_out_channels=(48, 64, 128),
+        block_out_channels=channels,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=2,
@@ -521,6 +538,14 @@ def encode_captions(
     )
 
 
+def every_other(objects: Tensor, styles: Tensor) -> Tensor:
+    """Return the styles [B], the next one in place of those whose pair with the object is left out.
+
+    Kept are the pairs whose two indices are both even or both odd.
+    """
+    return torch.where((objects + styles) % 2 == 0, styles, (styles + 1) % len(STYLES))
+
+
 class VelocityOf(nn.Module):
     """A UNet as a function of tensors alone, which is what a CUDA graph can hold."""
 
@@ -533,14 +558,14 @@ class VelocityOf(nn.Module):
 
 
 def train_unet(
-    vae: AutoencoderKL, text: CLIPTextModel, work: Path, device: str
+    vae: AutoencoderKL, text: CLIPTextModel, work: Path, device: str, recipe: Recipe
 ) -> UNet2DConditionModel:
     latents = cache_latents(vae, work, device)
     latents = (latents / latents.std()).to(device)
     tokenizer, scheduler = make_tokenizer(), make_scheduler()
     states, ends, empty = encode_captions(text, tokenizer, device)
-    unet = make_unet().to(device)
-    average = make_unet().to(device)
+    unet = make_unet(recipe.channels).to(device)
+    average = make_unet(recipe.channels).to(device)
     average.load_state_dict(unet.state_dict())
     count = BATCH["unet"]
     # 0.7 GB of states: on a GPU beside the UNet
@@ -557,6 +582,8 @@ def train_unet(
     def loss_of(generator: torch.Generator) -> Tensor:
         objects = torch.randint(len(OBJECTS), (count,), generator=generator)
         styles = torch.randint(len(STYLES), (count,), generator=generator)
+        if recipe.half_of_pairs:
+            styles = every_other(objects, styles)
         copies = torch.randint(LATENTS_PER_PAIR, (count,), generator=generator)
         clean = latents[objects.to(device), styles.to(device), copies.to(device)]
         said = torch.rand(4, count, generator=generator)
@@ -584,7 +611,7 @@ def train_unet(
 
 
 # ------------------------------------------------------------ result
-def pack(work: Path, out: Path, device: str) -> None:
+def pack(work: Path, out: Path, device: str, recipe: Recipe) -> None:
     """Write the pipeline and the classifiers as half-precision safetensors."""
     vae, text = train_vae(work, device), train_text(work, device)
     vae.register_to_config(scaling_factor=float(1 / cache_latents(vae, work, device).std()))
@@ -593,7 +620,7 @@ def pack(work: Path, out: Path, device: str) -> None:
         vae=vae.half(),
         text_encoder=text.half(),
         tokenizer=tokenizer,
-        unet=train_unet(vae, text.float(), work, device).half(),
+        unet=train_unet(vae, text.float(), work, device, recipe).half(),
         scheduler=make_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -844,9 +871,20 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="CPU threads of the UNet stage"
     )
+    parser.add_argument(
+        "--channels",
+        nargs=3,
+        type=int,
+        default=Recipe.channels,
+        help="of the UNet's levels, multiples of 16 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--half-of-pairs", action="store_true", help="train the UNet on every other pair alone"
+    )
     parser.add_argument("--only", nargs="*", default=[], help="train these stages and stop")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
+    recipe = Recipe(tuple(arguments.channels), arguments.half_of_pairs)
     torch.manual_seed(20)
     stages = {
         "vae": train_vae,
@@ -858,7 +896,7 @@ def main() -> None:
         "measure_text": lambda work, device: measure_text(arguments.out),
         "measure_clip": lambda work, device: measure_clip(arguments.out, device),
         "unet": lambda work, device: train_unet(
-            train_vae(work, device), train_text(work, device), work, device
+            train_vae(work, device), train_text(work, device), work, device, recipe
         ),
     }
     if arguments.only:
@@ -872,8 +910,9 @@ def main() -> None:
     if helper.wait() != 0:
         sys.exit(f"the text encoder or a classifier failed; see {arguments.work / 'beside.log'}")
     torch.set_num_threads(arguments.threads)
-    train_unet(vae, train_text(arguments.work, arguments.device), arguments.work, arguments.device)
-    pack(arguments.work, arguments.out, arguments.device)
+    text = train_text(arguments.work, arguments.device)
+    train_unet(vae, text, arguments.work, arguments.device, recipe)
+    pack(arguments.work, arguments.out, arguments.device, recipe)
     measure(arguments.out, arguments.device)
     measure_clip(arguments.out, arguments.device)
 

@@ -1,7 +1,9 @@
 """The embedded world: renderer, shipped pipeline, judges, and the names that sequences use."""
 
+import importlib
 import json
 import random
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -123,6 +125,33 @@ def test_styles_of_one_palette_are_nearer_in_colour_than_styles_of_others():
     within = distances[same & ~torch.eye(144, dtype=torch.bool)].mean()
     across = distances[~same].mean()
     assert within < across / 3
+
+
+# -------------------------------------------------------------------------------------------- build
+@pytest.fixture
+def build(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    return importlib.import_module("build_shapecanvas")
+
+
+def test_half_of_the_pairs_hold_every_object_and_every_style_half_of_the_time(build):
+    objects = torch.arange(32).repeat_interleave(144)
+    styles = build.every_other(objects, torch.arange(144).repeat(32))
+    pairs = set(zip(objects.tolist(), styles.tolist(), strict=True))
+    assert len(pairs) == 32 * 144 / 2
+    assert {style for _, style in pairs} == set(range(144))
+    assert (0, 143) not in pairs
+    assert (1, 143) in pairs
+
+
+def test_text_outside_a_span_and_its_entropy_rank_by_hand(build):
+    span = torch.tensor([[2.0, 0.0, 0.0], [2.0, 0.0, 1e-5]])  # the third axis does not count
+    states = torch.tensor([[3.0, 4.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 2.0]])
+    expected = torch.tensor([16 / 25, 0.0, 1.0])
+    torch.testing.assert_close(build.share_outside(states, span), expected)
+    corners = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    assert build.entropy_rank(corners) == pytest.approx(2.0)
+    assert build.entropy_rank(torch.tensor([[1.0, 5.0], [-1.0, 5.0]])) == pytest.approx(1.0)
 
 
 # ---------------------------------------------------------------------------------- shipped weights
