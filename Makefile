@@ -55,7 +55,7 @@ lint: setup  ## ruff, import-linter and mypy; mypy reads torch's types once, for
 bench: setup  ## images/s, training steps/s, seconds per request, start-up times, accuracy of the fast path, peak memory
 	@$(BIN)/python scripts/bench.py
 
-weights: setup  ## build the embedded model from nothing; about an hour on two CPU cores
+weights: setup  ## build the embedded model from nothing; hours on two CPU cores, resumes
 	@$(BIN)/python scripts/build_shapecanvas.py
 
 results: setup  ## the runs and the picture behind the README's section "What the result shows"

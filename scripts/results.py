@@ -41,10 +41,11 @@ COLUMNS = [
 # The curves of the picture: conabl with these regularizers.
 CURVES = {
     "none": "#444444",
+    "l1": "#a6761d",
     "l2": "#1f77b4",
+    "selft": "#e7298a",
     "merge": "#7570b3",
     "gradproj": "#d95f02",
-    "nullspace": "#1b9e77",
 }
 # The subspace as published: one column per name, the mean over its own tokens; 43 names, as many as
 # leave the target room.
@@ -111,7 +112,7 @@ def keep_others(found: pd.DataFrame) -> pd.DataFrame:
     New ones at the end.
     """
     known, key = (
-        pd.read_csv(DOCS / "matrix.csv").fillna({"remark": ""}),
+        pd.read_csv(DOCS / "matrix.csv", dtype={"remark": str}).fillna({"remark": ""}),
         ["method", "reg", "remark"],
     )
     names = [frame[key].agg("+".join, axis=1) for frame in (known, found)]
@@ -163,7 +164,9 @@ def write(tables: dict[tuple[str, str, str], pd.DataFrame | str], *, partly: boo
 
     partly: other rows keep their figures.
     """
-    found = keep_others(table_of(tables)) if partly else table_of(tables)
+    found = table_of(tables)
+    if partly and (DOCS / "matrix.csv").is_file():
+        found = keep_others(found)
     found.round(3).to_csv(DOCS / "matrix.csv", index=False)
     (DOCS / "matrix.md").write_text(as_markdown(found), encoding="utf-8")
     curves = {reg: tables["conabl", reg, ""] for reg in CURVES if ("conabl", reg, "") in tables}

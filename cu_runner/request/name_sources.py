@@ -69,7 +69,7 @@ def earlier_targets(scope: Scope) -> list[str]:
 def kept_names(scope: Scope, source: NameSource) -> list[str]:
     """Return all candidate names, in order, without the targets and the earlier ones.
 
-    The retained concepts are left out too, unless the source lets them in.
+    The retained concepts of both domains are left out too, unless the source lets them in.
 
     Raises:
         ValueError: the source cannot be read.
@@ -82,7 +82,7 @@ def kept_names(scope: Scope, source: NameSource) -> list[str]:
         candidates = read_listed(source.source, source.name)
     banned = [*scope.request.targets, *scope.request.erased]
     if not source.retained:
-        banned += scope.sequence.retain
+        banned += [*scope.sequence.retain, *scope.sequence.cross_retain]
     shut = spellings(banned)
     return [name for name in candidates if normalized(name) not in shut]
 
