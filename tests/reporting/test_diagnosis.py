@@ -69,7 +69,7 @@ def after(table: pd.DataFrame, request: int | None = None) -> list[str]:
         ("docs/results.csv", "none", 12, ["drift"]),  # RA-C 28.1
         ("docs/results.csv", "l2", 5, []),  # UA 85.0 of 80 images: 75.6 to 91.2
         ("docs/results.csv", "l2", 12, ["interference"]),  # RA-I 12.0, RA-C 99.2
-        ("docs/results.csv", "merge", 3, []),  # RA-I 19.3, RA-C 88.8: neither stable nor surely falling
+        ("docs/results.csv", "merge", 3, []),  # RA-I 19.3, RA-C 88.8: neither stable nor falling
         ("docs/results.csv", "merge", 12, ["drift"]),  # RA-C 86.2
         ("docs/results.csv", "gradproj", 9, []),  # UA 90.3 of 144 images
         ("docs/results.csv", "gradproj", 12, []),
