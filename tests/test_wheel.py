@@ -58,7 +58,7 @@ def test_the_wheel_holds_everything_and_nothing_else(wheel):
     assert all(name.startswith(("cu_runner/", "hydra_plugins/cu_runner_jobs/")) for name in names)
     assert "hydra_plugins/__init__.py" not in names  # it would hide the plugins of others
     assert not any("/local/" in name or name.endswith((".pyc", ".tmp", ".pt")) for name in names)
-    assert wheel.stat().st_size < 20e6
+    assert wheel.stat().st_size < 48e6
 
 
 def test_the_installed_package_runs_from_another_directory(wheel, tmp_path):

@@ -346,7 +346,7 @@ def test_a_run_notes_settings_of_another_model_and_settings_of_nobody():
 
 def test_regularizers_of_concepts_of_ones_own_take_what_was_chosen_for_the_model():
     plan = parse(compose("sequence=smoke", "reg=gradproj"))
-    assert plan.spine.train.lr == 0.003
+    assert plan.spine.train.lr == 0.001
     assert plan.resolved["reg"]["gradproj"]["tokens"] == "all"
     assert plan.notes == ()
     (note,) = parse(compose("sequence=smoke", "method=esd", "reg=gradproj")).notes

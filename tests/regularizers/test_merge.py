@@ -218,7 +218,8 @@ def test_merging_and_independent_runs_share_their_training(in_process, tmp_path)
         ("two", [["reg=merge", "reg.merge.lam=1"], ["setting=independent"]]),
     ):
         first, second = (
-            finish(in_process, tmp_path, f"paths.outputs={outputs}", *choice) for choice in order
+            finish(in_process, tmp_path, f"paths.outputs={outputs}", "train.lr=1e-4", *choice)
+            for choice in order
         )
         assert [cached(first, request) for request in (1, 2)] == [False, False]
         assert [cached(second, request) for request in (1, 2)] == [True, True]

@@ -40,9 +40,9 @@ def test_mirrored_anchors_are_encoded_mirror_images(model, tmp_path):
 def test_retained_prompts_hold_every_name_before_any_comes_twice(make_scope):
     scope = make_scope()
     names = (
-        144 - 1 - len(scope.sequence.retain)
+        24 - 1 - len(scope.sequence.retain)
     )  # the vocabulary but for the target and the retained
-    for number in (50, 80, names):
+    for number in (10, 15, names):
         prompts = RetainSet("names", prompts=number).read(scope)
         assert len(prompts) == number
         assert len({prompt.rpartition(" in the style of ")[2] for prompt in prompts}) == number
