@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from auxiliary import draw_names, subspaces
-from matplotlib.figure import Figure
 from study import (
     STABLE_DIFFUSION,
     Study,
@@ -29,16 +28,15 @@ from study import (
     finished,
     last_rows,
     over_requests,
-    panels,
     with_stopped,
 )
 from study_seeds import (
     MARK,
     counted,
     curves,
+    draw_bands,
     groups,
     last_with_intervals,
-    plot_bands,
     remark,
     take_seeds,
     with_seeds,
@@ -181,12 +179,6 @@ def differences(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def draw(found: pd.DataFrame) -> Figure:
-    figure, axes = panels(1, 4)
-    plot_bands(axes, found)
-    return figure
-
-
 def main(study: Study) -> None:
     seeds, study = take_seeds(study)
     own, other, study = take_names(study)
@@ -224,7 +216,7 @@ def main(study: Study) -> None:
     rows = with_stopped(last_rows(tables), runs)
     text += f"All runs, after the last request:\n\n{as_markdown(rows)}"
     rows = with_stopped(over_requests(tables), runs)
-    study.write(rows, draw(found), text, ON_STABLE_DIFFUSION)
+    study.write(rows, draw_bands(found), text, ON_STABLE_DIFFUSION)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import math
 
 import pandas as pd
 import yaml
-from matplotlib.figure import Figure
 from study import (
     STABLE_DIFFUSION,
     Study,
@@ -23,16 +22,15 @@ from study import (
     finished,
     last_rows,
     over_requests,
-    panels,
     with_stopped,
 )
 from study_seeds import (
     counted,
     curves,
+    draw_bands,
     groups,
     interval,
     last_with_intervals,
-    plot_bands,
     remark,
     take_seeds,
     with_seeds,
@@ -115,12 +113,6 @@ def by_quarter(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def draw(found: pd.DataFrame) -> Figure:
-    figure, axes = panels(1, 4)
-    plot_bands(axes, found)
-    return figure
-
-
 def main(study: Study) -> None:
     seeds, study = take_seeds(study)
     runs = study.run(cells(study, seeds))
@@ -136,7 +128,9 @@ def main(study: Study) -> None:
     text += (
         f"All runs, after the last request:\n\n{as_markdown(with_stopped(last_rows(tables), runs))}"
     )
-    study.write(with_stopped(over_requests(tables), runs), draw(found), text, on_stable_diffusion())
+    study.write(
+        with_stopped(over_requests(tables), runs), draw_bands(found), text, on_stable_diffusion()
+    )
 
 
 if __name__ == "__main__":

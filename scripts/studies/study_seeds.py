@@ -6,8 +6,8 @@ A study takes `seed=0,1,2` on its command line; the label of a run ends with its
 import math
 
 import pandas as pd
-from matplotlib.axes import Axes
-from study import PANELS, Study
+from matplotlib.figure import Figure
+from study import PANELS, Study, panels
 
 from cu_runner.reporting.diagnosis import COUNTED, with_images
 from cu_runner.reporting.intervals import over_images, over_seeds, widest
@@ -114,8 +114,9 @@ def last_with_intervals(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def plot_bands(axes: list[Axes], found: pd.DataFrame) -> None:
-    """Draw UA, RA-I, RA-C and drift over the requests into four axes, with their intervals."""
+def draw_bands(found: pd.DataFrame) -> Figure:
+    """Draw UA, RA-I, RA-C and drift over the requests, with their intervals."""
+    figure, axes = panels(1, len(PANELS))
     for axis, (metric, title) in zip(axes, PANELS.items(), strict=True):
         for run, table in found[found["metric"] == metric].groupby("run", sort=False):
             (line,) = axis.plot(table["request"], table["mean"], "-", label=run)
@@ -126,3 +127,4 @@ def plot_bands(axes: list[Axes], found: pd.DataFrame) -> None:
         if metric != "drift_l2":
             axis.set_ylim(-3, 103)
     axes[0].legend(fontsize=7, loc="lower left")
+    return figure
