@@ -53,21 +53,25 @@ def used():
 """
 
 
+_STARTING = threading.Lock()
+
+
 def start_warm_process() -> None:
     """Start the process that is forked, unless it runs.
 
     It is an interpreter of its own, and what it cannot import it passes over without a word: it
     must find warm_imports.
     """
-    before = os.environ.get("PYTHONPATH")
-    paths = [str(Path(__file__).parent), *([before] if before else [])]
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    try:
-        forkserver.ensure_running()
-    finally:
-        del os.environ["PYTHONPATH"]
-        if before:
-            os.environ["PYTHONPATH"] = before
+    with _STARTING:  # studies start their runs from several threads
+        before = os.environ.get("PYTHONPATH")
+        paths = [str(Path(__file__).parent), *([before] if before else [])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+        try:
+            forkserver.ensure_running()
+        finally:
+            del os.environ["PYTHONPATH"]
+            if before:
+                os.environ["PYTHONPATH"] = before
 
 
 def _become(
