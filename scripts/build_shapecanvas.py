@@ -572,12 +572,15 @@ def train_unet(
     states, ends = states.to(device), ends.to(device)
     signals = scheduler.alphas_cumprod.sqrt().to(device)
     predict = VelocityOf(unet)
-    if device != "cpu":
-        sizes = (count, 6, IMAGE_SIZE // 4, IMAGE_SIZE // 4), (count, NUM_TOKENS, TEXT_WIDTH)
-        example = (torch.randn(sizes[0], device=device), torch.ones(count, device=device).long())
-        predict = torch.cuda.make_graphed_callables(
-            predict, (*example, torch.randn(sizes[1], device=device))
+    if (
+        torch.device(device).type == "cuda"
+    ):  # a small UNet: launching its kernels is what takes time
+        example = (
+            torch.randn(count, *latents.shape[3:], device=device),
+            torch.ones(count, dtype=torch.long, device=device),
+            torch.randn(count, NUM_TOKENS, TEXT_WIDTH, device=device),
         )
+        predict = torch.cuda.make_graphed_callables(predict, example)
 
     def loss_of(generator: torch.Generator) -> Tensor:
         objects = torch.randint(len(OBJECTS), (count,), generator=generator)
@@ -886,6 +889,7 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(tuple(arguments.channels), arguments.half_of_pairs)
     torch.manual_seed(20)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as the shipped UNet was trained
     stages = {
         "vae": train_vae,
         "text": train_text,

@@ -40,6 +40,7 @@ from cu_runner.config.run_config import RunConfig
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.parameters import drift
 from cu_runner.models.text import Text
+from cu_runner.reporting.diagnosis import with_images
 from cu_runner.reporting.intervals import over_images, over_seeds, widest
 from cu_runner.request.anchors import AnchorImages
 from cu_runner.request.images import spread
@@ -367,10 +368,8 @@ def over_runs(table: pd.DataFrame, images: dict[str, int]) -> pd.DataFrame:
 
 def images_behind(run: RunRecord) -> dict[str, int]:
     """Return how many images each metric of the last request rests on."""
-    last, sequence = len(run.records) - 1, run.config["sequence"]
-    shown = run.predictions(last)[sequence["domain"]]
-    unlearned = int(shown.isin(run.unlearned(last)).sum())
-    return {"UA": unlearned, "RA_I": len(shown) - unlearned, "RA_C": len(shown)}
+    last = with_images(run).iloc[-1]
+    return {metric: int(last[f"{metric}_images"]) for metric in METRICS}
 
 
 # ------------------------------------------------------------ page
