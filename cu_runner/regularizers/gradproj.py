@@ -61,9 +61,12 @@ def orthogonal_projector(C: Tensor) -> Tensor:
     if count == 0:
         return eye.to(C.dtype)
     columns = C.double()
-    gram = columns.T @ columns
+    wide = count > width
+    gram = columns @ columns.T if wide else columns.T @ columns  # the smaller of the two
     ridge = max(1e-4, 1e-6 * gram.trace().item() / count)
-    regular = gram + ridge * torch.eye(count, dtype=torch.float64, device=C.device)
+    regular = gram + ridge * torch.eye(len(gram), dtype=torch.float64, device=C.device)
+    if wide:  # the same: C (C^T C + r I)^-1 C^T = (C C^T + r I)^-1 C C^T
+        return (eye - torch.linalg.solve(regular, gram)).to(C.dtype)
     if torch.linalg.cond(regular) < 1e12:
         return (eye - columns @ torch.linalg.solve(regular, columns.T)).to(C.dtype)
     return (eye - columns @ torch.linalg.pinv(columns)).to(C.dtype)

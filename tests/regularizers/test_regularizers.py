@@ -102,6 +102,15 @@ def test_projector_without_columns_is_the_identity():
     assert torch.equal(orthogonal_projector(torch.empty(5, 0)), torch.eye(5))
 
 
+@pytest.mark.parametrize("count", [3, 6, 40])
+def test_the_projector_is_that_of_the_paper_whichever_side_is_longer(count):
+    C = torch.randn(6, count, generator=torch.Generator().manual_seed(count)).double()
+    ridge = max(1e-4, 1e-6 * (C.T @ C).trace().item() / count)
+    inverse = torch.linalg.inv(C.T @ C + ridge * torch.eye(count, dtype=torch.float64))
+    by_hand = torch.eye(6, dtype=torch.float64) - C @ inverse @ C.T
+    torch.testing.assert_close(orthogonal_projector(C), by_hand, atol=1e-9, rtol=0)
+
+
 def test_projector_of_columns_that_depend_on_each_other():
     C = random_columns(32, 6)
     whole = torch.cat([C, C[:, :3] + 1e-7 * C[:, 3:], C @ torch.ones(6, 1)], dim=1)
