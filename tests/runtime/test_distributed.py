@@ -3,6 +3,7 @@ sums.
 """
 
 import atexit
+import re
 import socket
 import subprocess
 from collections.abc import Callable
@@ -69,6 +70,9 @@ CELLS = {
         "train.batch_size=4",
     ],
 }
+# Keys of the embedded model's 4x4 layers: their gradients are of the size of rounding, and of those
+# Adam makes steps as long as of any. With SGD they are compared too.
+FAINT = re.compile(r"(mid_block|up_blocks\.0)\..*\.to_k\.")
 COMMON = ["device=cpu", *(override for override in SMOKE if not override.startswith("method."))]
 
 
@@ -209,11 +213,10 @@ def test_two_processes_make_what_one_makes(in_process, tmp_path, cell):
             safetensors.torch.load_file(path / "steps" / step / "delta.safetensors")
             for path in (one, two)
         )
-        moved = torch.cat([change.flatten() for change in first.values()])
-        apart = torch.cat([(second[name] - change).flatten() for name, change in first.items()])
-        # Adam's first steps are the signs of gradients, and of those near zero rounding decides:
-        # that the processes do the same is seen with SGD.
-        assert apart.norm() < (1e-4 if cell == "conabl, sgd" else 0.2) * moved.norm()
+        seen = [name for name in first if cell == "conabl, sgd" or not FAINT.search(name)]
+        moved = torch.cat([first[name].flatten() for name in seen])
+        apart = torch.cat([(second[name] - first[name]).flatten() for name in seen])
+        assert apart.norm() < (1e-4 if cell == "conabl, sgd" else 1e-2) * moved.norm()
     zero = [(path / "steps/00/predictions.csv").read_bytes() for path in (one, two)]
     assert zero[0] == zero[1]
 
