@@ -68,7 +68,9 @@ def recording(scope):
 
 
 # ------------------------------------------------------------- every method on the concept's images
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [METHODS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])]
+)
 def test_runs_from_the_command_with_a_projection(in_process, filled_cache, tmp_path, name):
     small = [
         "method.num_images=4",

@@ -421,6 +421,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @EACH
 def test_two_requests_by_the_command(in_process, filled_cache, tmp_path, name):
     small = (*(option for option in SMOKE if not option.startswith("method.")), *SMALL[name])

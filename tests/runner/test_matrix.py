@@ -43,7 +43,9 @@ def assert_trained(directory: Path) -> pd.DataFrame:
 
 
 CELLS = [(method, "none") for method in names("method")] + [
-    ("conabl", reg) for reg in names("reg") if reg != "none"
+    pytest.param("conabl", reg, marks=[pytest.mark.slow] if "_" in reg else [])  # of several parts
+    for reg in names("reg")
+    if reg != "none"
 ]
 WHOLE = [("conabl", "none"), ("uce", "none"), ("conabl", "gradproj_merge")]
 

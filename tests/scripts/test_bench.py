@@ -159,6 +159,7 @@ def test_a_model_as_a_run_has_it_against_the_untouched_one(bench, pipelines):
     assert ": conabl, batch 2, bf16 passes, fp32 weights, activations computed twice: " in lines[5]
 
 
+@pytest.mark.slow
 def test_the_fast_path_is_judged_beside_plain_fp32(bench):
     """The embedded model; its lines stand before those of the levers and of the main job."""
     status, lines, err = bench("--skip-main", *TINY, "model.sampler.steps=6")

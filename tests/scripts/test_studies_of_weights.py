@@ -414,6 +414,7 @@ def test_weights_after_a_run_are_compared_group_by_group(tmp_path):
     assert values[["before", "after", "change"]].tolist() == pytest.approx([1, 1, 0])
 
 
+@pytest.mark.slow
 def test_neighbourhood_from_end_to_end(call, run_copy, tmp_path, jobs_in_forks, monkeypatch):  # noqa: F811
     monkeypatch.setattr(neighbourhood, "SEEDS", (0,))
     monkeypatch.setattr(neighbourhood, "REGULARIZERS", ("none",))
