@@ -305,7 +305,13 @@ def test_files(tmp_path_factory, file):
 KEYS_OF_FILES = [*WHOLE, "tuned", "defaults", "nokey"]
 
 
-@pytest.mark.parametrize("key", KEYS_OF_FILES)
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param(key, marks=[pytest.mark.slow] if number % 4 else [])
+        for number, key in enumerate(KEYS_OF_FILES)
+    ],
+)
 def test_a_file_that_replaces_a_whole_key(tmp_path, key):
     """Every key of the composed configuration, each kind of node in its place, or every third."""
     (tmp_path / "experiment").mkdir()

@@ -153,7 +153,11 @@ def test_output_change_of_the_model(model):
 
 # --------------------------------------------------------------------------------------------- runs
 @pytest.mark.parametrize(
-    "overrides", [[], STABLE_DIFFUSION], ids=["shapecanvas", "stable_diffusion"]
+    "overrides",
+    [
+        pytest.param([], id="shapecanvas"),
+        pytest.param(STABLE_DIFFUSION, id="stable_diffusion", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_runs_of_every_study_compose(script, tmp_path, name, overrides):

@@ -145,7 +145,13 @@ MAKE = {
 }
 
 
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("reverse_kl", "forward_kl") else name
+        for name in MAKE
+    ],
+)
 def test_training_goes_on_bitwise_from_every_step(make_scope, settings, name):
     steps = 6 if name == "sculpmem" else 4  # one change of its mask, or two of the multipliers
     scope = make_scope(steps=steps, batch_size=2)
