@@ -147,7 +147,7 @@ def settings():
 
 
 @pytest.fixture
-def make_scope(model, sequence):
+def make_scope(model, sequence, settings):
     """Returns make(request=1, group="kv_xattn", seed=0, batch_size=2, steps=3) -> Scope on the
     embedded model.
     """
@@ -169,8 +169,7 @@ def make_scope(model, sequence):
             start=snapshot(params),
             base=snapshot(params),
             rng=RandomSource(seed, request),
-            batch_size=batch_size,
-            steps=steps,
+            train=settings(batch_size=batch_size, steps=steps),
             anchors=lambda prompts, number, mirrored=False: (
                 latents[:number].flip(-1) if mirrored else latents[:number]
             ),

@@ -27,7 +27,7 @@ class ConAbl(Method[NoisyBatch]):
 
     def __init__(
         self,
-        loss: Literal["model", "noise"] = "model",
+        loss: Literal["model", "output", "noise"] = "model",
         teacher: Literal["current", "previous", "base"] = "current",
         preservation: NonNegativeFloat = 0.0,
         num_anchors: PositiveInt = 200,
@@ -39,8 +39,10 @@ class ConAbl(Method[NoisyBatch]):
     ) -> None:
         """
         Args:
-            loss: "model" matches the teacher's prediction for the anchor prompt, "noise" the true
-                noise.
+            loss: "model" matches the teacher's prediction of the noise for the anchor prompt,
+                "output" the UNet's own output for it, "noise" the true noise. The first two are the
+                same where the UNet predicts the noise; where it predicts v, the loss in the noise
+                is that in v times alpha_bar, and does not see the noisiest steps.
             teacher: whose prediction: the current weights without gradient, those at the start of
                 the request, or the base's.
             preservation: weight of the diffusion loss on (anchor image, anchor prompt).
@@ -78,18 +80,20 @@ class ConAbl(Method[NoisyBatch]):
     def loss(self, scope: Scope, batch: NoisyBatch) -> tuple[Tensor, dict[str, float]]:
         """Return E ||e(x_t, c*) - sg e(x_t, c)||^2   (eq. 3), + w L_diffusion(anchor).
 
-        With loss="noise" the true noise stands in place of the teacher   (eq. 4). L_diffusion is a
-        mean whatever loss_sum and border are, as released.
+        With loss="noise" the true noise stands in place of the teacher   (eq. 4), with "output" the
+        UNet's output in place of e. L_diffusion is a mean whatever loss_sum and border are, as
+        released.
         """
         model, (anchor, target) = scope.model, batch.texts
+        predict = model.unet_output if self.target_of == "output" else model.predict_noise
         with self.trained_pass(model):
-            predicted = model.predict_noise(batch.noisy, batch.timesteps, target)
+            predicted = predict(batch.noisy, batch.timesteps, target)
         if self.target_of == "noise":
             wanted = batch.noise
         else:
             weights = {"current": None, "previous": scope.start, "base": scope.base}[self.teacher]
             with torch.no_grad():
-                wanted = model.predict_noise(batch.noisy, batch.timesteps, anchor, weights)
+                wanted = predict(batch.noisy, batch.timesteps, anchor, weights)
         loss = squared_error(predicted, wanted, self.loss_sum, self.border)
         logs = {"unlearn_loss": loss.item()}
         if self.preservation:

@@ -11,6 +11,7 @@ from cu_runner.concepts.sequence import Sequence
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.runtime.lazy import nn
 from cu_runner.runtime.seeding import RandomSource
+from cu_runner.schema.settings import TrainSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,11 +33,20 @@ class Scope:
     start: dict[str, Tensor]
     base: dict[str, Tensor]
     rng: RandomSource
-    batch_size: int
-    steps: int  # optimiser steps of the request
+    train: TrainSettings
     anchors: Callable[
         ..., Tensor
     ]  # (prompts, number of images, mirrored=False) -> latents [number, C, H, W]
+
+    @property
+    def batch_size(self) -> int:
+        """Return how many images a step trains on."""
+        return self.train.batch_size
+
+    @property
+    def steps(self) -> int:
+        """Return how many optimiser steps the request has at most."""
+        return self.train.steps
 
 
 class Resumable:

@@ -208,8 +208,7 @@ class Runner:
             start=start,
             base=self.weights.base,
             rng=RandomSource(spine.seed, request.index),
-            batch_size=spine.train.batch_size,
-            steps=spine.train.steps,
+            train=spine.train,
             anchors=self.anchors,
         )
         place = {"parent": parent.sha256, "signature": self.store.signature}

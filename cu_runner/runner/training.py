@@ -13,6 +13,7 @@ from typing import Any
 from cu_runner.methods.base import Method
 from cu_runner.models.parameters import assign, snapshot
 from cu_runner.regularizers.base import Regularizer
+from cu_runner.request.optimizer import make_optimizer
 from cu_runner.request.scope import Scope
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import nn, torch
@@ -208,21 +209,6 @@ def erase(
                 progress.advance(loss=training.last["loss"])
                 on_step(training)
         return training.finish()
-
-
-def make_optimizer(params: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
-    """Return a fresh optimiser for one request."""
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(params, lr=settings.lr, weight_decay=settings.weight_decay)
-    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[settings.optimizer]
-    fused = params[0].is_cuda  # on a CPU the plain one, whose bits published figures have
-    return kind(
-        params,
-        lr=settings.lr,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=fused,
-    )
 
 
 def numbers_in(logs: Mapping[str, object], method: Method[Any]) -> dict[str, float]:

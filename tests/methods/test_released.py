@@ -30,7 +30,7 @@ NAMES = ["Picasso", "Byzantine", "Rain", "Winter Sky", "Neon"]
 
 
 @pytest.fixture(scope="module")
-def scope(pipelines):
+def scope(pipelines, settings):
     """The first request on a small Stable Diffusion 1.5 whose gradients the clip shortens.
 
     Its last layer is four times as large: predictions of random weights are too small otherwise.
@@ -62,8 +62,7 @@ def scope(pipelines):
         start=snapshot(params),
         base=snapshot(params),
         rng=RandomSource(0, 1),
-        batch_size=2,
-        steps=STEPS,
+        train=settings(steps=STEPS),
         anchors=lambda prompts, number, mirrored=False: (
             latents[:number].flip(-1) if mirrored else latents[:number]
         ),

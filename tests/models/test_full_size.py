@@ -57,8 +57,7 @@ def test_one_training_step_and_one_image_in_bf16(
         base,
         base,
         RandomSource(0, 1),
-        1,
-        1,
+        settings(steps=1, batch_size=1, lr=1e-5),
         lambda prompts, number, mirrored=False: torch.randn(number, *model.latent_shape),
     )
     erase(scope, ConAbl(num_anchors=1), {}, settings(steps=1, batch_size=1, lr=1e-5))

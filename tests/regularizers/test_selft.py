@@ -198,7 +198,7 @@ def small_pipelines(pipelines):
 
 
 @pytest.fixture
-def released_scope(small_pipelines):
+def released_scope(small_pipelines, settings):
     """Returns make(kind) -> a request for Van_Gogh on a small pipeline; its anchor is "a boat"."""
 
     def make(kind: str = "sd15") -> Scope:
@@ -231,8 +231,7 @@ def released_scope(small_pipelines):
             start=snapshot(params),
             base=snapshot(params),
             rng=RandomSource(0, 1),
-            batch_size=2,
-            steps=3,
+            train=settings(),
             anchors=lambda prompts, number, mirrored=False: torch.zeros(number, 4, 8, 8),
         )
 

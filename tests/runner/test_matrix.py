@@ -42,10 +42,13 @@ def assert_trained(directory: Path) -> pd.DataFrame:
     return table
 
 
-CELLS = [(method, "none") for method in names("method")] + [
-    pytest.param("conabl", reg, marks=[pytest.mark.slow] if "_" in reg else [])  # of several parts
-    for reg in names("reg")
-    if reg != "none"
+# each of another kind: the loop's own, a mask, multipliers, a closed form, steps that are changed
+QUICK = {("conabl", "none"), ("salun", "none"), ("likelihood", "none"), ("uce", "none")}
+QUICK |= {("conabl", "gradproj"), ("conabl", "minvar"), ("conabl", "ewc")}
+CELLS = [
+    pytest.param(*cell, marks=[] if cell in QUICK else [pytest.mark.slow])
+    for cell in [(method, "none") for method in names("method")]
+    + [("conabl", reg) for reg in names("reg") if reg != "none"]
 ]
 WHOLE = [("conabl", "none"), ("uce", "none"), ("conabl", "gradproj_merge")]
 
@@ -83,8 +86,7 @@ class SecondRequest:
             start=snapshot(self._params),
             base=self._base,
             rng=RandomSource(spine.seed, request.index),
-            batch_size=spine.train.batch_size,
-            steps=spine.train.steps,
+            train=spine.train,
             anchors=self._anchors.latents,
         )
         return (
