@@ -290,7 +290,7 @@ class ConceptSums:
         """Take what makes the sums of one concept, of the scope's model and sequence alone."""
         self._make = make
         self._model: DiffusionModel | None = None
-        self._known: dict[tuple[Concept, tuple[tuple[str, str], ...]], Sums] = {}
+        self._known: dict[tuple[object, ...], Sums] = {}
 
     def total(self, scope: Scope) -> Sums:
         """Return the sums of all targets of the request, added in their order."""
@@ -302,7 +302,8 @@ class ConceptSums:
         """Return the sums of one concept."""
         if scope.model is not self._model:
             self._model, self._known = scope.model, {}
-        key = (concept, tuple(scope.sequence.training_pairs(concept)))
+        sequence = scope.sequence
+        key = (concept, sequence.bare_prompt, *sequence.training_pairs(concept))
         if (known := self._known.get(key)) is not None:
             return known
         sums = self._make(scope, concept)

@@ -49,7 +49,9 @@ class DP(ClosedForm):
         """
         Args:
             energy: fraction of the safe text's squared norm that its span holds; 1 holds all of it.
-            ridge: weight of the size of the change; 0 moves targets all the way, as published.
+            ridge: weight of the size of the change; 0 moves targets all the way, as published. With
+                as many edited positions as there are directions outside the safe span, all that is
+                not safe is then projected onto it, unlearned or not.
             tokens, cumulative: as ClosedForm says.
             retain: the safe text, as ClosedForm says.
             params: keys and values, or one of them.

@@ -9,6 +9,10 @@ is moved onto the same position of the anchor's prompt, whichever token that is.
 the concept does not know of it and is held where it is. Where both prompts begin alike, an exact
 fit makes cross-attention see the anchor's prompt.
 
+One request after the other, each from the weights of the one before, drifts and depends on the
+order. The same equation with the sums over all targets so far, from the untouched weights, does
+neither (`cumulative`).
+
 Shapes: L tokens, D text width, N edited and M preserved token positions, out attention width.
 """
 

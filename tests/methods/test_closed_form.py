@@ -28,6 +28,7 @@ from cu_runner.methods.oce import OCE
 from cu_runner.methods.speed import SPEED
 from cu_runner.methods.uce import UCE
 from cu_runner.models.parameters import assign, snapshot
+from cu_runner.models.text import PromptEncoder
 from cu_runner.regularizers.rece import RECE
 from cu_runner.request.images import RetainSet
 from cu_runner.runner.training import erase
@@ -136,6 +137,15 @@ def test_a_cumulative_request_has_all_targets_by_name_and_no_earlier_ones(make_s
     assert [each.name for each in together(alone).request.targets] == ["river"]
     chosen = at_once(scope, four.targets[::-1])
     assert chosen.request.targets == four.targets[::-1]
+
+
+def test_text_is_bitwise_the_same_whatever_it_is_encoded_with(loaded_model, sequence):
+    """A process that begins later encodes prompts together that another encoded apart."""
+    prompts = [prompt for name in sequence.vocabulary for prompt in sequence.prompts_naming(name)]
+    encoders = [PromptEncoder(loaded_model.components, loaded_model.device) for _ in range(2)]
+    whole = encoders[0](prompts).hidden
+    for start, stop in ((3, 4), (50, 67), (0, len(prompts))):
+        assert torch.equal(encoders[1](prompts[start:stop]).hidden, whole[start:stop])
 
 
 # --------------------------------------------------------------------------------------------- text

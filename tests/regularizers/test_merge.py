@@ -336,7 +336,9 @@ def test_merging_and_independent_runs_share_their_training(in_process, tmp_path)
     assert row["UA_previous"] is not None  # a merged model has unlearned both concepts
 
 
-def test_regression_of_trainings_that_were_cached(in_process, filled_cache, tmp_path):
+def test_regression_of_trainings_that_were_cached(
+    in_process, filled_cache, tmp_path, make_scope, sequence
+):
     finish(in_process, tmp_path, "train.lr=1e-4", "setting=independent")
     chosen = ("reg=merge", "reg.merge.rule=regression", "reg.merge.retain.prompts=8")
     directory = finish(in_process, tmp_path, "train.lr=1e-4", *chosen)
@@ -344,8 +346,15 @@ def test_regression_of_trainings_that_were_cached(in_process, filled_cache, tmp_
     tau = [load_file(directory / f"steps/0{request}/delta.safetensors") for request in (1, 2)]
     merged = load_file(directory / "steps/02/merged.safetensors")
     assert merged.keys() == tau[0].keys()
+    request = plan_requests(sequence, "independent")[1]
+    scope = dataclasses.replace(make_scope(), request=request)
+    deltas = lambda name: torch.stack([each[name] for each in tau])  # noqa: E731
+    expected = Merge("regression", retain=RetainSet(prompts=8)).post_request(
+        list(merged), deltas, scope
+    )
     for name, weights in merged.items():
-        assert 0 < weights.norm() < tau[0][name].norm() + tau[1][name].norm()
+        torch.testing.assert_close(weights, expected[name], rtol=1e-5, atol=1e-7)
+        assert weights.norm() > 0.01 * tau[0][name].norm()
 
 
 def test_gradproj_merge_shares_with_gradproj_and_resumes_bitwise(

@@ -42,7 +42,11 @@ def assert_trained(directory: Path) -> pd.DataFrame:
     return table
 
 
-CELLS = [(method, "none") for method in names("method")] + [
+SLOW = ("dp", "mace_fusion", "oce")  # as speed and uce but for their equations
+CELLS = [
+    pytest.param(method, "none", marks=[pytest.mark.slow] if method in SLOW else [])
+    for method in names("method")
+] + [
     pytest.param(
         "uce" if reg == "rece" else "conabl",  # which erases what a closed form leaves
         reg,
