@@ -145,11 +145,11 @@ def test_targets_that_span_all_outputs_are_one_line(make_scope):
 def test_bad_settings_are_one_line(in_process):
     run = ("sequence=smoke", "method=oce", "wandb.mode=disabled")
     for bad, words in (
-        ("method.energy=0", "method.energy=0"),
-        ("method.captions.name=coco", "coco: no such list"),
-        ("method.params=full", "method.params='full'"),
+        (["method.energy=0"], "method.energy=0"),
+        (["method.captions.source=list", "method.captions.name=coco"], "coco: no such list"),
+        (["method.params=full"], "method.params='full'"),
     ):
-        status, _, err = in_process(*run, bad)
+        status, _, err = in_process(*run, *bad)
         assert (status, err.count("\n")) == (2, 1)
         assert words in err
 
