@@ -9,48 +9,48 @@ is moved onto the same position of the anchor's prompt, whichever token that is.
 the concept does not know of it and is held where it is. Where both prompts begin alike, an exact
 fit makes cross-attention see the anchor's prompt.
 
+One request after the other, each from the weights of the one before, drifts and depends on the
+order. The same equation with the sums over all targets so far, from the untouched weights, does
+neither (`cumulative`).
+
 Shapes: L tokens, D text width, N edited and M preserved token positions, out attention width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import NonNegativeFloat
 
-from cu_runner.methods.base import Method
+from cu_runner.methods._closed_form import (
+    ClosedForm,
+    ConceptSums,
+    TextPairs,
+    at_inputs,
+    pair_sums,
+)
 from cu_runner.request.images import RetainSet
-from cu_runner.request.name_sources import earlier_targets
 from cu_runner.request.scope import Scope
-from cu_runner.runtime.lazy import torch, without_gradients
+from cu_runner.runtime.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.optim import Optimizer
 
 
-@dataclass(frozen=True)
-class TextPairs:
-    """Text-encoder outputs, one row a token position."""
-
-    concept: Tensor  # [N, D], what is edited
-    anchor: Tensor  # [N, D], what its keys and values shall become those of
-    preserved: Tensor  # [M, D]
-
-
-class UCE(Method[TextPairs]):
+class UCE(ClosedForm):
     """Set keys and values of the concept's prompts to those of the anchor's.
 
     Those of preserved prompts stay.
     """
 
-    closed_form = True
+    holds_context = True
 
     def __init__(
         self,
         preserve: NonNegativeFloat = 1.0,
         ridge: NonNegativeFloat = 0.5,
+        cumulative: bool = False,
         retain: RetainSet = RetainSet(),
         params: Literal["kv_xattn"] = "kv_xattn",
     ) -> None:
@@ -59,66 +59,32 @@ class UCE(Method[TextPairs]):
             preserve: weight of the preserved prompts against the edited ones.
             ridge: weight of the distance to the weights as they were; 0 lets them go as far as the
                 fit needs.
+            cumulative: solve for all targets so far from the untouched weights, so that nothing
+                drifts and the order of requests does not matter; else for the request's own, from
+                the weights as they are.
             retain: the preserved prompts; no images are made of them. The prompts of earlier
                 targets join them, so that they stay as unlearned as they are.
             params: keys and values, nothing else has a closed form.
         """
-        self.preserve, self.ridge, self.retain, self.params = preserve, ridge, retain, params
-
-    def batch(self, scope: Scope, step: int) -> TextPairs:
-        """Return the one batch: all positions of all prompts."""
-        model, sequence = scope.model, scope.sequence
-        concept, anchor = [], []
-        for target in scope.request.targets:
-            for prompts in sequence.training_pairs(target):
-                first = model.token_span(target.prompt_name, prompts[0]).start
-                own, wanted = model.encode_prompts(list(prompts)).hidden  # [L, D] each
-                concept.append(own)
-                anchor.append(torch.cat([own[:first], wanted[first:]]))
-        kept = self.retain.read(scope) + [
-            prompt for name in earlier_targets(scope) for prompt in sequence.prompts_naming(name)
-        ]
-        return TextPairs(
-            torch.cat(concept), torch.cat(anchor), model.encode_prompts(kept).hidden.flatten(0, 1)
+        super().__init__(retain, cumulative, "all")
+        self.preserve, self.ridge, self.params = preserve, ridge, params
+        self._sums = ConceptSums(
+            functools.partial(pair_sums, tokens=self.tokens, holds_context=self.holds_context)
         )
 
-    @without_gradients
-    def backward(self, scope: Scope, batch: TextPairs) -> dict[str, float]:
-        """Solve for the weights, which update() sets.
-
-        The logs are mean squares over positions and outputs, averaged over the weights. loss: what
-        is left between the concept's keys and values and the anchor's. before: the same without the
-        edit. preservation_loss: how far the preserved ones move.
-        """
-        self._edited, rows = {}, []
-        for name, parameter in scope.params.items():
-            values = batch.anchor @ parameter.T  # [N, out]
-            weight = edited_weight(
-                parameter,
-                batch.concept,
-                values,
-                batch.preserved,
-                preserve=self.preserve,
-                ridge=self.ridge,
-            )
-            gaps = (
-                batch.concept @ weight.T - values,
-                batch.concept @ parameter.T - values,
-                batch.preserved @ (weight - parameter).T,
-            )
-            rows.append([gap.square().mean().item() for gap in gaps])
-            self._edited[name] = weight
-        names = ("loss", "before", "preservation_loss")
-        return {
-            name: sum(column) / len(column)
-            for name, column in zip(names, zip(*rows, strict=True), strict=True)
-        }
-
-    @without_gradients
-    def update(self, scope: Scope, optimizer: Optimizer) -> None:
-        """Set the weights."""
-        for name, parameter in scope.params.items():
-            parameter.copy_(self._edited[name])
+    def solve(self, scope: Scope, text: TextPairs) -> dict[str, Tensor]:
+        """Return the weights of eq. 7."""
+        options = {"preserve": self.preserve, "ridge": self.ridge}
+        if not self.cumulative:
+            return {
+                name: edited_weight(
+                    weight, text.concept, text.anchor @ weight.T, text.preserved, **options
+                )
+                for name, weight in scope.start.items()
+            }
+        gram, cross = self._sums.total(scope).matrices
+        moved = input_change(gram, cross, text.preserved, **options)
+        return at_inputs(scope.start, moved)
 
 
 def edited_weight(
@@ -142,8 +108,28 @@ def edited_weight(
     leaves W_old. Where S has no inverse (few positions and lam = 0) the pseudo-inverse gives the
     smallest change. The result has the dtype of weight.
     """
-    old, inputs, kept = weight.double(), edited.double(), preserved.double()
+    old, inputs = weight.double(), edited.double()
     missing = (values.double() - inputs @ old.T).T @ inputs  # [out, D]
-    eye = torch.eye(inputs.shape[1], dtype=torch.float64, device=weight.device)
-    gram = inputs.T @ inputs + preserve * kept.T @ kept + ridge * eye
-    return (old + missing @ torch.linalg.pinv(gram, hermitian=True)).to(weight.dtype)
+    inverse = regular_inverse(inputs.T @ inputs, preserved, preserve=preserve, ridge=ridge)
+    return (old + missing @ inverse).to(weight.dtype)
+
+
+def input_change(
+    gram: Tensor, cross: Tensor, preserved: Tensor, *, preserve: float, ridge: float
+) -> Tensor:
+    """Return the M [D, D] of the edit W_old (I + M), the same for every weight.
+
+    gram [D, D] is sum_E c c^T and cross [D, D] is sum_E (a - c) c^T of positions c to edit and a of
+    the anchor, preserved is [M, D]. With v* = W_old a, eq. 7 is W_old + W_old cross S^-1.
+    """
+    return cross @ regular_inverse(gram, preserved, preserve=preserve, ridge=ridge)
+
+
+def regular_inverse(gram: Tensor, preserved: Tensor, *, preserve: float, ridge: float) -> Tensor:
+    """Return S^-1 [D, D], or the pseudo-inverse, of S = gram + p sum_P c c^T + lam I, in float64.
+
+    gram: [D, D], float64. preserved: [M, D].
+    """
+    kept = preserved.double()
+    eye = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    return torch.linalg.pinv(gram + preserve * kept.T @ kept + ridge * eye, hermitian=True)

@@ -33,6 +33,8 @@ def belongs(name: str, group: ParameterGroup) -> bool:
     normalises = "norm" in name.rpartition(".")[0].rpartition(".")[2]
     return {
         "kv_xattn": is_cross_attention_kv(name),
+        "k_xattn": ".attn2.to_k." in name,
+        "v_xattn": ".attn2.to_v." in name,
         "xattn": in_cross_attention,
         "non_xattn": not in_cross_attention,
         "full": True,
@@ -44,9 +46,9 @@ def belongs(name: str, group: ParameterGroup) -> bool:
 def select_parameters(unet: nn.Module, group: ParameterGroup) -> dict[str, nn.Parameter]:
     """Return the UNet parameters of a group, in the order of the module.
 
-    kv_xattn: keys and values of cross-attention. xattn: all of cross-attention. non_xattn: all the
-    rest. full: every parameter. non_xattn_layers and layers: the same as the two before, without
-    normalisation layers.
+    kv_xattn: keys and values of cross-attention; k_xattn, v_xattn: one of the two. xattn: all of
+    cross-attention. non_xattn: all the rest. full: every parameter. non_xattn_layers and layers:
+    the same as the two before, without normalisation layers.
     """
     chosen = {
         name: parameter for name, parameter in unet.named_parameters() if belongs(name, group)

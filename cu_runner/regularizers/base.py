@@ -45,13 +45,14 @@ class Regularizer(Resumable):
         before: their values ahead of it."""
 
     def post_request(
-        self, names: list[str], deltas: Callable[[str], Tensor]
+        self, names: list[str], deltas: Callable[[str], Tensor], scope: Scope
     ) -> dict[str, Tensor] | None:
         """Return the weights to use in place of this request's, as a delta from the base model by
         name.
 
         None keeps them. deltas(name) gives the changes [N, ...] of one weight by the N requests so
         far, each trained from the base model; they are read from disk when asked for, so that they
-        are never all in memory.
+        are never all in memory. scope is the last request's; begin_request() was not called for it
+        where its training was cached.
         """
         return None

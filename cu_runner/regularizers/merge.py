@@ -2,25 +2,36 @@
 are merged.
 
 Lee et al. 2026, arXiv 2511.07970, Sec. 5. TIES: Yadav et al., NeurIPS 2023, arXiv 2306.01708. Task
-arithmetic: Ilharco et al., ICLR 2023, arXiv 2212.04089.
+arithmetic: Ilharco et al., ICLR 2023, arXiv 2212.04089. Regression: RegMean, Jin et al., ICLR 2023,
+arXiv 2212.09849, as stage 3 of MACE fuses (Lu et al., CVPR 2024).
 
-Shapes: N requests, P elements of one weight tensor.
+Shapes: N requests, P elements of one weight tensor, D text width, out attention width.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
+from cu_runner.methods._closed_form import ConceptSums, at_once, pair_sums, preserved_rows
 from cu_runner.methods.base import Batch, Method
-from cu_runner.models.parameters import largest
+from cu_runner.models.parameters import is_cross_attention_kv, largest
 from cu_runner.regularizers.base import Regularizer
+from cu_runner.request.images import RetainSet
 from cu_runner.request.scope import Scope
-from cu_runner.runtime.lazy import torch
+from cu_runner.runtime.lazy import torch, without_gradients
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +76,22 @@ def ties(
     return joined if how == "sum" else joined / number.clamp(min=1)
 
 
+def regression(changes: Tensor, covariances: Tensor, kept: Tensor, ridge: float) -> Tensor:
+    """Merge the changes [N, out, D] of one weight so that each request's text sees its own.
+
+    covariances: S_i [N, D, D], of the text of requests. kept: s S_0 [D, D], of what stays. It is
+    computed in float64 and returned in the dtype of the changes.
+
+    min_W sum_i ||(W - W_i) S_i^1/2||^2 + s ||(W - W_0) S_0^1/2||^2 + l ||W - W_0||^2 is
+    W = (sum_i W_i S_i + s W_0 S_0 + l W_0) (sum_i S_i + s S_0 + l I)^-1
+      = W_0 + (sum_i tau_i S_i) (sum_i S_i + s S_0 + l I)^-1
+    """
+    eye = torch.eye(len(kept), dtype=torch.float64, device=kept.device)
+    moved = torch.einsum("noc,ncd->od", changes.double(), covariances.double())
+    whole = covariances.double().sum(0) + kept.double() + ridge * eye
+    return torch.linalg.solve(whole, moved, left=False).to(changes.dtype)
+
+
 def worded(meaning: str) -> WrapValidator:
     """Say what is allowed, in place of one error for each member of a union."""
 
@@ -96,28 +123,39 @@ class Merge(Regularizer):
 
     def __init__(
         self,
-        rule: Literal["ties", "uniform", "task_arithmetic"] = "ties",
+        rule: Literal["ties", "uniform", "task_arithmetic", "regression"] = "ties",
         lam: Annotated[Scale | list[Scale], worded("a number above 0")] = 1.0,
         topk: Annotated[Fraction | list[Fraction], worded("a number from 0 to 1")] = 0.4,
         how: Literal["mean", "sum", "max"] = "mean",
+        keep: NonNegativeFloat = 1.0,
+        ridge: PositiveFloat = 0.01,
+        retain: RetainSet = RetainSet(),
     ) -> None:
         """
         Args:
             rule: "ties", see there; "uniform" is lam times the mean of the changes,
-                "task_arithmetic" lam times their sum.
+                "task_arithmetic" lam times their sum; "regression", see there, has no scale, and is
+                for cross-attention keys and values alone: no other weight reads text.
             lam: scale of the changes; a number, or one for each request from the second on.
             topk: for ties; a number, or one for each request from the second on.
             how: for ties.
+            keep: for regression, the weight s of the text that stays, a mean over its positions as
+                that of each request is.
+            ridge: for regression, the weight l of the distance to the untouched weights.
+            retain: for regression, the prompts whose text stays; no images are made of them.
         """
         self.rule, self.lam, self.topk, self.how = rule, lam, topk, how
+        self.keep, self.ridge, self.retain = keep, ridge, retain
+        self._sums = ConceptSums(functools.partial(pair_sums, tokens="all"))
 
     def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Refuse a schedule that will not last, before anything is trained."""
         self._check_schedules(len(scope.sequence.targets))
+        self._check_weights(list(scope.params))
         return {}
 
     def post_request(
-        self, names: list[str], deltas: Callable[[str], Tensor]
+        self, names: list[str], deltas: Callable[[str], Tensor], scope: Scope
     ) -> dict[str, Tensor] | None:
         """Merge tensor by tensor, so that the changes of one tensor at a time are in memory."""
         number = len(deltas(names[0]))
@@ -129,6 +167,10 @@ class Merge(Regularizer):
             return None
         # begin_request is not called for a request whose training was cached
         self._check_schedules(number)
+        self._check_weights(names)
+        if self.rule == "regression":
+            text = self._covariances(scope)
+            return {name: regression(deltas(name), *text, self.ridge) for name in names}
         lam, topk = (
             value[number - 2] if isinstance(value, list) else value
             for value in (self.lam, self.topk)
@@ -142,6 +184,29 @@ class Merge(Regularizer):
                 merged[name] = lam * (stack.mean(0) if self.rule == "uniform" else stack.sum(0))
             del stack  # before the next one is read
         return merged
+
+    @without_gradients
+    def _covariances(self, scope: Scope) -> tuple[Tensor, Tensor]:
+        """Return S_i [N, D, D] of the requests so far, and s S_0 [D, D], on the CPU.
+
+        That of a request is the mean of c c^T over its target's training prompts, from the target's
+        first token on; that of what stays is over all positions.
+        """
+        whole = at_once(scope, scope.request.requested)
+        sums = [self._sums.of(whole, concept) for concept in whole.request.targets]
+        own = torch.stack([each.matrices[0] / each.number for each in sums])
+        rows = preserved_rows(whole, self.retain, "all").double()
+        return own.cpu(), (rows.T @ rows * (self.keep / len(rows))).cpu()
+
+    def _check_weights(self, names: list[str]) -> None:
+        """Raise ValueError where regression would merge weights that read no text."""
+        other = [name for name in names if not is_cross_attention_kv(name)]
+        if self.rule == "regression" and other:
+            raise ValueError(
+                "reg.merge.rule=regression merges by the text that a weight reads, and "
+                f"{len(other)} trained weights read none, such as {other[0]}; choose "
+                "method.params=kv_xattn or another rule"
+            )
 
     def _check_schedules(self, requests: int) -> None:
         """Raise ValueError for a schedule of less than one entry per request from the second on."""

@@ -154,23 +154,21 @@ class Runner:
         continues = request.start == "previous" and parent.index > 0
         before = self.store.step_dir(parent.index) / DELTA
         self.weights.set(self.weights.read(before) if continues else None)
-        start = snapshot(self.weights.params)
-        files, training = self._unlearn(request, start, parent)
+        scope = self._scope(request)
+        files, training = self._unlearn(scope, parent)
         delta = self.weights.place(from_safetensors(files[DELTA]))
         # What is measured is what is saved: base + delta can differ from theta in the last bit.
         self.weights.set(delta)
-        step_l2 = drift(subtract(self.weights.params, start)).l2
+        step_l2 = drift(subtract(self.weights.params, scope.start)).l2
         erased: Ordered[Concept] = request.erased
-        if (merged := self._merge(delta, steps)) is not None:
+        if (merged := self._merge(scope, delta, steps)) is not None:
             erased = [each.targets[-1] for each in self.parts.requests[: request.index]]
             delta = merged
             files[MERGED] = to_safetensors(merged)
             self.weights.set(merged)
-        trained = time.monotonic()
+        trained, base = time.monotonic(), self.store.step_dir(0)
         shown = self.measured(erased)
-        seen, metrics = self.instruments.measure(
-            request.index, shown, request.label, base=self.store.step_dir(0)
-        )
+        seen, metrics = self.instruments.measure(request.index, shown, request.label, base=base)
         seconds = {"train": trained - started, "eval": time.monotonic() - trained}
         row = self._row(request, metrics, seconds, drift(delta), step_l2, training.steps)
         with self.stop.deferred():
@@ -178,15 +176,27 @@ class Runner:
             self._checkpoint.remove()
         return step
 
-    def _unlearn(
-        self, request: Request, start: dict[str, Tensor], parent: StepRecord
-    ) -> tuple[dict[str, bytes], TrainingRecord]:
+    def _scope(self, request: Request) -> Scope:
+        """Return what methods and regularizers see of a request that starts with the weights."""
+        return Scope(
+            model=self.parts.model,
+            sequence=self.parts.sequence,
+            request=request,
+            params=self.weights.params,
+            start=snapshot(self.weights.params),
+            base=self.weights.base,
+            rng=RandomSource(self.plan.spine.seed, request.index),
+            train=self.plan.spine.train,
+            anchors=self.anchors,
+        )
+
+    def _unlearn(self, scope: Scope, parent: StepRecord) -> tuple[dict[str, bytes], TrainingRecord]:
         """Return delta.safetensors and training.csv of a request, and the record of its training.
 
         What starts from the base model does not depend on other requests: it is cached, and shared
         by independent and merging runs. Training that was interrupted goes on from its checkpoint.
         """
-        parts, spine = self.parts, self.plan.spine
+        parts, spine, request = self.parts, self.plan.spine, scope.request
         judged = self.plan.setting.stop_at is not None
         key: dict[str, object] = {
             "model": self.instruments.model_sha256,
@@ -200,24 +210,11 @@ class Runner:
         if request.start == "base" and (files := self.cache.fetch("deltas", key)) is not None:
             record = json.loads(files.pop("record.json"))
             return files, TrainingRecord(**record, cached=True)
-        scope = Scope(
-            model=parts.model,
-            sequence=parts.sequence,
-            request=request,
-            params=self.weights.params,
-            start=start,
-            base=self.weights.base,
-            rng=RandomSource(spine.seed, request.index),
-            train=spine.train,
-            anchors=self.anchors,
-        )
         place = {"parent": parent.sha256, "signature": self.store.signature}
         saved = SavedState(self._checkpoint, request, key | place, self.plan)
         self.store.goes_on |= saved.mixed
         early_stop = EarlyStop(
-            self.plan.setting,
-            lambda: self._unlearning_accuracy(request),
-            saved.early_stop,
+            self.plan.setting, lambda: self._unlearning_accuracy(request), saved.early_stop
         )
         report = erase(
             scope,
@@ -267,7 +264,9 @@ class Runner:
         names = [concept.name for concept in request.erased]
         return unlearning_accuracy(predictions, self.parts.sequence.domain, names) or 0.0
 
-    def _merge(self, delta: dict[str, Tensor], steps: list[StepRecord]) -> dict[str, Tensor] | None:
+    def _merge(
+        self, scope: Scope, delta: dict[str, Tensor], steps: list[StepRecord]
+    ) -> dict[str, Tensor] | None:
         """Return what a regularizer makes of this delta and the earlier ones; None if none does."""
 
         def deltas(name: str) -> Tensor:
@@ -278,7 +277,7 @@ class Runner:
             return changes
 
         for regularizer in self.parts.regularizers.values():
-            merged = regularizer.post_request(list(delta), deltas)
+            merged = regularizer.post_request(list(delta), deltas, scope)
             if merged is not None:
                 return self.weights.place(merged)
         return None

@@ -16,7 +16,16 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 WandbMode = Literal["offline", "online", "disabled"]
 Precision = Literal["fp32", "bf16", "fp16"]
-ParameterGroup = Literal["kv_xattn", "xattn", "non_xattn", "full", "non_xattn_layers", "layers"]
+ParameterGroup = Literal[
+    "kv_xattn",
+    "k_xattn",
+    "v_xattn",
+    "xattn",
+    "non_xattn",
+    "full",
+    "non_xattn_layers",
+    "layers",
+]
 # Beyond 1e30 float32 overflows inside the optimiser.
 StepSize = Annotated[float, Field(gt=0, le=1e30)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

@@ -596,7 +596,11 @@ def test_the_peak_of_gpu_memory_is_that_of_the_request(monkeypatch):
         weights = TrainedWeights({}, {}, torch.device(device))
         store = SimpleNamespace(step_dir=lambda index: Path())
         runner = SimpleNamespace(
-            device=torch.device(device), weights=weights, store=store, _unlearn=unlearn
+            device=torch.device(device),
+            weights=weights,
+            store=store,
+            _scope=lambda request: None,
+            _unlearn=unlearn,
         )
         with pytest.raises(InterruptedError):
             Runner._serve(runner, SimpleNamespace(start="base"), [SimpleNamespace(index=0)])

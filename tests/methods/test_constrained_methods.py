@@ -370,7 +370,8 @@ def test_a_request_of_several_concepts_has_a_multiplier_for_each(scope, settings
 
 @EACH
 def test_more_concepts_than_rows(scope, name):
-    scope = dataclasses.replace(both_targets(scope), batch_size=1)
+    one = dataclasses.replace(scope.train, batch_size=1)
+    scope = dataclasses.replace(both_targets(scope), train=one)
     method = begin(MAKE[name](), scope)
     method.backward(scope, method.batch(scope, 0))
     assert method.duals.measured.isnan().tolist() in ([True, False], [False, True])

@@ -243,7 +243,11 @@ class Script:
 
     def __init__(self, scope, method: SculpMem, steps: int, script) -> None:
         params = {name: nn.Parameter(weight) for name, weight in start_weights().items()}
-        scope = dataclasses.replace(scope, params=params, steps=steps, batch_size=4)
+        scope = dataclasses.replace(
+            scope,
+            params=params,
+            train=dataclasses.replace(scope.train, steps=steps, batch_size=4),
+        )
         method.begin_request(scope)
         optimizer = torch.optim.AdamW(params.values(), lr=LR, betas=BETAS, weight_decay=DECAY)
         self.weights, self.masks = [snapshot(params)], [{}]

@@ -244,6 +244,54 @@ def test_other_weights_are_refused(in_process):
     assert "'kv_xattn'" in err
 
 
+# --------------------------------------------------------------------------------------- cumulative
+def test_all_targets_so_far_are_solved_for_from_the_untouched_weights(make_scope, settings):
+    """As eq. 7 of all their positions at once, wherever the weights were."""
+    retain = RetainSet("names", prompts=8)
+    scope = make_scope(request=2)
+    for parameter in scope.params.values():
+        parameter.data += 0.1
+    erase(scope, UCE(cumulative=True, retain=retain), {}, settings())
+    hidden = [
+        scope.model.encode_prompts(
+            [f"a {caption}{words}" for caption in scope.sequence.captions]
+        ).hidden.flatten(0, 1)
+        for words in (" in the style of torch light", " in the style of snow drift", "")
+    ]
+    length = scope.model.num_tokens
+    wanted = torch.cat([hidden[2]] * 2).view(-1, length, hidden[2].shape[1]).clone()
+    concept = torch.cat(hidden[:2])
+    wanted[:, :7] = concept.view(wanted.shape)[:, :7]  # what stands before is held
+    wanted = wanted.flatten(0, 1)
+    kept = scope.model.encode_prompts(retain.read(scope)).hidden.flatten(0, 1)
+    for name, parameter in scope.params.items():
+        old = scope.base[name].double()
+        expected = edited_weight(old, concept, wanted.double() @ old.T, kept, preserve=1, ridge=0.5)
+        torch.testing.assert_close(parameter.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_runs_in_either_order_end_with_the_same_bits(in_process, filled_cache, tmp_path):
+    deltas = []
+    for order in ("paper", "reversed"):
+        status, out, err = in_process(
+            "sequence=smoke",
+            f"sequence.order={order}",
+            "method=uce",
+            "method.cumulative=true",
+            "method.retain.prompts=8",
+            "model.sampler.steps=2",
+            "wandb.mode=disabled",
+            "num_threads=1",
+        )
+        assert (status, err) == (0, "")
+        directory = run_directory(out, tmp_path)
+        deltas.append(
+            [(directory / f"steps/0{step}/delta.safetensors").read_bytes() for step in (1, 2)]
+        )
+    assert deltas[0][1] == deltas[1][1]
+    assert deltas[0][0] != deltas[1][0]
+
+
 def test_it_is_a_closed_form():
     check_composition(UCE(), {})
     assert UCE.closed_form

@@ -26,6 +26,15 @@ def test_groups_of_the_embedded_unet(model):
     assert list(kv) == [name for name in full if name in kv]
 
 
+def test_keys_and_values_are_groups_of_their_own(model):
+    kv, keys, values = (
+        select_parameters(model.unet, group) for group in ("kv_xattn", "k_xattn", "v_xattn")
+    )
+    assert list(keys) == [name for name in kv if name.endswith("attn2.to_k.weight")]
+    assert list(values) == [name for name in kv if name.endswith("attn2.to_v.weight")]
+    assert len(keys) == len(values) == len(kv) / 2
+
+
 def test_cross_attention_and_the_rest_are_the_whole_unet(model):
     xattn, rest, full = (
         select_parameters(model.unet, group) for group in ("xattn", "non_xattn", "full")

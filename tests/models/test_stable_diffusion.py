@@ -399,3 +399,21 @@ def test_uce_moves_the_keys_of_sdxl_to_the_anchors(in_process, tmp_path, pipelin
     directory, _ = run(in_process, tmp_path, [*overrides("uce", "none"), *chosen])
     log = pd.read_csv(directory / "steps/01/training.csv").iloc[0]
     assert log["loss"] < 0.5 * log["before"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["speed", "oce", "dp", "mace_fusion"])
+def test_closed_forms_move_the_values_of_sdxl(in_process, tmp_path, pipelines, method):
+    """Also where the empty prompt, their anchor, is all zeros."""
+    chosen = (
+        "model=sdxl",
+        f"model.path={pipelines['sdxl']}",
+        "model.resolution=64",
+        "model.precision=fp32",
+    )
+    directory, delta = run(in_process, tmp_path, [*overrides(method, "rece"), *chosen])
+    assert max(tensor.abs().max() for tensor in delta.values()) > 1e-4
+    record = json.loads((directory / "steps/02/step.json").read_text())["training"]
+    unreached = record["regularizers"]["rece"]["unreached"]
+    assert [len(values) for values in unreached.values()] == [2, 2]
+    assert all(0 < value < 2 for values in unreached.values() for value in values)

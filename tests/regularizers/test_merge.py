@@ -1,5 +1,6 @@
 """Merging: TIES by hand and by brute force, schedules, shared training, resume."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,9 +9,11 @@ import torch
 from conftest import SMOKE, run_directory
 from safetensors.torch import load_file
 
+from cu_runner.concepts.requests import plan_requests
 from cu_runner.methods.conabl import ConAbl
 from cu_runner.models.parameters import is_cross_attention_kv
-from cu_runner.regularizers.merge import Merge, ties
+from cu_runner.regularizers.merge import Merge, regression, ties
+from cu_runner.request.images import RetainSet
 
 ROWS = torch.tensor([[1.0, -2.0, 3.0, 0.0], [-1.0, -4.0, 1.0, 2.0], [2.0, 3.0, -1.0, 0.0]])
 
@@ -152,7 +155,7 @@ def stacks(number: int) -> dict[str, torch.Tensor]:
 )
 def test_rules(rule, expected):
     deltas = stacks(3)
-    merged = Merge(rule, 1.5, 0.5).post_request(list(deltas), deltas.get)
+    merged = Merge(rule, 1.5, 0.5).post_request(list(deltas), deltas.get, None)
     assert merged.keys() == deltas.keys()
     for name, stack in deltas.items():
         torch.testing.assert_close(merged[name], expected(stack), rtol=1e-6, atol=1e-7)
@@ -161,7 +164,7 @@ def test_rules(rule, expected):
 def test_the_first_request_is_used_as_it_is_and_the_run_says_what_merging_does(caplog):
     deltas = stacks(1)
     with caplog.at_level("INFO", logger="cu_runner"):
-        assert Merge(lam=3.0, topk=0.1).post_request(list(deltas), deltas.get) is None
+        assert Merge(lam=3.0, topk=0.1).post_request(list(deltas), deltas.get, None) is None
     assert caplog.messages == [
         (
             "merge: every request starts from the untouched model; from the second on their "
@@ -175,7 +178,7 @@ def test_schedules_have_an_entry_per_request_from_the_second_on():
     for number, lam, topk in ((2, 1.25, 0.8), (3, 1.75, 0.4)):
         deltas = stacks(number)
         found, fixed = (
-            each.post_request(list(deltas), deltas.get)
+            each.post_request(list(deltas), deltas.get, None)
             for each in (scheduled, Merge(lam=lam, topk=topk))
         )
         assert all(torch.equal(found[name], fixed[name]) for name in deltas)
@@ -191,7 +194,93 @@ def test_a_schedule_that_is_too_short_is_refused_before_training(make_scope):
             short.begin_request(scope, ConAbl())
     deltas = stacks(3)
     with pytest.raises(ValueError, match=r"reg\.merge\.lam has 1 entries; 3 requests need 2"):
-        Merge(lam=[1.0]).post_request(list(deltas), deltas.get)
+        Merge(lam=[1.0]).post_request(list(deltas), deltas.get, None)
+
+
+# --------------------------------------------------------------------------------------- regression
+def texts(number: int, width: int = 6) -> torch.Tensor:
+    """Three rows of text for each request, [N, 3, D]."""
+    draw = torch.Generator().manual_seed(2)
+    return torch.randn(number, 3, width, generator=draw, dtype=torch.float64)
+
+
+def test_regression_is_its_published_form_and_the_minimum_of_its_objective():
+    draw = torch.Generator().manual_seed(3)
+    base, changes = (
+        torch.randn(shape, generator=draw, dtype=torch.float64) for shape in ((4, 6), (3, 4, 6))
+    )
+    rows, kept = texts(3), texts(4)[3]
+    own = torch.stack([each.T @ each for each in rows])
+    found = regression(changes, own, 0.7 * kept.T @ kept, 0.2)
+    left = sum((base + change) @ S for change, S in zip(changes, own, strict=True))
+    left = left + 0.7 * base @ kept.T @ kept + 0.2 * base
+    right = own.sum(0) + 0.7 * kept.T @ kept + 0.2 * torch.eye(6, dtype=torch.float64)
+    torch.testing.assert_close(base + found, left @ right.inverse(), rtol=1e-9, atol=1e-9)
+    found.requires_grad_(True)
+    objective = 0.7 * (kept @ found.T).square().sum() + 0.2 * found.square().sum()
+    for change, each in zip(changes, rows, strict=True):
+        objective = objective + (each @ (found - change).T).square().sum()
+    objective.backward()
+    assert found.grad.abs().max() < 1e-9
+
+
+def test_regression_gives_every_request_its_own_change_where_texts_do_not_meet():
+    """Texts on three axes each: the columns of the change come from the request that reads them."""
+    changes = torch.ones(2, 1, 6) * torch.tensor([1.0, 2.0]).view(2, 1, 1)
+    own = torch.stack(
+        [torch.diag(torch.tensor([1.0] * 3 + [0.0] * 3)).roll((i, i), (0, 1)) for i in (0, 3)]
+    )
+    merged = regression(changes, own, torch.zeros(6, 6), 1e-9)
+    assert merged[0].tolist() == pytest.approx([1, 1, 1, 2, 2, 2])
+    assert regression(changes, own, torch.eye(6), 0.0)[0].tolist() == pytest.approx(
+        [0.5, 0.5, 0.5, 1, 1, 1]  # kept text that weighs as much as a request's halves it
+    )
+
+
+def test_regression_takes_the_text_of_the_requests_so_far(make_scope, sequence):
+    scope = make_scope(request=2)
+    scope = dataclasses.replace(scope, request=plan_requests(sequence, "independent")[1])
+    names = list(scope.params)[:2]
+    draw = torch.Generator().manual_seed(1)
+    deltas = {name: torch.randn(2, *scope.params[name].shape, generator=draw) for name in names}
+    retain = RetainSet("names", prompts=8)
+    found = Merge("regression", keep=0.5, ridge=0.3, retain=retain).post_request(
+        names, deltas.get, scope
+    )
+    model, means = scope.model, []
+    for concept in ("torch light", "snow drift"):
+        prompts = [f"a {caption} in the style of {concept}" for caption in sequence.captions]
+        rows = model.encode_prompts(prompts).hidden[:, 7:].flatten(0, 1).double()
+        means.append(rows.T @ rows / len(rows))
+    banned = {"torch light", "snow drift", "lava flow", "fog bank"}
+    names_kept = [name for name in sequence.vocabulary if name not in banned]
+    several = [names_kept[i * len(names_kept) // 8] for i in range(8)]
+    rows = (
+        model.encode_prompts(
+            [sequence.prompts_naming(name)[names_kept.index(name) % 4] for name in several]
+        )
+        .hidden.flatten(0, 1)
+        .double()
+    )
+    kept = 0.5 * rows.T @ rows / len(rows)
+    for name, stack in deltas.items():
+        expected = regression(stack, torch.stack(means), kept, 0.3)
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
+        assert found[name].dtype == torch.float32
+
+
+def test_regression_refuses_weights_that_read_no_text(make_scope):
+    merge = Merge("regression")
+    assert merge.begin_request(make_scope(), ConAbl()) == {}
+    words = (
+        r"^reg\.merge\.rule=regression merges by the text .* 22 trained weights read none, such as "
+    )
+    with pytest.raises(ValueError, match=words.replace("22", r"\d+")):
+        merge.begin_request(make_scope(group="xattn"), ConAbl())
+    deltas = stacks(2)
+    with pytest.raises(ValueError, match=words.replace("22", "2") + "a; choose"):
+        merge.post_request(list(deltas), deltas.get, make_scope())
+    assert Merge("uniform").begin_request(make_scope(group="xattn"), ConAbl()) == {}
 
 
 # --------------------------------------------------------------------------------------------- runs
@@ -245,6 +334,27 @@ def test_merging_and_independent_runs_share_their_training(in_process, tmp_path)
         sum(weights.double().pow(2).sum() for weights in merged.values()) ** 0.5
     )
     assert row["UA_previous"] is not None  # a merged model has unlearned both concepts
+
+
+def test_regression_of_trainings_that_were_cached(
+    in_process, filled_cache, tmp_path, make_scope, sequence
+):
+    finish(in_process, tmp_path, "train.lr=1e-4", "setting=independent")
+    chosen = ("reg=merge", "reg.merge.rule=regression", "reg.merge.retain.prompts=8")
+    directory = finish(in_process, tmp_path, "train.lr=1e-4", *chosen)
+    assert [cached(directory, request) for request in (1, 2)] == [True, True]
+    tau = [load_file(directory / f"steps/0{request}/delta.safetensors") for request in (1, 2)]
+    merged = load_file(directory / "steps/02/merged.safetensors")
+    assert merged.keys() == tau[0].keys()
+    request = plan_requests(sequence, "independent")[1]
+    scope = dataclasses.replace(make_scope(), request=request)
+    deltas = lambda name: torch.stack([each[name] for each in tau])  # noqa: E731
+    expected = Merge("regression", retain=RetainSet(prompts=8)).post_request(
+        list(merged), deltas, scope
+    )
+    for name, weights in merged.items():
+        torch.testing.assert_close(weights, expected[name], rtol=1e-5, atol=1e-7)
+        assert weights.norm() > 0.01 * tau[0][name].norm()
 
 
 def test_gradproj_merge_shares_with_gradproj_and_resumes_bitwise(
