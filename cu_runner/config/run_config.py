@@ -257,8 +257,17 @@ def check_setting(resolved: ConfigTree, regularizers: dict[str, Node[Regularizer
         raise ConfigError(
             "setting.patience_steps: UA is measured where setting.stop_at ends a request; give both"
         )
-    if not setting.last_only:  # a run without it has the signature of one that does not know it
-        resolved["setting"] = without_paths(resolved["setting"], ("last_only",))
+    if setting.stop_loss is not None and setting.stop_at is not None:
+        raise ConfigError(
+            "setting.stop_loss: setting.stop_at ends requests too, by UA; give one of the two"
+        )
+    # a run without these has the signature of one that does not know them
+    unused = [] if setting.last_only else ["last_only"]
+    if setting.stop_loss is None:
+        unused.append("stop_loss")
+        if setting.plan != "simultaneous" and setting.stop_at is None:
+            unused.append("interval")
+    resolved["setting"] = without_paths(resolved["setting"], tuple(unused))
     merging = [name for name, node in regularizers.items() if node.made.independent_starts]
     if merging and setting.plan == "simultaneous":
         raise ConfigError(

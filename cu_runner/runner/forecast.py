@@ -82,7 +82,7 @@ def forecast(plan: RunConfig) -> str:
     retained = len(left) * retained_images(plan)
     num_steps = sum(entry.train_steps for entry in left)
     num_images = sum(entry.images for entry in left)
-    most = "at most " if plan.setting.stop_at is not None else ""
+    most = "at most " if plan.setting.ends_early else ""
     lines.append(
         f"to do: {len(left)} of {len(work)} evaluations, {most}{num_steps} training steps of batch "
         f"{spine.train.batch_size}, {num_images} images "

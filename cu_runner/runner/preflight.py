@@ -284,7 +284,7 @@ def estimate(plan: RunConfig, method: Method[Any], per_image: float, per_step: f
     steps = len(work) - 1 if method.closed_form else sum(entry.train_steps for entry in work)
     hours = (images * per_image + steps * per_step) / 3600
     retained = f" ({general * len(work)} of them of general prompts)" if general else ""
-    stops = ", what setting.stop_at measures" if plan.setting.stop_at is not None else ""
+    stops = ", what ends requests early" if plan.setting.ends_early else ""
     return (
         f"about {hours:.1f} h for {images} images{retained} at {per_image:.2f} s and {steps} "
         f"training steps at {per_step:.2f} s, measured just now and in small; anchor images, "

@@ -25,7 +25,7 @@ from cu_runner.evaluators.metrics import unlearning_accuracy
 from cu_runner.models.parameters import Drift, drift, snapshot, subtract
 from cu_runner.request.anchors import AnchorImages
 from cu_runner.request.scope import Scope
-from cu_runner.runner.early_stop import EarlyStop
+from cu_runner.runner.early_stop import EarlyStop, LossLeft
 from cu_runner.runner.measure import Instruments, describe, unrecognised
 from cu_runner.runner.parts import RunParts
 from cu_runner.runner.saved_state import SavedState
@@ -214,7 +214,10 @@ class Runner:
         saved = SavedState(self._checkpoint, request, key | place, self.plan)
         self.store.goes_on |= saved.mixed
         early_stop = EarlyStop(
-            self.plan.setting, lambda: self._unlearning_accuracy(request), saved.early_stop
+            self.plan.setting,
+            lambda: self._unlearning_accuracy(request),
+            saved.early_stop,
+            LossLeft(scope, parts.method),
         )
         report = erase(
             scope,

@@ -131,16 +131,23 @@ class Cluster:
 class PlanSettings:
     """conf/setting: how a sequence becomes requests, and when one may end before train.steps.
 
-    stop_at: UA in percent that ends a request when it is reached; None is never.
+    stop_at: UA in percent that ends a request when it is reached; None is never. stop_loss: the
+    same of the method's loss, as a fraction of that of the untouched weights.
     """
 
     plan: Literal["sequential", "independent", "simultaneous"]
     stop_at: Annotated[float, Field(gt=0, le=100)] | None = None
-    interval: PositiveInt = 100  # steps between measurements of UA
+    stop_loss: Annotated[float, Field(gt=0, lt=1)] | None = None
+    interval: PositiveInt = 100  # steps between measurements
     patience: PositiveInt = 1  # measurements in a row that must reach it
     # steps without a better UA after which a request ends too; None is never
     patience_steps: PositiveInt | None = None
     last_only: bool = False  # of simultaneous requests only the one for all concepts
+
+    @property
+    def ends_early(self) -> bool:
+        """Tell whether a request may end before train.steps."""
+        return self.stop_at is not None or self.stop_loss is not None
 
 
 @dataclass(frozen=True, config=STRICT)

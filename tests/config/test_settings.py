@@ -143,9 +143,7 @@ def test_a_file_of_names_counts_by_its_content(in_process, filled_cache, tmp_pat
 
 
 def test_merging_keeps_the_early_stop_of_its_setting(compose_run):
-    config = compose_run(
-        "sequence=smoke", "reg=merge", "+setting.stop_at=99", "+setting.interval=5"
-    )
+    config = compose_run("sequence=smoke", "reg=merge", "+setting.stop_at=99", "setting.interval=5")
     assert (config.setting.plan, config.setting.stop_at, config.setting.interval) == (
         "independent",
         99,
@@ -229,6 +227,26 @@ def test_early_stop_on_ua(in_process, filled_cache, tmp_path):
     assert len(pd.read_csv(directory / "steps/01/training.csv")) == 2
     never = run(in_process, tmp_path, *chosen[:1], "setting.stop_at=100", "setting.interval=1")[1]
     assert never["train_steps"].tolist() == [0, 3, 3]
+
+
+def test_early_stop_on_the_loss(in_process, filled_cache, tmp_path):
+    """The step size is tiny: after each step nearly all of the loss is left."""
+    chosen = ("setting.stop_loss=0.999999", "setting.interval=1", "train.lr=1e-2")
+    _, table, records = run(in_process, tmp_path, *chosen)
+    assert table["train_steps"].tolist() == [0, *(len(r["early_stop"]) for r in records)]
+    for record in records:
+        *before, last = [entry["loss_left"] for entry in record["early_stop"]]
+        assert last <= 0.999999 or len(before) == 2
+        assert all(left > 0.999999 for left in before)
+    status, _, err = in_process(*SMOKE, "setting.stop_loss=0.5", "+setting.stop_at=99")
+    assert status == 2
+    assert err == (
+        "cu-run: setting.stop_loss: setting.stop_at ends requests too, by UA; give one of the two\n"
+    )
+    plain = parse(compose(*SMOKE))
+    assert "stop_loss" not in plain.resolved["setting"]
+    assert parse(compose(*SMOKE, "setting.interval=5")).signature == plain.signature
+    assert parse(compose(*SMOKE, "setting.stop_loss=0.5")).signature != plain.signature
 
 
 def test_order_is_a_choice_of_the_sequence(in_process, filled_cache, tmp_path):

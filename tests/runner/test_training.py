@@ -19,7 +19,7 @@ from cu_runner.models.diffusion import load_model
 from cu_runner.models.parameters import assign, select_parameters, snapshot, subtract
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.regularizers.gradproj import orthogonal_projector
-from cu_runner.runner.early_stop import EarlyStop
+from cu_runner.runner.early_stop import EarlyStop, LossLeft
 from cu_runner.runner.training import Training, check_composition, erase
 from cu_runner.schema.errors import TrainingError
 from cu_runner.schema.settings import PlanSettings, Sampler
@@ -171,6 +171,35 @@ def test_early_stop_waits_for_its_interval_and_its_patience():
 
 def test_early_stop_takes_exactly_the_threshold():
     assert EarlyStop(PlanSettings("simultaneous", 99.0, interval=1), lambda: 99.0)(1)
+
+
+def test_a_request_ends_when_its_loss_has_fallen():
+    """Measured every other step; the UA is never asked for."""
+    left = iter([0.9, 0.31, 0.3, 0.1])
+    setting = PlanSettings("sequential", stop_loss=0.3, interval=2)
+    stop = EarlyStop(setting, lambda: pytest.fail("UA was measured"), (), left.__next__)
+    assert [step for step in range(1, 9) if stop(step)] == [6, 8]
+    assert stop.seen[:2] == [{"step": 2, "loss_left": 0.9}, {"step": 4, "loss_left": 0.31}]
+
+
+def test_the_loss_that_is_left_by_hand(make_scope):
+    """Pull's loss is a sum of squares: of weights half way to 1 a fourth of it is left."""
+    scope, method = make_scope(steps=3), Pull(factors=(1.0, 1.0, 1.0, 2.0, 3.0, 4.0))
+    left = LossLeft(scope, method)
+    assert left() == pytest.approx(1)
+    with torch.no_grad():
+        for parameter in scope.params.values():
+            parameter.copy_((parameter + 1) / 2)
+    assert left() == pytest.approx(0.25)
+    assign(scope.params, scope.base)
+    probes = [event for event in method.events if event.startswith("batch")]
+    assert set(probes) == {"batch 3", "batch 4", "batch 5"}  # never trained on
+    assert not any(parameter.grad is not None for parameter in scope.params.values())
+
+
+def test_a_loss_below_0_has_no_fraction(make_scope):
+    with pytest.raises(TrainingError, match=r"setting\.stop_loss: the method's loss on"):
+        LossLeft(make_scope(), Pull(factors=(-1.0,)))()
 
 
 def stops_at(uas, stop_at: float, interval: int, patience_steps: int) -> int | None:
