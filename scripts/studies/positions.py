@@ -214,10 +214,11 @@ def draw(table: pd.DataFrame) -> Figure:
         right.barh(places, shown["told apart"], color="#1b9e77")
         right.set(xscale="log", title=f"{name}: told apart, energy")
         left.set(title=f"{name}: images (%)", xlim=(0, 103))
-        left.legend(fontsize=7)
         for axis, labels in ((left, shown["positions"]), (right, [""] * len(shown))):
             axis.set_yticks(places, labels)
             axis.invert_yaxis()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=8)
     return figure
 
 
