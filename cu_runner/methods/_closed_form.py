@@ -5,7 +5,8 @@ closed form sets W from such outputs of the targets, their anchors and what is p
 
 Cumulative ones solve every request again for all targets so far, from the untouched weights. The
 targets are taken in the order of their names and nothing else of the request is looked at, so the
-weights are, bit by bit, those of the set of targets: the order of requests has no part in them.
+weights are those of the set of targets, on a CPU bit by bit: the order of requests has no part in
+them.
 
 Shapes: L tokens, D text width, N edited and M preserved token positions, out attention width.
 """
@@ -21,11 +22,10 @@ from typing import TYPE_CHECKING, Literal
 
 from cu_runner.concepts.requests import Request
 from cu_runner.concepts.sequence import Concept, Sequence
-from cu_runner.concepts.templates import replace_word
 from cu_runner.methods.base import Method
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.request.images import RetainSet
-from cu_runner.request.name_sources import earlier_targets
+from cu_runner.request.name_sources import earlier_targets, mention, spellings
 from cu_runner.request.scope import Scope
 from cu_runner.request.text_subspace import concept_vectors
 from cu_runner.runtime.lazy import torch, without_gradients
@@ -224,12 +224,8 @@ def read_prompts(scope: Scope, retain: RetainSet) -> list[str]:
         banned = [*scope.request.targets, *scope.request.erased]
         if not retain.names.retained:
             banned += [*sequence.retain, *sequence.cross_retain]
-        words = {name for concept in banned for name in (concept.name, concept.prompt_name)}
-        prompts = [
-            prompt
-            for prompt in prompts
-            if all(replace_word(prompt, word, "") is None for word in words)
-        ]
+        shut = spellings(banned)
+        prompts = [prompt for prompt in prompts if not mention(prompt, shut)]
         if not prompts:
             raise ValueError(
                 f"retain: every prompt of {retain.name} names a target or a retained concept; "

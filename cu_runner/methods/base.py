@@ -31,6 +31,7 @@ class Method(Resumable, ABC, Generic[Batch]):
     params: ParameterGroup = "kv_xattn"  # which weights are trained
     # True: one step sets the weights; there is no loss or gradient for regularizers to change
     closed_form: bool = False
+    masks_step: bool = False  # True: update() lets some weights alone that have a gradient
     scored_against: Literal["anchor", "empty"] = "anchor"  # which prompt, in scored_loss()
 
     def begin_request(self, scope: Scope) -> None:
@@ -38,6 +39,10 @@ class Method(Resumable, ABC, Generic[Batch]):
 
         State of an earlier request must not survive it.
         """
+
+    def solved(self, scope: Scope) -> Scope:
+        """Return the request that is solved in place of the one at hand; that itself."""
+        return scope
 
     @abstractmethod
     def batch(self, scope: Scope, step: int) -> Batch:

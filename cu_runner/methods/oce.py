@@ -69,6 +69,10 @@ class OCE(ClosedForm):
             captions: prompts that stand for all others.
             params: values (as released), keys, or both (as the paper says).
         """
+        if guides == ():
+            raise ValueError(
+                "method.guides is empty; give at least one name, or null for the targets' anchors"
+            )
         super().__init__(retain, cumulative, tokens)
         self.erase, self.keep_captions = erase, keep_captions
         self.keep_names, self.keep_weight = keep_names, keep_weight

@@ -42,6 +42,8 @@ def saliency_mask(scores: Tensor, fraction: float) -> Tensor:
 class SalUn(RandomLabel):
     """Random labels under a saliency mask."""
 
+    masks_step = True
+
     def __init__(
         self,
         fraction: Annotated[float, Field(gt=0, le=1)] = 0.5,

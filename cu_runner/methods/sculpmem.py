@@ -33,6 +33,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class SculpMem(ConAbl):
     """ConAbl's loss; each tensor moves in its active entries alone, which change in training."""
 
+    masks_step = True
+
     changing = ("_step", "_exchanges", "_gathered", "_masks")
 
     def __init__(

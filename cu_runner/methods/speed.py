@@ -35,6 +35,7 @@ from cu_runner.runtime.lazy import torch
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+ROUNDS = 100  # of k-means, at most
 CENTRES = 3  # of the positions of the empty prompt, which are held with its begin
 
 
@@ -119,16 +120,20 @@ def first_edit(weight: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
 
 
 def influenced(rows: Tensor, change: Tensor) -> Tensor:
-    """Return those of the rows [M, D] that a change [out, D] moves more than their mean."""
+    """Return those of the rows [M, D] that a change [out, D] moves more than their mean.
+
+    All of them where it moves all alike.
+    """
     moved = (rows @ change.T).norm(dim=1)
-    return rows[moved > moved.mean()]
+    chosen = moved > moved.mean()
+    return rows[chosen] if chosen.any() else rows
 
 
 def neighbours(rows: Tensor, weight: Tensor, number: int, draw: Generator) -> Tensor:
     """Return `number` random neighbours of each row [M, D], [M * number, D].
 
-    c + v v^T eps with eps ~ N(0, I), v the right singular vector of the weight [out, D] with the
-    smallest singular value; v^T eps is one normal number.
+    c + v v^T eps with eps ~ N(0, I), v the last right singular vector of the weight [out, D],
+    that of the smallest of its min(out, D) singular values; v^T eps is one normal number.
     """
     v = torch.linalg.svd(weight, full_matrices=False).Vh[-1]  # [D]
     steps = torch.randn(len(rows), number, generator=draw, dtype=rows.dtype).to(rows.device)
@@ -185,7 +190,7 @@ def empty_prompt(model: DiffusionModel, centres: int) -> Tensor:
     [1 + centres, D]. The centres start evenly spaced over the positions, so that no random number
     is in them.
     """
-    hidden = model.encode_prompts([""]).hidden[0].double()
+    hidden = model.encode_empty().hidden[0].double()
     return torch.cat([hidden[:1], k_means(hidden[1:], centres)])
 
 
@@ -195,12 +200,13 @@ def k_means(rows: Tensor, centres: int) -> Tensor:
     A centre that no row is nearest to stays where it is.
     """
     found = rows[[i * len(rows) // centres for i in range(centres)]].clone()
-    while True:
+    for _ in range(ROUNDS):
         nearest = torch.cdist(rows, found).argmin(1)
         means = [rows[nearest == i].mean(0) for i in range(centres)]
         new = torch.stack(
             [mean if (nearest == i).any() else found[i] for i, mean in enumerate(means)]
         )
         if torch.equal(new, found):
-            return found
+            break
         found = new
+    return found

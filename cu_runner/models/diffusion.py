@@ -131,6 +131,14 @@ class DiffusionModel:
         """Return the text of B prompts; each distinct one is encoded once per process, in fp32."""
         return self._prompts(prompts)
 
+    def encode_empty(self) -> Text:
+        """Return the text of the empty prompt as the encoders make it, in fp32.
+
+        encode_prompts([""]) is what guidance reads, which is zeros for a pipeline that says so
+        (SDXL).
+        """
+        return self._prompts.encode_empty()
+
     @property
     def num_tokens(self) -> int:
         """Return how many tokens of a prompt are read, its begin and its end among them."""

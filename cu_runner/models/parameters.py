@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # A weight counts as moved when it differs from the base by more than this (released code of Lee et
 # al. 2026).
 MOVED = 6e-5
+# The groups whose weights all read the text.
+TEXT_WEIGHTS: tuple[ParameterGroup, ...] = ("kv_xattn", "k_xattn", "v_xattn")
 
 
 def is_cross_attention_kv(name: str) -> bool:

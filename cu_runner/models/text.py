@@ -80,6 +80,13 @@ class PromptEncoder:
                 self.encoded[prompt] = encoded.zeros() if is_zero else encoded
         return Text.cat([self.encoded[prompt] for prompt in prompts]).to(self._device)
 
+    @without_gradients
+    def encode_empty(self) -> Text:
+        """Return the text of the empty prompt as the encoders make it, also where guidance reads
+        zeros.
+        """
+        return self._encode([""])
+
     def _encode(self, prompts: list[str]) -> Text:
         """Encode prompts.
 

@@ -23,7 +23,12 @@ class Regularizer(Resumable):
 
     # what the hooks change; the loop keeps the weights before a step only for "step"
     acts_on: tuple[Stage, ...] = ()
+    # True: it takes a step of its own from the gradients, in the place of the optimiser's
+    makes_step: bool = False
     independent_starts: bool = False  # True: every request must start from the base model (merging)
+
+    def check(self, method: Method[Batch]) -> None:
+        """Raise ValueError for a method that it does not go with, before anything is measured."""
 
     def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Prepare for a request.

@@ -27,7 +27,7 @@ from pydantic import (
 
 from cu_runner.methods._closed_form import ConceptSums, at_once, pair_sums, preserved_rows
 from cu_runner.methods.base import Batch, Method
-from cu_runner.models.parameters import is_cross_attention_kv, largest
+from cu_runner.models.parameters import TEXT_WEIGHTS, largest
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.images import RetainSet
 from cu_runner.request.scope import Scope
@@ -148,10 +148,18 @@ class Merge(Regularizer):
         self.keep, self.ridge, self.retain = keep, ridge, retain
         self._sums = ConceptSums(functools.partial(pair_sums, tokens="all"))
 
+    def check(self, method: Method[Batch]) -> None:
+        """Refuse regression where it would merge weights that read no text."""
+        if self.rule == "regression" and method.params not in TEXT_WEIGHTS:
+            raise ValueError(
+                "reg.merge.rule=regression merges by the text that a weight reads, and "
+                f"method.params={method.params} trains weights that read none; choose "
+                "method.params=kv_xattn or another rule"
+            )
+
     def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Refuse a schedule that will not last, before anything is trained."""
         self._check_schedules(len(scope.sequence.targets))
-        self._check_weights(list(scope.params))
         return {}
 
     def post_request(
@@ -167,7 +175,6 @@ class Merge(Regularizer):
             return None
         # begin_request is not called for a request whose training was cached
         self._check_schedules(number)
-        self._check_weights(names)
         if self.rule == "regression":
             text = self._covariances(scope)
             return {name: regression(deltas(name), *text, self.ridge) for name in names}
@@ -197,16 +204,6 @@ class Merge(Regularizer):
         own = torch.stack([each.matrices[0] / each.number for each in sums])
         rows = preserved_rows(whole, self.retain, "all").double()
         return own.cpu(), (rows.T @ rows * (self.keep / len(rows))).cpu()
-
-    def _check_weights(self, names: list[str]) -> None:
-        """Raise ValueError where regression would merge weights that read no text."""
-        other = [name for name in names if not is_cross_attention_kv(name)]
-        if self.rule == "regression" and other:
-            raise ValueError(
-                "reg.merge.rule=regression merges by the text that a weight reads, and "
-                f"{len(other)} trained weights read none, such as {other[0]}; choose "
-                "method.params=kv_xattn or another rule"
-            )
 
     def _check_schedules(self, requests: int) -> None:
         """Raise ValueError for a schedule of less than one entry per request from the second on."""

@@ -22,7 +22,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from cu_runner.concepts.templates import fill_caption
 from cu_runner.methods.base import Batch, Method
 from cu_runner.models.diffusion import DiffusionModel
-from cu_runner.models.parameters import gradients, is_cross_attention_kv
+from cu_runner.models.parameters import TEXT_WEIGHTS, gradients
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.images import spread
 from cu_runner.request.name_sources import NameSource, earlier_targets, kept_names
@@ -73,20 +73,26 @@ def minimum_variance_direction(t: Tensor, C: Tensor, lam: float) -> Tensor:
 class NameTexts:
     """What the prompts of one name say at each of the name's own tokens, and elsewhere.
 
-    own: [n, D], mean over prompts at its n tokens. own_square: [n, D, D], mean of t t^T there.
-    around: [D, D], mean of t t^T over all other positions of its prompts.
+    own: [n, D], mean over prompts at its n tokens. own_squares: [D, D], sum over the tokens of the
+    mean of t t^T. around: [D, D], mean of t t^T over all other positions of its prompts.
     """
 
     own: Tensor
-    own_square: Tensor
+    own_squares: Tensor
     around: Tensor
 
 
 def name_texts(model: DiffusionModel, placed: list[tuple[str, str, str]]) -> NameTexts:
-    """Read the prompts of one name: P times (prompt, name, what comes before the name)."""
+    """Read the prompts of one name: P times (prompt, name, what comes before the name).
+
+    Of a name that is longer than some prompt has room for, the tokens that every prompt has count.
+    """
     hidden = model.encode_prompts([prompt for prompt, *_ in placed]).hidden.double()  # [P, L, D]
     spans = [model.token_span(name, prompt, before, partly=True) for prompt, name, before in placed]
-    own = torch.stack([row[span] for row, span in zip(hidden, spans, strict=True)])  # [P, n, D]
+    tokens = min(span.stop - span.start for span in spans)
+    own = torch.cat(
+        [row[span][:tokens] for row, span in zip(hidden, spans, strict=True)]
+    )  # [P * n, D]
     rest = torch.cat(
         [
             part
@@ -95,9 +101,7 @@ def name_texts(model: DiffusionModel, placed: list[tuple[str, str, str]]) -> Nam
         ]
     )
     return NameTexts(
-        own.mean(0),
-        torch.einsum("pnd,pne->nde", own, own) / len(own),
-        rest.T @ rest / len(rest),
+        own.unflatten(0, (-1, tokens)).mean(0), own.T @ own / len(hidden), rest.T @ rest / len(rest)
     )
 
 
@@ -109,40 +113,53 @@ class Direction:
     d: Tensor  # [D], d^T t = 1
     t: Tensor  # [D], what the text is at that token, mean over prompts
     token: int
-    ridge: float
+    ridge: float  # in units of |t|^2
 
 
 class KeptText:
-    """The text that a direction must not hear: the sum C of x x^T over it, and each name's share.
+    """The text that a direction must not hear: the sum C of x x^T over it, and each fold's share.
 
-    C = sum over names, at each of their own tokens, of E[x x^T]
-        + (number of names) (mean over all other positions of all prompts + the empty prompt's mean)
+    A name adds E[x x^T] at each of its own tokens, and the mean over all other positions of its
+    prompts and over those of the empty prompt. A target adds the latter two alone.
     """
 
-    def __init__(
-        self, names: list[NameTexts], targets: list[NameTexts], empty: Tensor, context: float
-    ) -> None:
-        """Sum up. empty: [L, D], the text of the empty prompt. context: weight of all that is not
-        a name.
+    def __init__(self, empty: Tensor, context: float) -> None:
+        """Begin with nothing. empty: [L, D], the text of the empty prompt. context: weight of all
+        that is not a name.
         """
-        every = [*names, *targets]
-        around = torch.stack([texts.around for texts in every]).mean(0)
-        around = around + empty.double().T @ empty.double() / len(empty)
-        self.positions = around  # [D, D]
-        self.folds = [
-            sum((texts.own_square.sum(0) for texts in names[fold::FOLDS]), torch.zeros_like(around))
-            for fold in range(FOLDS)
-        ]
-        self.states = [texts.own for texts in names]  # [n, D] each
-        self.number = len(every)
-        self.C = context * self.number * around + sum(self.folds)
+        self._empty = empty.double().T @ empty.double() / len(empty)
+        self._context = context
+        self.C = torch.zeros_like(self._empty)
+        self.elsewhere = torch.zeros_like(self._empty)  # sum over names, of what is not a name
+        self.folds = [torch.zeros_like(self._empty) for _ in range(FOLDS)]
+        self.states: list[Tensor] = []  # [n, D] of each name
+        self.number = 0  # of names and targets
 
-    def leak(self, t: Tensor, ridge: float) -> float:
-        """Return the rms of d^T x over own tokens x of names that the direction was not told of."""
+    def add_target(self, texts: NameTexts) -> None:
+        """Leave what surrounds a target alone."""
+        self.number += 1
+        self.elsewhere += texts.around + self._empty
+        self.C += self._context * (texts.around + self._empty)
+
+    def add(self, texts: NameTexts) -> None:
+        """Leave a name alone, and what surrounds it."""
+        square = texts.own_squares + self._context * (texts.around + self._empty)
+        self.number += 1
+        self.elsewhere += texts.around + self._empty
+        self.C += square
+        self.folds[len(self.states) % FOLDS] += square
+        self.states.append(texts.own)
+
+    def leak(self, t: Tensor, lam: float) -> float:
+        """Return the rms of d^T x over own tokens x of names that the direction was not told of.
+
+        Each fifth of the names in turn, with all of their prompts.
+        """
         heard = []
         for fold, square in enumerate(self.folds):
-            for_the_rest = minimum_variance_direction(t, self.C - square, ridge)
-            heard += [state @ for_the_rest for state in self.states[fold::FOLDS]]
+            if states := self.states[fold::FOLDS]:
+                d = minimum_variance_direction(t, self.C - square, lam)
+                heard += [state @ d for state in states]
         return torch.cat(heard).square().mean().sqrt().item()
 
     def record(self, chosen: Direction) -> dict[str, object]:
@@ -153,30 +170,31 @@ class KeptText:
         target_against_kept: (d^T t)^2 against what it hears of all that is left alone, d^T C d, for
         each name.
         """
-        heard = (torch.cat(self.states) @ chosen.d).square().mean()
-        elsewhere = chosen.d @ self.positions @ chosen.d
-        lam = chosen.ridge * chosen.t.square().sum().item()
+        d, lam = chosen.d, chosen.ridge * chosen.t.square().sum().item()
         return {
             "target": chosen.target,
             "token": chosen.token,
             "ridge": chosen.ridge,
-            "heard_of_names": heard.sqrt().item(),
+            "heard_of_names": (torch.cat(self.states) @ d).square().mean().sqrt().item(),
             "heard_of_unknown_names": self.leak(chosen.t, lam),
-            "heard_elsewhere": elsewhere.sqrt().item(),
-            "target_against_kept": self.number / (chosen.d @ self.C @ chosen.d).item(),
+            # each name's mean over its positions and that over the empty prompt's
+            "heard_elsewhere": (d @ self.elsewhere @ d / (2 * self.number)).sqrt().item(),
+            "target_against_kept": self.number / (d @ self.C @ d).item(),
         }
 
 
 class MinVar(Regularizer):
     """Confine the request's change of every cross-attention key and value to a d^T, and train a.
 
-    train.lr is the step of a in units of what the weight makes of the target's token (root mean
-    square of W t), so that one step size serves every target and every layer; the optimiser of
-    train.optimizer moves a alone. A method that sets the weights in closed form has its change S
-    taken at the target: (S t) d^T.
+    With Adam train.lr is the step of a in units of what the weight makes of the target's token
+    (root mean square of W t), so that one step size serves every target and every layer. The
+    optimiser of train.optimizer moves a alone, and the largest norm of train.grad_clip is that of
+    its gradient. A method that sets the weights in closed form has its change S taken at the
+    target: (S t) d^T.
     """
 
     acts_on = ("step",)
+    makes_step = True
 
     def __init__(
         self,
@@ -192,7 +210,7 @@ class MinVar(Regularizer):
         Args:
             ridge: weight of |d|^2 against the text that is left alone, in units of |t|^2; it stands
                 for names that nobody gave. None chooses it for every request: the one whose
-                directions, each made without a fifth of the names, are heard least by that fifth.
+                directions, each made without a fifth of the names, hear least of that fifth.
             context: weight of all other positions (begin, words around the name, end, padding,
                 empty prompt) against the names.
             token: at which of the name's own tokens the target is heard. "best" is the one that can
@@ -203,21 +221,23 @@ class MinVar(Regularizer):
                 {caption}; None is the sequence's target_prompt. {caption} runs through the
                 sequence's captions.
             prompts: of each name, at most so many.
-            settle: the fraction of the steps after which they are a third as large.
+            settle: the step size is multiplied by 0.3 after this fraction of the steps.
         """
         if contexts is not None:
             check_contexts(contexts, "reg.minvar.contexts")
         self.ridge, self.context, self.token, self.names = ridge, context, token, names
         self.contexts, self.prompts, self.settle = contexts, prompts, settle
 
+    def check(self, method: Method[Batch]) -> None:
+        """Refuse other weights than keys and values."""
+        if method.params not in TEXT_WEIGHTS:
+            raise ValueError(
+                "reg=minvar changes keys and values along one direction of the text, and "
+                f"method.params={method.params} trains other weights; choose method.params=kv_xattn"
+            )
+
     def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Choose a direction for each target, and return what it hears of the rest."""
-        free = [name for name in scope.params if not is_cross_attention_kv(name)]
-        if free:
-            raise ValueError(
-                f"reg.minvar changes keys and values along one direction of the text, and "
-                f"method.params trains {len(free)} other weights; choose method.params=kv_xattn"
-            )
         targets = [concept.prompt_name for concept in scope.request.targets]
         others = earlier_targets(scope)
         candidates = kept_names(scope, self.names)
@@ -227,10 +247,17 @@ class MinVar(Regularizer):
                 "reg.minvar.names: no name is left beside the target and the retained concepts; "
                 "give more names"
             )
-        texts = [name_texts(scope.model, self.placed(scope, name)) for name in [*targets, *others]]
-        own, rest = texts[: len(targets)], texts[len(targets) :]
-        kept = KeptText(rest, own, scope.model.encode_prompts([""]).hidden[0], self.context)
-        chosen = [self.direction(name, k, own, kept) for k, name in enumerate(targets)]
+        kept = KeptText(scope.model.encode_empty().hidden[0], self.context)
+        own = [name_texts(scope.model, self.placed(scope, name)) for name in targets]
+        for texts in own:
+            kept.add_target(texts)
+        for name in others:
+            kept.add(name_texts(scope.model, self.placed(scope, name)))
+        together = sum((texts.own_squares for texts in own), torch.zeros_like(kept.C))
+        chosen = [
+            self.direction(name, texts.own, kept, together - texts.own_squares)
+            for name, texts in zip(targets, own, strict=True)
+        ]
         self._D = torch.stack([direction.d for direction in chosen]).float()  # [T, D]
         self._T = torch.stack([direction.t for direction in chosen]).float()
         self._closed_form, self._train, self._steps = method.closed_form, scope.train, 0
@@ -255,28 +282,33 @@ class MinVar(Regularizer):
         ]
         return [in_context(name, context) for context in spread(contexts, self.prompts)]
 
-    def direction(self, name: str, k: int, own: list[NameTexts], kept: KeptText) -> Direction:
-        """Return the direction of target number k of the request, at the token that is chosen."""
-        C = kept.C + sum(
-            (texts.own_square.sum(0) for i, texts in enumerate(own) if i != k),
-            torch.zeros_like(kept.C),
-        )
-        places = {"best": range(len(own[k].own)), "first": [0], "last": [len(own[k].own) - 1]}
+    def direction(self, name: str, own: Tensor, kept: KeptText, others: Tensor) -> Direction:
+        """Return the direction of a target, at the token that is chosen.
+
+        Args:
+            own: [n, D], its text. others: [D, D], the sum over the other targets of the request.
+        """
+        C = kept.C + others
+        places = {"best": range(len(own)), "first": [0], "last": [len(own) - 1]}[self.token]
         found = []
-        for token in places[self.token]:
-            t = own[k].own[token]
-            if self.ridge is None:
-                ridge = min(RIDGES, key=lambda ridge: kept.leak(t, ridge * t.square().sum().item()))
-            else:
-                ridge = self.ridge
-            lam = ridge * t.square().sum().item()
-            d = minimum_variance_direction(t, C, lam)
-            found.append((d @ C @ d + lam * d @ d, Direction(name, d, t, token, ridge)))
-        return min(found, key=lambda pair: pair[0].item())[1]
+        for token in places:
+            t = own[token]
+            size = t.square().sum().item()
+            ridge = self.ridge or min(RIDGES, key=lambda ridge: kept.leak(t, ridge * size))
+            d = minimum_variance_direction(t, C, ridge * size)
+            left = (d @ C @ d + ridge * size * d @ d).item()
+            found.append((left, Direction(name, d, t, token, ridge)))
+        return min(found, key=lambda pair: pair[0])[1]
+
+    def on_gradients(self, params: dict[str, nn.Parameter]) -> None:
+        """Turn the gradients G [out, D] into those of a, G d, and leave none for the optimiser."""
+        for name, gradient in gradients(params).items():
+            self._a[name].grad = gradient @ self._D.T  # W = W_start + a D
+            params[name].grad = None
 
     @without_gradients
     def on_step(self, params: dict[str, nn.Parameter], before: dict[str, Tensor]) -> None:
-        """Put a step of a in the place of the optimiser's step."""
+        """Add a step of a; of a closed form, take its change at the targets."""
         if self._closed_form:
             for name, parameter in params.items():
                 parameter.copy_(before[name] + (parameter - before[name]) @ self._T.T @ self._D)
@@ -285,12 +317,13 @@ class MinVar(Regularizer):
         if self._steps == round(self.settle * self._train.steps) + 1:
             for group in self._optimizer.param_groups:
                 group["lr"] *= SETTLED
+        if self._train.grad_clip:
+            nn.utils.clip_grad_norm_(list(self._a.values()), self._train.grad_clip)
         last = {name: a.clone() for name, a in self._a.items()}
-        for name, gradient in gradients(params).items():
-            self._a[name].grad = gradient @ self._D.T  # W = W_start + a D
         self._optimizer.step()
+        self._optimizer.zero_grad()
         for name, parameter in params.items():
-            parameter.copy_(before[name] + (self._a[name] - last[name]) @ self._D)
+            parameter.add_((self._a[name] - last[name]) @ self._D)
 
     def state(self) -> dict[str, object]:
         """Return a, the moments of its optimiser, and how many steps it has taken."""

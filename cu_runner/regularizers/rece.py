@@ -58,6 +58,16 @@ class RECE(Regularizer):
         self.preserve = preserve
         self._sums = ConceptSums(functools.partial(pair_sums, tokens=tokens))
 
+    def check(self, method: Method[Batch]) -> None:
+        """Refuse a method that trains: it takes thousands of steps, and erasing after each would
+        be another method.
+        """
+        if not isinstance(method, ClosedForm):
+            raise ValueError(
+                "reg=rece erases what a closed form leaves, and this method trains step by step; "
+                "choose method=uce, speed, oce, dp or mace_fusion"
+            )
+
     def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Take the text of what the method solves for.
 
@@ -65,23 +75,14 @@ class RECE(Regularizer):
         ||W1 G c - W0 c|| / ||W0 c|| over its text and all weights, as the closed form leaves it and
         after each epoch. 0: a linear attacker has the concept back.
 
-        Raises:
-            ValueError: the method is no closed form. One that trains takes thousands of steps, and
-                erasing after each would be another method.
         """
-        if not isinstance(method, ClosedForm):
-            raise ValueError(
-                "reg=rece erases what a closed form leaves, and this method trains step by step; "
-                "choose method=uce, speed, oce, dp or mace_fusion"
-            )
-        solved = method.solved(scope)
         self._base = scope.base
-        self._total = self._sums.total(solved).matrices
+        self._total = self._sums.total(scope).matrices
         self._grams = {
-            concept.name: self._sums.of(solved, concept).matrices[0]
-            for concept in solved.request.targets
+            concept.name: self._sums.of(scope, concept).matrices[0]
+            for concept in scope.request.targets
         }
-        empty = scope.model.encode_prompts([""]).hidden[0].double()
+        empty = scope.model.encode_empty().hidden[0].double()
         self._preserved = empty.T @ empty
         self.unreached: dict[str, list[float]] = {name: [] for name in self._grams}
         return {"unreached": self.unreached}

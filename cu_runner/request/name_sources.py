@@ -60,6 +60,13 @@ def spellings(concepts: Iterable[Concept]) -> set[str]:
     }
 
 
+def mention(text: str, names: Iterable[str]) -> bool:
+    """Tell whether a text holds one of the names as whole words, however they are spelt."""
+    plain = " ".join(comparable(text).split())
+    words = (" ".join(comparable(name).split()) for name in names)
+    return any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", plain) for word in words)
+
+
 def earlier_targets(scope: Scope) -> list[str]:
     """Return what the weights had unlearned before this request, in order; as prompts name it."""
     targets = {concept.name for concept in scope.request.targets}

@@ -32,14 +32,43 @@ class TrainingReport:
 
 
 def check_composition(method: Method[Any], regularizers: dict[str, Regularizer]) -> None:
-    """Raise ValueError for a regularizer of the loss or gradient, and a method that has none."""
+    """Raise ValueError for regularizers that do not go with the method, or with one another.
+
+    One of the loss or gradient needs a method that has them. One that takes a step of its own would
+    undo what is done to gradients, and what was done to the optimiser's step before it.
+    """
     for name, regularizer in regularizers.items():
+        regularizer.check(method)
+        if regularizer.makes_step:
+            check_own_step(name, method, regularizers)
         idle = [stage for stage in regularizer.acts_on if stage in ("loss", "gradient")]
         if method.closed_form and idle:
             raise ValueError(
                 f"reg={name} acts on the {idle[0]}, and the method sets the weights in closed form "
                 "without one; choose a regularizer of the step (apply=update where it has that "
                 "option) or another method"
+            )
+
+
+def check_own_step(name: str, method: Method[Any], regularizers: dict[str, Regularizer]) -> None:
+    """Raise ValueError for what a regularizer with a step of its own would undo."""
+    if method.masks_step:
+        raise ValueError(
+            f"reg={name} takes a step of its own, and the method's mask of the optimiser's step "
+            "would be lost; choose another method"
+        )
+    earlier = True
+    for other, regularizer in regularizers.items():
+        earlier &= other != name
+        if "gradient" in regularizer.acts_on:
+            raise ValueError(
+                f"reg={name} takes a step of its own from the gradients, and reg={other} changes "
+                f"these; use reg.{other}.apply=update after it: reg=[{name},{other}]"
+            )
+        if earlier and "step" in regularizer.acts_on:
+            raise ValueError(
+                f"reg={name} takes a step of its own, and reg={other} before it would not see it; "
+                f"put {name} first: reg=[{name},{other}]"
             )
 
 
@@ -75,10 +104,13 @@ class Training:
             parameter.requires_grad_(True)
         stage("method")
         method.begin_request(scope)
+        # a cumulative closed form solves for all targets so far, from the untouched weights
+        solved = method.solved(scope)
+        self._from = None if solved is scope else solved.start
         self._records = {}
         for name, regularizer in regularizers.items():
             stage(f"reg.{name}")
-            self._records[name] = regularizer.begin_request(scope, method)
+            self._records[name] = regularizer.begin_request(solved, method)
         stage("training")
         self._edits_step = any(
             "step" in regularizer.acts_on for regularizer in regularizers.values()
@@ -112,7 +144,9 @@ class Training:
             regularizer.on_gradients(scope.params)
         if self._settings.grad_clip:
             nn.utils.clip_grad_norm_(self._params, self._settings.grad_clip)
-        before = snapshot(scope.params) if self._edits_step else {}
+        before = {}
+        if self._edits_step:
+            before = self._from or snapshot(scope.params)
         method.update(scope, self._optimizer)
         for regularizer in regularizers:
             regularizer.on_step(scope.params, before)

@@ -11,6 +11,7 @@ everything else, for each name. Nothing is trained. Styles and objects unless se
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from unittest import mock
 
@@ -109,8 +110,9 @@ def carried(
                 donor = replaced[image.concept]
                 cross = Concept(image.cross, sequence.cross_domain)
                 both = [image.prompt, sequence.evaluation_prompt(donor, cross)]
-                own, other = model.encode_prompts(both).hidden
-                texts[image.prompt] = Text(patched(own, other, places)[None])
+                text = model.encode_prompts(both)
+                mixed = patched(*text.hidden, places)
+                texts[image.prompt] = dataclasses.replace(text[:1], hidden=mixed[None])
                 shown.append((image, donor.name))
         with saying(model, texts):
             batches = generate(
@@ -150,7 +152,7 @@ def told_apart(model: DiffusionModel, sequence: Sequence, group: str) -> list[fl
         prompts = sequence.prompts_naming(name)
         hidden = model.encode_prompts(prompts).hidden.double()
         places = [groups_of(model, name, prompt).get(group) for prompt in prompts]
-        if places[0] is None:
+        if None in places:
             continue
         states[name] = torch.stack(
             [row[own].mean(0) for row, own in zip(hidden, places, strict=True)]

@@ -14,6 +14,7 @@ from cu_runner.methods.conabl import ConAbl
 from cu_runner.models.parameters import is_cross_attention_kv
 from cu_runner.regularizers.merge import Merge, regression, ties
 from cu_runner.request.images import RetainSet
+from cu_runner.runner.training import check_composition
 
 ROWS = torch.tensor([[1.0, -2.0, 3.0, 0.0], [-1.0, -4.0, 1.0, 2.0], [2.0, 3.0, -1.0, 0.0]])
 
@@ -269,18 +270,13 @@ def test_regression_takes_the_text_of_the_requests_so_far(make_scope, sequence):
         assert found[name].dtype == torch.float32
 
 
-def test_regression_refuses_weights_that_read_no_text(make_scope):
-    merge = Merge("regression")
-    assert merge.begin_request(make_scope(), ConAbl()) == {}
-    words = (
-        r"^reg\.merge\.rule=regression merges by the text .* 22 trained weights read none, such as "
-    )
-    with pytest.raises(ValueError, match=words.replace("22", r"\d+")):
-        merge.begin_request(make_scope(group="xattn"), ConAbl())
-    deltas = stacks(2)
-    with pytest.raises(ValueError, match=words.replace("22", "2") + "a; choose"):
-        merge.post_request(list(deltas), deltas.get, make_scope())
-    assert Merge("uniform").begin_request(make_scope(group="xattn"), ConAbl()) == {}
+def test_regression_refuses_weights_that_read_no_text():
+    check_composition(ConAbl(), {"merge": Merge("regression")})
+    check_composition(ConAbl(params="xattn"), {"merge": Merge("uniform")})
+    with pytest.raises(
+        ValueError, match=r"method\.params=xattn trains weights that read none; choose"
+    ):
+        check_composition(ConAbl(params="xattn"), {"merge": Merge("regression")})
 
 
 # --------------------------------------------------------------------------------------------- runs

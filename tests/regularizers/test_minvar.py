@@ -10,11 +10,16 @@ from conftest import SMOKE, run_directory
 from doubles import Pull
 
 from cu_runner.methods.conabl import ConAbl
+from cu_runner.methods.salun import SalUn
 from cu_runner.methods.uce import UCE
 from cu_runner.models.parameters import assign, snapshot, subtract
-from cu_runner.regularizers.minvar import MinVar, minimum_variance_direction, name_texts
+from cu_runner.regularizers.merge import Merge
+from cu_runner.regularizers.minvar import RIDGES, MinVar, minimum_variance_direction, name_texts
+from cu_runner.regularizers.nullspace import NullSpace
+from cu_runner.regularizers.selft import SelFT
+from cu_runner.request.name_sources import NameSource
 from cu_runner.request.text_subspace import in_context
-from cu_runner.runner.training import erase
+from cu_runner.runner.training import Training, check_composition, erase
 
 
 def rows(number: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -77,8 +82,8 @@ def test_texts_of_a_name_are_split_at_its_own_tokens(model):
     )
     assert len(first) == len(second) == len(texts.own) == 2
     torch.testing.assert_close(texts.own, (hidden[0, first] + hidden[1, second]) / 2)
-    one = hidden[0, first[1]], hidden[1, second[1]]
-    torch.testing.assert_close(texts.own_square[1], sum(torch.outer(x, x) for x in one) / 2)
+    own = [*hidden[0, first], *hidden[1, second]]
+    torch.testing.assert_close(texts.own_squares, sum(torch.outer(x, x) for x in own) / 2)
     rest = [hidden[0, i] for i in range(hidden.shape[1]) if i not in first]
     rest += [hidden[1, i] for i in range(hidden.shape[1]) if i not in second]
     torch.testing.assert_close(texts.around, sum(torch.outer(x, x) for x in rest) / len(rest))
@@ -157,9 +162,13 @@ def test_the_best_token_is_the_one_that_is_told_apart_best(started):
 def test_the_ridge_is_the_one_by_which_unknown_names_are_heard_least(started):
     _, _, record = started(token="first")
     chosen = record["targets"][0]
-    for ridge in (chosen["ridge"] / 10, chosen["ridge"] * 10):
+    heard = {}
+    for ridge in RIDGES:
         _, _, other = started(token="first", ridge=ridge)
-        assert other["targets"][0]["heard_of_unknown_names"] > chosen["heard_of_unknown_names"]
+        heard[ridge] = other["targets"][0]["heard_of_unknown_names"]
+    assert min(heard, key=heard.get) == chosen["ridge"]
+    assert heard[chosen["ridge"]] == pytest.approx(chosen["heard_of_unknown_names"])
+    assert max(heard.values()) > 2 * min(heard.values())
 
 
 @pytest.mark.parametrize(
@@ -174,11 +183,43 @@ def test_bad_options_are_refused(options, said):
         MinVar(**options)
 
 
-def test_other_weights_than_keys_and_values_are_refused(make_scope):
-    with pytest.raises(
-        ValueError, match=r"trains \d+ other weights; choose method.params=kv_xattn"
-    ):
-        MinVar().begin_request(make_scope(group="xattn"), ConAbl(num_anchors=4))
+def test_a_name_that_is_cut_counts_as_far_as_every_prompt_has_it(started, model, tmp_path):
+    """Twenty words do not fit; of two contexts the second leaves less room."""
+    file = tmp_path / "names.txt"
+    file.write_text("blaze river plum " * 7 + "\nglacier")
+    contexts = ("{concept}", "a ball in the style of {concept}")
+    source = NameSource("file", str(file))
+    _, _, record = started(names=source, contexts=contexts)
+    assert record["kept_names"] == 2
+    placed = [in_context("blaze river plum " * 7 + "blaze", context) for context in contexts]
+    texts = name_texts(model, placed)
+    assert (
+        len(texts.own)
+        == model.num_tokens - 1 - model.token_span("plum", "a ball in the style of plum").start
+    )
+
+
+def test_other_weights_than_keys_and_values_are_refused():
+    with pytest.raises(ValueError, match=r"method\.params=xattn trains other weights; choose"):
+        check_composition(ConAbl(params="xattn"), {"minvar": MinVar()})
+
+
+@pytest.mark.parametrize(
+    ("method", "others", "said"),
+    [
+        (SalUn(num_images=4), {}, "the method's mask of the optimiser's step would be lost"),
+        (ConAbl(), {"nullspace": NullSpace()}, r"put minvar first: reg=\[minvar,nullspace\]"),
+        (ConAbl(), {"selft": SelFT(0.1)}, r"use reg\.selft\.apply=update after it: reg=\[minvar,"),
+    ],
+)
+def test_what_its_own_step_would_undo_is_refused(method, others, said):
+    with pytest.raises(ValueError, match=said):
+        check_composition(method, {**others, "minvar": MinVar()})
+
+
+def test_what_follows_its_step_is_composed_with():
+    after = {"minvar": MinVar(), "selft": SelFT(0.1, apply="update"), "merge": Merge()}
+    check_composition(ConAbl(), after)
 
 
 # --------------------------------------------------------------------------------------- the change
@@ -246,11 +287,60 @@ def test_steps_settle(make_scope, settings):
         before = snapshot(scope.params)
         for parameter in scope.params.values():
             parameter.grad = torch.ones_like(parameter)
+        regularizer.on_gradients(scope.params)
         regularizer.on_step(scope.params, before)
         seen.append((scope.params[name] - before[name]).norm().item())
     assign(scope.params, scope.base)
     assert seen[:6] == pytest.approx([seen[0]] * 6, rel=1e-3)
     assert seen[6:] == pytest.approx([0.3 * seen[0]] * 4, rel=1e-3)
+
+
+def test_a_mask_after_it_holds(make_scope, settings):
+    """[minvar, selft] with apply=update: what is masked stays bitwise."""
+    chosen = settings(steps=2, lr=0.1)
+    scope = dataclasses.replace(make_scope(), train=chosen)
+    mask = SelFT(0.1, apply="update", num_batches=1)
+    erase(scope, ConAbl(num_anchors=4), {"minvar": MinVar(), "selft": mask}, chosen)
+    change = subtract(scope.params, scope.base)
+    assign(scope.params, scope.base)
+    moved = sum(int((delta != 0).sum()) for delta in change.values())
+    allowed = sum(int(part.sum()) for part in mask._mask.values())
+    assert 0 < moved <= allowed
+    assert all(not delta[~mask._mask[name]].any() for name, delta in change.items())
+
+
+def test_the_optimiser_of_the_request_has_nothing_to_move(make_scope, settings):
+    """No moments of keys and values are made, and the largest norm is that of a's gradient."""
+    chosen = settings(steps=1, lr=0.1, optimizer="sgd", grad_clip=1e-3, weight_decay=0.0)
+    scope, regularizer = dataclasses.replace(make_scope(), train=chosen), MinVar(settle=1.0)
+    training = Training(scope, Pull(), {"minvar": regularizer}, chosen)
+    training.step()
+    assert not training._optimizer.state
+    moved = {name: regularizer._a[name] for name in scope.params}
+    sizes = {name: (scope.base[name] @ regularizer._T[0]).square().mean().sqrt() for name in moved}
+    gradient = torch.cat([(moved[name] / sizes[name]).flatten() for name in moved]) / 0.1
+    assert gradient.norm().item() == pytest.approx(1e-3, rel=1e-3)
+    assign(scope.params, scope.base)
+
+
+def test_a_cumulative_closed_form_is_taken_at_all_targets_in_any_order(make_scope, settings):
+    """The second request of either order ends with the same weights, along both directions."""
+    found = []
+    for reverse in (False, True):
+        scope = make_scope(request=2)
+        listed = scope.request.listed[::-1] if reverse else scope.request.listed
+        scope = dataclasses.replace(
+            scope, request=dataclasses.replace(scope.request, listed=listed)
+        )
+        with torch.no_grad():  # whatever the request before has left
+            for parameter in scope.params.values():
+                parameter += 0.01 if reverse else 0.02
+        regularizer = MinVar()
+        erase(scope, UCE(cumulative=True), {"minvar": regularizer}, settings())
+        found.append(subtract(scope.params, scope.base))
+        assign(scope.params, scope.base)
+        assert regularizer._D.shape[0] == 2
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 # ------------------------------------------------------------------------------------------ command

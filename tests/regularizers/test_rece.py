@@ -11,7 +11,7 @@ from cu_runner.methods.uce import UCE
 from cu_runner.models.parameters import snapshot
 from cu_runner.regularizers.rece import RECE, derived_map, erased_again
 from cu_runner.request.images import RetainSet
-from cu_runner.runner.training import Training, erase
+from cu_runner.runner.training import Training, check_composition, erase
 
 WIDTH = 6
 NAMES = RetainSet("names", prompts=8)
@@ -121,9 +121,9 @@ def test_a_request_that_goes_on_has_its_record(make_scope, settings):
     assert len(found["rece"]["unreached"]["torch light"]) == 2
 
 
-def test_methods_that_train_are_refused_in_one_line(make_scope, in_process):
+def test_methods_that_train_are_refused_in_one_line(in_process):
     with pytest.raises(ValueError, match=r"^reg=rece erases what a closed form leaves"):
-        RECE().begin_request(make_scope(), ConAbl())
+        check_composition(ConAbl(), {"rece": RECE()})
     status, _, err = in_process(
         "sequence=smoke", "reg=rece", "reg.rece.epochs=0", "method=uce", "wandb.mode=disabled"
     )

@@ -189,7 +189,7 @@ def test_alone_a_process_is_the_only_one():
 
 @pytest.mark.parametrize(
     "cell",
-    [pytest.param(cell, marks=[] if cell == "conabl" else pytest.mark.slow) for cell in CELLS],
+    [pytest.param(cell, marks=[] if cell == "conabl, sgd" else pytest.mark.slow) for cell in CELLS],
 )
 def test_two_processes_make_what_one_makes(in_process, tmp_path, cell):
     status, out, err = in_process(*COMMON, *CELLS[cell], "paths.outputs=one")
