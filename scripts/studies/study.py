@@ -45,9 +45,10 @@ STABLE_DIFFUSION = (
 
 def regularizers() -> list[str]:
     """Return the public names of conf/reg for a method that trains: none, those alone, then the
-    combinations. rece goes with closed forms alone.
+    combinations. rece goes with closed forms alone; recommended is another name for minvar.
     """
-    names = sorted({path.stem for path in (config_dir() / "reg").glob("*.yaml")} - {"rece"})
+    files = {path.stem for path in (config_dir() / "reg").glob("*.yaml")}
+    names = sorted(files - {"rece", "recommended"})
     return sorted(names, key=lambda name: (name != "none", "_" in name))
 
 

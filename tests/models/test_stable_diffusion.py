@@ -223,6 +223,16 @@ def test_sdxl_without_zeros_for_the_empty_prompt(pipelines, pipeline_of):
     assert model.fingerprint() != zeroed.fingerprint()
 
 
+def test_the_empty_prompt_of_sdxl_as_its_encoders_make_it(pipelines):
+    """Guidance reads zeros; what closed forms hold is the begin that every prompt has."""
+    model = load(pipelines["sdxl"])
+    assert not model.encode_prompts([""]).hidden.any()
+    empty, other = model.encode_empty().hidden[0], model.encode_prompts(["a red ball"]).hidden[0]
+    assert empty[0].norm() > 1
+    torch.testing.assert_close(empty[0], other[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(empty[1], other[1], atol=1e-2)
+
+
 def test_text_of_sdxl(pipelines):
     """Last but one layer of both encoders side by side; the projection of the second."""
     model = load(pipelines["sdxl"])
