@@ -176,8 +176,7 @@ class Bench:
             self.base,
             self.base,
             RandomSource(0, 1),
-            settings.batch_size,
-            steps,
+            settings,
             anchors,
         )
         synchronize(self.model.device)

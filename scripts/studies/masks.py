@@ -101,8 +101,7 @@ def make_masks(plan: RunConfig, model: DiffusionModel) -> Iterator[Mask]:
             start=weights.base,
             base=weights.base,
             rng=RandomSource(spine.seed, request.index),
-            batch_size=spine.train.batch_size,
-            steps=spine.train.steps,
+            train=spine.train,
             anchors=images.latents,
         )
         key = {
