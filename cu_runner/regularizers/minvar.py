@@ -200,7 +200,7 @@ class MinVar(Regularizer):
         self,
         ridge: PositiveFloat | None = None,
         context: NonNegativeFloat = 1.0,
-        token: Literal["best", "first", "last"] = "best",
+        token: Literal["best", "first", "last", "all"] = "best",
         names: NameSource = NameSource(),
         contexts: tuple[str, ...] | None = None,
         prompts: PositiveInt = 24,
@@ -214,7 +214,8 @@ class MinVar(Regularizer):
             context: weight of all other positions (begin, words around the name, end, padding,
                 empty prompt) against the names.
             token: at which of the name's own tokens the target is heard. "best" is the one that can
-                be told apart best from what is left alone: the largest t^T (C + lam I)^-1 t.
+                be told apart best from what is left alone: the largest t^T (C + lam I)^-1 t. "all"
+                takes a direction at each of them.
             names: the names that are left alone besides the earlier targets. The target is never
                 one of them.
             contexts: the prompts in which names and targets are encoded, with {concept} and
@@ -255,10 +256,11 @@ class MinVar(Regularizer):
             kept.add(name_texts(scope.model, self.placed(scope, name)))
         together = sum((texts.own_squares for texts in own), torch.zeros_like(kept.C))
         chosen = [
-            self.direction(name, texts.own, kept, together - texts.own_squares)
+            direction
             for name, texts in zip(targets, own, strict=True)
+            for direction in self.directions(name, texts.own, kept, together - texts.own_squares)
         ]
-        self._D = torch.stack([direction.d for direction in chosen]).float()  # [T, D]
+        self._D = torch.stack([direction.d for direction in chosen]).float()  # [directions, D]
         self._T = torch.stack([direction.t for direction in chosen]).float()
         self._closed_form, self._train, self._steps = method.closed_form, scope.train, 0
         heard = {
@@ -266,7 +268,7 @@ class MinVar(Regularizer):
             for name, weight in scope.base.items()
         }
         self._a = {
-            name: weight.new_zeros(len(weight), len(targets)) for name, weight in scope.base.items()
+            name: weight.new_zeros(len(weight), len(chosen)) for name, weight in scope.base.items()
         }
         self._optimizer = make_optimizer(
             list(self._a.values()), scope.train, [heard[name] for name in self._a]
@@ -282,14 +284,14 @@ class MinVar(Regularizer):
         ]
         return [in_context(name, context) for context in spread(contexts, self.prompts)]
 
-    def direction(self, name: str, own: Tensor, kept: KeptText, others: Tensor) -> Direction:
-        """Return the direction of a target, at the token that is chosen.
+    def directions(self, name: str, own: Tensor, kept: KeptText, others: Tensor) -> list[Direction]:
+        """Return the direction of a target at the token that is chosen, or that of each.
 
         Args:
             own: [n, D], its text. others: [D, D], the sum over the other targets of the request.
         """
         C = kept.C + others
-        places = {"best": range(len(own)), "first": [0], "last": [len(own) - 1]}[self.token]
+        places = {"first": [0], "last": [len(own) - 1]}.get(self.token, range(len(own)))
         found = []
         for token in places:
             t = own[token]
@@ -298,7 +300,9 @@ class MinVar(Regularizer):
             d = minimum_variance_direction(t, C, ridge * size)
             left = (d @ C @ d + ridge * size * d @ d).item()
             found.append((left, Direction(name, d, t, token, ridge)))
-        return min(found, key=lambda pair: pair[0])[1]
+        if self.token == "best":
+            return [min(found, key=lambda pair: pair[0])[1]]
+        return [direction for _, direction in found]
 
     def on_gradients(self, params: dict[str, nn.Parameter]) -> None:
         """Turn the gradients G [out, D] into those of a, G d, and leave none for the optimiser."""

@@ -157,6 +157,9 @@ def test_the_best_token_is_the_one_that_is_told_apart_best(started):
     assert best in (found["first"], found["last"])
     other = next(entry for entry in found.values() if entry["token"] != best["token"])
     assert best["target_against_kept"] > other["target_against_kept"]
+    regularizer, _, record = started(token="all", ridge=0.01)
+    assert record["targets"] == [found["first"], found["last"]]
+    assert regularizer._D.shape[0] == 2
 
 
 def test_the_ridge_is_the_one_by_which_unknown_names_are_heard_least(started):
