@@ -29,6 +29,9 @@ from cu_runner.methods.speed import SPEED
 from cu_runner.methods.uce import UCE
 from cu_runner.models.parameters import assign, snapshot
 from cu_runner.models.text import PromptEncoder
+from cu_runner.regularizers.gradproj import GradProj
+from cu_runner.regularizers.minvar import MinVar
+from cu_runner.regularizers.nullspace import NullSpace
 from cu_runner.regularizers.rece import RECE
 from cu_runner.request.images import RetainSet
 from cu_runner.runner.training import erase
@@ -94,13 +97,25 @@ def test_the_order_of_requests_changes_no_bit(serve, four, name):
         assert all(torch.equal(found[key], weight) for key, weight in first.items())
 
 
-def test_neither_does_it_with_rece_on_top(serve, four):
+ON_TOP = {
+    "rece": lambda: RECE(),
+    "gradproj": lambda: GradProj(apply="update"),
+    "nullspace": lambda: NullSpace(),
+    "minvar": lambda: MinVar(prompts=2),
+}
+
+
+@pytest.mark.parametrize("name", ON_TOP)
+def test_neither_does_it_with_a_regularizer_of_the_step_on_top(serve, four, name):
+    """It acts on the change from the untouched weights, of all targets so far."""
     weights = [
-        serve(UCE(cumulative=True, retain=NAMES), each, requests, {"rece": RECE()})
+        serve(UCE(cumulative=True, retain=NAMES), each, requests, {name: ON_TOP[name]()})
         for each in (four, dataclasses.replace(four, targets=four.targets[::-1]))
         for requests in [plan_requests(each, "sequential")[2:]]
     ]
+    plain = serve(UCE(cumulative=True, retain=NAMES), four, plan_requests(four, "sequential")[3:])
     assert all(torch.equal(weights[1][key], weight) for key, weight in weights[0].items())
+    assert not all(torch.equal(plain[key], weight) for key, weight in weights[0].items())
 
 
 @pytest.mark.parametrize("name", METHODS)
