@@ -132,10 +132,8 @@ class DiffusionModel:
         return self._prompts(prompts)
 
     def encode_empty(self) -> Text:
-        """Return the text of the empty prompt as the encoders make it, in fp32.
-
-        encode_prompts([""]) is what guidance reads, which is zeros for a pipeline that says so
-        (SDXL).
+        """Return the text of the empty prompt as the encoders make it, where guidance reads zeros
+        too (SDXL).
         """
         return self._prompts.encode_empty()
 

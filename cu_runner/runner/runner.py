@@ -213,11 +213,9 @@ class Runner:
         place = {"parent": parent.sha256, "signature": self.store.signature}
         saved = SavedState(self._checkpoint, request, key | place, self.plan)
         self.store.goes_on |= saved.mixed
+        loss_left, measure = LossLeft(scope, parts.method), self._unlearning_accuracy
         early_stop = EarlyStop(
-            self.plan.setting,
-            lambda: self._unlearning_accuracy(request),
-            saved.early_stop,
-            LossLeft(scope, parts.method),
+            self.plan.setting, lambda: measure(request), saved.early_stop, loss_left
         )
         report = erase(
             scope,

@@ -42,7 +42,7 @@ CONFIGURATION = [
     (["train.weight_decay=inf"], ["train.weight_decay=inf", "finite"]),
     (["eval.guidance=0.5"], ["eval.guidance=0.5", "greater than or equal to 1"]),
     (["eval.batch_size=0"], ["eval.batch_size=0", "greater than 0"]),
-    (["method.loss=both"], ["method.loss='both'", "'model' or 'noise'"]),
+    (["method.loss=both"], ["method.loss='both'", "'model', 'output' or 'noise'"]),
     (["method.num_anchors=-4"], ["method.num_anchors=-4", "greater than 0"]),
     (
         ["method.params=everything"],

@@ -110,8 +110,8 @@ def test_a_tree_that_is_not_there(command, call_command):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["method=owm"], "method=owm: no such file in conf/method; allowed: conabl, erasediff"),
-        (["method=owm"], ", likelihood, own, random_label"),
+        (["method=owm"], "method=owm: no such file in conf/method; allowed: conabl, dp, erasediff"),
+        (["method=owm"], ", likelihood, mace_fusion, oce, own, random_label"),
         (["method=own", ALLOWED, "method.strengh=2"], "did you mean method.strength?"),
         (["method=own", ALLOWED, "method.strength=x"], "method.strength='x'"),
         (["method=own"], f"allow it: {ALLOWED}"),
