@@ -270,6 +270,7 @@ def test_all_targets_so_far_are_solved_for_from_the_untouched_weights(make_scope
         torch.testing.assert_close(parameter.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_runs_in_either_order_end_with_the_same_bits(in_process, filled_cache, tmp_path):
     deltas = []
     for order in ("paper", "reversed"):

@@ -353,6 +353,7 @@ def test_regression_of_trainings_that_were_cached(
         assert weights.norm() > 0.01 * tau[0][name].norm()
 
 
+@pytest.mark.slow
 def test_gradproj_merge_shares_with_gradproj_and_resumes_bitwise(
     in_process, filled_cache, tmp_path
 ):

@@ -85,6 +85,7 @@ def test_a_request_is_measured_with_the_whole_sequence_and_the_rest_projected(be
     assert number(r"start-up ([\d.]+) s", one) / 60 < number(r": ([\d.]+) min", whole) + 0.1
 
 
+@pytest.mark.slow
 def test_a_request_of_celebrities_with_random_judges(
     bench, forked, random_pipeline, pipelines, tmp_path
 ):

@@ -825,6 +825,7 @@ def test_a_study_from_end_to_end(script, call, run_copy, tmp_path, jobs_in_forks
     assert (tmp_path / "found/diagnostic.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_scaling_from_end_to_end(script, call, filled_cache, tmp_path, jobs_in_forks, monkeypatch):
     monkeypatch.setattr(script("scaling"), "REGULARIZERS", ())
     small = [word for word in SMOKE if not word.startswith("method.")]  # UCE has no anchors

@@ -227,6 +227,7 @@ def test_interventions_of_seeds_by_hand():
     assert math.isnan(row["RA_C to"])
 
 
+@pytest.mark.slow
 def test_taylor_from_end_to_end(call, run_copy, tmp_path, jobs_in_forks, monkeypatch):  # noqa: F811
     monkeypatch.setattr(taylor, "SEEDS", (0,))
     monkeypatch.setattr(taylor, "IMAGES", 4)
@@ -310,6 +311,7 @@ def test_every_pair_that_differs_in_one_thing_is_compared():
     )
 
 
+@pytest.mark.slow
 def test_masks_from_end_to_end(call, filled_cache, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(masks, "SEEDS", (0, 1))
     monkeypatch.setattr(masks, "METHODS", {"conabl": []})
