@@ -81,12 +81,15 @@ def run_job(config: DictConfig) -> None:
     from cu_runner.config.command import recorded_command, words_of
     from cu_runner.config.compose import parse
     from cu_runner.runner.forecast import forecast
+    from cu_runner.runner.training import check_composition
     from cu_runner.store.signature import signature
 
     plan = parse(config)
     outputs = Path(plan.spine.paths.outputs)
     distributed.start(plan.spine.device)
     if plan.spine.dry_run:
+        regularizers = {name: node.build() for name, node in plan.regularizers.items()}
+        check_composition(plan.method.build(), regularizers)
         say(forecast(plan))
         return
     note_job(run=str(plan.directory.absolute()))

@@ -354,3 +354,19 @@ def test_a_context_with_wrong_placeholders(in_process, context):
     assert_one_line(
         in_process(*SMOKE, *overrides), 2, [f"reg.gradproj.contexts: '{context}'", "{concept}"]
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["method=uce", "reg=l2"], "reg=l2 acts on the loss"),
+        (["reg=rece"], "reg=rece erases what a closed form leaves"),
+        (["reg=[nullspace,minvar]"], "put minvar first: reg=[minvar,nullspace]"),
+        (["reg=minvar", "method.params=full"], "choose method.params=kv_xattn"),
+        (["reg=minvar", "method=salun"], "mask of the optimiser's step would be lost"),
+    ],
+)
+def test_a_composition_that_cannot_run_is_no_plan_either(in_process, words, said):
+    status, out, err = in_process("sequence=smoke", *words, "dry_run=true", "wandb.mode=disabled")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert said in err
