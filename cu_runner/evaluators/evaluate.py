@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from cu_runner.evaluators.base import Evaluator
 from cu_runner.evaluators.grid import to_picture
 from cu_runner.evaluators.metrics import FACE_COLUMNS
 from cu_runner.models.diffusion import DiffusionModel
-from cu_runner.models.sampling import generate, not_finite
+from cu_runner.models.sampling import in_batches, not_finite, sample_images
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import pd, torch, without_gradients
 from cu_runner.schema.settings import EvalSettings
@@ -73,45 +74,21 @@ def evaluate(
         SamplingError: an image is not finite.
     """
     wanted = sequence.evaluation_images(concepts)
-    batches = [
-        range(start, min(start + settings.batch_size, len(wanted)))
-        for start in range(0, len(wanted), settings.batch_size)
-    ]
-    # of several processes each takes whole batches: the images are those of a single one, bitwise
-    own = [place for batch in batches[distributed.rank() :: distributed.size()] for place in batch]
     cells = [(image.concept, image.cross) for image in wanted]
-    shown_first = {cells.index(cell) for cell in set(cells)}  # what the grid shows
-    found: list[Seen | None] = []  # of every image of this process that is done
 
-    def look(images: Tensor) -> list[Seen | None]:
-        """Name what a batch of images shows; None for all of them where one is not finite."""
-        if not images.isfinite().all():
-            return [None] * len(images)
-        if settings.jpeg is not None:
-            images = through_jpeg(images, settings.jpeg)
-        rows = classify(evaluator, images, sequence)
-        return [
-            Seen(row, to_picture(image) if place in shown_first else None)
-            for place, row, image in zip(own[len(found) :], rows, images, strict=False)
-        ]
+    def draw(places: list[int], on_step: Callable[[float], None]) -> Tensor:
+        prompts, seeds = zip(*((wanted[i].prompt, wanted[i].seed) for i in places), strict=True)
+        return sample_images(model, list(prompts), list(seeds), settings, on_step)
 
-    prompts, seeds = [wanted[place].prompt for place in own], [wanted[place].seed for place in own]
-    with distributed.alone():
-        for batch in generate(
-            model,
-            prompts,
-            seeds,
-            settings,
-            batch_size=settings.batch_size,
-            label="evaluate",
-            transform=look,
-        ):
-            found += batch
-    parts = distributed.in_turn(dict(zip(own, found, strict=True)))
-    seen = {place: image for part in parts for place, image in part.items() if image is not None}
-    if len(seen) < len(wanted):
-        after = f"after request {step}" if step else "of the untouched model"
-        raise not_finite(model, f"the images {after}", step)
+    seen = look_at(
+        Judge(model, evaluator, sequence, settings),
+        len(wanted),
+        draw,
+        "evaluate",
+        f"the images {f'after request {step}' if step else 'of the untouched model'}",
+        step,
+        pictured={cells.index(cell) for cell in set(cells)},  # what the grid shows
+    )
     table, thumbnails = [], {}
     for place, shown in enumerate(wanted):
         row: dict[str, str | int | float] = {
@@ -125,6 +102,69 @@ def evaluate(
         if picture := seen[place].picture:
             thumbnails[cells[place]] = picture
     return Evaluation(pd.DataFrame(table), thumbnails)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What names the content of a model's images, in the domains of a sequence."""
+
+    model: DiffusionModel
+    evaluator: Evaluator
+    sequence: Sequence
+    settings: EvalSettings
+
+
+def look_at(
+    judge: Judge,
+    number: int,
+    draw: Callable[[list[int], Callable[[float], None]], Tensor],
+    label: str,
+    what: str,
+    step: int,
+    pictured: Container[int] = (),
+) -> list[Seen]:
+    """Make images batch by batch and name what each shows, in their order.
+
+    Of several processes each takes whole batches: the images are those of a single one, bitwise.
+
+    Args:
+        number: of images.
+        draw: makes a batch [B, 3, S, S] of those at some places, and tells which share is done.
+        label: what the progress bar says. what: the images, in words. step: request, of an error.
+        pictured: places of which the picture is kept.
+
+    Raises:
+        SamplingError: an image is not finite.
+    """
+    model, settings = judge.model, judge.settings
+    batches = [
+        range(start, min(start + settings.batch_size, number))
+        for start in range(0, number, settings.batch_size)
+    ]
+    own = [place for batch in batches[distributed.rank() :: distributed.size()] for place in batch]
+    found: list[Seen | None] = []  # of every image of this process that is done
+
+    def look(rows: slice, on_step: Callable[[float], None]) -> list[Seen | None]:
+        """Name what a batch of images shows; None for all of them where one is not finite."""
+        images = draw(own[rows], on_step)
+        if not images.isfinite().all():
+            return [None] * len(images)
+        if settings.jpeg is not None:
+            images = through_jpeg(images, settings.jpeg)
+        named = classify(judge.evaluator, images, judge.sequence)
+        return [
+            Seen(row, to_picture(image) if place in pictured else None)
+            for place, row, image in zip(own[rows], named, images, strict=True)
+        ]
+
+    with distributed.alone():
+        for batch in in_batches(model, len(own), settings.batch_size, label, look):
+            found += batch
+    parts = distributed.in_turn(dict(zip(own, found, strict=True)))
+    seen = {place: image for part in parts for place, image in part.items() if image is not None}
+    if len(seen) < number:
+        raise not_finite(model, what, step)
+    return [seen[place] for place in range(number)]
 
 
 def through_jpeg(images: Tensor, quality: int) -> Tensor:

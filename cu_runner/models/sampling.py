@@ -5,17 +5,16 @@ Shapes: B batch, C latent channels, H W latent size, S image side.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.schedulers import DEFAULTED, build_scheduler, find_scheduler
+from cu_runner.models.trajectory import Trajectory
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import torch, without_gradients
 from cu_runner.runtime.progress import Progress
-from cu_runner.runtime.seeding import derive_seed, image_noise
 from cu_runner.schema.errors import SamplingError
 from cu_runner.schema.settings import Sampler
 
@@ -78,16 +77,35 @@ def generate(
     Yields:
         [B, 3, S, S] float in 0..1, on the model's device.
     """
+
+    def make(rows: slice, on_step: Callable[[float], None]) -> Any:
+        return transform(sample_images(model, prompts[rows], seeds[rows], sampler, on_step))
+
+    return in_batches(model, len(prompts), batch_size, label, make)
+
+
+def in_batches(
+    model: DiffusionModel,
+    number: int,
+    batch_size: int,
+    label: str,
+    make: Callable[[slice, Callable[[float], None]], Value],
+) -> Iterator[Value]:
+    """Yield what is made of each batch of `number` images, in order, and show how far they are.
+
+    Where GPU memory runs out, batches become half as large.
+
+    Args:
+        label: what the progress bar says.
+        make: is given the rows of a batch, and what to tell which share of it is done.
+    """
     done = 0
-    with Progress(label, len(prompts), "image") as bar:
-        while done < len(prompts):
+    with Progress(label, number, "image") as bar:
+        while done < number:
             size = largest_batch(model, batch_size)
-            rows = slice(done, min(done + size, len(prompts)))
-            on_step = bar.between(rows.start, rows.stop)
+            rows = slice(done, min(done + size, number))
             try:
-                found = transform(
-                    sample_images(model, prompts[rows], seeds[rows], sampler, on_step)
-                )
+                found = make(rows, bar.between(rows.start, rows.stop))
             except torch.OutOfMemoryError:
                 if not halve_batches(model, size):
                     raise
@@ -224,34 +242,9 @@ def denoise(
     stop: int,
     on_step: Callable[[float], None] = lambda share: None,
 ) -> Tensor:
-    """Take the first `stop` steps of the scheduler from each image's own noise.
+    """Return latents [B, C, H, W] after the first `stop` steps from each image's own noise.
 
     Args:
         on_step: is told after each step which share of them is done.
-
-    Returns:
-        Latents [B, C, H, W].
     """
-    noise = image_noise(prompts, seeds, model.latent_shape).to(model.device)
-    latents = noise * scheduler.init_noise_sigma
-    text = model.encode_prompts(([""] * len(prompts) if guidance != 1 else []) + prompts)
-    extra: dict[str, object] = {}
-    parameters = inspect.signature(scheduler.step).parameters
-    if "eta" in parameters:
-        extra["eta"] = 0.0  # as diffusers' pipelines pass it; TCDScheduler's own is 0.3
-    # stochastic samplers draw per image too
-    if "generator" in parameters:
-        extra["generator"] = [
-            torch.Generator().manual_seed(derive_seed("sampler", prompt, seed))
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
-    with model.constant_text():
-        for number, timestep in enumerate(scheduler.timesteps[:stop], start=1):
-            rows = torch.cat([latents, latents]) if guidance != 1 else latents
-            output = model.unet_output(scheduler.scale_model_input(rows, timestep), timestep, text)
-            if guidance != 1:
-                unconditional, conditional = output.chunk(2)
-                output = unconditional + guidance * (conditional - unconditional)
-            latents = scheduler.step(output, timestep, latents, **extra).prev_sample
-            on_step(number / stop)
-    return latents
+    return Trajectory(model, scheduler, prompts, seeds, guidance).advance(stop, on_step)
