@@ -48,8 +48,8 @@ def main() -> None:
         "overrides",
         nargs="*",
         default=[],
-        help="evaluator=NAME, retention=NAME, eval.steps=50, 'sequence.seeds=[1,2]', device=...; "
-        "allow_modules=... of a run of your own code",
+        help="evaluator=NAME, retention=NAME, 'recovery=[NAME,NAME]', eval.steps=50, "
+        "'sequence.seeds=[1,2]', device=...; allow_modules=... of a run of your own code",
     )
     add_config_dir(parser)
     arguments = parser.parse_intermixed_args()
@@ -65,6 +65,7 @@ def main() -> None:
         from cu_runner.config.permissions import allowed_modules, refuse_unasked_pickles
         from cu_runner.config.revise import revise
         from cu_runner.config.run_config import check_run
+        from cu_runner.runner.probing import describe_recovery
         from cu_runner.runner.remeasure import load, measure_again
         from cu_runner.store.proof import require_true
 
@@ -94,6 +95,8 @@ def main() -> None:
         ) as store:
             for step in measure_again(run, plan, store, instruments):
                 say(compare(run.records[step.index].row, step.row))
+                if recovered := describe_recovery(step.row, plan.probes):
+                    say(f"     {recovered}")
             store.write_metrics(store.finished())
         say(f"evaluation: {directory}")
 

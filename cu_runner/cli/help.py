@@ -29,7 +29,7 @@ def help_text() -> str:
     lines += ["", "Settings (KEY=VALUE), with their defaults:"]
     text = (conf / "config.yaml").read_text(encoding="utf-8")
     lines += options("dry_run:" + text.partition("\ndry_run:")[2].partition("\nhydra:")[0])
-    for group in ("model", "evaluator", "method", "reg", "retention", "setting"):
+    for group in ("model", "evaluator", "method", "reg", "retention", "recovery", "setting"):
         for path in sorted((conf / group).glob("*.yaml")):
             found = options(path.read_text(encoding="utf-8"), f"{group}.")
             if found:

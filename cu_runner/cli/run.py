@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -207,11 +208,13 @@ def print_table(path: Path) -> None:
     import pandas as pd
 
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    names = list(table)
-    cells = table[
-        ["request", "concept", *names[names.index("UA") : names.index("drift_l2") + 1]]
-    ].copy()
-    for name in cells.columns[2:]:
-        form = ".3f" if name == "drift_l2" else ".1f" if name.startswith(("UA", "RA")) else ".5g"
+    names = [str(name) for name in table]
+    shown = names[names.index("UA") : names.index("drift_l2") + 1]
+    # controls stand in the lines of the requests, and in metrics.csv
+    shown = [name for name in shown if not re.fullmatch(r"recovered_.*_(untouched|retained)", name)]
+    cells = table[["request", "concept", *shown]].copy()
+    for name in shown:
+        percent = name.startswith(("UA", "RA", "recovered"))
+        form = ".3f" if name == "drift_l2" else ".1f" if percent else ".5g"
         cells[name] = [format(float(value), form) if value else "-" for value in table[name]]
     say("\n" + cells.to_string(index=False) + "\n")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cu_runner.config.compose import plain
@@ -16,7 +16,7 @@ from cu_runner.schema.values import ConfigTree
 from cu_runner.schema.yaml_files import check_tree
 from cu_runner.store.signature import NOT_SCIENTIFIC
 
-CHOICES = ("evaluator", "retention")  # groups of which cu-eval may take another file
+CHOICES = ("evaluator", "retention", "recovery")  # groups of which cu-eval may take another file
 # What decides how a run is measured and on what machine, not what it trained.
 CHANGEABLE = (
     *CHOICES,
@@ -32,7 +32,8 @@ def revise(resolved: ConfigTree, overrides: list[str], tree: Path | None = None)
     """Return a run's resolved configuration with another way of measuring it.
 
     Args:
-        overrides: evaluator=NAME, retention=NAME, or keys under CHANGEABLE: eval.steps=50.
+        overrides: evaluator=NAME, retention=NAME, recovery=[NAME,NAME], or keys under CHANGEABLE:
+            eval.steps=50.
         tree: of --config-dir, where files of the groups are looked for too.
 
     Raises:
@@ -57,7 +58,8 @@ def revise(resolved: ConfigTree, overrides: list[str], tree: Path | None = None)
             )
         value: Any = override.value()
         if key in CHOICES:
-            chosen = OmegaConf.load(chosen_file(key, str(value), tree))
+            names = value if isinstance(value, list) and key == "recovery" else [value]
+            chosen = OmegaConf.merge(*(read_choice(key, str(name), tree) for name in names))
             OmegaConf.update(config, key, chosen, merge=False, force_add=True)
             continue
         try:
@@ -65,6 +67,20 @@ def revise(resolved: ConfigTree, overrides: list[str], tree: Path | None = None)
         except OmegaConfBaseException:
             raise ConfigError(f"unknown key {key}; the run's config.yaml holds every key") from None
     return plain(config)
+
+
+def read_choice(group: str, name: str, tree: Path | None) -> DictConfig:
+    """Return a file of a configuration group, with those that its defaults list names below it.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    own = OmegaConf.load(chosen_file(group, name, tree))
+    assert isinstance(own, DictConfig)
+    below = [entry for entry in own.pop("defaults", []) if entry != "_self_"]
+    merged = OmegaConf.merge(*(read_choice(group, str(entry), tree) for entry in below), own)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def chosen_file(group: str, name: str, tree: Path | None) -> Path:

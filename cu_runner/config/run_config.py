@@ -12,10 +12,18 @@ from unicodedata import normalize
 
 from cu_runner.concepts.requests import Request, plan_requests
 from cu_runner.concepts.sequence import Concept, Sequence
-from cu_runner.config.targets import Node, check_file_name, check_keys, make_node, make_regularizer
+from cu_runner.config.targets import (
+    COMBINED,
+    Node,
+    check_file_name,
+    check_keys,
+    make_entry,
+    make_node,
+)
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.methods.base import Method
 from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.recovery.base import Probe
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.retention.base import Retention
 from cu_runner.runtime.code_identity import CodeIdentity, identify
@@ -26,10 +34,10 @@ from cu_runner.schema.validate import validate
 from cu_runner.schema.values import ConfigTree, numbers_by_value, walk_leaves, without_paths
 from cu_runner.schema.words import did_you_mean
 from cu_runner.store.directories import choose_directory
-from cu_runner.store.signature import NOT_SCIENTIFIC, file_hashes, signature
+from cu_runner.store.signature import NOT_SCIENTIFIC, file_hashes, hashes_of, signature
 
 MISSING = "???"
-GROUPS = ("model", "evaluator", "sequence", "method", "reg", "retention", "setting")
+GROUPS = ("model", "evaluator", "sequence", "method", "reg", "retention", "recovery", "setting")
 PLACES = ("model.path", "model.revision", "model.config")  # the weights there have a fingerprint
 # Characters of a run directory's name, which is also the id of its W&B run (128 at most); a number
 # may follow.
@@ -41,10 +49,11 @@ LARGEST_NUMBER = 10**18  # no setting and no seed is beyond it
 class RunConfig:
     """A whole run, checked.
 
-    retention: None where what general prompts keep is not measured. tuned: whether conf/tuned has
-    settings for this method with these regularizers, where it has any at all. resolved: what
-    config.yaml of the run directory holds. allowed: the user's modules that a _target_ may name.
-    notes: what whoever starts the run should know of where its settings come from.
+    retention: None where what general prompts keep is not measured. probes: of recovery, by name.
+    tuned: whether conf/tuned has settings for this method with these regularizers, where it has any
+    at all. resolved: what config.yaml of the run directory holds. allowed: the user's modules that
+    a _target_ may name. notes: what whoever starts the run should know of where its settings come
+    from.
     """
 
     spine: Spine
@@ -54,6 +63,7 @@ class RunConfig:
     method: Node[Method[Any]]
     regularizers: dict[str, Node[Regularizer]]
     retention: Node[Retention] | None
+    probes: dict[str, Node[Probe]]
     setting: PlanSettings
     method_name: str
     tuned: bool
@@ -112,6 +122,10 @@ class RunConfig:
                 "sequence.cross_retain"
             )
 
+    def files_of(self, node: Node[Any]) -> dict[str, str]:
+        """Return the sha256 of every file that the arguments of a part name, by their value."""
+        return hashes_of(value for _, value in walk_leaves(node.arguments))
+
     @property
     def name(self) -> str:
         """Return <method>-<reg+reg|none>-<setting>-s<seed>-<sig8>: other tools read it."""
@@ -133,6 +147,7 @@ class RunConfig:
         """Return the code that decides its numbers: this package's and the user's that it names."""
         shown: list[Node[Any]] = [self.model, self.evaluator, self.sequence]
         shown += [self.retention] if self.retention else []
+        shown += self.probes.values()
         trained: list[Node[Any]] = [self.method, *self.regularizers.values()]
         return identify(self._modules([*shown, *trained]), self._modules(shown))
 
@@ -165,8 +180,9 @@ def check_run(
     check_values(resolved, method_name)
     if isinstance(sequence := resolved["sequence"], dict):
         resolved["sequence"] = {key: with_composed(value) for key, value in sequence.items()}
-    if not resolved.get("retention"):  # off: then it is no part of the run, nor of its signature
-        resolved.pop("retention", None)
+    for group in ("retention", "recovery"):  # off: then no part of the run, nor of its signature
+        if not resolved.get(group):
+            resolved.pop(group, None)
     known = {*GROUPS, *(field.name for field in dataclasses.fields(Spine))}
     if unknown := sorted(set(resolved) - known):
         meant = did_you_mean(unknown[0], known)
@@ -178,8 +194,13 @@ def check_run(
             "give one of them"
         )
     regularizers = {
-        name: make_regularizer(name, node, resolved["reg"], allowed)
-        for name, node in resolved["reg"].items()
+        name: make_entry("reg", name, resolved["reg"], Regularizer, allowed)
+        for name in resolved["reg"]
+    }
+    chosen = resolved.get("recovery", {})
+    probes = {
+        name: make_entry("recovery", name, chosen, Probe, allowed)  # type: ignore[type-abstract]
+        for name in chosen
     }
     retention = None
     if "retention" in resolved:
@@ -192,6 +213,7 @@ def check_run(
         method=make_node("method", resolved["method"], Method, allowed),  # type: ignore[type-abstract]
         regularizers=regularizers,
         retention=retention,
+        probes=probes,
         setting=check_setting(resolved, regularizers),
         method_name=method_name,
         tuned=tuned,
@@ -228,7 +250,8 @@ def compose_name(entry: object) -> object:
 
 def check_values(resolved: ConfigTree, method_name: str) -> None:
     """Refuse with ConfigError names, keys and values that no run can have, whatever its parts."""
-    for group, name in [("method", method_name), *(("reg", name) for name in resolved["reg"])]:
+    entries = [(group, name) for group in COMBINED for name in resolved.get(group) or {}]
+    for group, name in [("method", method_name), *entries]:
         check_file_name(group, str(name))
     check_keys(resolved)
     leaves = list(walk_leaves(resolved))

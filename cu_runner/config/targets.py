@@ -17,6 +17,7 @@ from cu_runner.concepts.sequence import Sequence
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.methods.base import Method
 from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.recovery.base import Probe
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.retention.base import Retention
 from cu_runner.runtime.user_code import place_of
@@ -31,7 +32,9 @@ KINDS: dict[str, type] = {
     "method": Method,
     "reg": Regularizer,
     "retention": Retention,
+    "recovery": Probe,
 }
+COMBINED = ("reg", "recovery")  # groups of which a run has several entries, by name
 TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 # A part of the name of a run directory, and so of a W&B run.
 FILE_NAME = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
@@ -94,22 +97,31 @@ def locate_target(path: str, target: str, allowed: tuple[str, ...]) -> Callable[
     return found
 
 
-def make_regularizer(
-    name: str, node: object, chosen: ConfigTree, allowed: tuple[str, ...]
-) -> Node[Regularizer]:
-    """Check an entry of `reg` as make_node() does. chosen: all entries. Raises ConfigError."""
+def make_entry(
+    group: str, name: str, chosen: ConfigTree, kind: type[Kind], allowed: tuple[str, ...]
+) -> Node[Kind]:
+    """Check an entry of a group of COMBINED as make_node() does.
+
+    Args:
+        chosen: all entries of the group.
+
+    Raises:
+        ConfigError: as make_node(), or settings of an entry that is not selected.
+    """
+    node = chosen[name]
     if not isinstance(node, dict) or "_target_" not in node:
         selected = [
             other
             for other, entry in chosen.items()
             if isinstance(entry, dict) and "_target_" in entry
         ]
+        what = {"reg": "regularizer", "recovery": "probe"}[group]
         raise ConfigError(
-            f"reg.{name} has settings but the regularizer is not selected "
+            f"{group}.{name} has settings but the {what} is not selected "
             f"(selected: {', '.join(selected) or 'none'}); "
-            f"add it, as in 'reg=[{','.join([*selected, name])}]', or drop its settings"
+            f"add it, as in '{group}=[{','.join([*selected, name])}]', or drop its settings"
         )
-    return make_node(f"reg.{name}", node, Regularizer, allowed)
+    return make_node(f"{group}.{name}", node, kind, allowed)
 
 
 def check_file_name(key: str, name: str) -> None:
@@ -183,7 +195,8 @@ def check_keys(value: object, path: str = "") -> None:
     if not isinstance(value, dict):
         return
     group, _, name = path.partition(".")
-    is_node = group in KINDS and (bool(name) and "." not in name if group == "reg" else not name)
+    inside = bool(name) and "." not in name
+    is_node = group in KINDS and (inside if group in COMBINED else not name)
     for key, entry in value.items():
         if not isinstance(key, str):
             place = path or "configuration"

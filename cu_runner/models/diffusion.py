@@ -137,6 +137,20 @@ class DiffusionModel:
         """
         return self._prompts.encode_empty()
 
+    def encode_once(self, prompts: list[str]) -> Text:
+        """Return the text of B prompts without keeping it: a search tries thousands."""
+        return self._prompts.encode_once(prompts)
+
+    def encode_replaced(self, prompts: list[str], word: str, vectors: list[Tensor]) -> Text:
+        """Return the text of prompts whose `word` has other token embeddings, as
+        PromptEncoder.encode_replaced does.
+        """
+        return self._prompts.encode_replaced(prompts, word, vectors)
+
+    def token_embeddings(self) -> list[Tensor]:
+        """Return the token embeddings of each text encoder, [vocabulary, width]."""
+        return self._prompts.embeddings()
+
     @property
     def num_tokens(self) -> int:
         """Return how many tokens of a prompt are read, its begin and its end among them."""

@@ -5,8 +5,9 @@ Shapes: B batch, L tokens, D text width, P pooled text width.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,8 +88,42 @@ class PromptEncoder:
         """
         return self._encode([""])
 
-    def _encode(self, prompts: list[str]) -> Text:
-        """Encode prompts.
+    @without_gradients
+    def encode_once(self, prompts: list[str]) -> Text:
+        """Return the text of prompts that are not worth keeping: a search tries thousands."""
+        parts = [
+            self._encode(prompts[i : i + CHUNK], told=False) for i in range(0, len(prompts), CHUNK)
+        ]
+        return Text.cat(parts)
+
+    def encode_replaced(self, prompts: list[str], word: str, vectors: list[Tensor]) -> Text:
+        """Return the text of prompts in which a word has other embeddings; gradients flow to them.
+
+        Args:
+            prompts: each holds `word`, a run of as many tokens as there are vectors.
+            vectors: of each text encoder, [tokens, width of its embeddings].
+
+        Raises:
+            ValueError: the word is not in a prompt, or has another number of tokens.
+        """
+        with contextlib.ExitStack() as hooks:
+            encoders = zip(self._parts.tokenizers, self._parts.text_encoders, vectors, strict=True)
+            for tokenizer, encoder, own in encoders:
+                spans = [token_span(tokenizer, word, prompt) for prompt in prompts]
+                if any(span.stop - span.start != len(own) for span in spans):
+                    raise ValueError(f"{word!r} has not {len(own)} tokens in each prompt")
+                embeddings = encoder.get_input_embeddings()
+                hooks.callback(embeddings.register_forward_hook(replacing(spans, own)).remove)
+            return self._encode(prompts)
+
+    def embeddings(self) -> list[Tensor]:
+        """Return the token embeddings of each text encoder, [vocabulary, width]."""
+        return [
+            encoder.get_input_embeddings().weight.detach() for encoder in self._parts.text_encoders
+        ]
+
+    def _encode(self, prompts: list[str], told: bool = True) -> Text:
+        """Encode prompts; told: whether one that is cut is named.
 
         Of one encoder the text is its last hidden states. Of SDXL it is the last but one of both,
         side by side, and the second's projection.
@@ -101,7 +136,7 @@ class PromptEncoder:
             limit = tokens.shape[1]
             counts = {prompt: len(tokenizer(prompt).input_ids) for prompt in prompts}
             cut = [prompt for prompt, count in counts.items() if count > limit]
-            if cut and not ids:
+            if cut and not ids and told:
                 logger.warning(
                     "   prompt %r has %d tokens and is cut to the %d that the model reads%s",
                     cut[0][:SHOWN],
@@ -123,6 +158,18 @@ class PromptEncoder:
         ]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         return Text(hidden.float(), outputs[1].text_embeds.float())
+
+
+def replacing(spans: list[slice], vectors: Tensor) -> Callable[..., Tensor]:
+    """Return a hook that puts vectors [tokens, width] into the places of each prompt."""
+
+    def hook(module: object, inputs: object, output: Tensor) -> Tensor:
+        rows = []
+        for row, span in zip(output, spans, strict=True):
+            rows.append(torch.cat([row[: span.start], vectors.to(row), row[span.stop :]]))
+        return torch.stack(rows)
+
+    return hook
 
 
 def find_tokens(

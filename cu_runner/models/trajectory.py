@@ -119,7 +119,8 @@ class Trajectory:
         def of_batch(value: object) -> bool:
             return isinstance(value, torch.Tensor) and value.shape == shape
 
-        common, remembered = {}, {}
+        common: dict[str, Any] = {}
+        remembered: dict[str, Any] = {}
         for name, value in vars(self._scheduler).items():
             if of_batch(value) or (isinstance(value, list) and any(map(of_batch, value))):
                 remembered[name] = value

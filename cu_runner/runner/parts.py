@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cu_runner.concepts.requests import Request
@@ -13,6 +13,7 @@ from cu_runner.evaluators.base import Evaluator
 from cu_runner.evaluators.evaluate import check_labels
 from cu_runner.methods.base import Method
 from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.recovery.base import Probe
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.token_limit import check_prompts
 from cu_runner.retention.base import Retention
@@ -25,7 +26,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunParts:
-    """What a run is made of. regularizers: by name, in hook order. retention: None if it is off."""
+    """What a run is made of. regularizers: by name, in hook order. retention: None if it is off.
+    probes: of recovery, by name.
+    """
 
     model: DiffusionModel
     evaluator: Evaluator
@@ -34,6 +37,7 @@ class RunParts:
     requests: list[Request]
     method: Method[Any]
     regularizers: dict[str, Regularizer]
+    probes: dict[str, Probe] = field(default_factory=dict)
 
 
 def build_parts(plan: RunConfig, device: str) -> RunParts:
@@ -47,6 +51,7 @@ def build_parts(plan: RunConfig, device: str) -> RunParts:
     requests = plan.requests(sequence)
     method = plan.method.build()
     regularizers = {name: node.build() for name, node in plan.regularizers.items()}
+    probes = build_probes(plan, sequence)
     names = (plan.method_name, "+".join(regularizers) or "none")
     logger.info("%s: %d requests, method %s, reg %s", sequence.name, len(requests), *names)
     if distributed.size() > 1:
@@ -59,7 +64,15 @@ def build_parts(plan: RunConfig, device: str) -> RunParts:
     check_labels(sequence, evaluator)
     check_prompts(model, sequence)
     retention = plan.retention.build(device=device) if plan.retention else None
-    return RunParts(model, evaluator, retention, sequence, requests, method, regularizers)
+    return RunParts(model, evaluator, retention, sequence, requests, method, regularizers, probes)
+
+
+def build_probes(plan: RunConfig, sequence: Sequence) -> dict[str, Probe]:
+    """Build the probes of recovery. Raises ValueError for what they cannot probe."""
+    probes = {name: node.build() for name, node in plan.probes.items()}
+    for probe in probes.values():
+        probe.check(sequence)
+    return probes
 
 
 def prepare(model: DiffusionModel, speed: Speed, train: TrainSettings) -> None:

@@ -22,11 +22,12 @@ from cu_runner.methods.base import Method
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.parameters import select_parameters
 from cu_runner.models.sampling import make_scheduler
+from cu_runner.recovery.base import Probe
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.token_limit import check_prompts
 from cu_runner.retention.base import Retention
 from cu_runner.runner.forecast import disk_copies, existing_parent, retained_images, work_of
-from cu_runner.runner.parts import RunParts, prepare
+from cu_runner.runner.parts import RunParts, build_probes, prepare
 from cu_runner.runner.rehearsal import Rehearsal, rehearse
 from cu_runner.runner.training import check_composition
 from cu_runner.runtime.devices import choose_device, device_name, limit_threads, peak_memory_mb
@@ -89,6 +90,7 @@ def check_parts(plan: RunConfig, device: str) -> Generator[Finding, None, RunPar
     retention = None
     if node := plan.retention:
         retention = yield from load("retention", lambda: load_retention(node.build(device=device)))
+    probes = yield from check_probes(plan, sequence)
     composed = yield from check_composed(plan, model)
     labels = yield from check_sequence(sequence, evaluator, model)
     if model is None or composed is None:
@@ -100,10 +102,13 @@ def check_parts(plan: RunConfig, device: str) -> Generator[Finding, None, RunPar
     found = [check_scheduler(key, model, sampler) for key, sampler in samplers.items()]
     yield from found
     lacking = evaluator is None or (plan.retention is not None and retention is None)
+    lacking = lacking or probes is None
     if evaluator is None or lacking or not labels or not all(each.ok for each in found):
         return None
     prepare(model, plan.spine.speed, plan.spine.train)
-    return RunParts(model, evaluator, retention, sequence, requests, method, regularizers)
+    return RunParts(
+        model, evaluator, retention, sequence, requests, method, regularizers, probes or {}
+    )
 
 
 def load(what: str, make: Callable[[], Part]) -> Made[Part]:
@@ -125,6 +130,20 @@ def load_retention(retention: Retention) -> Retention:
     """Load what judges the retention. Raises ValueError or OSError for what cannot be read."""
     retention.load()
     return retention
+
+
+def check_probes(
+    plan: RunConfig, sequence: Sequence
+) -> Generator[Finding, None, dict[str, Probe] | None]:
+    """Make the probes of recovery; return them, None if one of them cannot probe the sequence."""
+    try:
+        probes = build_probes(plan, sequence)
+    except (ValueError, OSError) as error:
+        yield Finding("recovery", False, said_where(error))
+        return None
+    if probes:
+        yield Finding("recovery", True, ", ".join(probes))
+    return probes
 
 
 def check_composed(

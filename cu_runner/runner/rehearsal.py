@@ -58,7 +58,7 @@ class Rehearsal(Runner):
         spine = dataclasses.replace(plan.spine, train=settings)
         super().__init__(
             dataclasses.replace(plan, spine=spine),
-            dataclasses.replace(parts, requests=few, retention=None),
+            dataclasses.replace(parts, requests=few, retention=None, probes={}),
             RunStore(folder / "run", plan.resolved, signature, code=plan.code),
             Cache(folder / "cache", plan.code),
             Tracker(WandbSettings("disabled", "-", None), "", folder, {}, "", ""),

@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING
 from cu_runner.concepts.sequence import Concept
 from cu_runner.config.run_config import RunConfig
 from cu_runner.runner.measure import Instruments
+from cu_runner.runner.parts import build_probes
+from cu_runner.runner.probing import Prober
 from cu_runner.runner.weights import TrainedWeights
 from cu_runner.runtime.devices import choose_device, limit_threads
 from cu_runner.runtime.provenance import made_with
 from cu_runner.schema.errors import StoreError
 from cu_runner.store.cache import Cache
 from cu_runner.store.files import to_safetensors
+from cu_runner.store.layout import GRID, METRICS, PREDICTIONS
 from cu_runner.store.records import Metrics, StepRecord, StepResult
 from cu_runner.store.run_directory import RunStore
 from cu_runner.store.run_record import RunRecord
@@ -30,7 +33,7 @@ from cu_runner.store.run_record import RunRecord
 if TYPE_CHECKING:
     from torch import Tensor
 
-Loaded = tuple[Instruments, TrainedWeights]
+Loaded = tuple[Instruments, TrainedWeights, Cache]
 
 
 def load(run: RunRecord, plan: RunConfig) -> Loaded:
@@ -51,7 +54,7 @@ def load(run: RunRecord, plan: RunConfig) -> Loaded:
     cache = Cache(Path(spine.paths.outputs) / "cache", plan.code)
     judges = (evaluator, plan.sequence.build(), retention)
     instruments = Instruments.begin(model, *judges, spine.eval, cache)
-    return instruments, TrainedWeights.of(model, plan.method.build().params)
+    return instruments, TrainedWeights.of(model, plan.method.build().params), cache
 
 
 def measure_again(
@@ -80,17 +83,23 @@ def measure_again(
     for index, unlearned in measured.items():
         label = run.records[index].row.concept or "no request"
         plan.require_shown(sequence, label, unlearned if index else sequence.targets)
-    instruments, weights = loaded or load(run, plan)
+    instruments, weights, cache = loaded or load(run, plan)
+    probes = build_probes(plan, sequence)
+    prober = Prober.of(plan, probes, instruments, weights, cache)
+    own = seen_by_run(run, plan, instruments)
     for index, unlearned in measured.items():
         started, record = time.monotonic(), run.records[index]
         path = run.weights(index)
         if index:
             run.require_weights(index)
             weights.set(weights.read(path))
-        files, metrics = instruments.measure(
+        files, metrics = own.get(index) or instruments.measure(
             index, unlearned, record.row.concept, base=store.step_dir(0) if index else None
         )
-        seconds = round(time.monotonic() - started, 2)
+        spent = {"train": 0.0, "eval": time.monotonic() - started}
+        shown = unlearned if index else []
+        files, metrics = prober.add(store, index, shown, files, metrics, spent)
+        seconds = round(spent["eval"], 2)
         result = StepResult(
             index=index,
             files=files,
@@ -98,6 +107,7 @@ def measure_again(
             targets=record.targets,
             **instruments.hashes(),
             training=record.training,
+            seconds={**spent},
             **vars(made_with(instruments.model.device)),
             run_sha256=record.sha256,
             weights=os.path.relpath(path, store.directory) if index else None,
@@ -105,6 +115,29 @@ def measure_again(
         )
         steps.append(store.save_step(result, steps[-1] if steps else None))
         yield steps[-1]
+
+
+def seen_by_run(
+    run: RunRecord, plan: RunConfig, instruments: Instruments
+) -> dict[int, tuple[dict[str, bytes], Metrics]]:
+    """Return files and metrics of the steps, by step, where they need not be made again.
+
+    That is where probes alone are added: the run has drawn the same images, by the same code.
+    """
+    shown = ("model", "evaluator", "sequence", "eval", "retention")
+    same = all(plan.resolved.get(key) == run.config.get(key) for key in shown)
+    if not same or not plan.probes or "recovery" in run.config:
+        return {}
+    found: dict[int, tuple[dict[str, bytes], Metrics]] = {}
+    for index, record in enumerate(run.records):
+        by_this_code = record.code.images_sha256 == plan.code.images_sha256
+        if by_this_code and record.evaluator_sha256 == instruments.evaluator_sha256:
+            files = {}
+            for name in (PREDICTIONS, GRID, METRICS):
+                run.require(index, name)
+                files[name] = (run.step_dir(index) / name).read_bytes()
+            found[index] = files, dict(record.row.metrics)
+    return found
 
 
 def measure_change(
@@ -118,7 +151,7 @@ def measure_change(
         loaded: by load(); its weights are left as they are measured.
         cache: keeps what is seen in the images.
     """
-    instruments, weights = loaded
+    instruments, weights, _ = loaded
     change = weights.place(change)
     weights.set(change)
     domain = instruments.sequence.domain

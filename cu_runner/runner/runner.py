@@ -28,6 +28,7 @@ from cu_runner.request.scope import Scope
 from cu_runner.runner.early_stop import EarlyStop, LossLeft
 from cu_runner.runner.measure import Instruments, describe, unrecognised
 from cu_runner.runner.parts import RunParts
+from cu_runner.runner.probing import Prober
 from cu_runner.runner.saved_state import SavedState
 from cu_runner.runner.tracking import Tracker
 from cu_runner.runner.training import Training, check_composition, erase
@@ -87,6 +88,7 @@ class Runner:
         self.instruments = self.take_instruments()
         self.weights = TrainedWeights.of(parts.model, parts.method.params)
         self.device = parts.model.device
+        self.prober = Prober.of(self.plan, parts.probes, self.instruments, self.weights, self.cache)
         self._checkpoint = Checkpoint(self.store.directory, spine.train.save_every, self.device)
         steps = self.store.proven()
         if not steps:
@@ -137,6 +139,7 @@ class Runner:
         started = time.monotonic()
         files, metrics = self.instruments.measure(0, [], "", self.cache)
         seconds = {"train": 0.0, "eval": time.monotonic() - started}
+        files, metrics = self.prober.add(self.store, 0, [], files, metrics, seconds)
         step = self._commit(None, files, self._row(None, metrics, seconds), seconds, None)
         if (weak := unrecognised(step.row)) and distributed.is_main():
             logger.warning(
@@ -170,6 +173,8 @@ class Runner:
         shown = self.measured(erased)
         seen, metrics = self.instruments.measure(request.index, shown, request.label, base=base)
         seconds = {"train": trained - started, "eval": time.monotonic() - trained}
+        place = (self.store, request.index, shown)
+        seen, metrics = self.prober.add(*place, seen, metrics, seconds)
         row = self._row(request, metrics, seconds, drift(delta), step_l2, training.steps)
         with self.stop.deferred():
             step = self._commit(request, files | seen, row, seconds, parent, training)
@@ -286,9 +291,7 @@ class Runner:
     def _note_first_step(self) -> None:
         if self._first_step is None:
             self._first_step = time.time() - psutil.Process().create_time()
-            logger.debug(
-                "first training step %.1f s after the start of the process", self._first_step
-            )
+            logger.debug("first training step %.1f s after the process began", self._first_step)
 
     def _row(
         self,
@@ -338,6 +341,8 @@ class Runner:
         step = self.store.save_step(result, parent)
         self._mirror(step)
         logger.info("%s", describe(row, len(self.parts.requests)))
+        if recovered := self.prober.describe(row):
+            logger.info("   %s", recovered)
         if note := step.training.method.get("note"):
             logger.warning("   request %d: %s", row.request, note)
         return step

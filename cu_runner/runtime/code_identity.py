@@ -123,7 +123,7 @@ def code_files(left_out: tuple[str, ...]) -> dict[str, str]:
         left_out: packages and modules that do not count, as paths in the package.
     """
     found = {}
-    for path in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.glob("concepts/lists/*.txt")]):
+    for path in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.glob("concepts/lists/*.*")]):
         place = path.relative_to(PACKAGE).as_posix()
         if not any(f"{place}/".startswith(f"{name}/") for name in left_out):
             found[place] = hashlib.sha256(path.read_bytes()).hexdigest()

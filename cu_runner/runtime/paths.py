@@ -14,6 +14,8 @@ GROUPS = {
     "reg": "regularizers; a list combines them in that order: 'reg=[l2,gradproj]'",
     "retention": "what else the model keeps: CLIP score, FID, KID on general prompts; "
     "off by default",
+    "recovery": "probes whether what was unlearned comes back; a list combines them: "
+    "'recovery=[paraphrase,completion]'; off by default",
     "setting": "how the sequence becomes requests",
     "experiment": "a preset of the choices and settings of a published experiment",
 }

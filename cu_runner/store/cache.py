@@ -22,8 +22,9 @@ from cu_runner.store.records import TrainingRecord
 logger = logging.getLogger(__name__)
 
 ARRAYS, RECORD = "arrays.safetensors", "record.json"
+ROWS, PROMPT = "rows.json", "prompt.txt"
 # Kinds that hold images of the untouched model, or what was seen in them.
-IMAGES = ("anchors", "base_eval", "retention")
+IMAGES = ("anchors", "base_eval", "retention", "recovery", "prompts")
 # Files of an entry, by its kind.
 FILES = {
     "anchors": ("latents.safetensors",),
@@ -31,6 +32,8 @@ FILES = {
     "deltas": (DELTA, TRAINING, RECORD),
     "masks": ("mask.safetensors",),
     "retention": (ARRAYS,),
+    "recovery": (ROWS,),
+    "prompts": (PROMPT,),
 }
 
 SAY_AFTER, GIVE_UP_AFTER = 5.0, 60.0  # seconds of waiting for another process that writes an entry

@@ -8,6 +8,7 @@ from pathlib import Path
 CONFIG, SUMMARY, TABLE = "config.yaml", "summary.json", "metrics.csv"
 DELTA, MERGED, TRAINING = "delta.safetensors", "merged.safetensors", "training.csv"
 PREDICTIONS, METRICS, GRID, STEP = "predictions.csv", "metrics.json", "grid.png", "step.json"
+RECOVERY, RECOVERY_VALUES = "recovery.csv", "recovery_values.csv"  # what probes saw, and measured
 EVALUATIONS = "evaluations"  # folder of a run in which cu-eval puts what it measured, a run each
 JOB = "job.json"  # in a job's folder: its run directory, signature, command, commit and error
 SWEEP = "sweep.json"  # in the sweep's folder: its command, launcher and commit

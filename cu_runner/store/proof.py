@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cu_runner.evaluators.metrics import named_metrics
+from cu_runner.evaluators.recovered import columns_of, read_recovery, recovery_metrics
 from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError, one_line
 from cu_runner.store.files import squared_norms
-from cu_runner.store.layout import PREDICTIONS, STEP
+from cu_runner.store.layout import PREDICTIONS, RECOVERY, RECOVERY_VALUES, STEP
 from cu_runner.store.run_record import RunRecord
 
 ROUNDING = 1e-5  # relative; a sum over millions of weights depends on its order in the last digits
@@ -65,7 +66,7 @@ def metrics_of(run: RunRecord, index: int, predictions: pd.DataFrame) -> dict[st
     domain, cross = str(sequence["domain"]), str(sequence["cross_domain"])
     measured = f"predicted_{cross}" in predictions
     predictions[["prompt", "seed", f"score_{domain}", *([f"score_{cross}"] * measured)]]  # KeyError
-    return named_metrics(
+    found = named_metrics(
         predictions,
         run.unlearned(index) if index else [],
         domain,
@@ -73,6 +74,27 @@ def metrics_of(run: RunRecord, index: int, predictions: pd.DataFrame) -> dict[st
         list(sequence["retain"]),
         list(dict.fromkeys(predictions[cross])) if measured else None,
     )
+    return found | recovery_of(run, index, found["UA"])
+
+
+def recovery_of(run: RunRecord, index: int, ua: float | None) -> dict[str, float | None]:
+    """Return what the probes of recovery add to the metrics of a step, from their files.
+
+    Args:
+        ua: of the step.
+    """
+    if "recovery" not in run.config:
+        return {}
+    tables = []
+    for name in (RECOVERY, RECOVERY_VALUES):
+        there = name in run.records[index].files
+        if there:
+            run.require(index, name)
+        tables.append(read_recovery(run.step_dir(index) / name) if there else None)
+    sequence = run.config["sequence"]
+    domains = str(sequence["domain"]), str(sequence["cross_domain"])
+    found = recovery_metrics(tables[0], tables[1], *domains, ua)
+    return columns_of(run.config["recovery"], found)
 
 
 def size_of(path: Path) -> float:

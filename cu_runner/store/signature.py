@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from cu_runner.schema.values import ConfigTree, numbers_by_value, walk_leaves, without_paths
@@ -28,7 +29,13 @@ NOT_SCIENTIFIC = (
 )
 
 
-WITH_FILES = ("sequence", "method", "reg", "retention")  # groups whose settings may name text files
+WITH_FILES = (
+    "sequence",
+    "method",
+    "reg",
+    "retention",
+    "recovery",
+)  # groups whose settings may name text files
 
 
 def signature(resolved: ConfigTree) -> str:
@@ -49,11 +56,17 @@ def signature(resolved: ConfigTree) -> str:
 
 def file_hashes(resolved: ConfigTree) -> dict[str, str]:
     """Return the sha256 of every file that a setting of WITH_FILES names, by its value."""
+    return hashes_of(
+        value for group in WITH_FILES for _, value in walk_leaves(resolved.get(group, {}))
+    )
+
+
+def hashes_of(values: Iterable[object]) -> dict[str, str]:
+    """Return the sha256 of every file that one of the values names, by its value."""
     found = {}
-    for group in WITH_FILES:
-        for _, value in walk_leaves(resolved.get(group, {})):
-            if isinstance(value, str) and ("/" in value or "." in value):
-                path = os.path.expanduser(value)  # any text: pathlib may raise
-                if os.path.isfile(path):
-                    found[value] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    for value in values:
+        if isinstance(value, str) and ("/" in value or "." in value):
+            path = os.path.expanduser(value)  # any text: pathlib may raise
+            if os.path.isfile(path):
+                found[value] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return found

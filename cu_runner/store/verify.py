@@ -21,7 +21,7 @@ from cu_runner.store.directories import first_name
 from cu_runner.store.files import has_intact_header, sha256_of, to_csv
 from cu_runner.store.layout import CONFIG, METRICS, NUMBER, PREDICTIONS, STEP, TABLE, step_dir
 from cu_runner.store.leftovers import entries, obstacles
-from cu_runner.store.proof import ROUNDING, size_of
+from cu_runner.store.proof import ROUNDING, recovery_of, size_of
 from cu_runner.store.records import StepRecord, read_chain
 from cu_runner.store.run_record import RunRecord
 from cu_runner.store.signature import signature
@@ -112,6 +112,7 @@ def verify_numbers(run: RunRecord, index: int, sequence: Sequence) -> Iterator[F
     try:
         predictions = read_predictions(run.step_dir(index) / PREDICTIONS)
         found = step_metrics(predictions, run.unlearned(index) if index else [], sequence)
+        found |= recovery_of(run, index, found["UA"])
         stored = json.loads((run.step_dir(index) / METRICS).read_text(encoding="utf-8"))
         if not isinstance(stored, dict):
             raise ValueError(f"{METRICS} holds no metrics")

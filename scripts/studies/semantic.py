@@ -127,7 +127,7 @@ def measure_retained(
         }
         path = folder / f"{hash_json(key)[:16]}.csv"
         if not path.is_file():
-            instruments, weights = loaded = loaded or load(run, plan)
+            instruments, weights, _ = loaded = loaded or load(run, plan)
             if index:
                 run.require_weights(index)
             weights.set(weights.read(run.weights(index)) if index else None)

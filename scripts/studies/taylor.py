@@ -147,7 +147,7 @@ def retention_loss(plan: RunConfig, loaded: Loaded) -> RetentionLoss:
 
     They are the same for every seed of the run.
     """
-    instruments, weights = loaded
+    instruments, weights, _ = loaded
     model, spine = instruments.model, plan.spine
     sequence = instruments.sequence
     shown = [image.prompt for image in sequence.evaluation_images(sequence.retain)]

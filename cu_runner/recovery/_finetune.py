@@ -1,0 +1,77 @@
+"""What relearning, inversion and attacks share: images of a concept, and the loss on them.
+
+Shapes: B batch, N images, C latent channels, H W latent size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cu_runner.concepts.sequence import Concept
+from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.text import Text
+from cu_runner.recovery.base import Lab
+from cu_runner.runtime.lazy import F, torch
+from cu_runner.schema.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+WORDS = "sks zxc qj x z"  # of which the first that is one token, and in no prompt, is taken
+
+
+def own_prompts(lab: Lab, concept: Concept) -> list[str]:
+    """Return training prompts that name the concept."""
+    return [named[0] for named, _ in lab.sequence.training_prompts(concept)]
+
+
+def unrelated_prompts(lab: Lab, concept: Concept) -> list[str]:
+    """Return prompts that name neither it nor anything of its domain: those of its anchor, or
+    captions.
+    """
+    anchors = [anchor for _, anchor in lab.sequence.training_prompts(concept)]
+    return anchors or list(lab.sequence.captions)
+
+
+def spread_over(prompts: list[str], number: int) -> list[str]:
+    """Return `number` prompts, evenly spread; again from the first where there are fewer."""
+    count = min(number, len(prompts))
+    chosen = [prompts[i * len(prompts) // count] for i in range(count)]
+    return [chosen[i % count] for i in range(number)]
+
+
+def batch_loss(
+    model: DiffusionModel, latents: Tensor, text: Text, batch_size: int, generator: Generator
+) -> Tensor:
+    """Return E ||e(x_t, c) - eps||^2 on a random batch   (Ho et al. 2020, eq. 14).
+
+    Args:
+        latents: [N, C, H, W]. text: of as many prompts.
+        generator: draws images, timesteps and noise.
+    """
+    rows = torch.randint(len(latents), (batch_size,), generator=generator)
+    timesteps = torch.randint(model.num_train_timesteps, (batch_size,), generator=generator)
+    noise = torch.randn((batch_size, *model.latent_shape), generator=generator).to(model.device)
+    timesteps = timesteps.to(model.device)
+    noisy = model.add_noise(latents[rows].to(model.device), noise, timesteps)
+    predicted = model.predict_noise(noisy, timesteps, text[rows.tolist()])
+    return F.mse_loss(predicted, noise)
+
+
+def free_word(model: DiffusionModel, prompts: list[str]) -> str:
+    """Return a word of one token that is in none of the prompts. Raises ModelError."""
+    words = {word for prompt in prompts for word in prompt.casefold().split()}
+    unknown = model.tokenizer.unk_token_id
+    for word in WORDS.split():
+        ids = model.tokenizer(word).input_ids[1:-1]
+        if len(ids) == 1 and ids[0] != unknown and word not in words:
+            return word
+    raise ModelError(
+        "recovery: the tokenizer has no single token for any of "
+        f"{', '.join(WORDS.split())}, and a search needs one"
+    )
+
+
+def first_token(model: DiffusionModel, word: str) -> int:
+    """Return the id of a word of one token."""
+    return int(model.tokenizer(word).input_ids[1])

@@ -1,0 +1,296 @@
+"""All probes of a run: when they measure, with which controls, and what is written of it.
+
+The images of all probes are drawn in common batches. One that the evaluation has drawn is not drawn
+again, and what the untouched model shows is cached across runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Ordered
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cu_runner.concepts.sequence import Concept, Sequence
+from cu_runner.evaluators.evaluate import Judge
+from cu_runner.evaluators.recovered import (
+    IMAGE_COLUMNS,
+    VALUE_COLUMNS,
+    columns_of,
+    read_recovery,
+    recovery_metrics,
+)
+from cu_runner.models.parameters import placed
+from cu_runner.recovery.base import Cost, Lab, Number, Probe, Seen
+from cu_runner.recovery.drawing import Drawing, Heads
+from cu_runner.request.anchors import AnchorImages, sampler_key
+from cu_runner.runtime.lazy import nn, pd, torch
+from cu_runner.store.cache import PROMPT, ROWS, Cache
+from cu_runner.store.files import to_csv, to_json
+from cu_runner.store.layout import RECOVERY, RECOVERY_VALUES
+from cu_runner.store.records import Metrics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Row = dict[str, str | int | float]
+Predictions = Callable[[int], "pd.DataFrame"]  # of a step
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What probes saw, as rows of recovery.csv and of recovery_values.csv."""
+
+    images: list[Row]
+    values: list[Row]
+
+    def __add__(self, other: Rows) -> Rows:
+        return Rows(self.images + other.images, self.values + other.values)
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files by name; none that would be empty."""
+        named = {RECOVERY: self.images, RECOVERY_VALUES: self.values}
+        return {name: to_csv(pd.DataFrame(rows)) for name, rows in named.items() if rows}
+
+
+@dataclass(frozen=True)
+class Battery:
+    """The probes of a run, by name, and what they measure with.
+
+    model_sha256, evaluator_sha256: fingerprints. settings: public settings of each probe, for the
+    cache's key. params: the weights that the run trains; base: their values in the untouched model.
+    """
+
+    probes: dict[str, Probe]
+    settings: dict[str, dict[str, object]]
+    judge: Judge
+    model_sha256: str
+    evaluator_sha256: str
+    params: dict[str, nn.Parameter]
+    base: dict[str, Tensor]
+    cache: Cache
+    heads: Heads = field(default_factory=dict)
+
+    def measure(
+        self,
+        step: int,
+        last: int,
+        unlearned: Ordered[Concept],
+        predictions: Predictions,
+        ua: float | None,
+    ) -> tuple[dict[str, bytes], Metrics]:
+        """Probe the weights as they are.
+
+        Args:
+            step: the request; 0 is the untouched model, of which nothing is asked.
+            last: the last request of the run.
+            predictions: rows of predictions.csv, by step.
+            ua: of the step.
+
+        Returns:
+            recovery.csv and recovery_values.csv as far as there is something in them, and the
+            metrics of the step.
+        """
+        due = {name: probe for name, probe in self.probes.items() if probe.is_due(step, last)}
+        edited = self._lab(step, unlearned, predictions, untouched=False)
+        rows = Rows([], [])
+        if step and due:
+            rows = self._edited(edited, due) + self._untouched(edited, due, predictions)
+        files, sequence = rows.files(), self.judge.sequence
+        images, values = (
+            read_recovery(io.BytesIO(files[name])) if name in files else None
+            for name in (RECOVERY, RECOVERY_VALUES)
+        )
+        found = recovery_metrics(images, values, sequence.domain, sequence.cross_domain, ua)
+        return files, {**columns_of(self.probes, found)}
+
+    # ------------------------------------------------------------------------------------ weights
+    def _edited(self, lab: Lab, due: dict[str, Probe]) -> Rows:
+        """Probe the unlearned concepts and the retained ones with the weights of the step."""
+        sequence = self.judge.sequence
+        groups = {
+            name: {"erased": probe.on_erased(lab), "retained": probe.on_retained(sequence)}
+            for name, probe in due.items()
+        }
+        lab.look(
+            [
+                image
+                for name, probe in due.items()
+                for concepts in groups[name].values()
+                for image in probe.images(lab, concepts)
+            ]
+        )
+        rows = Rows([], [])
+        for name, probe in due.items():
+            for group, concepts in groups[name].items():
+                found = probe.measure(lab, concepts) if concepts else []
+                rows += self._rows(lab, name, group, found)
+        return rows
+
+    def _untouched(self, edited: Lab, due: dict[str, Probe], predictions: Predictions) -> Rows:
+        """Probe the same concepts with the untouched model; each once for all runs."""
+        lab = self._lab(edited.step, edited.unlearned, predictions, untouched=True)
+        rows = Rows([], [])
+        with placed(self.params, self.base):
+            for name, probe in due.items():
+                if not probe.has_untouched():
+                    continue
+                concepts = {
+                    "erased": probe.on_erased(lab),
+                    "retained": probe.on_retained(lab.sequence),
+                }
+                for group, own in concepts.items():
+                    for concept in own:
+                        rows += self._control(lab, name, probe, group, concept)
+        return rows
+
+    def _control(self, lab: Lab, name: str, probe: Probe, group: str, concept: Concept) -> Rows:
+        """Probe a concept with the untouched model, or take that from the cache."""
+        key = self._key(name, concept, lab)
+        files = self.cache.fetch("recovery", key)
+        if files is None:
+            rows = self._rows(lab, name, group, probe.measure(lab, [concept]))
+            self.cache.put("recovery", key, {ROWS: to_json(dataclasses.asdict(rows))})
+        else:
+            rows = Rows(**json.loads(files[ROWS]))
+        own: Row = {"step": lab.step, "group": group}
+        return Rows(
+            [{**row, **own} for row in rows.images], [{**row, **own} for row in rows.values]
+        )
+
+    def _key(self, name: str, concept: Concept, lab: Lab) -> dict[str, object]:
+        """Return what the control of a concept rests on."""
+        model, sequence, settings = self.judge.model, self.judge.sequence, self.judge.settings
+        return {
+            "model": self.model_sha256,
+            "evaluator": self.evaluator_sha256,
+            "precision": model.precision,
+            "sampler": sampler_key(model, settings),
+            "jpeg": settings.jpeg,
+            "device": model.device.type,
+            "torch": torch.__version__,
+            "probe": name,
+            "settings": self.settings[name],
+            "concept": [concept.name, concept.anchor, concept.spelling],
+            "domains": [sequence.domain, sequence.cross_domain],
+            "prompts": [
+                sequence.prompt,
+                list(sequence.target_prompt),
+                sequence.anchor_prompt,
+                list(sequence.captions),
+                [list(pair) for pair in sequence.anchor_captions.items()],
+            ],
+            "crosses": [each.name for each in sequence.cross_retain],
+            "images": [[each.prompt, each.seed] for each in sequence.evaluation_images([concept])],
+            "params": sorted(self.params),
+        }
+
+    def _lab(
+        self, step: int, unlearned: Ordered[Concept], predictions: Predictions, *, untouched: bool
+    ) -> Lab:
+        """Return what probes see of the weights of a step, or of the untouched ones."""
+        drawing = Drawing(
+            self.judge,
+            lambda: placed(self.params, self.base),
+            predictions(0 if untouched else step),
+            step,
+            self.heads,
+            is_untouched=untouched,
+        )
+
+        @contextmanager
+        def changed() -> Iterator[None]:
+            before = {name: parameter.detach().clone() for name, parameter in self.params.items()}
+            with drawing.forgetting():
+                try:
+                    yield
+                finally:
+                    with torch.no_grad():
+                        for name, value in before.items():
+                            self.params[name].copy_(value)
+
+        return Lab(
+            model=self.judge.model,
+            sequence=self.judge.sequence,
+            settings=self.judge.settings,
+            step=step,
+            unlearned=tuple(unlearned),
+            params=self.params,
+            base=self.base,
+            look=drawing.look,
+            latents=self._latents,
+            predictions=predictions,
+            changed=changed,
+            remember=self._remember,
+            is_untouched=untouched,
+        )
+
+    def _latents(self, prompts: list[str], number: int) -> Tensor:
+        """Return latents of images that the untouched model makes of prompts."""
+        judge = self.judge
+        images = AnchorImages(
+            judge.model,
+            self.model_sha256,
+            self.params,
+            self.base,
+            judge.settings,
+            self.cache,
+            judge.settings.batch_size,
+        )
+        return images.latents(prompts, number)
+
+    def _remember(self, what: str, key: dict[str, object], make: Callable[[], str]) -> str:
+        """Return a text from the cache; it is searched for and kept there if it is not in it."""
+        whole = {"model": self.model_sha256, "torch": torch.__version__, "what": what, **key}
+        files = self.cache.fetch("prompts", whole)
+        if files is None:
+            files = {PROMPT: make().encode()}
+            self.cache.put("prompts", whole, files)
+        return files[PROMPT].decode()
+
+    def _rows(self, lab: Lab, name: str, group: str, found: list[Seen | Number]) -> Rows:
+        """Return what a probe saw as rows of its two files."""
+        sequence = self.judge.sequence
+        weights = "untouched" if lab.is_untouched else "edited"
+        rows = Rows([], [])
+        for each in found:
+            start: Row = {"step": lab.step, "probe": name, "group": group, "weights": weights}
+            if isinstance(each, Number):
+                row = start | dataclasses.asdict(each)
+                rows.values.append({column: row[column] for column in VALUE_COLUMNS})
+                continue
+            image = each.image
+            row = start | {
+                "variant": image.variant,
+                "dose": float(image.dose),
+                "image": image.image,
+                "both": int(image.both),
+            }
+            shown: Row = {
+                "prompt": image.prompt,
+                sequence.domain: image.concept,
+                sequence.cross_domain: image.cross,
+                "seed": image.seed,
+            }
+            rows.images.append(
+                {column: row[column] for column in IMAGE_COLUMNS} | shown | dict(each.columns)
+            )
+        return rows
+
+
+def battery_cost(probes: dict[str, Probe], counts: list[int], sequence: Sequence) -> Cost:
+    """Return what the probes make over a run with so many unlearned concepts after each request.
+
+    What the untouched model shows is made once, and is not in it where the cache has it.
+    """
+    total = Cost()
+    for probe in probes.values():
+        for step, count in enumerate(counts, start=1):
+            if probe.is_due(step, len(counts)):
+                kept = len(probe.on_retained(sequence))
+                total += probe.cost(sequence, count + kept)
+    return total

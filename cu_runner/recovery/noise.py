@@ -1,0 +1,94 @@
+"""Other noise on the way and larger noise at the start: the best of several attempts (arXiv
+2501.19066, Sec. 4: eta and the scale of the first noise, judged by the classifier).
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from dataclasses import replace
+from typing import Annotated
+
+from pydantic import Field, NonNegativeFloat, PositiveInt
+
+from cu_runner.concepts.sequence import Concept, Sequence
+from cu_runner.models.sampling import make_scheduler
+from cu_runner.recovery.base import Cost, Every, Lab, Probe, ProbeImage, evaluation_images
+
+Scale = Annotated[float, Field(gt=0, le=10)]
+
+
+class Noise(Probe):
+    """An image counts when one of its attempts shows the concept."""
+
+    def __init__(
+        self,
+        etas: list[NonNegativeFloat],
+        scales: list[Scale],
+        *,
+        scheduler: str = "DDIMScheduler",
+        images: PositiveInt = 2,
+        every: Every = "last",
+        controls: PositiveInt = 2,
+    ) -> None:
+        """
+        Args:
+            etas: of the scheduler, which must take one: 0 adds no noise on the way.
+            scales: factors of the first noise.
+            scheduler: a diffusers scheduler by class name.
+            images: of a concept; each is tried with every eta and every scale.
+            every, controls: as for Probe.
+        """
+        super().__init__(every, controls)
+        if not etas or not scales:
+            raise ValueError("recovery.noise: etas and scales need at least one number each")
+        self._etas, self._scales, self._scheduler = etas, scales, scheduler
+        self._number = images
+
+    def images(self, lab: Lab, concepts: list[Concept]) -> list[ProbeImage]:
+        """Return every attempt. Raises ValueError for an eta that the scheduler cannot take."""
+        self._check_etas(lab)
+        return [
+            image
+            for eta in self._etas
+            for scale in self._scales
+            for image in evaluation_images(
+                lab.sequence,
+                concepts,
+                self._number,
+                eta=float(eta),
+                noise_scale=float(scale),
+                scheduler=self._scheduler,
+            )
+        ]
+
+    def _check_etas(self, lab: Lab) -> None:
+        scheduler = make_scheduler(lab.model, replace(lab.settings, scheduler=self._scheduler))
+        if "eta" not in inspect.signature(scheduler.step).parameters:
+            raise ValueError(
+                f"recovery.noise.scheduler={self._scheduler}: takes no eta; use DDIMScheduler"
+            )
+        most = largest_eta(scheduler.alphas_cumprod.tolist(), scheduler.timesteps.tolist())
+        if max(self._etas) > most:
+            raise ValueError(
+                f"recovery.noise.etas: {max(self._etas):g} is more noise than "
+                f"{len(scheduler.timesteps)} steps of this model's schedule can take; "
+                f"at most {int(1000 * most) / 1000:g}"
+            )
+
+    def cost(self, sequence: Sequence, concepts: int) -> Cost:
+        """Return the attempts at the images of so many concepts."""
+        return Cost(images=self._number * len(self._etas) * len(self._scales) * concepts)
+
+
+def largest_eta(alphas: list[float], timesteps: list[int]) -> float:
+    """Return the largest eta with which no step of DDIM adds more noise than there is.
+
+    sigma^2 = eta^2 (1 - a_prev) / (1 - a_t) (1 - a_t / a_prev) <= 1 - a_prev   (Song et al. 2021,
+    arXiv 2010.02502, eq. 16)
+    """
+    most = float("inf")
+    for now, before in itertools.pairwise(timesteps):
+        a_t, a_prev = alphas[now], alphas[before]
+        most = min(most, ((1 - a_t) / (1 - a_t / a_prev)) ** 0.5)
+    return most

@@ -1,0 +1,129 @@
+"""Prompts that mean the concept and do not name it (EMMA, arXiv 2512.17320; HUB, arXiv 2410.05664).
+
+The levels are a synonym or variant, a short and a long description. By name is what UA measures.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import PositiveInt
+
+from cu_runner.concepts.entries import shipped_csv_files
+from cu_runner.concepts.prompt_csv import read_prompts
+from cu_runner.concepts.sequence import Concept, Sequence
+from cu_runner.concepts.templates import check_template, fill
+from cu_runner.recovery.base import Cost, Every, Lab, Probe, ProbeImage, crosses_of
+
+COLUMNS = ("concept", "level", "prompt")
+
+
+class Paraphrase(Probe):
+    """Draws prompts of a list, some at each level."""
+
+    def __init__(
+        self,
+        prompts: str,
+        *,
+        images: PositiveInt = 4,
+        levels: list[str] | None = None,
+        every: Every = 1,
+        controls: PositiveInt = 4,
+    ) -> None:
+        """
+        Args:
+            prompts: a list that ships with the package, or a CSV file with the columns concept,
+                level, prompt; a prompt may hold a placeholder of the other domain, as {object}.
+            images: of a concept at each level.
+            levels: which; None is all that the list has.
+            every, controls: as for Probe.
+
+        Raises:
+            ValueError: a list that cannot be read, or that names a concept.
+        """
+        super().__init__(every, controls)
+        key = "recovery.paraphrase.prompts"
+        if prompts.endswith(".csv") or "/" in prompts:
+            rows = read_prompts(key, prompts, COLUMNS)
+        else:
+            rows = read_prompts(key, str(shipped_csv(key, prompts)), COLUMNS)
+        found = list(dict.fromkeys(row["level"] for row in rows))
+        if levels is not None and (unknown := sorted(set(levels) - set(found))):
+            raise ValueError(
+                f"recovery.paraphrase.levels: {prompts} has no level {unknown[0]!r}; it has "
+                + ", ".join(found)
+            )
+        self._levels = found if levels is None else levels
+        self._prompts, self._number = prompts, images
+        self._rows: dict[str, dict[str, list[str]]] = {}
+        for row in rows:
+            refuse_named(row)
+            by_level = self._rows.setdefault(row["concept"], {})
+            by_level.setdefault(row["level"], []).append(row["prompt"])
+
+    def check(self, sequence: Sequence) -> None:
+        """Raise ValueError for a concept without a paraphrase, or a placeholder that is unknown."""
+        for concept in (*sequence.targets, *self.on_retained(sequence)):
+            own = self._rows.get(concept.name, {})
+            if not any(level in own for level in self._levels):
+                raise ValueError(
+                    f"recovery.paraphrase.prompts={self._prompts}: has no row of {concept.name!r} "
+                    f"at the levels {', '.join(self._levels)}; give a CSV file with the columns "
+                    "concept, level, prompt, or leave paraphrase out"
+                )
+            for template in (each for prompts in own.values() for each in prompts):
+                check_template(template, "recovery.paraphrase", (), (sequence.cross_domain,))
+
+    def images(self, lab: Lab, concepts: list[Concept]) -> list[ProbeImage]:
+        """Return images of every level: its prompts in turn, with other concepts of the other
+        domain.
+        """
+        sequence, found = lab.sequence, list[ProbeImage]()
+        seed = sequence.seeds[0] if sequence.seeds else 0
+        for concept in concepts:
+            for level in self._levels:
+                templates = self._rows[concept.name].get(level, [])
+                crosses = crosses_of(sequence, self._number)
+                # fewer where neither prompt nor cross concept is another
+                made: dict[str, ProbeImage] = {}
+                for i, cross in enumerate(crosses if templates else ()):
+                    prompt = fill(templates[i % len(templates)], **{sequence.cross_domain: cross})
+                    shown = cross if prompt != templates[i % len(templates)] else ""
+                    made.setdefault(
+                        prompt,
+                        ProbeImage(concept.name, shown, prompt, seed, len(made), variant=level),
+                    )
+                found += made.values()
+        return found
+
+    def cost(self, sequence: Sequence, concepts: int) -> Cost:
+        """Return the images of so many concepts, at every level."""
+        return Cost(images=self._number * len(self._levels) * concepts)
+
+
+def shipped_csv(key: str, name: str) -> Path:
+    """Return the file of a shipped list of prompts. Raises ValueError with those that there are."""
+    files = shipped_csv_files()
+    if "[" in name:
+        raise ValueError(
+            f"{key}: sequence.vocabulary is a list of names here, so that no shipped list goes "
+            f"with it; give one: {', '.join(files)}; or a CSV file with the columns "
+            f"{', '.join(COLUMNS)}"
+        )
+    if name not in files:
+        own = [each for each in files if each.startswith("paraphrases_")]
+        raise ValueError(
+            f"{key}={name}: no such list; shipped: {', '.join(own)}; or give a CSV file with the "
+            f"columns {', '.join(COLUMNS)}"
+        )
+    return files[name]
+
+
+def refuse_named(row: dict[str, str]) -> None:
+    """Raise ValueError for a prompt that names its concept."""
+    name = row["concept"].replace("_", " ").casefold()
+    if f" {name} " in f" {row['prompt'].casefold()} ":
+        raise ValueError(
+            f"recovery.paraphrase.prompts: {row['prompt']!r} names {row['concept']}; a paraphrase "
+            "does without the name"
+        )

@@ -1,0 +1,102 @@
+"""Fine-tuning for a few steps: how fast does the concept come back? (Suriyakumar et al. 2024, arXiv
+2410.08074; Fan et al. 2025, arXiv 2502.05374)
+
+On the concept's own images that is relearning; on unrelated images it shows what was only covered.
+All images are made by the untouched model.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from cu_runner.concepts.sequence import Concept, Sequence
+from cu_runner.recovery._finetune import batch_loss, own_prompts, spread_over, unrelated_prompts
+from cu_runner.recovery.base import Cost, Every, Lab, Number, Probe, Seen, evaluation_images
+from cu_runner.runtime import distributed
+from cu_runner.runtime.lazy import torch
+from cu_runner.schema.settings import StepSize
+
+Data = Literal["own", "unrelated"]
+
+
+class Relearning(Probe):
+    """Trains the weights that the run trains. variant: on which images; dose: after how many
+    steps.
+    """
+
+    def __init__(
+        self,
+        steps: list[NonNegativeInt],
+        lr: StepSize,
+        *,
+        data: list[Data],
+        batch_size: PositiveInt = 4,
+        examples: PositiveInt = 8,
+        images: PositiveInt = 4,
+        every: Every = "last",
+        controls: PositiveInt = 2,
+    ) -> None:
+        """
+        Args:
+            steps: after how many an image is looked at; 0 is the model as it is.
+            lr: step size of AdamW, without decay.
+            data: "own", the concept's own images; "unrelated", images of its anchor's prompts.
+            batch_size: images of a step. examples: distinct images that it trains on.
+            images: of the evaluation, of a concept, after each number of steps.
+            every, controls: as for Probe.
+
+        Raises:
+            ValueError: no step, or one twice.
+        """
+        super().__init__(every, controls)
+        if not steps or not data or len(set(steps)) < len(steps):
+            raise ValueError(
+                "recovery.relearning: steps and data need distinct entries, one at least"
+            )
+        self._steps, self._lr, self._data = sorted(steps), lr, data
+        self._batch_size, self._examples, self._number = batch_size, examples, images
+
+    def measure(self, lab: Lab, concepts: list[Concept]) -> list[Seen | Number]:
+        """Return what is seen after each number of steps; every concept from the same weights."""
+        found: list[Seen | Number] = []
+        for concept in concepts:
+            for kind in self._data:
+                with lab.changed():
+                    found += self._train(lab, concept, kind)
+        return found
+
+    def _train(self, lab: Lab, concept: Concept, kind: Data) -> list[Seen | Number]:
+        prompts = {"own": own_prompts, "unrelated": unrelated_prompts}[kind](lab, concept)
+        chosen = spread_over(prompts, self._examples)
+        latents, text = lab.latents(chosen, self._examples), lab.model.encode_prompts(chosen)
+        generator = lab.generator("relearning", kind, concept.name)
+        params = list(lab.params.values())
+        optimizer = torch.optim.AdamW(params, lr=self._lr, weight_decay=0.0)
+        found: list[Seen | Number] = []
+        for parameter in params:
+            parameter.requires_grad_(True)
+        try:
+            for done in range(self._steps[-1] + 1):
+                if done in self._steps:
+                    wanted = evaluation_images(
+                        lab.sequence, [concept], self._number, variant=kind, dose=float(done)
+                    )
+                    with lab.changed():  # these weights alone
+                        found += lab.look(wanted)
+                if done < self._steps[-1]:
+                    with torch.enable_grad(), distributed.alone():
+                        loss = batch_loss(lab.model, latents, text, self._batch_size, generator)
+                        loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        finally:
+            for parameter in params:
+                parameter.requires_grad_(False)
+        return found
+
+    def cost(self, sequence: Sequence, concepts: int) -> Cost:
+        """Return the images and the training steps of so many concepts."""
+        kinds = len(self._data) * concepts
+        return Cost(self._number * len(self._steps) * kinds, self._steps[-1] * kinds)

@@ -1,0 +1,117 @@
+"""How the runner, and cu-eval after it, let the probes of recovery at a step."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterable
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+
+from cu_runner.concepts.sequence import Concept
+from cu_runner.config.run_config import RunConfig
+from cu_runner.evaluators.evaluate import Judge
+from cu_runner.evaluators.metrics import read_predictions
+from cu_runner.evaluators.recovered import CONTROLS
+from cu_runner.recovery.base import Probe
+from cu_runner.recovery.battery import Battery
+from cu_runner.runner.measure import Instruments
+from cu_runner.runner.weights import TrainedWeights
+from cu_runner.runtime.lazy import pd
+from cu_runner.store.cache import Cache
+from cu_runner.store.files import to_json
+from cu_runner.store.layout import METRICS, PREDICTIONS
+from cu_runner.store.records import Metrics, Row
+from cu_runner.store.run_directory import RunStore
+
+WHEN = ("every", "controls")  # arguments that do not change what is seen of one concept
+
+
+@dataclass(frozen=True)
+class Prober:
+    """What lets the probes of a run at its steps; without probes it does nothing.
+
+    last: the run's last request.
+    """
+
+    battery: Battery | None
+    last: int
+
+    @staticmethod
+    def of(
+        plan: RunConfig,
+        probes: dict[str, Probe],
+        own: Instruments,
+        weights: TrainedWeights,
+        cache: Cache,
+    ) -> Prober:
+        """Take the probes, what measures the run, and the weights that it trains."""
+        last = len(plan.requests(plan.sequence.build()))
+        if not probes:
+            return Prober(None, last)
+        settings: dict[str, dict[str, object]] = {}
+        for name, node in plan.probes.items():
+            arguments = plan.resolved["recovery"][name]
+            settings[name] = {key: value for key, value in arguments.items() if key not in WHEN}
+            settings[name]["files"] = plan.files_of(node)
+        judge = Judge(own.model, own.evaluator, own.sequence, own.settings)
+        hashes = (own.model_sha256, own.evaluator_sha256)
+        placed = (weights.params, weights.base)
+        return Prober(Battery(probes, settings, judge, *hashes, *placed, cache), last)
+
+    def add(
+        self,
+        store: RunStore,
+        index: int,
+        unlearned: Ordered[Concept],
+        files: dict[str, bytes],
+        metrics: Metrics,
+        seconds: dict[str, float],
+    ) -> tuple[dict[str, bytes], Metrics]:
+        """Return the files and the metrics of a step with those that the probes add.
+
+        Args:
+            store: the run, with the steps before this one.
+            index: of the step.
+            unlearned: concepts that the weights have unlearned.
+            files, metrics: of the step without recovery.
+            seconds: of the step; gets those of the probes.
+        """
+        if self.battery is None:
+            return files, metrics
+        started = time.monotonic()
+
+        def predictions(step: int) -> pd.DataFrame:
+            if step == index:
+                return read_predictions(io.BytesIO(files[PREDICTIONS]))
+            return read_predictions(store.step_dir(step) / PREDICTIONS)
+
+        ua = metrics["UA"]
+        seen, found = self.battery.measure(index, self.last, unlearned, predictions, ua)
+        seconds["recovery"] = time.monotonic() - started
+        metrics = metrics | found
+        return files | seen | {METRICS: to_json(metrics)}, metrics
+
+    def describe(self, row: Row) -> str:
+        """Return the line that the terminal shows of the probes at a step; "" where none was due.
+
+        Each accuracy stands beside its two controls.
+        """
+        return describe_recovery(row, self.battery.probes if self.battery else ())
+
+
+def describe_recovery(row: Row, probes: Iterable[str]) -> str:
+    """Return the line of Prober.describe() for probes by name."""
+    parts = []
+    for name in probes:
+        values = [row.metrics.get(f"recovered_{name}{ending}") for ending in CONTROLS]
+        said = [
+            f"{word}{value:.1f}"
+            for word, value in zip(("", "untouched ", "retained "), values, strict=True)
+            if value is not None
+        ]
+        if values[0] is not None:
+            parts.append(f"{name} {said[0]}" + (f" ({', '.join(said[1:])})" if said[1:] else ""))
+    worst = row.metrics.get("UA_worst")
+    ending = "" if worst is None else f"; worst UA {worst:.1f}"
+    return f"recovered: {', '.join(parts)}{ending}" if parts else ""
