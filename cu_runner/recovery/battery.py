@@ -282,15 +282,25 @@ class Battery:
         return rows
 
 
-def battery_cost(probes: dict[str, Probe], counts: list[int], sequence: Sequence) -> Cost:
-    """Return what the probes make over a run with so many unlearned concepts after each request.
+def battery_cost(
+    probes: dict[str, Probe], counts: list[int], sequence: Sequence, done: int = 0
+) -> Cost:
+    """Return what the probes make at most: none of the controls is in the cache.
 
-    What the untouched model shows is made once, and is not in it where the cache has it.
+    Args:
+        counts: of unlearned concepts, after each request of the run.
+        done: so many requests are finished.
     """
     total = Cost()
     for probe in probes.values():
-        for step, count in enumerate(counts, start=1):
-            if probe.is_due(step, len(counts)):
-                kept = len(probe.on_retained(sequence))
-                total += probe.cost(sequence, count + kept)
+        due = [
+            count
+            for step, count in enumerate(counts, start=1)
+            if step > done and probe.is_due(step, len(counts))
+        ]
+        kept = len(probe.on_retained(sequence))
+        for count in due:
+            total += probe.cost(sequence, count + kept)
+        if due and probe.has_untouched():
+            total += probe.cost(sequence, max(due) + kept)
     return total

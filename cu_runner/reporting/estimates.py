@@ -46,6 +46,19 @@ def of_shares(percents: list[float], num_images: int) -> Estimate:
     return Estimate(mean, half, images, widest(mean, half, images))
 
 
+def of_hits(percents: list[float], hits: int, num_images: int) -> Estimate:
+    """Return the estimate of a share of images that is a mean over concepts, from that of each seed.
+
+    Its interval over the images is that of the hits among the images of all concepts and seeds.
+
+    Args:
+        hits, num_images: of all seeds together.
+    """
+    mean, half = over_seeds(percents)
+    images = over_images(100 * hits / num_images, num_images)
+    return Estimate(mean, half, images, widest(mean, half, images))
+
+
 def of_sizes(values: list[float]) -> Estimate:
     """Return the estimate of what is 0 at least; of one seed it has no interval."""
     mean, half = over_seeds(values)

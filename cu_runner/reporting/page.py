@@ -72,6 +72,7 @@ def write_page(groups: list[Group], plots: Path, details: int, remarks: list[str
     environment.filters["percent"] = format_percent
     found = costs(groups)
     write_costs(groups, found, plots)
+    shown = [details_of(group, plots, details) for group in groups[:details]]
     return environment.get_template("page.html.j2").render(
         title=title(groups),
         colours=COLOURS,
@@ -88,7 +89,8 @@ def write_page(groups: list[Group], plots: Path, details: int, remarks: list[str
         layers=layers(groups, plots),
         cost=cost(groups, found),
         has_cached=bool(found["cached"].any()),
-        details=[details_of(group, plots, details) for group in groups[:details]],
+        has_recovery=any(each.recovery for each in shown),
+        details=shown,
     )
 
 

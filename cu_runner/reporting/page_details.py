@@ -4,35 +4,18 @@ from __future__ import annotations
 
 import base64
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from cu_runner.reporting.page_data import Samples, provenance, sample_images
 from cu_runner.reporting.page_groups import Group
 from cu_runner.reporting.page_plots import write_heat_map
-from cu_runner.reporting.page_tables import parts_of
-from cu_runner.runtime.lazy import pd
+from cu_runner.reporting.page_recovery import Recovery, recovery_of
+from cu_runner.reporting.page_tables import MOST_COLUMNS, Part, part_of, parts_of
 from cu_runner.store.layout import CONFIG
 from cu_runner.store.run_record import RunRecord
 
-MOST_COLUMNS = 26  # of a heat map side by side: what a printed page holds
 PRINTED = (552, 940, 64)  # pixels of samples across and down a printed page, and of one at most
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some rows and columns of an accuracy matrix, in percent.
-
-    kinds: "gone" where a concept is unlearned by then, "blank" where it was not measured, or "".
-    """
-
-    requests: list[int]
-    concepts: list[str]
-    values: list[list[float]]
-    kinds: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -62,29 +45,31 @@ class Details:
     """What is shown of a group beside its metrics.
 
     numbers: the mean over its seeds, in parts side by side. seeds: the same of single ones, with
-    the seed. pictures: of the first seed.
+    the seed. recovery: None without a probe that has measured. pictures: of the first seed.
     """
 
     group: Group
     numbers: list[Part]
     seeds: list[tuple[int, list[Part]]]
+    recovery: Recovery | None
     pictures: list[Pictures]
     origins: list[Origin]
 
 
 def details_of(group: Group, plots: Path, most: int) -> Details:
-    """Return everything of a group, of at most so many of its seeds, and write its heat map."""
+    """Return everything of a group, of at most so many of its seeds, and write its heat maps."""
     write_heat_map(group, plots)
     across = parts_of(group.last + 1, MOST_COLUMNS)
-    rows = range(len(group.accuracy))
+    rows, unlearned = range(len(group.accuracy)), group.unlearned.to_numpy()
     alone = zip(group.runs, group.accuracies, strict=True) if len(group.runs) > 1 else ()
     return Details(
         group,
-        numbers=[part_of(group, group.accuracy, rows, part) for part in across],
+        numbers=[part_of(group.accuracy, unlearned, rows, part) for part in across],
         seeds=[
-            (run.seed, [part_of(group, accuracy, rows, part) for part in across])
+            (run.seed, [part_of(accuracy, unlearned, rows, part) for part in across])
             for run, accuracy in itertools.islice(alone, most)
         ],
+        recovery=recovery_of(group, plots, most),
         pictures=[
             pictures_of(group, samples)
             for samples in sample_images(group.first, list(map(str, group.accuracy.index)))
@@ -99,7 +84,8 @@ def pictures_of(group: Group, samples: Samples) -> Pictures:
     parts = []
     for rows in parts_of(len(group.accuracy), PRINTED[1] // side):
         jpeg = base64.b64encode(samples.jpeg(rows)).decode()
-        parts.append((part_of(group, group.accuracy, rows, samples.requests), jpeg))
+        shown = part_of(group.accuracy, group.unlearned.to_numpy(), rows, samples.requests)
+        parts.append((shown, jpeg))
     return Pictures(samples, parts, side)
 
 
@@ -116,12 +102,3 @@ def within_here(path: Path) -> str:
     """Return a path as seen from the current directory, if it lies in it."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
-
-def part_of(group: Group, accuracy: pd.DataFrame, rows: range, columns: Sequence[int]) -> Part:
-    """Return a part of an accuracy matrix of a group or of one of its seeds."""
-    cut = np.ix_(rows, columns)
-    values, gone = accuracy.to_numpy()[cut], group.unlearned.to_numpy()[cut]
-    kinds = np.where(np.isnan(values), "blank", np.where(gone, "gone", ""))
-    concepts = [str(accuracy.index[row]) for row in rows]
-    return Part(list(columns), concepts, values.tolist(), kinds.tolist())

@@ -57,6 +57,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MOST_NUMBERS = 600  # cells of a heat map that still have room for their numbers
 MOST_TICKS = 24
 BAND, BARS = 0.16, 0.55  # opacity of intervals
+THIN = 0.8  # points
 STYLE = mpl.RcParams(
     {
         "font.size": 9,
@@ -86,20 +87,27 @@ STYLE = mpl.RcParams(
 
 
 Panel = Callable[[Axes], None]
+Legend = list[tuple[str, "LineStyle"]]
 
 
 @dataclass(frozen=True)
 class LineStyle:
-    """Colour, dashes and marker of a group; 168 groups differ in at least one."""
+    """Colour, dashes and marker of a group; 168 groups differ in at least one.
+
+    is_thin: of a line that another is compared with; it has no marker.
+    """
 
     colour: int
     dashes: tuple[float, ...]
     marker: str
+    is_thin: bool = False
 
     def set_on(self, line: Line2D) -> Line2D:
         """Give a line of matplotlib this style, and return it."""
         dashes = (0, self.dashes) if self.dashes else "-"
         line.set(color=SERIES[self.colour], linestyle=dashes, marker=self.marker)
+        if self.is_thin:
+            line.set(linewidth=THIN)
         return line
 
 
@@ -115,25 +123,26 @@ def publish(panels: list[Panel], groups: list[Group], folder: Path, stem: str) -
     Returns:
         Each panel alone as SVG text for a page.
     """
+    legend = [(group.title, line_style(group.number)) for group in groups]
     with mpl.rc_context(STYLE):
-        save(draw(panels, groups), folder / stem)
+        save(draw(panels, legend), folder / stem)
         return [inline(draw([panel], []), f"{stem}-{i}") for i, panel in enumerate(panels)]
 
 
-def draw(panels: list[Panel], legend: list[Group]) -> Figure:
-    """Return panels in a row, and below them a legend of these groups."""
+def draw(panels: list[Panel], legend: Legend) -> Figure:
+    """Return panels in a row, and below them a legend."""
     width = 4.1 * len(panels)  # inches
-    entry = 0.6 + 0.07 * max((len(group.title) for group in legend), default=0)
+    entry = 0.6 + 0.07 * max((len(label) for label, _ in legend), default=0)
     columns = max(1, min(len(legend), int(width / entry)))
     lines = -(-len(legend) // columns)
     figure = Figure(figsize=(width, 2.9 + 0.19 * lines), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         panel(axes)
     if legend:
-        handles = [line_style(group.number).set_on(Line2D([], [])) for group in legend]
+        handles = [style.set_on(Line2D([], [])) for _, style in legend]
         figure.legend(
             handles,
-            [group.title for group in legend],
+            [label for label, _ in legend],
             loc="outside lower center",
             ncols=columns,
             fontsize=8,
@@ -275,22 +284,29 @@ def write_costs(groups: list[Group], cost: pd.DataFrame, folder: Path) -> None:
 
 
 def write_heat_map(group: Group, folder: Path) -> None:
-    """Write accuracy-<number>-<first run>.png and .svg: rows concepts, columns requests.
+    """Write accuracy-<number>-<first run>.png and .svg: rows concepts, columns requests."""
+    title = f"{group.title}: accuracy, %"
+    stem = folder / f"accuracy-{group.number + 1}-{group.first.directory.name}"
+    draw_heat_map(title, group.accuracy, group.unlearned.to_numpy(), stem)
 
-    Unlearned concepts have another colour.
+
+def draw_heat_map(title: str, table: pd.DataFrame, unlearned: np.ndarray, stem: Path) -> None:
+    """Write a heat map of percentages as stem.png and stem.svg: rows concepts, columns requests.
+
+    Args:
+        table: NaN where not measured. unlearned: cells of another colour, of the same shape.
     """
-    accuracy, unlearned = group.accuracy.to_numpy(), group.unlearned.to_numpy()
+    accuracy = table.to_numpy()
     rows, columns = accuracy.shape
     roomy = rows * columns <= MOST_NUMBERS
     width, height = (0.42, 0.23) if roomy else (0.15, 0.15)  # inches of a cell
-    title = f"{group.title}: accuracy, %"
     size = max(2.2 + width * columns, 0.09 * len(title)), 0.9 + height * rows
     with mpl.rc_context(STYLE), mpl.rc_context({"axes.grid": False}):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         gone, known = (to_rgb(COLOURS[name][0]) for name in ("gone", "known"))
         full = np.where(unlearned[..., None], gone, known)
-        share = np.nan_to_num(accuracy)[..., None] / 100
+        share = np.nan_to_num(accuracy).clip(0, 100)[..., None] / 100
         x, y = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
         mesh = axes.pcolormesh(x, y, 1 - share * (1 - full), rasterized=not roomy)
         axes.invert_yaxis()
@@ -303,11 +319,11 @@ def write_heat_map(group: Group, folder: Path) -> None:
         below, left = unlearned.nonzero()
         axes.hlines(below + 0.46, left - 0.5, left + 0.5, color=COLOURS["gone"][0], linewidth=1.5)
         step = 1 if roomy else 5
-        axes.set_xticks(range(0, columns, step), map(str, range(0, columns, step)))
-        axes.set_yticks(range(rows), group.accuracy.index, fontsize=9 if roomy else 7)
+        axes.set_xticks(range(0, columns, step), map(str, table.columns[::step]))
+        axes.set_yticks(range(rows), table.index, fontsize=9 if roomy else 7)
         axes.set_xlabel("request")
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-        save(figure, folder / f"accuracy-{group.number + 1}-{group.first.directory.name}")
+        save(figure, stem)
 
 
 def format_percent(value: float) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from cu_runner.evaluators.metrics import ENOUGH_UA
 from cu_runner.reporting.estimates import SHARES, Estimate
@@ -20,6 +23,7 @@ COST_NAMES = {
     "peak_memory_mb": "memory, MB",
 }
 MOST_GROUPS = 6  # columns of a table with a column per group
+MOST_COLUMNS = 26  # of a heat map side by side: what a printed page holds
 MOST_REQUESTS = 14  # columns of a table with a column per request
 DASH = "\N{EN DASH}"
 
@@ -46,6 +50,36 @@ class Table:
     caption: str
     head: Row
     rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows and columns of a heat map, in percent.
+
+    kinds: "gone" where a concept is unlearned by then, "blank" where it was not measured, or "".
+    """
+
+    requests: list[int]
+    concepts: list[str]
+    values: list[list[float]]
+    kinds: list[list[str]]
+
+
+def part_of(
+    table: pd.DataFrame, unlearned: np.ndarray, rows: Sequence[int], columns: Sequence[int]
+) -> Part:
+    """Return a part of a heat map, by the places of its rows and columns.
+
+    Args:
+        table: rows concepts, columns requests; NaN where not measured.
+        unlearned: True where a cell is of a concept that is unlearned by then, of the same shape.
+    """
+    cut = np.ix_(rows, columns)
+    values = table.to_numpy()[cut]
+    kinds = np.where(np.isnan(values), "blank", np.where(unlearned[cut], "gone", ""))
+    requests = [int(table.columns[column]) for column in columns]
+    concepts = [str(table.index[row]) for row in rows]
+    return Part(requests, concepts, values.tolist(), kinds.tolist())
 
 
 def named(group: Group, label: str | None = None) -> Cell:

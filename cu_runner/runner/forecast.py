@@ -20,6 +20,9 @@ from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.config.run_config import RunConfig
 from cu_runner.models.checkpoint_files import HUB_ID, find_weights, locate
 from cu_runner.models.parameters import belongs
+from cu_runner.recovery.base import Cost
+from cu_runner.recovery.battery import battery_cost
+from cu_runner.runner.probing import build_probes
 from cu_runner.runtime.devices import choose_device, device_name
 from cu_runner.schema.errors import ModelError, StoreError
 from cu_runner.schema.settings import ParameterGroup
@@ -90,8 +93,14 @@ def forecast(plan: RunConfig) -> str:
     )
     if retained:
         lines.append(f"retention: {retained} further images, of general prompts")
+    probing = probes_left(plan, done)
+    if plan.probes:
+        lines.append(
+            f"recovery: at most {probing.images} further images and {probing.steps} steps of "
+            "training and search, by the probes; controls are cached across runs"
+        )
     rates = measure_rates(plan, device)
-    time = time_left(num_steps, num_images + retained, rates, device, most)
+    time = time_left(num_steps, num_images + retained + probing.images, rates, device, most)
     path, revision = (plan.model.arguments.get(key) for key in ("path", "revision"))
     revision = None if revision is None else str(revision)
     weights, size = delta_bytes(str(path), revision, plan.method.build().params), "unknown size"
@@ -160,6 +169,15 @@ def plan_work(
 def retained_images(plan: RunConfig) -> int:
     """Return how many images of general prompts the retention makes at every step."""
     return plan.retention.build().num_images if plan.retention else 0
+
+
+def probes_left(plan: RunConfig, done: int) -> Cost:
+    """Return what the probes of recovery make in the steps after the first `done` ones."""
+    sequence = plan.sequence.build()
+    requests = plan.requests(sequence)
+    merging = merges(plan)
+    counts = [len(each.requested if merging else each.erased) for each in requests]
+    return battery_cost(build_probes(plan, sequence), counts, sequence, max(done - 1, 0))
 
 
 def disk_copies(plan: RunConfig, work: list[Work]) -> int:

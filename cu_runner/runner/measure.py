@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from cu_runner.store.files import to_csv, to_json
 from cu_runner.store.layout import GRID, METRICS, PREDICTIONS
 from cu_runner.store.records import Metrics, Row, StepRecord
 from cu_runner.store.run_directory import RunStore
+
+logger = logging.getLogger(__name__)
 
 
 class Hashes(TypedDict):
@@ -177,6 +180,16 @@ def unrecognised(row: Row) -> list[str]:
         for what, share in shares.items()
         if share is not None and share < RECOGNISED
     ]
+
+
+def warn_of_unrecognised(row: Row) -> None:
+    """Log a warning where the untouched model's images show too little."""
+    if weak := unrecognised(row):
+        logger.warning(
+            "   the untouched model is hardly recognised (%s): what it does not show cannot be "
+            "forgotten or kept. Check prompts and labels; cu-doctor with the same words helps",
+            ", ".join(weak),
+        )
 
 
 def describe(row: Row, total: int) -> str:

@@ -17,6 +17,7 @@ from cu_runner.recovery.base import Probe
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.token_limit import check_prompts
 from cu_runner.retention.base import Retention
+from cu_runner.runner.probing import build_probes
 from cu_runner.runtime import distributed
 from cu_runner.runtime.progress import slow
 from cu_runner.schema.settings import Speed, TrainSettings
@@ -65,14 +66,6 @@ def build_parts(plan: RunConfig, device: str) -> RunParts:
     check_prompts(model, sequence)
     retention = plan.retention.build(device=device) if plan.retention else None
     return RunParts(model, evaluator, retention, sequence, requests, method, regularizers, probes)
-
-
-def build_probes(plan: RunConfig, sequence: Sequence) -> dict[str, Probe]:
-    """Build the probes of recovery. Raises ValueError for what they cannot probe."""
-    probes = {name: node.build() for name, node in plan.probes.items()}
-    for probe in probes.values():
-        probe.check(sequence)
-    return probes
 
 
 def prepare(model: DiffusionModel, speed: Speed, train: TrainSettings) -> None:

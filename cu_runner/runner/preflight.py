@@ -27,7 +27,8 @@ from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.token_limit import check_prompts
 from cu_runner.retention.base import Retention
 from cu_runner.runner.forecast import disk_copies, existing_parent, retained_images, work_of
-from cu_runner.runner.parts import RunParts, build_probes, prepare
+from cu_runner.runner.parts import RunParts, prepare
+from cu_runner.runner.probing import build_probes
 from cu_runner.runner.rehearsal import Rehearsal, rehearse
 from cu_runner.runner.training import check_composition
 from cu_runner.runtime.devices import choose_device, device_name, limit_threads, peak_memory_mb

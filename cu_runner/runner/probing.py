@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 
-from cu_runner.concepts.sequence import Concept
+from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.config.run_config import RunConfig
 from cu_runner.evaluators.evaluate import Judge
 from cu_runner.evaluators.metrics import read_predictions
@@ -25,6 +25,14 @@ from cu_runner.store.records import Metrics, Row
 from cu_runner.store.run_directory import RunStore
 
 WHEN = ("every", "controls")  # arguments that do not change what is seen of one concept
+
+
+def build_probes(plan: RunConfig, sequence: Sequence) -> dict[str, Probe]:
+    """Build the probes of recovery. Raises ValueError for what they cannot probe."""
+    probes = {name: node.build() for name, node in plan.probes.items()}
+    for probe in probes.values():
+        probe.check(sequence)
+    return probes
 
 
 @dataclass(frozen=True)

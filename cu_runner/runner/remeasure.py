@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 from cu_runner.concepts.sequence import Concept
 from cu_runner.config.run_config import RunConfig
 from cu_runner.runner.measure import Instruments
-from cu_runner.runner.parts import build_probes
-from cu_runner.runner.probing import Prober
+from cu_runner.runner.probing import Prober, build_probes
 from cu_runner.runner.weights import TrainedWeights
 from cu_runner.runtime.devices import choose_device, limit_threads
 from cu_runner.runtime.provenance import made_with

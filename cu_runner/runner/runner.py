@@ -26,7 +26,7 @@ from cu_runner.models.parameters import Drift, drift, snapshot, subtract
 from cu_runner.request.anchors import AnchorImages
 from cu_runner.request.scope import Scope
 from cu_runner.runner.early_stop import EarlyStop, LossLeft
-from cu_runner.runner.measure import Instruments, describe, unrecognised
+from cu_runner.runner.measure import Instruments, describe, warn_of_unrecognised
 from cu_runner.runner.parts import RunParts
 from cu_runner.runner.probing import Prober
 from cu_runner.runner.saved_state import SavedState
@@ -141,12 +141,8 @@ class Runner:
         seconds = {"train": 0.0, "eval": time.monotonic() - started}
         files, metrics = self.prober.add(self.store, 0, [], files, metrics, seconds)
         step = self._commit(None, files, self._row(None, metrics, seconds), seconds, None)
-        if (weak := unrecognised(step.row)) and distributed.is_main():
-            logger.warning(
-                "   the untouched model is hardly recognised (%s): what it does not show cannot be "
-                "forgotten or kept. Check prompts and labels; cu-doctor with the same words helps",
-                ", ".join(weak),
-            )
+        if distributed.is_main():
+            warn_of_unrecognised(step.row)
         return step
 
     def _serve(self, request: Request, steps: list[StepRecord]) -> StepRecord:

@@ -1,0 +1,85 @@
+"""A trajectory that stops, is kept and goes on ends where one that does not does, bitwise."""
+
+import pytest
+import torch
+
+from cu_runner.models.sampling import make_scheduler, sample_latents
+from cu_runner.models.trajectory import Trajectory
+from cu_runner.schema.settings import Sampler
+
+PROMPTS = ["a tree image in blaze style", "a star image in plum style", "a cup image"]
+SEEDS = [1, 2, 3]
+
+
+def begin(model, sampler, rows, **more):
+    chosen = [[each[row] for row in rows] for each in (PROMPTS, SEEDS)]
+    return Trajectory(model, make_scheduler(model, sampler), *chosen, sampler.guidance, **more)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DPMSolverMultistepScheduler",
+        "DDIMScheduler",
+        "UniPCMultistepScheduler",
+        "HeunDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "LMSDiscreteScheduler",
+    ],
+)
+def test_images_that_are_kept_go_on_in_another_batch(model, name):
+    sampler = Sampler(5, 2.5, name)
+    whole = sample_latents(model, PROMPTS, SEEDS, sampler)
+    trajectory = begin(model, sampler, [0, 1, 2])
+    for stop in (1, 3):
+        trajectory.advance(stop)
+        kept = trajectory.keep()
+        rest = begin(model, sampler, [2, 0])
+        rest.resume([kept[2], kept[0]])
+        assert rest.done == stop
+        assert torch.equal(rest.advance(rest.num_steps), whole[[2, 0]])
+    assert torch.equal(trajectory.advance(trajectory.num_steps), whole)
+
+
+def test_the_first_noise_is_scaled_and_eta_adds_some_on_the_way(model):
+    sampler = Sampler(3, 1.0, "DDIMScheduler")
+    plain, larger = begin(model, sampler, [0]), begin(model, sampler, [0], noise_scale=1.5)
+    torch.testing.assert_close(larger.latents, 1.5 * plain.latents)
+    noisy = begin(model, sampler, [0], eta=0.5)
+    assert torch.equal(noisy.latents, plain.latents)
+    assert not torch.equal(noisy.advance(3), plain.advance(3))
+
+
+def test_a_text_takes_the_place_of_the_words(model):
+    sampler = Sampler(3, 2.5)
+    other = model.encode_prompts([PROMPTS[1]])
+    told = begin(model, sampler, [0], text=other).advance(3)
+    assert not torch.equal(told, begin(model, sampler, [0]).advance(3))
+    same = begin(model, sampler, [0], text=model.encode_prompts([PROMPTS[0]])).advance(3)
+    assert torch.equal(same, begin(model, sampler, [0]).advance(3))
+
+
+# ----------------------------------------------------------------------------- replaced embeddings
+def test_a_words_own_embedding_in_its_place_changes_nothing(model):
+    prompts = ["a x image in blaze style", "a tree in x style"]
+    token = model.tokenizer("x").input_ids[1]
+    own = [table[token][None] for table in model.token_embeddings()]
+    with torch.no_grad():
+        replaced = model.encode_replaced(prompts, "x", own).hidden
+    torch.testing.assert_close(replaced, model.encode_prompts(prompts).hidden)
+
+
+def test_another_embedding_is_that_other_word_and_has_a_gradient(model):
+    tree = model.tokenizer("tree").input_ids[1]
+    own = [table[tree][None].clone().requires_grad_(True) for table in model.token_embeddings()]
+    replaced = model.encode_replaced(["a x image"], "x", own).hidden
+    torch.testing.assert_close(replaced, model.encode_prompts(["a tree image"]).hidden)
+    replaced.square().sum().backward()
+    assert own[0].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("prompt", "word"), [("a tree image", "x"), ("a x image", "a x")])
+def test_a_word_that_is_not_there_or_has_other_tokens_is_refused(model, prompt, word):
+    own = [table[:1] for table in model.token_embeddings()]
+    with pytest.raises(ValueError, match="x"):
+        model.encode_replaced([prompt], word, own)

@@ -1,0 +1,201 @@
+"""Probes in runs and in evaluations of runs: what is written, resumed, refused and foretold."""
+
+import dataclasses
+import json
+import shutil
+
+import pandas as pd
+import pytest
+from conftest import SMOKE, run_directory
+
+from cu_runner.cli import doctor, evaluate
+from cu_runner.evaluators import evaluate as drawing
+from cu_runner.schema.errors import StoreError
+from cu_runner.store.proof import require_metrics
+from cu_runner.store.run_record import read_run
+
+LIST = "recovery.paraphrase.prompts=paraphrases_shapecanvas_styles"
+CHEAP = (
+    "recovery=[paraphrase,completion,residual,rebound]",
+    LIST,
+    "recovery.paraphrase.images=1",
+    "recovery.paraphrase.controls=1",
+    "recovery.completion.images=1",
+    "recovery.completion.controls=1",
+)
+RELEARN = (
+    "recovery=[relearning]",
+    "recovery.relearning.steps=[0,1,2]",
+    "recovery.relearning.examples=2",
+    "recovery.relearning.batch_size=1",
+    "recovery.relearning.images=1",
+    "recovery.relearning.controls=1",
+)
+
+
+@pytest.fixture
+def probed(in_process, tmp_path):
+    """The directory of a small run with the cheap probes."""
+    status, out, err = in_process(*SMOKE, *CHEAP)
+    assert (status, err) == (0, "")
+    assert "recovered: paraphrase" in out
+    return run_directory(out, tmp_path)
+
+
+@pytest.fixture
+def cu_eval(call_command):
+    return lambda *arguments: call_command(evaluate.main, "cu-eval", *arguments)
+
+
+def test_a_run_writes_what_its_probes_saw_and_goes_on_bitwise(probed, in_process, tmp_path):
+    run = read_run(probed)
+    assert "recovery.csv" not in run.records[0].files
+    rows = pd.read_csv(probed / "steps/02/recovery.csv")
+    assert set(rows["probe"]) == {"paraphrase", "completion"}
+    assert set(zip(rows["group"], rows["weights"], strict=True)) == {
+        (group, weights) for group in ("erased", "retained") for weights in ("edited", "untouched")
+    }
+    values = pd.read_csv(probed / "steps/02/recovery_values.csv")
+    assert set(values["probe"]) == {"residual", "rebound"}
+    last = run.records[2].row.metrics
+    own = rows[(rows["probe"] == "completion") & (rows["weights"] == "edited")]
+    own = own[own["group"] == "erased"]
+    shares = (own["style"] == own["predicted_style"]).groupby(own["dose"]).mean()
+    assert last["recovered_completion"] == pytest.approx(100 * shares.max())
+    worst = max(100 - last["UA"], last["recovered_completion"], last["recovered_paraphrase"])
+    assert last["UA_worst"] == pytest.approx(100 - worst)
+    assert json.loads((probed / "steps/02/metrics.json").read_text()) == last
+    before = {p.name: p.read_bytes() for p in (probed / "steps/02").iterdir() if p.suffix == ".csv"}
+    for cache in (True, False):
+        shutil.rmtree(probed / "steps/02")
+        if not cache:
+            shutil.rmtree(tmp_path / "outputs/cache")
+        status, _, err = in_process(*SMOKE, *CHEAP)
+        assert (status, err) == (0, "")
+        assert {
+            p.name: p.read_bytes() for p in (probed / "steps/02").iterdir() if p.suffix == ".csv"
+        } == before
+
+
+def test_what_probes_saw_is_checked_as_predictions_are(probed, in_process, call_command):
+    status, out, _ = call_command(doctor.main, "cu-doctor", probed)
+    assert status == 0
+    assert "30 checks, all well" in out  # four of them are of the files of probes
+    run = read_run(probed)
+    require_metrics(run, 2)
+    record = run.records[2]
+    other = {**record.row.metrics, "recovered_completion": 77.0}
+    run.records[2] = dataclasses.replace(record, row=dataclasses.replace(record.row, metrics=other))
+    with pytest.raises(StoreError, match="recovered_completion"):
+        require_metrics(run, 2)
+    file = probed / "steps/01/recovery.csv"
+    file.write_bytes(file.read_bytes().replace(b"edited", b"edifed", 1))
+    status, _, err = in_process(*SMOKE, *CHEAP)
+    assert status == 1
+    assert "recovery.csv: is damaged" in err
+
+
+def test_a_finished_run_is_probed_without_drawing_its_evaluation_again(
+    cu_eval, run_copy, tmp_path, monkeypatch, in_process
+):
+    monkeypatch.setattr(drawing, "evaluate", None)
+    drawn = []
+    look_at = drawing.look_at
+    monkeypatch.setattr(
+        "cu_runner.recovery.drawing.look_at",
+        lambda judge, number, *words: drawn.append(number) or look_at(judge, number, *words),
+    )
+    status, out, err = cu_eval(run_copy, *CHEAP)
+    assert (status, err) == (0, "")
+    assert "recovered: paraphrase" in out
+    directory = tmp_path / out.splitlines()[-1].removeprefix("evaluation: ")
+    for index in (0, 1, 2):
+        assert (directory / f"steps/0{index}/predictions.csv").read_bytes() == (
+            run_copy / f"steps/0{index}/predictions.csv"
+        ).read_bytes()
+    assert sum(drawn) < 30
+    assert read_run(directory).table["UA_worst"].notna().sum() == 2
+    status, out, _ = cu_eval(run_copy, *CHEAP)
+    assert status == 0
+    assert "recovered: paraphrase" in out
+
+
+def test_by_run_and_by_evaluation_are_the_same(probed, cu_eval, in_process, tmp_path):
+    status, out, err = in_process(*SMOKE)
+    assert (status, err) == (0, "")
+    plain = run_directory(out, tmp_path)
+    assert plain != probed
+    status, out, err = cu_eval(plain, *CHEAP)
+    assert (status, err) == (0, "")
+    directory = tmp_path / out.splitlines()[-1].removeprefix("evaluation: ")
+    for index in (1, 2):
+        for name in ("recovery.csv", "recovery_values.csv", "metrics.json"):
+            assert (directory / f"steps/0{index}" / name).read_bytes() == (
+                probed / f"steps/0{index}" / name
+            ).read_bytes()
+
+
+def test_relearning_after_the_last_request_alone(in_process, tmp_path):
+    status, out, err = in_process(*SMOKE, *RELEARN)
+    assert (status, err) == (0, "")
+    run = read_run(run_directory(out, tmp_path))
+    assert run.table["recovered_relearning"].notna().tolist() == [False, False, True]
+    assert run.table["recovered_relearning_area"].notna().tolist() == [False, False, True]
+    assert "recovery.csv" not in run.records[1].files
+
+
+def test_a_plan_says_what_the_probes_cost(in_process):
+    status, out, _ = in_process(*SMOKE, *CHEAP, "dry_run=true")
+    assert status == 0
+    # paraphrase 1, completion 2 images of 1 + 1 and 2 + 1 concepts, and of 2 + 1 as a control
+    assert "recovery: at most 24 further images and 0 steps" in out
+    status, out, _ = in_process(*SMOKE, *RELEARN, "dry_run=true")
+    assert "recovery: at most 36 further images and 24 steps" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["recovery=nothing"], "nothing"),
+        (["recovery=completion", "recovery.completion.shares=[2]"], "shares"),
+        (["recovery=completion", "recovery.completion.shares=[]"], "shares is empty"),
+        (["recovery=completion", "recovery.completion.every=0"], "every"),
+        (["recovery=paraphrase"], "is a list of names here"),
+        (["recovery=paraphrase", "recovery.paraphrase.prompts=mine.csv"], "no such file"),
+        (["+recovery.noise.images=2", "recovery=rebound"], "probe is not selected"),
+        (["recovery=relearning", "recovery.relearning.steps=[1,1]"], "distinct"),
+        (["recovery=noise", "recovery.noise.etas=[]"], "at least one"),
+        (["recovery=adversarial", "recovery.adversarial.population=2"], "4 prompts"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(in_process, tmp_path, words, said):
+    status, _, err = in_process(*SMOKE, *words)
+    assert status == 2
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.glob("outputs/runs/*/*"))
+
+
+def test_a_probe_of_ones_own_is_a_class_and_a_file(in_process, tmp_path, monkeypatch):
+    (tmp_path / "conf/recovery").mkdir(parents=True)
+    (tmp_path / "conf/recovery/mine.yaml").write_text(
+        "mine:\n  _target_: my_probes.Mine\n  every: 2\n", encoding="utf-8"
+    )
+    (tmp_path / "my_probes.py").write_text(
+        "from cu_runner.recovery.base import Cost, Number, Probe\n\n\n"
+        "class Mine(Probe):\n"
+        "    def __init__(self, every: int):\n"
+        "        super().__init__(every)\n\n"
+        "    def measure(self, lab, concepts):\n"
+        "        return [Number(concept.name, 7.0) for concept in concepts]\n\n"
+        "    def cost(self, sequence, concepts):\n"
+        "        return Cost()\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = (f"--config-dir={tmp_path}/conf", *SMOKE, "recovery=mine", "allow_modules=[my_probes]")
+    status, out, err = in_process(*own)
+    assert (status, err) == (0, "")
+    table = read_run(run_directory(out, tmp_path)).table
+    assert table["recovered_mine"].tolist()[2] == 7
+    assert table["recovered_mine"].isna().tolist() == [True, True, False]
