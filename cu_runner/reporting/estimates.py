@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from cu_runner.evaluators.metrics import with_face
+from cu_runner.evaluators.recovered import CONTROLS, accuracy_by_dose, read_recovery, strongest
 from cu_runner.reporting.intervals import over_images, over_seeds, widest
-from cu_runner.store.layout import PREDICTIONS
+from cu_runner.store.layout import PREDICTIONS, RECOVERY
 from cu_runner.store.run_record import RunRecord
 
 # metrics that are shares of images, by their names in metrics.csv
 SHARES = {"UA": "UA", "RA_I": "RA-I", "RA_C": "RA-C", "RA_C_retained": "RA-C retained"}
+RECOVERED = re.compile(r"UA_worst|recovered_\w+")  # those of probes, which a run may have
 Ends = tuple[float, float]
 UNKNOWN: Ends = (math.nan, math.nan)
+
+
+def label_of(metric: str) -> str:
+    """Return a metric as tables call it: recovered_noise is "under noise"."""
+    if metric == "UA_worst":
+        return "worst UA"
+    return SHARES.get(metric) or f"under {metric.removeprefix('recovered_').replace('_', ', ')}"
 
 
 @dataclass(frozen=True)
@@ -47,12 +57,12 @@ def of_shares(percents: list[float], num_images: int) -> Estimate:
 
 
 def of_hits(percents: list[float], hits: int, num_images: int) -> Estimate:
-    """Return the estimate of a share of images that is a mean over concepts, from that of each seed.
-
-    Its interval over the images is that of the hits among the images of all concepts and seeds.
+    """Return the estimate of a mean over concepts, each with its own share of images.
 
     Args:
-        hits, num_images: of all seeds together.
+        percents: the mean over the concepts, of each seed.
+        hits, num_images: images that were recognised, and all images, of all concepts and seeds
+            together: the interval over the images is that of their share.
     """
     mean, half = over_seeds(percents)
     images = over_images(100 * hits / num_images, num_images)
@@ -79,9 +89,37 @@ def image_counts(run: RunRecord, index: int) -> dict[str, int]:
     concepts, with_faces = rows[sequence["domain"]], with_face(rows)[sequence["domain"]]
     unlearned = run.unlearned(index) if index else sequence["targets"]
     near = with_faces if "face_only" in rows else concepts
-    return {
+    own = {
         "UA": int(with_faces.isin(unlearned).sum()),
         "RA_I": int(near.isin(sequence["retain"]).sum()),
         "RA_C": len(rows),
         "RA_C_retained": int(concepts.isin(sequence["retain"]).sum()),
+    }
+    return own | recovered_counts(run, index, own["UA"])
+
+
+def recovered_counts(run: RunRecord, index: int, by_name: int) -> dict[str, int]:
+    """Return on how many images each accuracy of a probe rests; UA_worst on the fewest of them.
+
+    Args:
+        by_name: on how many images UA rests.
+
+    Raises:
+        StoreError: recovery.csv is damaged.
+    """
+    if RECOVERY not in run.records[index].files:
+        return {}
+    run.require(index, RECOVERY)
+    rows, sequence = read_recovery(run.step_dir(index) / RECOVERY), run.config["sequence"]
+    domains = (sequence["domain"], sequence["cross_domain"])
+    counts = {}
+    for probe, found in accuracy_by_dose(rows, *domains).groupby("probe", sort=False):
+        at = strongest(found)
+        here = found[(found["variant"] == at[0]) & (found["dose"] == at[1])] if at else found[:0]
+        for ending, (group, weights) in CONTROLS.items():
+            own = here[(here["group"] == group) & (here["weights"] == weights)]
+            counts[f"recovered_{probe}{ending}"] = int(own["images"].sum())
+    asked = [count for name, count in counts.items() if count and f"{name}_retained" in counts]
+    return {name: count for name, count in counts.items() if count} | {
+        "UA_worst": min([by_name, *asked])
     }

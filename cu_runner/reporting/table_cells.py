@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
@@ -10,7 +11,7 @@ from cu_runner.config.compose import compose_all
 from cu_runner.config.run_config import RunConfig
 from cu_runner.evaluators.metrics import ENOUGH_UA
 from cu_runner.reporting.code_differences import made_by_other_code
-from cu_runner.reporting.estimates import Estimate, image_counts, of_shares
+from cu_runner.reporting.estimates import Estimate, image_counts, of_shares, of_sizes
 from cu_runner.reporting.intervals import of_sum
 from cu_runner.reporting.table_spec import Experiment, Overrides, Table
 from cu_runner.runtime.lazy import pd
@@ -158,10 +159,12 @@ def estimates_at_end(runs: list[RunRecord], metrics: list[str]) -> dict[str, Est
     """Return shares of images after the last request, over the seeds of a cell."""
     counts = image_counts(runs[0], len(runs[0].records) - 1)
     last = [run.table.iloc[-1] for run in runs]
-    return {
-        metric: of_shares([float(entry[metric]) for entry in last], counts[metric])
-        for metric in metrics
-    }
+    found = {}
+    for metric in metrics:
+        values = [float(entry.get(metric, math.nan)) for entry in last]
+        number = counts.get(metric)  # what is no share of images has no interval over them
+        found[metric] = of_sizes(values) if number is None else of_shares(values, number)
+    return found
 
 
 @dataclass(frozen=True)

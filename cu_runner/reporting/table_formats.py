@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cu_runner.evaluators.metrics import ENOUGH_UA
-from cu_runner.reporting.estimates import SHARES
+from cu_runner.reporting.estimates import label_of
 from cu_runner.runtime.lazy import pd
 
 VERDICTS = ("holds", "reversed", "undecided")
@@ -91,7 +91,7 @@ def as_markdown(table: FilledTable) -> str:
             cells = pd.DataFrame(shown[column]).swaplevel(axis="columns")
             cells = cells[cells.columns.unique(0)]  # ours beside the published number of a metric
             sides = {"ours": table.model, "paper": "paper"}
-            head = [f"{SHARES[metric]}, {sides[side]}" for metric, side in [*cells.columns]]
+            head = [f"{label_of(metric)}, {sides[side]}" for metric, side in [*cells.columns]]
             rows = cells.reset_index().to_numpy().tolist()
             parts += [f"## {method}, {column}", to_markdown([["regularizer", *head], *rows])]
     parts.append("\n".join(f"- {note}" for note in table.footnotes))
@@ -107,7 +107,7 @@ def ordering_tables(ordered: pd.DataFrame) -> list[str]:
     """Return the counts per method, column and metric, and every pair."""
     if ordered.empty:
         return ["No pair of rows has both a published number and a run of ours."]
-    ordered = ordered.assign(metric=ordered["metric"].map(SHARES))
+    ordered = ordered.assign(metric=ordered["metric"].map(label_of))
     places = ["method", "column", "metric"]
     counts = [[*places, "pairs", *VERDICTS, "of these comparable"]]
     for place, group in ordered.groupby(places, sort=False):
@@ -135,7 +135,7 @@ def as_latex(table: FilledTable) -> str:
     for method, block in table.measured.groupby("method", sort=False):
         shown = texts(block, table.paper_model)
         heads = [
-            (method, f"{column} ({sides[side]})", SHARES[metric])
+            (method, f"{column} ({sides[side]})", label_of(metric))
             for column, side, metric in map(tuple, shown.columns)
         ]
         shown.columns = pd.MultiIndex.from_tuples(heads)

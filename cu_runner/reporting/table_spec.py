@@ -15,7 +15,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from cu_runner.config.permissions import refuse_permissions
-from cu_runner.reporting.estimates import SHARES
+from cu_runner.reporting.estimates import RECOVERED, SHARES
 from cu_runner.runtime.paths import shipped_dir
 from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.settings import STRICT
@@ -94,8 +94,9 @@ class Table:
     def complaints(self) -> Iterator[str]:
         """Yield what is wrong with it though every type is right."""
         for metric in self.metrics:
-            if metric not in SHARES:
-                yield f"metrics: {metric!r} is not a share of images; allowed: {', '.join(SHARES)}"
+            if metric not in SHARES and not RECOVERED.fullmatch(metric):
+                known = ", ".join([*SHARES, "UA_worst", "recovered_PROBE"])
+                yield f"metrics: {metric!r} is not a share of images; allowed: {known}"
         for kind in ("metrics", "rows", "experiments"):
             if not getattr(self, kind):
                 yield f"{kind}: empty; a table needs one at least"
