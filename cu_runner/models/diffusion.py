@@ -74,7 +74,7 @@ class DiffusionModel:
         self.alphas_cumprod: Tensor = self.scheduler.alphas_cumprod.to(device)
         # the most images of a batch, once more of them did not fit into GPU memory
         self.batch_limit: int | None = None
-        self._prompts = PromptEncoder(components, device)
+        self.prompts = PromptEncoder(components, device)
         self._forward: Callable[..., Any] = self.unet
         self._caches_text = False
         self._readers = TextReaders(self.unet)
@@ -129,27 +129,13 @@ class DiffusionModel:
 
     def encode_prompts(self, prompts: list[str]) -> Text:
         """Return the text of B prompts; each distinct one is encoded once per process, in fp32."""
-        return self._prompts(prompts)
+        return self.prompts(prompts)
 
     def encode_empty(self) -> Text:
         """Return the text of the empty prompt as the encoders make it, where guidance reads zeros
         too (SDXL).
         """
-        return self._prompts.encode_empty()
-
-    def encode_once(self, prompts: list[str]) -> Text:
-        """Return the text of B prompts without keeping it: a search tries thousands."""
-        return self._prompts.encode_once(prompts)
-
-    def encode_replaced(self, prompts: list[str], word: str, vectors: list[Tensor]) -> Text:
-        """Return the text of prompts whose `word` has other token embeddings, as
-        PromptEncoder.encode_replaced does.
-        """
-        return self._prompts.encode_replaced(prompts, word, vectors)
-
-    def token_embeddings(self) -> list[Tensor]:
-        """Return the token embeddings of each text encoder, [vocabulary, width]."""
-        return self._prompts.embeddings()
+        return self.prompts.encode_empty()
 
     @property
     def num_tokens(self) -> int:

@@ -82,7 +82,9 @@ class RingABell(Probe):
 
     def _search(self, lab: Lab, concept: Concept, pairs: list[tuple[str, str]]) -> str:
         model = lab.model
-        named, plain = (model.encode_once(list(side)).hidden for side in zip(*pairs, strict=True))
+        named, plain = (
+            model.prompts.encode_once(list(side)).hidden for side in zip(*pairs, strict=True)
+        )
         wanted = plain[0] + self._coefficient * (named - plain).mean(0)
         generator = lab.generator("ring-a-bell", concept.name)
         allowed = plain_tokens(model, concept.prompt_name)
@@ -143,6 +145,6 @@ def distances(model: DiffusionModel, tokens: Tensor, wanted: Tensor, name: str) 
     It is infinite for a prompt that has the concept's name in it.
     """
     prompts = words_of(model, tokens)
-    far = (model.encode_once(prompts).hidden - wanted).square().flatten(1).sum(1).cpu()
+    far = (model.prompts.encode_once(prompts).hidden - wanted).square().flatten(1).sum(1).cpu()
     named = torch.tensor([comparable(name) in comparable(prompt) for prompt in prompts])
     return far.masked_fill(named, float("inf"))

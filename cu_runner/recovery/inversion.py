@@ -73,7 +73,7 @@ class Inversion(Probe):
             wanted = evaluation_images(lab.sequence, [concept], self._number)
             prompts = [image.prompt.replace(concept.name, word, 1) for image in wanted]
             with torch.no_grad():
-                text = lab.model.encode_replaced(prompts, word, vectors)
+                text = lab.model.prompts.encode_replaced(prompts, word, vectors)
             rows = [text[i : i + 1] for i in range(len(wanted))]
             found += lab.look(
                 [replace(image, text=row) for image, row in zip(wanted, rows, strict=True)]
@@ -89,12 +89,12 @@ class Inversion(Probe):
         generator = lab.generator("inversion", concept.name)
         vectors = [
             table[first_token(model, word)][None].clone().requires_grad_(True)
-            for table in model.token_embeddings()
+            for table in model.prompts.embeddings()
         ]
         optimizer = torch.optim.AdamW(vectors, lr=self._lr * self._batch_size)
         for _ in range(self._steps):
             with torch.enable_grad(), distributed.alone():
-                text = model.encode_replaced(prompts, word, vectors)
+                text = model.prompts.encode_replaced(prompts, word, vectors)
                 batch_loss(model, latents, text, self._batch_size, generator).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -93,7 +93,7 @@ class UnlearnDiffAtk(Probe):
         prompts = [f"{word} {prompt}" for prompt in chosen]
         generator = lab.generator("unlearndiffatk", concept.name)
         allowed = plain_tokens(model, concept.prompt_name)
-        table = model.token_embeddings()[0][allowed]
+        table = model.prompts.embeddings()[0][allowed]
         first = torch.randint(len(allowed), (self._tokens,), generator=generator)
         soft = table[first].clone().requires_grad_(True)
         optimizer = torch.optim.AdamW([soft], lr=self._lr, weight_decay=self._decay)
@@ -103,7 +103,7 @@ class UnlearnDiffAtk(Probe):
             hard = table[nearest].clone().requires_grad_(True)
             noise = lab.generator("unlearndiffatk", concept.name, "noise")  # losses are compared
             with torch.enable_grad(), distributed.alone():
-                text = model.encode_replaced(prompts, word, [hard])
+                text = model.prompts.encode_replaced(prompts, word, [hard])
                 loss = batch_loss(model, latents, text, self._batch_size, noise)
                 loss.backward()
             if loss.item() < lowest:

@@ -92,10 +92,10 @@ def test_the_same_call_gives_bitwise_the_same_images(model):
 
 
 def test_a_prompts_embedding_does_not_depend_on_what_is_encoded_with_it(model):
-    model._prompts.encoded.clear()
+    model.prompts.encoded.clear()
     together = model.encode_prompts(PROMPTS).hidden
     for i, prompt in enumerate(PROMPTS[:4]):
-        model._prompts.encoded.clear()
+        model.prompts.encoded.clear()
         assert torch.equal(model.encode_prompts([prompt]).hidden[0], together[i])
 
 

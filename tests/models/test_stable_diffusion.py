@@ -268,16 +268,16 @@ def test_encoded_prompts_are_kept_off_the_gpu(pipelines, monkeypatch):
     """A benchmark's thousands of them would fill it; the device "meta" stands for a GPU."""
     model = load(pipelines["sdxl"])
     model.encode_prompts(PROMPTS)
-    monkeypatch.setattr(model._prompts, "_device", torch.device("meta"))
+    monkeypatch.setattr(model.prompts, "_device", torch.device("meta"))
     text = model.encode_prompts(PROMPTS)
     assert (text.hidden.device.type, text.pooled.device.type) == ("meta", "meta")
-    assert {kept.hidden.device.type for kept in model._prompts.encoded.values()} == {"cpu"}
-    monkeypatch.setattr(model._prompts, "_encode", lambda prompts: pytest.fail("encoded again"))
+    assert {kept.hidden.device.type for kept in model.prompts.encoded.values()} == {"cpu"}
+    monkeypatch.setattr(model.prompts, "_encode", lambda prompts: pytest.fail("encoded again"))
     monkeypatch.setattr(Text, "to", lambda text, device: moved.append(str(device)) or text)
     moved: list[str] = []
     model.encode_prompts(PROMPTS)
     assert moved == ["meta"]
-    monkeypatch.setattr(model._prompts, "_encode", lambda prompts: text)
+    monkeypatch.setattr(model.prompts, "_encode", lambda prompts: text)
     model.encode_prompts(["one", "two"])
     assert moved[1:] == ["cpu", "meta"]  # what is new goes there
 

@@ -63,16 +63,16 @@ def test_a_text_takes_the_place_of_the_words(model):
 def test_a_words_own_embedding_in_its_place_changes_nothing(model):
     prompts = ["a x image in blaze style", "a tree in x style"]
     token = model.tokenizer("x").input_ids[1]
-    own = [table[token][None] for table in model.token_embeddings()]
+    own = [table[token][None] for table in model.prompts.embeddings()]
     with torch.no_grad():
-        replaced = model.encode_replaced(prompts, "x", own).hidden
+        replaced = model.prompts.encode_replaced(prompts, "x", own).hidden
     torch.testing.assert_close(replaced, model.encode_prompts(prompts).hidden)
 
 
 def test_another_embedding_is_that_other_word_and_has_a_gradient(model):
     tree = model.tokenizer("tree").input_ids[1]
-    own = [table[tree][None].clone().requires_grad_(True) for table in model.token_embeddings()]
-    replaced = model.encode_replaced(["a x image"], "x", own).hidden
+    own = [table[tree][None].clone().requires_grad_(True) for table in model.prompts.embeddings()]
+    replaced = model.prompts.encode_replaced(["a x image"], "x", own).hidden
     torch.testing.assert_close(replaced, model.encode_prompts(["a tree image"]).hidden)
     replaced.square().sum().backward()
     assert own[0].grad.abs().sum() > 0
@@ -80,6 +80,6 @@ def test_another_embedding_is_that_other_word_and_has_a_gradient(model):
 
 @pytest.mark.parametrize(("prompt", "word"), [("a tree image", "x"), ("a x image", "a x")])
 def test_a_word_that_is_not_there_or_has_other_tokens_is_refused(model, prompt, word):
-    own = [table[:1] for table in model.token_embeddings()]
+    own = [table[:1] for table in model.prompts.embeddings()]
     with pytest.raises(ValueError, match="x"):
-        model.encode_replaced([prompt], word, own)
+        model.prompts.encode_replaced([prompt], word, own)

@@ -379,7 +379,7 @@ def test_ring_a_bell_comes_nearer_and_is_searched_once(bench, monkeypatch):
     concept = made.unlearned[0]
     pairs = made.lab.sequence.training_pairs(concept)[:50]
     named, plain = (
-        made.lab.model.encode_once(list(side)).hidden for side in zip(*pairs, strict=True)
+        made.lab.model.prompts.encode_once(list(side)).hidden for side in zip(*pairs, strict=True)
     )
     wanted = plain[0] + 3.0 * (named - plain).mean(0)
 
@@ -387,7 +387,7 @@ def test_ring_a_bell_comes_nearer_and_is_searched_once(bench, monkeypatch):
         probe = RingABell(tokens=4, population=12, generations=generations, images=2)
         prompt = probe._search(made.lab, concept, pairs)
         assert concept.name not in prompt
-        text = made.lab.model.encode_once([prompt]).hidden
+        text = made.lab.model.prompts.encode_once([prompt]).hidden
         return (text - wanted).square().sum().item()
 
     assert left(12) < left(1)
