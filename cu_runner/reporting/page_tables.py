@@ -100,6 +100,14 @@ def estimated(estimate: Estimate, name: str = "", mark: str = "") -> str | Cell:
     return Cell(text, mark=mark, below=interval) if mark or interval else text
 
 
+def with_interval(estimate: Estimate) -> str | Cell:
+    """Return a number with its interval below it, also of one seed."""
+    text = number(estimate.mean)
+    if text == DASH or pd.isna(estimate.ends[0]):
+        return text
+    return Cell(text, below=f"({' to '.join(number(end) for end in estimate.ends)})")
+
+
 def parts_of(count: int, most: int) -> list[range]:
     """Return so many rows or columns in parts of about the same size, at most `most` each."""
     size = -(-count // -(-count // most))

@@ -128,9 +128,8 @@ def means_of(probe: str, metrics: dict[str, float]) -> dict[str, float]:
 
 
 def counts(tables: list[pd.DataFrame]) -> tuple[int, int]:
-    """Return how many images show their concept, and of how many; 0 of numbers without images."""
+    """Return how many images show their concept, and how many there are; 0 and 0 of numbers."""
     if "images" not in tables[0]:
         return 0, 0
-    return sum(int(rows["hits"].sum()) for rows in tables), sum(
-        int(rows["images"].sum()) for rows in tables
-    )
+    hits, images = (sum(int(rows[name].sum()) for rows in tables) for name in ("hits", "images"))
+    return hits, images
