@@ -218,6 +218,24 @@ def test_two_processes_make_what_one_makes(in_process, tmp_path, cell):
     assert zero[0] == zero[1]
 
 
+@pytest.mark.slow
+def test_two_processes_probe_as_one_does(in_process, tmp_path):
+    words = ["method=uce", "method.retain.prompts=20", "recovery=[paraphrase,relearning]"]
+    words += ["recovery.paraphrase.prompts=paraphrases_shapecanvas_styles"]
+    words += ["recovery.relearning.steps=[0,2]", "recovery.relearning.examples=2"]
+    status, out, err = in_process(*COMMON, *words, "paths.outputs=one")
+    assert (status, err) == (0, "")
+    one = run_directory(out, tmp_path)
+    done = fork_two(tmp_path, *words, "paths.outputs=two")
+    assert done.returncode == 0, done.stderr
+    two = run_directory(done.stdout, tmp_path)
+    for step in ("01", "02"):
+        first, second = (
+            (path / "steps" / step / "recovery.csv").read_bytes() for path in (one, two)
+        )
+        assert first == second
+
+
 def test_the_processes_leave_their_group_before_they_end(tmp_path):
     done = fork_two(tmp_path, main=leave)  # a group that is still there aborts one process of some
     assert done.returncode == 0, done.stderr
