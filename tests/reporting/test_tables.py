@@ -2,6 +2,7 @@
 of orderings, bad input.
 """
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -207,8 +208,11 @@ def test_every_shipped_table_reads_and_all_its_cells_compose(tmp_path, monkeypat
     assert "table2" in names
     paths = ["model.path=x", "evaluator.paths.style=x", "evaluator.paths.object=x"]
     for name in names:
-        _, table = read_table(name)
-        for label, experiment in table.experiments.items():
+        _, whole = read_table(name)
+        for number, (label, experiment) in enumerate(whole.experiments.items()):
+            # every row on the first model; the others differ from it in what stands in columns
+            rows = whole.rows if number == 0 else dict(list(whole.rows.items())[:2])
+            table = dataclasses.replace(whole, rows=rows)
             cells = list(
                 tables.make_cells(
                     table,
