@@ -7,6 +7,8 @@ from typing import Literal
 
 from cu_runner.concepts.sequence import Concept, Sequence
 
+AGAIN = 10**6  # no sequence has as many requests
+
 PlanName = Literal["sequential", "independent", "simultaneous"]
 
 
@@ -15,13 +17,15 @@ class Request:
     """One unlearning request.
 
     index counts from 1. plan: how requests follow one another. listed: what all requests of the run
-    add, in order, one each. is_only: it is the only request, and adds all of them.
+    add, in order, one each. is_only: it is the only request, and adds all of them. after: of a
+    target that is trained again, the request after which that is; None at its own turn.
     """
 
     index: int
     plan: PlanName
     listed: tuple[Concept, ...]
     is_only: bool = False
+    after: int | None = None
 
     @property
     def targets(self) -> tuple[Concept, ...]:
@@ -46,7 +50,14 @@ class Request:
         That is also so where each starts from the untouched model, as merging needs. Simultaneous
         requests train on it.
         """
+        if self.after is not None:
+            return tuple(each for each in self.listed[: self.after] if each not in self.targets)
         return () if self.plan == "simultaneous" else self.listed[: self.index - 1]
+
+    @property
+    def number(self) -> int:
+        """Return what its randomness is drawn by: its index, or that and the request before it."""
+        return self.index if self.after is None else self.index + AGAIN * self.after
 
     @property
     def start(self) -> Literal["base", "previous"]:

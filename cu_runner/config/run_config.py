@@ -284,10 +284,15 @@ def check_setting(resolved: ConfigTree, regularizers: dict[str, Node[Regularizer
         raise ConfigError(
             "setting.stop_loss: setting.stop_at ends requests too, by UA; give one of the two"
         )
+    if setting.recheck is not None and setting.stop_loss is None:
+        raise ConfigError(
+            "setting.recheck: the loss that is left is held against setting.stop_loss; give both"
+        )
     # a run without these has the signature of one that does not know them
     unused = [] if setting.last_only else ["last_only"]
+    unused += [] if setting.recheck is not None else ["recheck"]
     if setting.stop_loss is None:
-        unused.append("stop_loss")
+        unused += ["stop_loss"]
         if setting.plan != "simultaneous" and setting.stop_at is None:
             unused.append("interval")
     resolved["setting"] = without_paths(resolved["setting"], tuple(unused))

@@ -39,24 +39,26 @@ def build_probes(plan: RunConfig, sequence: Sequence) -> dict[str, Probe]:
 class Prober:
     """What lets the probes of a run at its steps; without probes it does nothing.
 
-    last: the run's last request.
+    store: the run, with the steps before the one that is probed. last: its last request.
     """
 
     battery: Battery | None
+    store: RunStore
     last: int
 
     @staticmethod
     def of(
         plan: RunConfig,
         probes: dict[str, Probe],
+        store: RunStore,
         own: Instruments,
         weights: TrainedWeights,
         cache: Cache,
     ) -> Prober:
-        """Take the probes, what measures the run, and the weights that it trains."""
+        """Take the probes, the run, what measures it, and the weights that it trains."""
         last = len(plan.requests(plan.sequence.build()))
         if not probes:
-            return Prober(None, last)
+            return Prober(None, store, last)
         settings: dict[str, dict[str, object]] = {}
         for name, node in plan.probes.items():
             arguments = plan.resolved["recovery"][name]
@@ -65,11 +67,10 @@ class Prober:
         judge = Judge(own.model, own.evaluator, own.sequence, own.settings)
         hashes = (own.model_sha256, own.evaluator_sha256)
         placed = (weights.params, weights.base)
-        return Prober(Battery(probes, settings, judge, *hashes, *placed, cache), last)
+        return Prober(Battery(probes, settings, judge, *hashes, *placed, cache), store, last)
 
     def add(
         self,
-        store: RunStore,
         index: int,
         unlearned: Ordered[Concept],
         files: dict[str, bytes],
@@ -79,7 +80,6 @@ class Prober:
         """Return the files and the metrics of a step with those that the probes add.
 
         Args:
-            store: the run, with the steps before this one.
             index: of the step.
             unlearned: concepts that the weights have unlearned.
             files, metrics: of the step without recovery.
@@ -92,7 +92,7 @@ class Prober:
         def predictions(step: int) -> pd.DataFrame:
             if step == index:
                 return read_predictions(io.BytesIO(files[PREDICTIONS]))
-            return read_predictions(store.step_dir(step) / PREDICTIONS)
+            return read_predictions(self.store.step_dir(step) / PREDICTIONS)
 
         ua = metrics["UA"]
         seen, found = self.battery.measure(index, self.last, unlearned, predictions, ua)

@@ -84,7 +84,7 @@ def measure_again(
         plan.require_shown(sequence, label, unlearned if index else sequence.targets)
     instruments, weights, cache = loaded or load(run, plan)
     probes = build_probes(plan, sequence)
-    prober = Prober.of(plan, probes, instruments, weights, cache)
+    prober = Prober.of(plan, probes, store, instruments, weights, cache)
     own = seen_by_run(run, plan, instruments)
     for index, unlearned in measured.items():
         started, record = time.monotonic(), run.records[index]
@@ -97,7 +97,7 @@ def measure_again(
         )
         spent = {"train": 0.0, "eval": time.monotonic() - started}
         shown = unlearned if index else []
-        files, metrics = prober.add(store, index, shown, files, metrics, spent)
+        files, metrics = prober.add(index, shown, files, metrics, spent)
         seconds = round(spent["eval"], 2)
         result = StepResult(
             index=index,

@@ -29,6 +29,7 @@ from cu_runner.runner.early_stop import EarlyStop, LossLeft
 from cu_runner.runner.measure import Instruments, describe, warn_of_unrecognised
 from cu_runner.runner.parts import RunParts
 from cu_runner.runner.probing import Prober
+from cu_runner.runner.recheck import train_again
 from cu_runner.runner.saved_state import SavedState
 from cu_runner.runner.tracking import Tracker
 from cu_runner.runner.training import Training, check_composition, erase
@@ -88,7 +89,8 @@ class Runner:
         self.instruments = self.take_instruments()
         self.weights = TrainedWeights.of(parts.model, parts.method.params)
         self.device = parts.model.device
-        self.prober = Prober.of(self.plan, parts.probes, self.instruments, self.weights, self.cache)
+        measures = (self.instruments, self.weights, self.cache)
+        self.prober = Prober.of(self.plan, parts.probes, self.store, *measures)
         self._checkpoint = Checkpoint(self.store.directory, spine.train.save_every, self.device)
         steps = self.store.proven()
         if not steps:
@@ -139,7 +141,7 @@ class Runner:
         started = time.monotonic()
         files, metrics = self.instruments.measure(0, [], "", self.cache)
         seconds = {"train": 0.0, "eval": time.monotonic() - started}
-        files, metrics = self.prober.add(self.store, 0, [], files, metrics, seconds)
+        files, metrics = self.prober.add(0, [], files, metrics, seconds)
         step = self._commit(None, files, self._row(None, metrics, seconds), seconds, None)
         if distributed.is_main():
             warn_of_unrecognised(step.row)
@@ -169,8 +171,7 @@ class Runner:
         shown = self.measured(erased)
         seen, metrics = self.instruments.measure(request.index, shown, request.label, base=base)
         seconds = {"train": trained - started, "eval": time.monotonic() - trained}
-        place = (self.store, request.index, shown)
-        seen, metrics = self.prober.add(*place, seen, metrics, seconds)
+        seen, metrics = self.prober.add(request.index, shown, seen, metrics, seconds)
         row = self._row(request, metrics, seconds, drift(delta), step_l2, training.steps)
         with self.stop.deferred():
             step = self._commit(request, files | seen, row, seconds, parent, training)
@@ -186,7 +187,7 @@ class Runner:
             params=self.weights.params,
             start=snapshot(self.weights.params),
             base=self.weights.base,
-            rng=RandomSource(self.plan.spine.seed, request.index),
+            rng=RandomSource(self.plan.spine.seed, request.number),
             train=self.plan.spine.train,
             anchors=self.anchors,
         )
@@ -215,9 +216,8 @@ class Runner:
         saved = SavedState(self._checkpoint, request, key | place, self.plan)
         self.store.goes_on |= saved.mixed
         loss_left, measure = LossLeft(scope, parts.method), self._unlearning_accuracy
-        early_stop = EarlyStop(
-            self.plan.setting, lambda: measure(request), saved.early_stop, loss_left
-        )
+        told = (lambda: measure(request), saved.early_stop, loss_left)
+        early_stop = EarlyStop(self.plan.setting, *told)
         report = erase(
             scope,
             parts.method,
@@ -229,19 +229,18 @@ class Runner:
             self.stage,
             self.shown_steps,
         )
+        again = train_again(request, self.plan, parts, self._scope, self.stop)
         files = {
             DELTA: to_safetensors(subtract(self.weights.params, self.weights.base)),
             TRAINING: to_csv(pd.DataFrame(report.logs)),
         }
+        own = [name for name, each in parts.regularizers.items() if each.acts_on != ("weights",)]
         record = {
             "steps": len(report.logs),
             "method": report.method,
-            "regularizers": {
-                name: entry
-                for name, entry in report.regularizers.items()
-                if parts.regularizers[name].acts_on != ("weights",)
-            },
+            "regularizers": {name: report.regularizers[name] for name in own},
             "early_stop": early_stop.seen,
+            "again": again,
         }
         if request.start == "base" and not saved.mixed:  # no one code made it
             self.cache.put("deltas", key, files | {"record.json": to_json(record)})

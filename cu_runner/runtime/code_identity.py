@@ -45,6 +45,7 @@ TRAINING = (
     "regularizers",
     "runner/training.py",
     "runner/early_stop.py",
+    "runner/recheck.py",
     "runner/saved_state.py",
     "store/checkpoint.py",
 )

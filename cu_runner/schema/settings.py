@@ -132,7 +132,9 @@ class PlanSettings:
     """conf/setting: how a sequence becomes requests, and when one may end before train.steps.
 
     stop_at: UA in percent that ends a request when it is reached; None is never. stop_loss: the
-    same of the method's loss, as a fraction of that of the untouched weights.
+    same of the method's loss, as a fraction of that of the untouched weights. recheck: after a
+    request, an earlier target whose loss is over so many times stop_loss again is trained again;
+    None is never.
     """
 
     plan: Literal["sequential", "independent", "simultaneous"]
@@ -142,6 +144,7 @@ class PlanSettings:
     patience: PositiveInt = 1  # measurements in a row that must reach it
     # steps without a better UA after which a request ends too; None is never
     patience_steps: PositiveInt | None = None
+    recheck: Annotated[float, Field(ge=1)] | None = None
     last_only: bool = False  # of simultaneous requests only the one for all concepts
 
     @property

@@ -76,14 +76,17 @@ ROW = tuple(name for name in Row.__dataclass_fields__ if name != "metrics")
 class TrainingRecord:
     """How a request was trained.
 
-    method, regularizers: their own records, the latter by name. early_stop: the measurements of UA
-    that could end it. cached: whether its weights came from the cache.
+    method, regularizers: their own records, the latter by name. early_stop: the measurements that
+    could end it. again: of each earlier target the loss that was left after it; where that was too
+    much, for how many steps it was trained again, and what was left then. cached: whether its
+    weights came from the cache.
     """
 
     steps: int = 0
     method: dict[str, Any] = field(default_factory=dict)
     regularizers: dict[str, dict[str, Any]] = field(default_factory=dict)
     early_stop: list[dict[str, float]] = field(default_factory=list)
+    again: list[dict[str, str | float]] = field(default_factory=list)
     cached: bool = False
 
 
@@ -147,8 +150,9 @@ class StepRecord:
     def entries(self) -> dict[str, Any]:
         """Return what step.json holds, its own sha256 last."""
         training = asdict(self.training) if self.training != TrainingRecord() else {}
-        if not self.training.cached:
-            training.pop("cached", None)
+        for name in ("cached", "again"):
+            if not training.get(name):
+                training.pop(name, None)
         entries = asdict(self) | {"row": self.row.flat(), "training": training}
         for name in OPTIONAL:
             if not entries[name]:

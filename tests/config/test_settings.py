@@ -2,7 +2,9 @@
 share.
 """
 
+import dataclasses
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -229,6 +231,33 @@ def test_early_stop_on_ua(in_process, filled_cache, tmp_path):
     assert never["train_steps"].tolist() == [0, 3, 3]
 
 
+def test_an_earlier_target_that_came_back_is_trained_again(in_process, filled_cache, tmp_path):
+    """So little loss is asked for that every earlier target has more of it left."""
+    words = ("setting.stop_loss=0.001", "setting.interval=1")
+    plain = run(in_process, tmp_path, *words)
+    directory, table, records = run(in_process, tmp_path, *words, "setting.recheck=2")
+    assert table["train_steps"].tolist() == [0, 3, 3]
+    assert "again" not in records[0]
+    (again,) = records[1]["again"]
+    assert again["target"] == "torch light"
+    assert again["steps"] == 3
+    assert again["loss_left_then"] < again["loss_left"]
+    first = [(each / "steps/01/delta.safetensors").read_bytes() for each in (plain[0], directory)]
+    assert first[0] == first[1]
+    assert table["drift_l2"][2] != plain[1]["drift_l2"][2]
+    before = (directory / "steps/02/delta.safetensors").read_bytes()
+    shutil.rmtree(directory / "steps/02")
+    again = run(in_process, tmp_path, *words, "setting.recheck=2")
+    assert (again[0] / "steps/02/delta.safetensors").read_bytes() == before
+    # what is left is far under so many times the threshold: it is looked at, and left alone
+    spared = run(in_process, tmp_path, *words, "setting.recheck=100000")
+    assert set(spared[2][1]["again"][0]) == {"target", "loss_left"}
+    assert spared[1]["drift_l2"][2] == plain[1]["drift_l2"][2]
+    status, _, err = in_process(*SMOKE, "setting.recheck=2")
+    assert status == 2
+    assert "held against setting.stop_loss; give both" in err
+
+
 def test_early_stop_on_the_loss(in_process, filled_cache, tmp_path):
     """The step size is tiny: after each step nearly all of the loss is left."""
     chosen = ("setting.stop_loss=0.999999", "setting.interval=1", "train.lr=1e-2")
@@ -244,7 +273,7 @@ def test_early_stop_on_the_loss(in_process, filled_cache, tmp_path):
         "cu-run: setting.stop_loss: setting.stop_at ends requests too, by UA; give one of the two\n"
     )
     plain = parse(compose(*SMOKE))
-    assert "stop_loss" not in plain.resolved["setting"]
+    assert not {"stop_loss", "recheck"} & set(plain.resolved["setting"])
     assert parse(compose(*SMOKE, "setting.interval=5")).signature == plain.signature
     assert parse(compose(*SMOKE, "setting.stop_loss=0.5")).signature != plain.signature
 
@@ -257,3 +286,12 @@ def test_order_is_a_choice_of_the_sequence(in_process, filled_cache, tmp_path):
     assert err.startswith(
         "cu-run: sequence.order='random': allowed: paper, reversed, or shuffle-1 and so on"
     )
+
+
+def test_of_a_target_that_is_trained_again_all_others_are_earlier(sequence):
+    second = plan_requests(sequence, "sequential")[1]
+    first, other = sequence.targets[:2]
+    again = dataclasses.replace(second, index=1, after=2)
+    assert (again.targets, again.earlier) == ((first,), (other,))
+    assert second.earlier == (first,)
+    assert len({again.number, second.number, 1}) == 3
