@@ -98,6 +98,8 @@ def main() -> None:
                 if recovered := describe_recovery(step.row, plan.probes):
                     say(f"     {recovered}")
             store.write_metrics(store.finished())
+        if plan.probes and not run.complete:
+            say("the run is not finished: probes with every=last wait for its last request")
         say(f"evaluation: {directory}")
 
 

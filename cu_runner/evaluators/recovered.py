@@ -110,7 +110,8 @@ def recovery_metrics(
     largest; _untouched and _retained: the same of the untouched model on these concepts, and on
     concepts that are retained. recovered_<probe>_area: of the curve over at least three doses that
     has the largest. Of a probe without images: the mean of its numbers, or of a RISE their largest.
-    UA_worst: 100 minus the largest accuracy, that by name (UA) among them. Of a probe that asks
+    UA_worst: 100 minus the largest accuracy, that by name (UA) among them; where a probe of the
+    step tried to have unlearned concepts back. Of a probe that asks
     for retained concepts alone all three are of these, and no part of UA_worst.
 
     Args:
@@ -118,16 +119,16 @@ def recovery_metrics(
         ua: of the step.
     """
     found: dict[str, float] = {}
-    worst = None if ua is None else ua
+    asked: list[float] = []  # of the probes that tried to have unlearned concepts back
+    largest = [] if ua is None else [100.0 - ua]
     if images is not None:
         every = accuracy_by_dose(images, domain, cross_domain)
         for probe, accuracy in every.groupby("probe", sort=False):
             found |= image_metrics(str(probe), accuracy)
-            mine = found.get(f"recovered_{probe}")
-            if mine is not None and "erased" in set(accuracy["group"]) and worst is not None:
-                worst = min(worst, 100.0 - mine)
-        if worst is not None:
-            found["UA_worst"] = worst
+            if "erased" in set(accuracy["group"]):
+                asked.append(found[f"recovered_{probe}"])
+        if asked:
+            found["UA_worst"] = 100.0 - max(asked + largest)
     if values is not None:
         for probe, rows in values.groupby("probe", sort=False):
             found |= value_metrics(str(probe), rows)

@@ -114,7 +114,7 @@ class PromptEncoder:
                     raise ValueError(f"{word!r} has not {len(own)} tokens in each prompt")
                 embeddings = encoder.get_input_embeddings()
                 hooks.callback(embeddings.register_forward_hook(replacing(spans, own)).remove)
-            return self._encode(prompts)
+            return self._encode(prompts, told=False)
 
     def embeddings(self) -> list[Tensor]:
         """Return the token embeddings of each text encoder, [vocabulary, width]."""

@@ -5,12 +5,12 @@ Shapes: B batch, N images, C latent channels, H W latent size.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cu_runner.concepts.sequence import Concept
+from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.text import Text
-from cu_runner.recovery.base import Lab
 from cu_runner.runtime.lazy import F, torch
 from cu_runner.schema.errors import ModelError
 
@@ -20,17 +20,20 @@ if TYPE_CHECKING:
 WORDS = "sks zxc qj x z"  # of which the first that is one token, and in no prompt, is taken
 
 
-def own_prompts(lab: Lab, concept: Concept) -> list[str]:
-    """Return training prompts that name the concept."""
-    return [named[0] for named, _ in lab.sequence.training_prompts(concept)]
+def anchored(sequence: Sequence, concept: Concept) -> Concept:
+    """Return a concept with an anchor: a retained one has that of the first target."""
+    return concept if concept.anchor else replace(concept, anchor=sequence.targets[0].anchor)
 
 
-def unrelated_prompts(lab: Lab, concept: Concept) -> list[str]:
-    """Return prompts that name neither it nor anything of its domain: those of its anchor, or
-    captions.
-    """
-    anchors = [anchor for _, anchor in lab.sequence.training_prompts(concept)]
-    return anchors or list(lab.sequence.captions)
+def own_prompts(sequence: Sequence, concept: Concept) -> list[str]:
+    """Return training prompts that name the concept, once each."""
+    pairs = sequence.training_prompts(anchored(sequence, concept))
+    return [named[0] for named, _ in pairs if named[0].count(concept.prompt_name) == 1]
+
+
+def unrelated_prompts(sequence: Sequence, concept: Concept) -> list[str]:
+    """Return training prompts of what stands in the concept's place: they do not name it."""
+    return [anchor for _, anchor in sequence.training_prompts(anchored(sequence, concept))]
 
 
 def spread_over(prompts: list[str], number: int) -> list[str]:

@@ -16,6 +16,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from cu_runner.concepts.entries import comparable
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.recovery._finetune import anchored
 from cu_runner.recovery.base import Cost, Every, Lab, Probe, ProbeImage
 from cu_runner.runtime.lazy import torch
 from cu_runner.runtime.progress import Progress
@@ -70,7 +71,7 @@ class RingABell(Probe):
         ]
 
     def _prompt(self, lab: Lab, concept: Concept) -> str:
-        pairs = lab.sequence.training_pairs(concept)[:PAIRS]
+        pairs = lab.sequence.training_pairs(anchored(lab.sequence, concept))[:PAIRS]
         key: dict[str, object] = {
             "concept": concept.name,
             "pairs": [list(pair) for pair in pairs],

@@ -132,6 +132,11 @@ class Probe(ABC):
     def check(self, sequence: Sequence) -> None:  # noqa: B027, most have nothing to check
         """Raise ValueError for what cannot be probed, before anything is loaded."""
 
+    def check_model(  # noqa: B027, most have nothing to check
+        self, model: DiffusionModel, sequence: Sequence, settings: EvalSettings
+    ) -> None:
+        """Raise ValueError for what cannot be probed with a model, before anything is trained."""
+
     def images(self, lab: Lab, concepts: list[Concept]) -> list[ProbeImage]:
         """Return the images that it draws with the weights as they are.
 

@@ -28,9 +28,10 @@ from cu_runner.models.parameters import placed
 from cu_runner.recovery.base import Cost, Lab, Number, Probe, Seen
 from cu_runner.recovery.drawing import Drawing, Heads
 from cu_runner.request.anchors import AnchorImages, sampler_key
+from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import nn, pd, torch
 from cu_runner.store.cache import PROMPT, ROWS, Cache
-from cu_runner.store.files import to_csv, to_json
+from cu_runner.store.files import hash_json, to_csv, to_json
 from cu_runner.store.layout import RECOVERY, RECOVERY_VALUES
 from cu_runner.store.records import Metrics
 
@@ -74,6 +75,7 @@ class Battery:
     base: dict[str, Tensor]
     cache: Cache
     heads: Heads = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)  # that were searched for
 
     def measure(
         self,
@@ -185,7 +187,13 @@ class Battery:
                 [list(pair) for pair in sequence.anchor_captions.items()],
             ],
             "crosses": [each.name for each in sequence.cross_retain],
-            "images": [[each.prompt, each.seed] for each in sequence.evaluation_images([concept])],
+            "first": sequence.targets[0].anchor,
+            "images": [
+                [each.prompt, each.seed, each.cross]
+                for each in sequence.evaluation_images([concept])
+            ],
+            "seeds": list(sequence.seeds),
+            "measured": list(sequence.measured_domains),
             "params": sorted(self.params),
         }
 
@@ -246,11 +254,14 @@ class Battery:
     def _remember(self, what: str, key: dict[str, object], make: Callable[[], str]) -> str:
         """Return a text from the cache; it is searched for and kept there if it is not in it."""
         whole = {"model": self.model_sha256, "torch": torch.__version__, "what": what, **key}
-        files = self.cache.fetch("prompts", whole)
-        if files is None:
-            files = {PROMPT: make().encode()}
-            self.cache.put("prompts", whole, files)
-        return files[PROMPT].decode()
+        place = hash_json(whole)
+        if place not in self.texts:  # also where the cache cannot be written
+            files = self.cache.fetch("prompts", whole)
+            if files is None:
+                files = {PROMPT: distributed.from_main(make).encode()}
+                self.cache.put("prompts", whole, files)
+            self.texts[place] = files[PROMPT].decode()
+        return self.texts[place]
 
     def _rows(self, lab: Lab, name: str, group: str, found: list[Seen | Number]) -> Rows:
         """Return what a probe saw as rows of its two files."""
@@ -283,24 +294,25 @@ class Battery:
 
 
 def battery_cost(
-    probes: dict[str, Probe], counts: list[int], sequence: Sequence, done: int = 0
+    probes: dict[str, Probe], erased: list[list[Concept]], sequence: Sequence, done: int = 0
 ) -> Cost:
     """Return what the probes make at most: none of the controls is in the cache.
 
     Args:
-        counts: of unlearned concepts, after each request of the run.
+        erased: what is unlearned after each request of the run.
         done: so many requests are finished.
     """
     total = Cost()
     for probe in probes.values():
         due = [
-            count
-            for step, count in enumerate(counts, start=1)
-            if step > done and probe.is_due(step, len(counts))
+            concepts
+            for step, concepts in enumerate(erased, start=1)
+            if step > done and probe.is_due(step, len(erased))
         ]
         kept = len(probe.on_retained(sequence))
-        for count in due:
-            total += probe.cost(sequence, count + kept)
+        for concepts in due:
+            total += probe.cost(sequence, len(concepts) + kept)
         if due and probe.has_untouched():
-            total += probe.cost(sequence, max(due) + kept)
+            distinct = {concept.name for concepts in due for concept in concepts}
+            total += probe.cost(sequence, len(distinct) + kept)
     return total

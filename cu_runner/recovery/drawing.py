@@ -99,7 +99,12 @@ class Drawing:
         model, steps = self._judge.model, images[0].untouched_steps
         trajectory = self._begin(images)
         if steps and not self._is_untouched:
-            trajectory.resume(self._first_steps(images, min(steps, trajectory.num_steps)))
+            steps = min(steps, trajectory.num_steps)
+            if images[0].text is None:
+                trajectory.resume(self._first_steps(images, steps))
+            else:
+                with self._untouched():
+                    trajectory.advance(steps)
         return model.decode_latents(trajectory.advance(trajectory.num_steps, on_step))
 
     def _begin(self, images: list[ProbeImage]) -> Trajectory:
@@ -121,7 +126,7 @@ class Drawing:
 
     def _first_steps(self, images: list[ProbeImage], steps: int) -> list[Kept]:
         """Return the images after steps of the untouched model; it goes on from fewer of them."""
-        keys = [plain_key(image.prompt, image.seed) for image in images]
+        keys = [(*condition(image)[1:], image.prompt, image.seed) for image in images]
         if any((*key, steps) not in self._heads for key in keys):
             trajectory = self._begin(images)
             for earlier in range(steps - 1, 0, -1):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pydantic import PositiveInt
 
 from cu_runner.concepts.sequence import Concept, Sequence
+from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.recovery._finetune import (
     batch_loss,
     first_token,
@@ -22,7 +23,7 @@ from cu_runner.recovery._finetune import (
 from cu_runner.recovery.base import Cost, Every, Lab, Number, Probe, Seen, evaluation_images
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import torch
-from cu_runner.schema.settings import StepSize
+from cu_runner.schema.settings import EvalSettings, StepSize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,18 +58,25 @@ class Inversion(Probe):
         """Raise ValueError where prompts do not name a concept: there is no place for a token."""
         for concept in (*sequence.targets, *self.on_retained(sequence)):
             for image in evaluation_images(sequence, [concept], self._number):
-                if concept.name not in image.prompt:
+                if image.prompt.count(concept.name) != 1:
                     raise ValueError(
                         f"recovery.inversion: the evaluation prompt {image.prompt!r} does not hold "
-                        f"the name {concept.name!r}, whose place a searched token takes; leave "
-                        "inversion out"
+                        f"the name {concept.name!r} once, and a searched token takes its place; "
+                        "leave inversion out"
                     )
+
+    def check_model(
+        self, model: DiffusionModel, sequence: Sequence, settings: EvalSettings
+    ) -> None:
+        """Raise ModelError without a token that is free for a search."""
+        for concept in (*sequence.targets, *self.on_retained(sequence)):
+            free_word(model, own_prompts(sequence, concept))
 
     def measure(self, lab: Lab, concepts: list[Concept]) -> list[Seen | Number]:
         """Return what is seen in images of the token that was found for each concept."""
         found: list[Seen | Number] = []
         for concept in concepts:
-            word = free_word(lab.model, own_prompts(lab, concept))
+            word = free_word(lab.model, own_prompts(lab.sequence, concept))
             vectors = self._search(lab, concept, word)
             wanted = evaluation_images(lab.sequence, [concept], self._number)
             prompts = [image.prompt.replace(concept.name, word, 1) for image in wanted]
@@ -83,7 +91,7 @@ class Inversion(Probe):
     def _search(self, lab: Lab, concept: Concept, word: str) -> list[Tensor]:
         """Return the embedding that was found, [1, width] of each text encoder."""
         model = lab.model
-        chosen = spread_over(own_prompts(lab, concept), self._examples)
+        chosen = spread_over(own_prompts(lab.sequence, concept), self._examples)
         latents = lab.latents(chosen, self._examples)
         prompts = [prompt.replace(concept.prompt_name, word, 1) for prompt in chosen]
         generator = lab.generator("inversion", concept.name)

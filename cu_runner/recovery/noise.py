@@ -12,8 +12,10 @@ from typing import Annotated
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from cu_runner.concepts.sequence import Concept, Sequence
+from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.sampling import make_scheduler
 from cu_runner.recovery.base import Cost, Every, Lab, Probe, ProbeImage, evaluation_images
+from cu_runner.schema.settings import EvalSettings
 
 Scale = Annotated[float, Field(gt=0, le=10)]
 
@@ -46,8 +48,7 @@ class Noise(Probe):
         self._number = images
 
     def images(self, lab: Lab, concepts: list[Concept]) -> list[ProbeImage]:
-        """Return every attempt. Raises ValueError for an eta that the scheduler cannot take."""
-        self._check_etas(lab)
+        """Return every attempt."""
         return [
             image
             for eta in self._etas
@@ -62,8 +63,14 @@ class Noise(Probe):
             )
         ]
 
-    def _check_etas(self, lab: Lab) -> None:
-        scheduler = make_scheduler(lab.model, replace(lab.settings, scheduler=self._scheduler))
+    def check_model(
+        self, model: DiffusionModel, sequence: Sequence, settings: EvalSettings
+    ) -> None:
+        """Raise ValueError for an eta that the scheduler cannot take."""
+        try:
+            scheduler = make_scheduler(model, replace(settings, scheduler=self._scheduler))
+        except ValueError as error:
+            raise ValueError(f"recovery.noise.{error}") from None
         if "eta" not in inspect.signature(scheduler.step).parameters:
             raise ValueError(
                 f"recovery.noise.scheduler={self._scheduler}: takes no eta; use DDIMScheduler"

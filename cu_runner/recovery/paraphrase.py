@@ -5,6 +5,7 @@ The levels are a synonym or variant, a short and a long description. By name is 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pydantic import PositiveInt
@@ -57,7 +58,7 @@ class Paraphrase(Probe):
         self._prompts, self._number = prompts, images
         self._rows: dict[str, dict[str, list[str]]] = {}
         for row in rows:
-            refuse_named(row)
+            refuse_named(row["concept"], row["prompt"])
             by_level = self._rows.setdefault(row["concept"], {})
             by_level.setdefault(row["level"], []).append(row["prompt"])
 
@@ -72,6 +73,7 @@ class Paraphrase(Probe):
                     "concept, level, prompt, or leave paraphrase out"
                 )
             for template in (each for prompts in own.values() for each in prompts):
+                refuse_named(concept.prompt_name, template)
                 check_template(template, "recovery.paraphrase", (), (sequence.cross_domain,))
 
     def images(self, lab: Lab, concepts: list[Concept]) -> list[ProbeImage]:
@@ -119,11 +121,11 @@ def shipped_csv(key: str, name: str) -> Path:
     return files[name]
 
 
-def refuse_named(row: dict[str, str]) -> None:
-    """Raise ValueError for a prompt that names its concept."""
-    name = row["concept"].replace("_", " ").casefold()
-    if f" {name} " in f" {row['prompt'].casefold()} ":
+def refuse_named(name: str, prompt: str) -> None:
+    """Raise ValueError for a prompt that names its concept, whatever stands between the words."""
+    words, said = (re.findall(r"[^\W_]+", text.casefold()) for text in (name, prompt))
+    if any(said[i : i + len(words)] == words for i in range(len(said))):
         raise ValueError(
-            f"recovery.paraphrase.prompts: {row['prompt']!r} names {row['concept']}; a paraphrase "
-            "does without the name"
+            f"recovery.paraphrase.prompts: {prompt!r} names {name}; a paraphrase does without the "
+            "name"
         )

@@ -70,10 +70,12 @@ class Precision(Probe):
 
 def rounded(weight: Tensor, kind: Kind) -> Tensor:
     """Return a weight [out, ...] as it is after a way through fewer bits."""
+    exact = weight.dtype
+    weight = weight.float()
     if kind == "bf16":
-        return weight.bfloat16().to(weight.dtype)
+        return weight.bfloat16().to(exact)
     if kind == "fp16":
-        return weight.half().to(weight.dtype)
+        return weight.half().to(exact)
     rows = weight.flatten(1) if weight.ndim > 1 else weight[None]
     step = rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / 127
-    return ((rows / step).round() * step).view_as(weight)
+    return ((rows / step).round() * step).view_as(weight).to(exact)

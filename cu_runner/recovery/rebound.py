@@ -26,7 +26,7 @@ class Rebound(Probe):
         for concept in concepts:
             # before its own request a target is measured in the untouched model alone
             known = [accuracy[concept.name] for accuracy in seen[1:] if concept.name in accuracy]
-            if known:
+            if len(known) > 1:
                 found.append(Number(concept.name, known[-1] - min(known), RISE))
         return found
 

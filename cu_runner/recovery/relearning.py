@@ -68,7 +68,7 @@ class Relearning(Probe):
         return found
 
     def _train(self, lab: Lab, concept: Concept, kind: Data) -> list[Seen | Number]:
-        prompts = {"own": own_prompts, "unrelated": unrelated_prompts}[kind](lab, concept)
+        prompts = {"own": own_prompts, "unrelated": unrelated_prompts}[kind](lab.sequence, concept)
         chosen = spread_over(prompts, self._examples)
         latents, text = lab.latents(chosen, self._examples), lab.model.encode_prompts(chosen)
         generator = lab.generator("relearning", kind, concept.name)

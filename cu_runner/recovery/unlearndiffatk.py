@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import NonNegativeFloat, PositiveInt
 
 from cu_runner.concepts.sequence import Concept, Sequence
+from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.recovery._finetune import batch_loss, free_word, own_prompts, spread_over
 from cu_runner.recovery.adversarial import plain_tokens, words_of
 from cu_runner.recovery.base import (
@@ -31,7 +32,7 @@ from cu_runner.recovery.base import (
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import torch
 from cu_runner.schema.errors import ModelError
-from cu_runner.schema.settings import StepSize
+from cu_runner.schema.settings import EvalSettings, StepSize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +65,18 @@ class UnlearnDiffAtk(Probe):
         self._tokens, self._steps, self._lr, self._decay = tokens, steps, lr, weight_decay
         self._batch_size, self._examples, self._number = batch_size, examples, images
 
+    def check_model(
+        self, model: DiffusionModel, sequence: Sequence, settings: EvalSettings
+    ) -> None:
+        """Raise ModelError for two text encoders, or without a token that is free for a search."""
+        if len(model.text_encoders) > 1:
+            raise ModelError(
+                "recovery.unlearndiffatk: searches the tokens of one text encoder, and this model "
+                "has two; leave it out"
+            )
+        for concept in (*sequence.targets, *self.on_retained(sequence)):
+            free_word(model, own_prompts(sequence, concept))
+
     def measure(self, lab: Lab, concepts: list[Concept]) -> list[Seen | Number]:
         """Return what is seen in images of the prompts with the tokens that were found."""
         found: list[Seen | Number] = []
@@ -82,12 +95,7 @@ class UnlearnDiffAtk(Probe):
     def _search(self, lab: Lab, concept: Concept) -> str:
         """Return the tokens of the lowest loss, as text."""
         model = lab.model
-        if len(model.text_encoders) > 1:
-            raise ModelError(
-                "recovery.unlearndiffatk: searches the tokens of one text encoder, and this model "
-                "has two; leave it out"
-            )
-        chosen = spread_over(own_prompts(lab, concept), self._examples)
+        chosen = spread_over(own_prompts(lab.sequence, concept), self._examples)
         latents = lab.latents(chosen, self._examples)
         word = " ".join([free_word(model, chosen)] * self._tokens)
         prompts = [f"{word} {prompt}" for prompt in chosen]

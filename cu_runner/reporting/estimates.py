@@ -112,14 +112,18 @@ def recovered_counts(run: RunRecord, index: int, by_name: int) -> dict[str, int]
     run.require(index, RECOVERY)
     rows, sequence = read_recovery(run.step_dir(index) / RECOVERY), run.config["sequence"]
     domains = (sequence["domain"], sequence["cross_domain"])
-    counts = {}
+    counts: dict[str, int] = {}
+    asked: list[int] = []
     for probe, found in accuracy_by_dose(rows, *domains).groupby("probe", sort=False):
         at = strongest(found)
         here = found[(found["variant"] == at[0]) & (found["dose"] == at[1])] if at else found[:0]
+        only_retained = "erased" not in set(found["group"])
         for ending, (group, weights) in CONTROLS.items():
-            own = here[(here["group"] == group) & (here["weights"] == weights)]
+            kind = "retained" if only_retained else group
+            own = here[(here["group"] == kind) & (here["weights"] == weights)]
             counts[f"recovered_{probe}{ending}"] = int(own["images"].sum())
-    asked = [count for name, count in counts.items() if count and f"{name}_retained" in counts]
+        if not only_retained:
+            asked.append(counts[f"recovered_{probe}"])
     return {name: count for name, count in counts.items() if count} | {
         "UA_worst": min([by_name, *asked])
     }

@@ -161,7 +161,8 @@ def estimates_at_end(runs: list[RunRecord], metrics: list[str]) -> dict[str, Est
     last = [run.table.iloc[-1] for run in runs]
     found = {}
     for metric in metrics:
-        values = [float(entry.get(metric, math.nan)) for entry in last]
+        given = [entry.get(metric) for entry in last]
+        values = [math.nan if value is None else float(value) for value in given]
         number = counts.get(metric)  # what is no share of images has no interval over them
         found[metric] = of_sizes(values) if number is None else of_shares(values, number)
     return found

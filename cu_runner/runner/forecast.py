@@ -97,7 +97,8 @@ def forecast(plan: RunConfig) -> str:
     if plan.probes:
         lines.append(
             f"recovery: at most {probing.images} further images and {probing.steps} steps of "
-            "training and search, by the probes; controls are cached across runs"
+            "training and search, by the probes; controls are cached across runs, and the time "
+            "of these steps is not in the estimate"
         )
     rates = measure_rates(plan, device)
     time = time_left(num_steps, num_images + retained + probing.images, rates, device, most)
@@ -176,8 +177,8 @@ def probes_left(plan: RunConfig, done: int) -> Cost:
     sequence = plan.sequence.build()
     requests = plan.requests(sequence)
     merging = merges(plan)
-    counts = [len(each.requested if merging else each.erased) for each in requests]
-    return battery_cost(build_probes(plan, sequence), counts, sequence, max(done - 1, 0))
+    erased = [list(each.requested if merging else each.erased) for each in requests]
+    return battery_cost(build_probes(plan, sequence), erased, sequence, max(done - 1, 0))
 
 
 def disk_copies(plan: RunConfig, work: list[Work]) -> int:

@@ -64,6 +64,7 @@ def build_parts(plan: RunConfig, device: str) -> RunParts:
         evaluator = plan.evaluator.build(device=device)
     check_labels(sequence, evaluator)
     check_prompts(model, sequence)
+    build_probes(plan, sequence, model)
     retention = plan.retention.build(device=device) if plan.retention else None
     return RunParts(model, evaluator, retention, sequence, requests, method, regularizers, probes)
 

@@ -91,7 +91,7 @@ def check_parts(plan: RunConfig, device: str) -> Generator[Finding, None, RunPar
     retention = None
     if node := plan.retention:
         retention = yield from load("retention", lambda: load_retention(node.build(device=device)))
-    probes = yield from check_probes(plan, sequence)
+    probes = yield from check_probes(plan, sequence, model)
     composed = yield from check_composed(plan, model)
     labels = yield from check_sequence(sequence, evaluator, model)
     if model is None or composed is None:
@@ -134,11 +134,11 @@ def load_retention(retention: Retention) -> Retention:
 
 
 def check_probes(
-    plan: RunConfig, sequence: Sequence
+    plan: RunConfig, sequence: Sequence, model: DiffusionModel | None
 ) -> Generator[Finding, None, dict[str, Probe] | None]:
     """Make the probes of recovery; return them, None if one of them cannot probe the sequence."""
     try:
-        probes = build_probes(plan, sequence)
+        probes = build_probes(plan, sequence, model)
     except (ValueError, OSError) as error:
         yield Finding("recovery", False, said_where(error))
         return None

@@ -13,6 +13,7 @@ from cu_runner.config.run_config import RunConfig
 from cu_runner.evaluators.evaluate import Judge
 from cu_runner.evaluators.metrics import read_predictions
 from cu_runner.evaluators.recovered import CONTROLS
+from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.recovery.base import Probe
 from cu_runner.recovery.battery import Battery
 from cu_runner.runner.measure import Instruments
@@ -27,11 +28,17 @@ from cu_runner.store.run_directory import RunStore
 WHEN = ("every", "controls")  # arguments that do not change what is seen of one concept
 
 
-def build_probes(plan: RunConfig, sequence: Sequence) -> dict[str, Probe]:
-    """Build the probes of recovery. Raises ValueError for what they cannot probe."""
+def build_probes(
+    plan: RunConfig, sequence: Sequence, model: DiffusionModel | None = None
+) -> dict[str, Probe]:
+    """Build the probes of recovery. Raises ValueError for what they cannot probe, in the model too
+    where one is given.
+    """
     probes = {name: node.build() for name, node in plan.probes.items()}
     for probe in probes.values():
         probe.check(sequence)
+        if model is not None:
+            probe.check_model(model, sequence, plan.spine.eval)
     return probes
 
 

@@ -14,20 +14,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cu_runner.concepts.sequence import Concept
 from cu_runner.config.run_config import RunConfig
 from cu_runner.runner.measure import Instruments
 from cu_runner.runner.probing import Prober, build_probes
 from cu_runner.runner.weights import TrainedWeights
-from cu_runner.runtime.devices import choose_device, limit_threads
+from cu_runner.runtime.devices import choose_device, device_name, limit_threads
 from cu_runner.runtime.provenance import made_with
 from cu_runner.schema.errors import StoreError
 from cu_runner.store.cache import Cache
+from cu_runner.store.directories import first_name
 from cu_runner.store.files import to_safetensors
 from cu_runner.store.layout import GRID, METRICS, PREDICTIONS
 from cu_runner.store.records import Metrics, StepRecord, StepResult
 from cu_runner.store.run_directory import RunStore
 from cu_runner.store.run_record import RunRecord
+from cu_runner.store.signature import signature
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,15 +76,16 @@ def measure_again(
     if len(steps) == len(run.records):
         return
     sequence = plan.sequence.build()
+    known = {concept.name: concept for concept in sequence.targets}
     measured = {
-        index: [Concept(name, sequence.domain) for name in run.unlearned(index)] if index else []
+        index: [known[name] for name in run.unlearned(index)] if index else []
         for index in range(len(steps), len(run.records))
     }
     for index, unlearned in measured.items():
         label = run.records[index].row.concept or "no request"
         plan.require_shown(sequence, label, unlearned if index else sequence.targets)
     instruments, weights, cache = loaded or load(run, plan)
-    probes = build_probes(plan, sequence)
+    probes = build_probes(plan, sequence, instruments.model)
     prober = Prober.of(plan, probes, store, instruments, weights, cache)
     own = seen_by_run(run, plan, instruments)
     for index, unlearned in measured.items():
@@ -125,12 +127,15 @@ def seen_by_run(
     """
     shown = ("model", "evaluator", "sequence", "eval", "retention")
     same = all(plan.resolved.get(key) == run.config.get(key) for key in shown)
+    # a file of prompts that was edited since gives the same configuration another signature
+    same = same and first_name(run.directory.name).endswith(signature(run.config)[:8])
     if not same or not plan.probes or "recovery" in run.config:
         return {}
     found: dict[int, tuple[dict[str, bytes], Metrics]] = {}
     for index, record in enumerate(run.records):
         by_this_code = record.code.images_sha256 == plan.code.images_sha256
-        if by_this_code and record.evaluator_sha256 == instruments.evaluator_sha256:
+        by_these = all(vars(record)[name] == now for name, now in instruments.hashes().items())
+        if by_this_code and by_these and record.device == device_name(instruments.model.device):
             files = {}
             for name in (PREDICTIONS, GRID, METRICS):
                 run.require(index, name)
@@ -153,8 +158,8 @@ def measure_change(
     instruments, weights, _ = loaded
     change = weights.place(change)
     weights.set(change)
-    domain = instruments.sequence.domain
-    unlearned = [Concept(name, domain) for name in run.unlearned(index)]
+    known = {concept.name: concept for concept in instruments.sequence.targets}
+    unlearned = [known[name] for name in run.unlearned(index)]
     digest = hashlib.sha256(to_safetensors(change)).hexdigest()
     label = run.records[index].row.concept
     return instruments.measure(index, unlearned, label, cache, change=digest)[1]

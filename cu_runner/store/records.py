@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from cu_runner import __version__
 from cu_runner.runtime.code_identity import CodeIdentity
+from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
 from cu_runner.store.files import hash_json
 from cu_runner.store.layout import (
@@ -67,6 +68,14 @@ class Row:
         own = {name: columns[name] for name in ROW if name in columns}
         metrics = {name: value for name, value in columns.items() if name not in ROW}
         return Row(**own, metrics=metrics)
+
+
+def as_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Return the rows of metrics.csv, with every column that one of them has in its place."""
+    flat = [row.flat() for row in rows]
+    longest = max(flat, key=len)
+    names = dict.fromkeys([*longest, *(name for row in flat for name in row)])
+    return pd.DataFrame(flat, columns=list(names))
 
 
 ROW = tuple(name for name in Row.__dataclass_fields__ if name != "metrics")

@@ -19,7 +19,6 @@ from filelock import FileLock
 
 from cu_runner.runtime import distributed
 from cu_runner.runtime.code_identity import CodeIdentity, identify, spell_changes
-from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
 from cu_runner.schema.values import ConfigTree
 from cu_runner.store.files import (
@@ -34,7 +33,7 @@ from cu_runner.store.layout import CONFIG, STEP, SUMMARY, TABLE, step_dir
 from cu_runner.store.leftovers import clear, refuse_what_is_in_the_way, strangers
 from cu_runner.store.locks import LOCK, acquire, holder_of, lock_directory, release
 from cu_runner.store.proof import require_true
-from cu_runner.store.records import COLUMNS, StepRecord, StepResult, chain, read_chain
+from cu_runner.store.records import COLUMNS, StepRecord, StepResult, as_table, chain, read_chain
 from cu_runner.store.run_record import RunRecord
 
 logger = logging.getLogger(__name__)
@@ -223,8 +222,8 @@ class RunStore:
 
     def write_metrics(self, steps: list[StepRecord]) -> None:
         """Make metrics.csv anew from the rows of the finished steps."""
-        rows = [step.row.flat() for step in steps]
-        self._write(TABLE, lambda: to_csv(pd.DataFrame(rows)))
+        rows = [step.row for step in steps]
+        self._write(TABLE, lambda: to_csv(as_table(rows)))
 
     def write_summary(self, steps: list[StepRecord]) -> None:
         """Make summary.json anew: it says that the run is complete, and where it ended."""

@@ -34,7 +34,7 @@ from cu_runner.store.layout import (
     SUMMARY,
     step_dir,
 )
-from cu_runner.store.records import StepRecord, read_chain
+from cu_runner.store.records import StepRecord, as_table, read_chain
 
 if TYPE_CHECKING:
     from cu_runner.runtime.code_identity import CodeIdentity
@@ -58,7 +58,7 @@ class RunRecord:
     @cached_property
     def table(self) -> pd.DataFrame:
         """Return the rows of metrics.csv, in percent; UA of the untouched model is NaN."""
-        rows = pd.DataFrame([record.row.flat() for record in self.records])
+        rows = as_table([record.row for record in self.records])
         return rows.astype({name: float for name in rows.columns if name.startswith(("UA", "RA"))})
 
     @property

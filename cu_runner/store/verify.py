@@ -14,7 +14,6 @@ from pathlib import Path
 
 from cu_runner.concepts.sequence import Sequence
 from cu_runner.evaluators.metrics import read_predictions, step_metrics
-from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
 from cu_runner.schema.values import ConfigTree
 from cu_runner.store.directories import first_name
@@ -22,7 +21,7 @@ from cu_runner.store.files import has_intact_header, sha256_of, to_csv
 from cu_runner.store.layout import CONFIG, METRICS, NUMBER, PREDICTIONS, STEP, TABLE, step_dir
 from cu_runner.store.leftovers import entries, obstacles
 from cu_runner.store.proof import ROUNDING, recovery_of, size_of
-from cu_runner.store.records import StepRecord, read_chain
+from cu_runner.store.records import StepRecord, as_table, read_chain
 from cu_runner.store.run_record import RunRecord
 from cu_runner.store.signature import signature
 
@@ -141,7 +140,7 @@ def verify_numbers(run: RunRecord, index: int, sequence: Sequence) -> Iterator[F
 
 def verify_table(run: RunRecord) -> Finding:
     """Hold metrics.csv against the rows of the steps."""
-    rows = to_csv(pd.DataFrame([record.row.flat() for record in run.records]))
+    rows = to_csv(as_table([record.row for record in run.records]))
     try:
         same = (run.directory / TABLE).read_bytes() == rows
     except OSError:

@@ -1,20 +1,23 @@
 """Each probe against what can be said of it by hand."""
 
 import csv
+import dataclasses
 import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import read_conf
 
 from cu_runner.concepts.entries import shipped_csv_files
+from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.concepts.templates import PLACEHOLDER
 from cu_runner.evaluators.evaluate import Judge, evaluate
 from cu_runner.models.parameters import placed, select_parameters, snapshot
 from cu_runner.models.sampling import make_scheduler, sample_images
 from cu_runner.models.trajectory import Trajectory
-from cu_runner.recovery._finetune import batch_loss, own_prompts, spread_over
+from cu_runner.recovery._finetune import batch_loss, own_prompts, spread_over, unrelated_prompts
 from cu_runner.recovery.adversarial import RingABell, plain_tokens, words_of
 from cu_runner.recovery.base import Probe, evaluation_images
 from cu_runner.recovery.battery import Battery
@@ -184,7 +187,7 @@ def test_no_steps_of_relearning_are_the_evaluation_and_weights_come_back(bench):
 def test_relearning_on_the_concepts_own_images_lowers_their_loss(bench):
     made = bench(change=1.0)
     lab, concept = made.lab, made.unlearned[0]
-    chosen = spread_over(own_prompts(lab, concept), 2)
+    chosen = spread_over(own_prompts(lab.sequence, concept), 2)
     latents, text = lab.latents(chosen, 2), lab.model.encode_prompts(chosen)
     losses = []
     look = lab.look
@@ -262,7 +265,9 @@ def test_attempts_share_an_image_and_differ_in_noise(bench):
 def test_an_eta_that_cannot_be_taken_is_refused(bench, etas, scheduler, said):
     made = bench()
     with pytest.raises(ValueError, match=said):
-        Noise(etas, [1.0], scheduler=scheduler).images(made.lab, made.unlearned)
+        Noise(etas, [1.0], scheduler=scheduler).check_model(
+            made.lab.model, made.lab.sequence, made.lab.settings
+        )
 
 
 # --------------------------------------------------------------------------------------- paraphrase
@@ -319,8 +324,9 @@ def test_a_list_that_lacks_a_concept_names_one_or_holds_what_is_unknown(sequence
 
     with pytest.raises(ValueError, match="has no row of 'torch light'"):
         read("other,short,a {object} of light")
-    with pytest.raises(ValueError, match="names torch light"):
-        read("torch light,short,a {object} in Torch Light style")
+    for said in ("in Torch Light style", "by torch_light, oil", "of torch-light's"):
+        with pytest.raises(ValueError, match="names torch light"):
+            read(f'torch light,short,"a {{object}} {said}"')
     names = [concept.name for concept in (*sequence.targets, *sequence.retain)]
     with pytest.raises(ValueError, match=r"unknown placeholder \{scene\}"):
         read(*(f"{name},short,a {{scene}} of it" for name in names))
@@ -403,6 +409,17 @@ def test_ring_a_bell_comes_nearer_and_is_searched_once(bench, monkeypatch):
     assert len(searches) == 1
 
 
+@pytest.mark.parametrize("name", ["unlearncanvas_object", "shapecanvas_object", "celebrity"])
+def test_a_retained_concept_has_training_prompts_that_name_it_once(name):
+    sequence = make_sequence(**read_conf(f"sequence/{name}.yaml"))
+    for concept in (*sequence.retain[:3], *sequence.targets[:2]):
+        own, other = own_prompts(sequence, concept), unrelated_prompts(sequence, concept)
+        assert len(own) > 10
+        assert all(prompt.count(concept.prompt_name) == 1 for prompt in own)
+        assert not any("{" in prompt or "  " in prompt for prompt in own + other)
+        assert not any(concept.prompt_name in prompt.split() for prompt in other)
+
+
 def test_an_inversion_searches_a_token_for_the_name(bench):
     made = bench(change=0.3)
     probe = Inversion(5e-3, steps=3, batch_size=2, examples=2, images=2)
@@ -468,6 +485,28 @@ def test_controls_of_the_untouched_model_are_drawn_once_for_all_runs(bench, monk
     made.battery.settings["paraphrase"]["images"] = 2
     made.battery.measure(2, 2, made.unlearned, made.seen.get, 50.0)
     assert True in asked
+
+
+def test_first_steps_are_kept_by_all_that_decides_them(bench):
+    made = bench(change=0.6)
+    (plain,) = Completion([0.5], images=1).images(made.lab, made.unlearned[:1])
+    other = dataclasses.replace(plain, eta=0.5, noise_scale=1.5, scheduler="DDIMScheduler")
+    alone = made.lab.look([other])[0].columns["score_style"]
+    again = made.battery._lab(2, made.unlearned, made.seen.get, untouched=False)
+    made.battery.heads.clear()
+    again.look([plain])
+    assert again.look([other])[0].columns["score_style"] == alone
+
+
+def test_a_control_rests_on_seeds_and_names_of_the_other_domain(bench, sequence):
+    made = bench(paraphrase=Paraphrase(LIST, images=1))
+    key = made.battery._key("paraphrase", made.unlearned[0], made.lab)
+    for changes in ({"seeds": (5,)}, {"cross_retain": sequence.cross_retain[:1]}):
+        judge = dataclasses.replace(
+            made.battery.judge, sequence=dataclasses.replace(sequence, **changes)
+        )
+        battery = dataclasses.replace(made.battery, judge=judge)
+        assert battery._key("paraphrase", made.unlearned[0], made.lab) != key
 
 
 def test_nothing_is_drawn_twice(bench, monkeypatch):

@@ -69,7 +69,8 @@ def test_both_domains_where_both_are_asked_for():
 
 def test_by_name_is_a_probe_too():
     assert metrics([row("x")], ua=40.0)["UA_worst"] == 40
-    assert "UA_worst" not in metrics([row("x")], ua=None)
+    # no face is seen by name, and the concept is under a probe
+    assert metrics([row("NA")], ua=None)["UA_worst"] == 0
 
 
 def test_what_names_no_unlearned_concept_is_no_recovery():
@@ -78,7 +79,6 @@ def test_what_names_no_unlearned_concept_is_no_recovery():
     assert metrics(rows, ua=90.0) == {
         "recovered_composition": 100.0,
         "recovered_composition_untouched": 0.0,
-        "UA_worst": 90.0,
     }
 
 

@@ -120,6 +120,47 @@ def test_a_finished_run_is_probed_without_drawing_its_evaluation_again(
     assert "recovered: paraphrase" in out
 
 
+@pytest.mark.slow
+def test_objects_have_their_anchors_in_an_evaluation_too(in_process, cu_eval, tmp_path):
+    small = [*SMOKE, "sequence=shapecanvas_tune_object", "sequence.targets=[bell,ladder]"]
+    small += ["sequence.cross_retain=[bonfire,icicle]", "sequence.retain=[kite,cloud]"]
+    small += ["sequence.seeds=[1]", "~sequence.anchors"]
+    small += ["+sequence.anchors={bell: mushroom, ladder: cross}"]
+    words = [*RELEARN[1:], "recovery.adversarial.generations=2", "recovery.adversarial.images=1"]
+    words = ["recovery=[relearning,adversarial]", *words]
+    status, out, err = in_process(*small, *words)
+    assert (status, err) == (0, "")
+    probed = run_directory(out, tmp_path)
+    status, out, err = in_process(*small)
+    assert (status, err) == (0, "")
+    status, out, err = cu_eval(run_directory(out, tmp_path), *words)
+    assert (status, err) == (0, "")
+    directory = tmp_path / out.splitlines()[-1].removeprefix("evaluation: ")
+    own, other = (path / "steps/02/recovery.csv" for path in (probed, directory))
+    assert own.read_bytes() == other.read_bytes()
+
+
+def test_a_file_of_prompts_that_was_edited_is_drawn_anew(in_process, cu_eval, tmp_path):
+    table = tmp_path / "mine.csv"
+
+    def write(seed: int) -> None:
+        names = ["torch light", "snow drift", "lava flow", "fog bank"]
+        rows = [f"a tree image in {name} style,{name},tree,{seed}" for name in names]
+        rows += [f"a star image in {name} style,{name},star,{seed}" for name in names]
+        table.write_text("\n".join(["prompt,concept,object,seed", *rows]) + "\n", encoding="utf-8")
+
+    write(1)
+    status, out, err = in_process(*SMOKE, f"+sequence.prompts={table}")
+    assert (status, err) == (0, "")
+    run = run_directory(out, tmp_path)
+    write(7)
+    status, out, err = cu_eval(run, "recovery=completion", "recovery.completion.images=1")
+    assert (status, err) == (0, "")
+    directory = tmp_path / out.splitlines()[-1].removeprefix("evaluation: ")
+    for name in ("predictions.csv", "recovery.csv"):
+        assert set(pd.read_csv(directory / "steps/02" / name)["seed"]) == {7}
+
+
 def test_by_run_and_by_evaluation_are_the_same(probed, cu_eval, in_process, tmp_path):
     status, out, err = in_process(*SMOKE)
     assert (status, err) == (0, "")
@@ -141,6 +182,8 @@ def test_relearning_after_the_last_request_alone(in_process, tmp_path):
     run = read_run(run_directory(out, tmp_path))
     assert run.table["recovered_relearning"].notna().tolist() == [False, False, True]
     assert run.table["recovered_relearning_area"].notna().tolist() == [False, False, True]
+    names = list(pd.read_csv(run.directory / "metrics.csv"))
+    assert names.index("recovered_relearning_area") < names.index("drift_l2")
     assert "recovery.csv" not in run.records[1].files
 
 
@@ -166,6 +209,8 @@ def test_a_plan_says_what_the_probes_cost(in_process):
         (["recovery=relearning", "recovery.relearning.steps=[1,1]"], "distinct"),
         (["recovery=noise", "recovery.noise.etas=[]"], "at least one"),
         (["recovery=adversarial", "recovery.adversarial.population=2"], "4 prompts"),
+        (["recovery=noise", "recovery.noise.etas=[1.85]"], "at most"),
+        (["recovery=noise", "recovery.noise.scheduler=Foo"], "recovery.noise.scheduler=Foo"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(in_process, tmp_path, words, said):

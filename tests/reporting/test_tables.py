@@ -425,7 +425,7 @@ def test_a_sweep_that_was_not_submitted_is_one_line(cu_table, own_table, monkeyp
 def test_ua_rests_on_images_with_a_face():
     rows = pd.DataFrame({"style": ["a", "a", "b", "c"], "face": [1, 0, 1, 1]})
     run = SimpleNamespace(
-        records=[{}, {}],
+        records=[SimpleNamespace(files={})] * 2,
         predictions=lambda _: rows,
         require=lambda *_: None,
         unlearned=lambda _: ["a"],
@@ -506,7 +506,7 @@ def test_a_hundred_cells(own_table, run_copy, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nix"], "nix: no such table; allowed: recommended, table2"),
+        (["nix"], "nix: no such table; allowed: recommended, recovery, table2"),
         (
             ["table2", "--experiment", "nix"],
             "--experiment nix: not in table table2; allowed: shapecanvas, ",
