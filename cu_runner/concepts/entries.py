@@ -45,11 +45,6 @@ def shipped_lists() -> list[str]:
     return sorted(path.stem for path in LISTS.glob("*.txt"))
 
 
-def shipped_csv_files() -> dict[str, Path]:
-    """Return the shipped CSV files of prompts by name."""
-    return {path.stem: path for path in sorted(LISTS.glob("*.csv"))}
-
-
 def read_shipped(name: str | None) -> list[str]:
     """Read the entries of a shipped list. Raise ValueError with the lists there are."""
     if name not in shipped_lists():

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from unicodedata import category
 
-from cu_runner.concepts.entries import cleaned, read_text
+from cu_runner.concepts.entries import LISTS, cleaned, read_text
 from cu_runner.schema.secrets import refuse_secrets
 
 LARGEST_FILE = 64 * 10**6  # bytes
@@ -47,6 +47,35 @@ def read_prompts(
         return read_rows(Path(path).expanduser(), needed, more, distinct)
     except ValueError as error:
         raise ValueError(f"{key}={path}: {error}") from None
+
+
+def read_list(key: str, name: str | None, needed: tuple[str, ...]) -> list[dict[str, str]]:
+    """Read the rows of a list that ships with the package, or of a CSV file; none of None.
+
+    Args:
+        key: the configuration key that names it.
+        needed: columns; the shipped lists to choose from are those that have them.
+
+    Raises:
+        ValueError: as read_prompts; or there is no such list.
+    """
+    if name is None:
+        return []
+    if name.endswith(".csv") or "/" in name:
+        return read_prompts(key, name, needed)
+    shipped = {
+        path.stem: path
+        for path in sorted(LISTS.glob("*.csv"))
+        if path.open(encoding="utf-8").readline().strip() == ",".join(needed)
+    }
+    if name not in shipped:
+        what = "sequence.vocabulary is a list of names here, and none goes with it"
+        what = what if "[" in name else f"{name} is none of them"
+        raise ValueError(
+            f"{key}: {what}; shipped lists: {', '.join(shipped)}; or give a CSV file with the "
+            f"columns {', '.join(needed)}"
+        )
+    return read_prompts(key, str(shipped[name]), needed)
 
 
 def read_rows(

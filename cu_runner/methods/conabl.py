@@ -6,11 +6,15 @@ Shapes: B batch, C latent channels, H W latent size, L tokens, D text width.
 
 from __future__ import annotations
 
+import itertools
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import NonNegativeFloat, PositiveInt
 
+from cu_runner.concepts.prompt_csv import read_list
+from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.methods.base import Method
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.request.images import CaptionedImages, NoisyBatch, diffusion_loss
@@ -36,6 +40,7 @@ class ConAbl(Method[NoisyBatch]):
         loss_sum: Literal["mean", "channels"] = "mean",
         begin_token: Literal["trained", "detached"] = "trained",
         border: Literal["kept", "masked"] = "kept",
+        also_called: str | None = None,
     ) -> None:
         """
         Args:
@@ -55,19 +60,42 @@ class ConAbl(Method[NoisyBatch]):
             begin_token: "detached" trains no weight through keys and values of the begin token, as
                 released.
             border: "masked" leaves out the outermost latent pixels, as released.
+            also_called: other words for the targets, by which they are unlearned too: a shipped
+                list, or a CSV file with the columns concept and words. A concept that it lacks is
+                trained by its name alone.
+
+        Raises:
+            ValueError: a list of other words that cannot be read.
         """
         self.target_of, self.teacher, self.preservation = loss, teacher, preservation
         self.num_anchors, self.flip, self.params = num_anchors, flip, params
         self.loss_sum, self.begin_token, self.border = loss_sum, begin_token, border
+        self._also: dict[str, list[str]] = {}
+        for row in read_list("method.also_called", also_called, ("concept", "words")):
+            self._also.setdefault(row["concept"], []).append(row["words"])
 
     def begin_request(self, scope: Scope) -> None:
         """Make images of the anchor, with both prompts of every pair."""
         pairs = [scope.sequence.training_prompts(concept) for concept in scope.request.targets]
         anchors = [[anchor for _, anchor in prompts] for prompts in pairs]
-        targets = [[ways for ways, _ in prompts] for prompts in pairs]
+        targets = [self._ways(scope.sequence, concept) for concept in scope.request.targets]
+        if len({len(prompts[0]) for prompts in targets}) > 1:
+            raise ValueError(
+                "method.also_called: targets that are unlearned together need as many other words "
+                "each; give as many rows of every target"
+            )
         self._images = CaptionedImages(
             scope, anchors, targets, number=self.num_anchors, flip=self.flip
         )
+
+    def _ways(self, sequence: Sequence, concept: Concept) -> list[tuple[str, ...]]:
+        """Return, per caption, the prompts of a concept: by its name, and by its other words."""
+        called = [
+            concept,
+            *(replace(concept, spelling=w) for w in self._also.get(concept.name, ())),
+        ]
+        by_word = [[ways for ways, _ in sequence.training_prompts(each)] for each in called]
+        return [tuple(itertools.chain(*ways)) for ways in zip(*by_word, strict=True)]
 
     def batch(self, scope: Scope, step: int) -> NoisyBatch:
         """Draw anchor images under noise; texts are the anchor's prompts and the concept's."""

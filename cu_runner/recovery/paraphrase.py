@@ -6,12 +6,10 @@ The levels are a synonym or variant, a short and a long description. By name is 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from pydantic import PositiveInt
 
-from cu_runner.concepts.entries import shipped_csv_files
-from cu_runner.concepts.prompt_csv import read_prompts
+from cu_runner.concepts.prompt_csv import read_list
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.concepts.templates import check_template, fill
 from cu_runner.recovery.base import Cost, Every, Lab, Probe, ProbeImage, crosses_of
@@ -43,11 +41,7 @@ class Paraphrase(Probe):
             ValueError: a list that cannot be read, or that names a concept.
         """
         super().__init__(every, controls)
-        key = "recovery.paraphrase.prompts"
-        if prompts.endswith(".csv") or "/" in prompts:
-            rows = read_prompts(key, prompts, COLUMNS)
-        else:
-            rows = read_prompts(key, str(shipped_csv(key, prompts)), COLUMNS)
+        rows = read_list("recovery.paraphrase.prompts", prompts, COLUMNS)
         found = list(dict.fromkeys(row["level"] for row in rows))
         if levels is not None and (unknown := sorted(set(levels) - set(found))):
             raise ValueError(
@@ -101,24 +95,6 @@ class Paraphrase(Probe):
     def cost(self, sequence: Sequence, concepts: int) -> Cost:
         """Return the images of so many concepts, at every level."""
         return Cost(images=self._number * len(self._levels) * concepts)
-
-
-def shipped_csv(key: str, name: str) -> Path:
-    """Return the file of a shipped list of prompts. Raises ValueError with those that there are."""
-    files = shipped_csv_files()
-    if "[" in name:
-        raise ValueError(
-            f"{key}: sequence.vocabulary is a list of names here, so that no shipped list goes "
-            f"with it; give one: {', '.join(files)}; or a CSV file with the columns "
-            f"{', '.join(COLUMNS)}"
-        )
-    if name not in files:
-        own = [each for each in files if each.startswith("paraphrases_")]
-        raise ValueError(
-            f"{key}={name}: no such list; shipped: {', '.join(own)}; or give a CSV file with the "
-            f"columns {', '.join(COLUMNS)}"
-        )
-    return files[name]
 
 
 def refuse_named(name: str, prompt: str) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from cu_runner.concepts.requests import plan_requests
 from cu_runner.methods.conabl import ConAbl, squared_error
 from cu_runner.models.diffusion import load_model
 from cu_runner.models.parameters import select_parameters
@@ -427,3 +428,39 @@ def test_flip_mirrors_some_images(make_scope):
         assert distance.min() < 1e-5
         flipped += distance.argmin().item() >= NUM_ANCHORS
     assert 2 <= flipped <= 14
+
+
+def test_other_words_are_unlearned_as_the_name_is(make_scope, tmp_path):
+    file = tmp_path / "words.csv"
+    file.write_text("concept,words\ntorch light,barred fiery\n", encoding="utf-8")
+    scope = make_scope()
+    method = ConAbl(num_anchors=4, also_called=str(file))
+    method.begin_request(scope)
+    (concept,) = scope.request.targets
+    ways = method._ways(scope.sequence, concept)
+    assert ways[0] == (
+        "a ball in the style of torch light",
+        "a ball in the style of barred fiery",
+    )
+    seen = {
+        tuple(row.flatten().tolist()[-8:])
+        for step in range(20)
+        for row in method.batch(scope, step).texts[1].hidden
+    }
+    encoded = scope.model.encode_prompts([way for pair in ways for way in pair]).hidden
+    assert seen <= {tuple(row.flatten().tolist()[-8:]) for row in encoded}
+    assert len(seen) > len(ways)  # both ways are drawn
+    shipped = ConAbl(also_called="other_words_shapecanvas_styles")
+    assert shipped._ways(scope.sequence, concept) == ways
+    assert ConAbl()._ways(scope.sequence, concept)[0] == ways[0][:1]
+
+
+def test_other_words_that_cannot_be_read_or_are_not_as_many(make_scope, sequence, tmp_path):
+    with pytest.raises(ValueError, match=r"method\.also_called: nix is none of them"):
+        ConAbl(also_called="nix")
+    file = tmp_path / "words.csv"
+    file.write_text("concept,words\ntorch light,barred fiery\n", encoding="utf-8")
+    together = plan_requests(sequence, "simultaneous")[1]
+    scope = dataclasses.replace(make_scope(), request=together)
+    with pytest.raises(ValueError, match="as many other words"):
+        ConAbl(num_anchors=4, also_called=str(file)).begin_request(scope)

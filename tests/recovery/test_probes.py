@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import read_conf
 
-from cu_runner.concepts.entries import shipped_csv_files
+from cu_runner.concepts.entries import LISTS
 from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.concepts.templates import PLACEHOLDER
 from cu_runner.evaluators.evaluate import Judge, evaluate
@@ -271,9 +271,12 @@ def test_an_eta_that_cannot_be_taken_is_refused(bench, etas, scheduler, said):
 
 
 # --------------------------------------------------------------------------------------- paraphrase
-@pytest.mark.parametrize("name", sorted(shipped_csv_files()))
-def test_no_shipped_paraphrase_names_its_concept(name):
-    with shipped_csv_files()[name].open(encoding="utf-8", newline="") as file:
+PARAPHRASES = sorted(LISTS.glob("paraphrases_*.csv"))
+
+
+@pytest.mark.parametrize("path", PARAPHRASES, ids=[path.stem for path in PARAPHRASES])
+def test_no_shipped_paraphrase_names_its_concept(path):
+    with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     levels = {row["level"] for row in rows}
     assert levels <= {"synonym", "short", "long"}
@@ -294,11 +297,12 @@ def test_no_shipped_paraphrase_names_its_concept(name):
     [("objects", SYNONYMS), ("styles", {k: v.description for k, v in STYLE_PARTS.items()})],
 )
 def test_the_embedded_models_paraphrases_are_words_that_it_was_trained_on(kind, words):
-    file = shipped_csv_files()[f"paraphrases_shapecanvas_{kind}"]
-    with file.open(encoding="utf-8", newline="") as content:
-        rows = list(csv.DictReader(content))
-    assert {row["concept"] for row in rows} == set(words)
-    assert all(words[row["concept"]] in row["prompt"] for row in rows)
+    for name, column in (("paraphrases", "prompt"), ("other_words", "words")):
+        file = LISTS / f"{name}_shapecanvas_{kind}.csv"
+        with file.open(encoding="utf-8", newline="") as content:
+            rows = list(csv.DictReader(content))
+        assert {row["concept"] for row in rows} == set(words)
+        assert all(words[row["concept"]] in row[column] for row in rows)
 
 
 def test_paraphrases_take_other_prompts_and_other_objects(bench, sequence):
@@ -334,7 +338,7 @@ def test_a_list_that_lacks_a_concept_names_one_or_holds_what_is_unknown(sequence
     assert read(*rows)
     with pytest.raises(ValueError, match="no level 'long'"):
         Paraphrase(str(file), levels=["long"])
-    with pytest.raises(ValueError, match="no such list; shipped: paraphrases_celebrities"):
+    with pytest.raises(ValueError, match="none of them; shipped lists: paraphrases_celebrities"):
         Paraphrase("paraphrases_of_nothing")
     with pytest.raises(ValueError, match="is a list of names here"):
         Paraphrase("paraphrases_['a', 'b']")

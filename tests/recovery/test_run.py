@@ -26,6 +26,7 @@ CHEAP = (
 RELEARN = (
     "recovery=[relearning]",
     "recovery.relearning.steps=[0,1,2]",
+    "recovery.relearning.data=[own]",
     "recovery.relearning.examples=2",
     "recovery.relearning.batch_size=1",
     "recovery.relearning.images=1",
@@ -193,7 +194,7 @@ def test_a_plan_says_what_the_probes_cost(in_process):
     # paraphrase 1, completion 2 images of 1 + 1 and 2 + 1 concepts, and of 2 + 1 as a control
     assert "recovery: at most 24 further images and 0 steps" in out
     status, out, _ = in_process(*SMOKE, *RELEARN, "dry_run=true")
-    assert "recovery: at most 36 further images and 24 steps" in out
+    assert "recovery: at most 18 further images and 12 steps" in out
 
 
 @pytest.mark.parametrize(

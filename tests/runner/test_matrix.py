@@ -43,8 +43,7 @@ def assert_trained(directory: Path) -> pd.DataFrame:
 
 
 # each of another kind: the loop's own, a mask, multipliers, a closed form, steps that are changed
-QUICK = {("conabl", "none"), ("salun", "none"), ("likelihood", "none"), ("uce", "none")}
-QUICK |= {("conabl", "gradproj"), ("conabl", "minvar"), ("conabl", "ewc"), ("uce", "rece")}
+QUICK = {("conabl", "none"), ("conabl", "gradproj"), ("conabl", "minvar"), ("uce", "rece")}
 CELLS = [
     pytest.param(*cell, marks=[] if cell in QUICK else [pytest.mark.slow])
     for cell in [(method, "none") for method in names("method")]
