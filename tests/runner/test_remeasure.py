@@ -119,7 +119,7 @@ def test_an_evaluation_moves_with_its_run(cu_eval, run_copy, tmp_path, monkeypat
             "train.lr=1",
             (
                 "train.lr: shaped the training and cannot change here; allowed: evaluator, "
-                "retention, eval, "
+                "retention, recovery, eval, "
             ),
         ),
         ("method=esd", "method: shaped the training"),
