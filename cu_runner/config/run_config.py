@@ -183,6 +183,8 @@ def check_run(
     for group in ("retention", "recovery"):  # off: then no part of the run, nor of its signature
         if not resolved.get(group):
             resolved.pop(group, None)
+    if isinstance(method := resolved["method"], dict) and method.get("also_called", "") is None:
+        resolved["method"] = without_paths(method, ("also_called",))  # as if it were not known
     known = {*GROUPS, *(field.name for field in dataclasses.fields(Spine))}
     if unknown := sorted(set(resolved) - known):
         meant = did_you_mean(unknown[0], known)

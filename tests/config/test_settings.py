@@ -295,3 +295,10 @@ def test_of_a_target_that_is_trained_again_all_others_are_earlier(sequence):
     assert (again.targets, again.earlier) == ((first,), (other,))
     assert second.earlier == (first,)
     assert len({again.number, second.number, 1}) == 3
+
+
+def test_a_run_without_other_words_is_the_run_that_it_was():
+    plain = parse(compose(*SMOKE))
+    assert "also_called" not in plain.resolved["method"]
+    words = parse(compose(*SMOKE, "method.also_called=other_words_shapecanvas_styles"))
+    assert words.signature != plain.signature
