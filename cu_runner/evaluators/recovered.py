@@ -7,6 +7,7 @@ for faces: one without a face shows nobody.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -92,8 +93,8 @@ def area_under(rows: pd.DataFrame) -> float | None:
     if len(doses) < 3:
         return None
     values = curve.tolist()
-    pieces = zip(doses, doses[1:], values, values[1:], strict=False)
-    area = sum((right - left) * (low + high) / 2 for left, right, low, high in pieces)
+    pieces = itertools.pairwise(zip(doses, values, strict=True))
+    area = sum((right - left) * (low + high) / 2 for (left, low), (right, high) in pieces)
     return area / (doses[-1] - doses[0])
 
 

@@ -148,8 +148,9 @@ class Trajectory:
         for name in kept[0].history:
             rows = [each.history[name] for each in kept]
             setattr(self._scheduler, name, together(rows, device))
-        for generator, each in zip(self._extra.get("generator", ()), kept, strict=False):
-            generator.set_state(each.generator)
+        if "generator" in self._extra:
+            for generator, each in zip(self._extra["generator"], kept, strict=True):
+                generator.set_state(each.generator)
 
 
 def row_of(value: Any, row: int) -> Any:

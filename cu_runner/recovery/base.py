@@ -12,14 +12,14 @@ from pydantic import PositiveInt
 
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.parameters import snapshot
 from cu_runner.models.text import Text
-from cu_runner.runtime.lazy import nn
+from cu_runner.runtime.lazy import nn, torch
 from cu_runner.runtime.seeding import derive_seed
 from cu_runner.schema.settings import EvalSettings
 
 if TYPE_CHECKING:
     import pandas as pd
-    import torch
     from torch import Tensor
 
 Every = PositiveInt | Literal["last"]
@@ -98,8 +98,6 @@ class Lab:
 
     def generator(self, *purpose: str | int) -> torch.Generator:
         """Return fresh random numbers, the same at every step and in every run."""
-        from cu_runner.runtime.lazy import torch
-
         return torch.Generator().manual_seed(derive_seed("recovery", *purpose))
 
 
@@ -202,9 +200,6 @@ def crosses_of(sequence: Sequence, number: int) -> Iterator[str]:
 @contextmanager
 def restored(parameters: Mapping[str, Tensor]) -> Iterator[None]:
     """Put weights back to what they were, whatever is done to them inside."""
-    from cu_runner.models.parameters import snapshot
-    from cu_runner.runtime.lazy import torch
-
     before = snapshot(parameters)
     try:
         yield

@@ -25,7 +25,7 @@ from cu_runner.evaluators.recovered import (
     recovery_metrics,
 )
 from cu_runner.models.parameters import placed
-from cu_runner.recovery.base import Cost, Lab, Number, Probe, Seen
+from cu_runner.recovery.base import Cost, Lab, Number, Probe, Seen, restored
 from cu_runner.recovery.drawing import Drawing, Heads
 from cu_runner.request.anchors import AnchorImages, sampler_key
 from cu_runner.runtime import distributed
@@ -136,35 +136,35 @@ class Battery:
     def _untouched(self, edited: Lab, due: dict[str, Probe], predictions: Predictions) -> Rows:
         """Probe the same concepts with the untouched model; each once for all runs."""
         lab = self._lab(edited.step, edited.unlearned, predictions, untouched=True)
+        wanted = [
+            (name, group, concept)
+            for name, probe in due.items()
+            if probe.has_untouched()
+            for group, concepts in (
+                ("erased", probe.on_erased(lab)),
+                ("retained", probe.on_retained(lab.sequence)),
+            )
+            for concept in concepts
+        ]
+        cached = [self.cache.fetch("recovery", self._key(n, c)) for n, _, c in wanted]
         rows = Rows([], [])
         with placed(self.params, self.base):
-            for name, probe in due.items():
-                if not probe.has_untouched():
-                    continue
-                concepts = {
-                    "erased": probe.on_erased(lab),
-                    "retained": probe.on_retained(lab.sequence),
-                }
-                for group, own in concepts.items():
-                    for concept in own:
-                        rows += self._control(lab, name, probe, group, concept)
+            # a concept at a time, once for all runs: a score depends on its batch in the last digit,
+            # and must not on what else the cache lacks
+            for (name, group, concept), files in zip(wanted, cached, strict=True):
+                if files is not None:
+                    seen = Rows(**json.loads(files[ROWS]))
+                else:
+                    found = due[name].measure(lab, [concept])
+                    seen = self._rows(lab, name, group, found)
+                    content = {ROWS: to_json(dataclasses.asdict(seen))}
+                    self.cache.put("recovery", self._key(name, concept), content)
+                own: Row = {"step": lab.step, "group": group}
+                rows.images.extend({**row, **own} for row in seen.images)
+                rows.values.extend({**row, **own} for row in seen.values)
         return rows
 
-    def _control(self, lab: Lab, name: str, probe: Probe, group: str, concept: Concept) -> Rows:
-        """Probe a concept with the untouched model, or take that from the cache."""
-        key = self._key(name, concept, lab)
-        files = self.cache.fetch("recovery", key)
-        if files is None:
-            rows = self._rows(lab, name, group, probe.measure(lab, [concept]))
-            self.cache.put("recovery", key, {ROWS: to_json(dataclasses.asdict(rows))})
-        else:
-            rows = Rows(**json.loads(files[ROWS]))
-        own: Row = {"step": lab.step, "group": group}
-        return Rows(
-            [{**row, **own} for row in rows.images], [{**row, **own} for row in rows.values]
-        )
-
-    def _key(self, name: str, concept: Concept, lab: Lab) -> dict[str, object]:
+    def _key(self, name: str, concept: Concept) -> dict[str, object]:
         """Return what the control of a concept rests on."""
         model, sequence, settings = self.judge.model, self.judge.sequence, self.judge.settings
         return {
@@ -212,14 +212,8 @@ class Battery:
 
         @contextmanager
         def changed() -> Iterator[None]:
-            before = {name: parameter.detach().clone() for name, parameter in self.params.items()}
-            with drawing.forgetting():
-                try:
-                    yield
-                finally:
-                    with torch.no_grad():
-                        for name, value in before.items():
-                            self.params[name].copy_(value)
+            with drawing.forgetting(), restored(self.params):
+                yield
 
         return Lab(
             model=self.judge.model,

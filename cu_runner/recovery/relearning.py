@@ -13,7 +13,16 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.recovery._finetune import batch_loss, own_prompts, spread_over, unrelated_prompts
-from cu_runner.recovery.base import Cost, Every, Lab, Number, Probe, Seen, evaluation_images
+from cu_runner.recovery.base import (
+    Cost,
+    Every,
+    Lab,
+    Number,
+    Probe,
+    ProbeImage,
+    Seen,
+    evaluation_images,
+)
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import torch
 from cu_runner.schema.settings import StepSize
@@ -63,6 +72,8 @@ class Relearning(Probe):
         found: list[Seen | Number] = []
         for concept in concepts:
             for kind in self._data:
+                if self._steps[0] == 0:  # before any step: what the evaluation has drawn
+                    found += lab.look(self._images(lab, concept, kind, 0))
                 with lab.changed():
                     found += self._train(lab, concept, kind)
         return found
@@ -79,12 +90,9 @@ class Relearning(Probe):
             parameter.requires_grad_(True)
         try:
             for done in range(self._steps[-1] + 1):
-                if done in self._steps:
-                    wanted = evaluation_images(
-                        lab.sequence, [concept], self._number, variant=kind, dose=float(done)
-                    )
+                if done and done in self._steps:
                     with lab.changed():  # these weights alone
-                        found += lab.look(wanted)
+                        found += lab.look(self._images(lab, concept, kind, done))
                 if done < self._steps[-1]:
                     with torch.enable_grad(), distributed.alone():
                         loss = batch_loss(lab.model, latents, text, self._batch_size, generator)
@@ -95,6 +103,12 @@ class Relearning(Probe):
             for parameter in params:
                 parameter.requires_grad_(False)
         return found
+
+    def _images(self, lab: Lab, concept: Concept, kind: Data, done: int) -> list[ProbeImage]:
+        """Return evaluation images of a concept, to be drawn after some steps."""
+        return evaluation_images(
+            lab.sequence, [concept], self._number, variant=kind, dose=float(done)
+        )
 
     def cost(self, sequence: Sequence, concepts: int) -> Cost:
         """Return the images and the training steps of so many concepts."""

@@ -17,7 +17,7 @@ from cu_runner.recovery.base import Probe
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.token_limit import check_prompts
 from cu_runner.retention.base import Retention
-from cu_runner.runner.probing import build_probes
+from cu_runner.runner.probing import build_probes, check_probes
 from cu_runner.runtime import distributed
 from cu_runner.runtime.progress import slow
 from cu_runner.schema.settings import Speed, TrainSettings
@@ -64,7 +64,7 @@ def build_parts(plan: RunConfig, device: str) -> RunParts:
         evaluator = plan.evaluator.build(device=device)
     check_labels(sequence, evaluator)
     check_prompts(model, sequence)
-    build_probes(plan, sequence, model)
+    check_probes(probes, model, sequence, plan.spine.eval)
     retention = plan.retention.build(device=device) if plan.retention else None
     return RunParts(model, evaluator, retention, sequence, requests, method, regularizers, probes)
 

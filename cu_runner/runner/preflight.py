@@ -26,6 +26,7 @@ from cu_runner.recovery.base import Probe
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.token_limit import check_prompts
 from cu_runner.retention.base import Retention
+from cu_runner.runner import probing
 from cu_runner.runner.forecast import disk_copies, existing_parent, retained_images, work_of
 from cu_runner.runner.parts import RunParts, prepare
 from cu_runner.runner.probing import build_probes
@@ -138,7 +139,9 @@ def check_probes(
 ) -> Generator[Finding, None, dict[str, Probe] | None]:
     """Make the probes of recovery; return them, None if one of them cannot probe the sequence."""
     try:
-        probes = build_probes(plan, sequence, model)
+        probes = build_probes(plan, sequence)
+        if model is not None:
+            probing.check_probes(probes, model, sequence, plan.spine.eval)
     except (ValueError, OSError) as error:
         yield Finding("recovery", False, said_where(error))
         return None

@@ -19,6 +19,7 @@ from cu_runner.recovery.battery import Battery
 from cu_runner.runner.measure import Instruments
 from cu_runner.runner.weights import TrainedWeights
 from cu_runner.runtime.lazy import pd
+from cu_runner.schema.settings import EvalSettings
 from cu_runner.store.cache import Cache
 from cu_runner.store.files import to_json
 from cu_runner.store.layout import METRICS, PREDICTIONS
@@ -28,18 +29,20 @@ from cu_runner.store.run_directory import RunStore
 WHEN = ("every", "controls")  # arguments that do not change what is seen of one concept
 
 
-def build_probes(
-    plan: RunConfig, sequence: Sequence, model: DiffusionModel | None = None
-) -> dict[str, Probe]:
-    """Build the probes of recovery. Raises ValueError for what they cannot probe, in the model too
-    where one is given.
-    """
+def build_probes(plan: RunConfig, sequence: Sequence) -> dict[str, Probe]:
+    """Build the probes of recovery. Raises ValueError for what they cannot probe."""
     probes = {name: node.build() for name, node in plan.probes.items()}
     for probe in probes.values():
         probe.check(sequence)
-        if model is not None:
-            probe.check_model(model, sequence, plan.spine.eval)
     return probes
+
+
+def check_probes(
+    probes: dict[str, Probe], model: DiffusionModel, sequence: Sequence, settings: EvalSettings
+) -> None:
+    """Raise ValueError for what the probes cannot do with a model."""
+    for probe in probes.values():
+        probe.check_model(model, sequence, settings)
 
 
 @dataclass(frozen=True)

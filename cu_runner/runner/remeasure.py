@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from cu_runner.config.run_config import RunConfig
 from cu_runner.runner.measure import Instruments
-from cu_runner.runner.probing import Prober, build_probes
+from cu_runner.runner.probing import Prober, build_probes, check_probes
 from cu_runner.runner.weights import TrainedWeights
 from cu_runner.runtime.devices import choose_device, device_name, limit_threads
 from cu_runner.runtime.provenance import made_with
@@ -85,7 +85,8 @@ def measure_again(
         label = run.records[index].row.concept or "no request"
         plan.require_shown(sequence, label, unlearned if index else sequence.targets)
     instruments, weights, cache = loaded or load(run, plan)
-    probes = build_probes(plan, sequence, instruments.model)
+    probes = build_probes(plan, sequence)
+    check_probes(probes, instruments.model, sequence, plan.spine.eval)
     prober = Prober.of(plan, probes, store, instruments, weights, cache)
     own = seen_by_run(run, plan, instruments)
     for index, unlearned in measured.items():

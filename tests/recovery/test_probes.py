@@ -504,13 +504,13 @@ def test_first_steps_are_kept_by_all_that_decides_them(bench):
 
 def test_a_control_rests_on_seeds_and_names_of_the_other_domain(bench, sequence):
     made = bench(paraphrase=Paraphrase(LIST, images=1))
-    key = made.battery._key("paraphrase", made.unlearned[0], made.lab)
+    key = made.battery._key("paraphrase", made.unlearned[0])
     for changes in ({"seeds": (5,)}, {"cross_retain": sequence.cross_retain[:1]}):
         judge = dataclasses.replace(
             made.battery.judge, sequence=dataclasses.replace(sequence, **changes)
         )
         battery = dataclasses.replace(made.battery, judge=judge)
-        assert battery._key("paraphrase", made.unlearned[0], made.lab) != key
+        assert battery._key("paraphrase", made.unlearned[0]) != key
 
 
 def test_nothing_is_drawn_twice(bench, monkeypatch):
