@@ -149,8 +149,8 @@ class Battery:
         cached = [self.cache.fetch("recovery", self._key(n, c)) for n, _, c in wanted]
         rows = Rows([], [])
         with placed(self.params, self.base):
-            # a concept at a time, once for all runs: a score depends on its batch in the last digit,
-            # and must not on what else the cache lacks
+            # a concept at a time, once for all runs: the last digit of a score depends on its batch
+            # and must not depend on what else the cache lacks
             for (name, group, concept), files in zip(wanted, cached, strict=True):
                 if files is not None:
                     seen = Rows(**json.loads(files[ROWS]))
