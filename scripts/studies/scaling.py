@@ -3,14 +3,11 @@
     python scripts/studies/scaling.py [seed=0,1,2] [OVERRIDE ...] [--output DIR]
 
 ConAbl without regularizer, with l2, gradproj, merge, nullspace and replay, and UCE; three seeds
-(UCE draws nothing at random: one). The sequence is shapecanvas_style100, with as many concepts of
-the other domain as give 96 images of retained concepts. A sequence or an experiment on the command
-line takes its place; the published ones have 12 requests, and 'sequence.targets=[A,B,...]' gives
-one more. Of the 50 styles of UnlearnCanvas 38 are not retained, there are no 100: the command in
+(UCE draws nothing at random: one). The sequence is shapecanvas_style100, which measures 96 images
+of retained concepts. A sequence or an experiment on the command line takes its place; the published
+ones have 12 requests, and 'sequence.targets=[A,B,...]' gives one more. Of the 50 styles of UnlearnCanvas 38 are not retained, there are no 100: the command in
 scaling.md names them. 19 runs; scaling.md has the seconds of each.
 """
-
-import math
 
 import pandas as pd
 import yaml
@@ -42,7 +39,6 @@ from cu_runner.runtime.paths import config_dir
 REGULARIZERS = ("none", "l2", "gradproj", "merge", "nullspace", "replay")
 UCE = "uce, seed 0"
 SEQUENCE = "sequence=shapecanvas_style100"
-RETAINED_IMAGES = 96  # at least, after each request
 GONE = 5.0  # percent: a last quarter below it
 LEVEL = 2.0  # points: a last quarter that has lost at most so many
 
@@ -71,12 +67,6 @@ def on_stable_diffusion() -> str:
 
 def cells(study: Study, seeds: list[int]) -> dict[str, list[str]]:
     shared = [] if study.gives("sequence", "experiment") else [SEQUENCE]
-    if shared and not study.gives("sequence.cross_retain"):
-        sequence = study.plan(shared).sequence.build()
-        each = len(sequence.retain) * len(sequence.seeds)  # images with one concept of the other
-        names = [concept.name for concept in sequence.cross_retain]
-        few = ",".join(names[: math.ceil(RETAINED_IMAGES / each)])
-        shared.append(f"sequence.cross_retain=[{few}]")
     runs = with_seeds({name: [f"reg={name}", *shared] for name in REGULARIZERS}, seeds)
     return runs | {UCE: ["method=uce", "reg=none", *shared, "seed=0"]}
 

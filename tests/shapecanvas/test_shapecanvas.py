@@ -238,7 +238,7 @@ def test_every_name_of_a_sequence_is_one_of_the_renderer(name):
     [
         ("shapecanvas_style", (12, 12, 8)),
         ("shapecanvas_object", (12, 8, 16)),
-        ("shapecanvas_style100", (100, 32, 8)),
+        ("shapecanvas_style100", (100, 32, 3)),
         ("shapecanvas_tune", (12, 12, 8)),
         ("shapecanvas_tune_object", (8, 4, 12)),
         ("smoke", (2, 2, 2)),
