@@ -25,18 +25,20 @@ TEXT_WEIGHTS: tuple[ParameterGroup, ...] = ("kv_xattn", "k_xattn", "v_xattn")
 
 def is_cross_attention_kv(name: str) -> bool:
     """Tell whether these are weights that read the prompt: `attn2.to_k`, `attn2.to_v`, [out, D]."""
-    return ".attn2.to_k." in name or ".attn2.to_v." in name
+    return name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))
 
 
 def belongs(name: str, group: ParameterGroup) -> bool:
     """Tell whether a UNet parameter of this name is in the group."""
+    if ".gate_" in name:  # of cu_runner.models.gates: a regularizer's own
+        return False
     in_cross_attention = ".attn2." in name
     # a UNet's layers are linear ones, convolutions, and normalisations, which are named so
     normalises = "norm" in name.rpartition(".")[0].rpartition(".")[2]
     return {
         "kv_xattn": is_cross_attention_kv(name),
-        "k_xattn": ".attn2.to_k." in name,
-        "v_xattn": ".attn2.to_v." in name,
+        "k_xattn": name.endswith(".attn2.to_k.weight"),
+        "v_xattn": name.endswith(".attn2.to_v.weight"),
         "xattn": in_cross_attention,
         "non_xattn": not in_cross_attention,
         "full": True,

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
+from cu_runner.concepts.sequence import Sequence
 from cu_runner.methods.base import Batch, Method
+from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.request.scope import Resumable, Scope
 from cu_runner.runtime.lazy import nn
 
@@ -25,10 +27,19 @@ class Regularizer(Resumable):
     acts_on: tuple[Stage, ...] = ()
     # True: it takes a step of its own from the gradients, in the place of the optimiser's
     makes_step: bool = False
+    # True: own_weights() gives the weights that requests change, in place of the method's
+    has_weights: bool = False
     independent_starts: bool = False  # True: every request must start from the base model (merging)
 
     def check(self, method: Method[Batch]) -> None:
         """Raise ValueError for a method that it does not go with, before anything is measured."""
+
+    def own_weights(self, model: DiffusionModel, sequence: Sequence) -> dict[str, nn.Parameter]:
+        """Add weights to the model, and return them; they change no image yet.
+
+        Called before anything is measured, with has_weights alone.
+        """
+        return {}
 
     def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Prepare for a request.

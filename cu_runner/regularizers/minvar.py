@@ -14,17 +14,24 @@ attention width.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from cu_runner.concepts.templates import fill_caption
 from cu_runner.methods.base import Batch, Method
-from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.parameters import TEXT_WEIGHTS, gradients
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.images import spread
+from cu_runner.request.minimum_variance import (
+    RIDGES,
+    Direction,
+    KeptText,
+    NameTexts,
+    minimum_variance_direction,
+    name_texts,
+)
 from cu_runner.request.name_sources import NameSource, earlier_targets, kept_names
 from cu_runner.request.optimizer import make_optimizer
 from cu_runner.request.scope import Scope
@@ -37,150 +44,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SETTLED = 0.3  # of the step size, for the last steps
-FOLDS = 5  # of the kept names, where they choose the ridge
-RIDGES = tuple(10.0**power for power in (-3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
-
-
-def minimum_variance_direction(t: Tensor, C: Tensor, lam: float) -> Tensor:
-    """Return d = argmin d^T C d + lam |d|^2 subject to d^T t = 1, [D]   (Capon 1969, eq. 15).
-
-        d = (C + lam I)^-1 t / (t^T (C + lam I)^-1 t)
-
-    Computed in float64, returned in t's dtype.
-
-    Args:
-        t: [D], the text that d must hear.
-        C: [D, D], symmetric, positive semi-definite: sum of x x^T over the text to be left alone.
-        lam: weight of |d|^2, 0 or more.
-
-    Raises:
-        ValueError: t is zero, or C + lam I has no inverse.
-    """
-    if not t.any():
-        raise ValueError("minimum_variance_direction: t is zero, and no d has d^T t = 1")
-    regular = C.double() + lam * torch.eye(len(t), dtype=torch.float64, device=t.device)
-    try:
-        solved = torch.linalg.solve(regular, t.double())
-    except RuntimeError:
-        raise ValueError(
-            f"minimum_variance_direction: C + lam I has no inverse with lam={lam}; give a lam "
-            "above 0"
-        ) from None
-    return (solved / (solved @ t.double())).to(t.dtype)
-
-
-@dataclass(frozen=True)
-class NameTexts:
-    """What the prompts of one name say at each of the name's own tokens, and elsewhere.
-
-    own: [n, D], mean over prompts at its n tokens. own_squares: [D, D], sum over the tokens of the
-    mean of t t^T. around: [D, D], mean of t t^T over all other positions of its prompts.
-    """
-
-    own: Tensor
-    own_squares: Tensor
-    around: Tensor
-
-
-def name_texts(model: DiffusionModel, placed: list[tuple[str, str, str]]) -> NameTexts:
-    """Read the prompts of one name: P times (prompt, name, what comes before the name).
-
-    Of a name that is longer than some prompt has room for, the tokens that every prompt has count.
-    """
-    hidden = model.encode_prompts([prompt for prompt, *_ in placed]).hidden.double()  # [P, L, D]
-    spans = [model.token_span(name, prompt, before, partly=True) for prompt, name, before in placed]
-    tokens = min(span.stop - span.start for span in spans)
-    own = torch.cat(
-        [row[span][:tokens] for row, span in zip(hidden, spans, strict=True)]
-    )  # [P * n, D]
-    rest = torch.cat(
-        [
-            part
-            for row, span in zip(hidden, spans, strict=True)
-            for part in (row[: span.start], row[span.stop :])
-        ]
-    )
-    return NameTexts(
-        own.unflatten(0, (-1, tokens)).mean(0), own.T @ own / len(hidden), rest.T @ rest / len(rest)
-    )
-
-
-@dataclass(frozen=True)
-class Direction:
-    """What was chosen for one target. token: which of its own tokens, counted from 0."""
-
-    target: str
-    d: Tensor  # [D], d^T t = 1
-    t: Tensor  # [D], what the text is at that token, mean over prompts
-    token: int
-    ridge: float  # in units of |t|^2
-
-
-class KeptText:
-    """The text that a direction must not hear: the sum C of x x^T over it, and each fold's share.
-
-    A name adds E[x x^T] at each of its own tokens, and the mean over all other positions of its
-    prompts and over those of the empty prompt. A target adds the latter two alone.
-    """
-
-    def __init__(self, empty: Tensor, context: float) -> None:
-        """Begin with nothing. empty: [L, D], the text of the empty prompt. context: weight of all
-        that is not a name.
-        """
-        self._empty = empty.double().T @ empty.double() / len(empty)
-        self._context = context
-        self.C = torch.zeros_like(self._empty)
-        self.elsewhere = torch.zeros_like(self._empty)  # sum over names, of what is not a name
-        self.folds = [torch.zeros_like(self._empty) for _ in range(FOLDS)]
-        self.states: list[Tensor] = []  # [n, D] of each name
-        self.number = 0  # of names and targets
-
-    def add_target(self, texts: NameTexts) -> None:
-        """Leave what surrounds a target alone."""
-        self.number += 1
-        self.elsewhere += texts.around + self._empty
-        self.C += self._context * (texts.around + self._empty)
-
-    def add(self, texts: NameTexts) -> None:
-        """Leave a name alone, and what surrounds it."""
-        square = texts.own_squares + self._context * (texts.around + self._empty)
-        self.number += 1
-        self.elsewhere += texts.around + self._empty
-        self.C += square
-        self.folds[len(self.states) % FOLDS] += square
-        self.states.append(texts.own)
-
-    def leak(self, t: Tensor, lam: float) -> float:
-        """Return the rms of d^T x over own tokens x of names that the direction was not told of.
-
-        Each fifth of the names in turn, with all of their prompts.
-        """
-        heard = []
-        for fold, square in enumerate(self.folds):
-            if states := self.states[fold::FOLDS]:
-                d = minimum_variance_direction(t, self.C - square, lam)
-                heard += [state @ d for state in states]
-        return torch.cat(heard).square().mean().sqrt().item()
-
-    def record(self, chosen: Direction) -> dict[str, object]:
-        """Return what step.json holds of a target, whose d^T t is 1.
-
-        heard_of_names, heard_elsewhere: rms of d^T x over own tokens of the names, and over all
-        other positions. heard_of_unknown_names: the same of names that were left out in turn.
-        target_against_kept: (d^T t)^2 against what it hears of all that is left alone, d^T C d, for
-        each name.
-        """
-        d, lam = chosen.d, chosen.ridge * chosen.t.square().sum().item()
-        return {
-            "target": chosen.target,
-            "token": chosen.token,
-            "ridge": chosen.ridge,
-            "heard_of_names": (torch.cat(self.states) @ d).square().mean().sqrt().item(),
-            "heard_of_unknown_names": self.leak(chosen.t, lam),
-            # each name's mean over its positions and that over the empty prompt's
-            "heard_elsewhere": (d @ self.elsewhere @ d / (2 * self.number)).sqrt().item(),
-            "target_against_kept": self.number / (d @ self.C @ d).item(),
-        }
 
 
 class MinVar(Regularizer):
@@ -239,6 +102,16 @@ class MinVar(Regularizer):
 
     def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Choose a direction for each target, and return what it hears of the rest."""
+        chosen, record = self.choose(scope)
+        self._closed_form = method.closed_form
+        self.begin_training(scope, scope.base, chosen)
+        return record
+
+    def choose(self, scope: Scope) -> tuple[list[Direction], dict[str, object]]:
+        """Return a direction for each target of the request, and what step.json holds of them.
+
+        Raises ValueError: there is no name to leave alone.
+        """
         targets = [concept.prompt_name for concept in scope.request.targets]
         others = earlier_targets(scope)
         candidates = kept_names(scope, self.names)
@@ -260,20 +133,32 @@ class MinVar(Regularizer):
             for name, texts in zip(targets, own, strict=True)
             for direction in self.directions(name, texts.own, kept, together - texts.own_squares)
         ]
+        records = [
+            kept.record(one) | self.more(one, kept, own[targets.index(one.target)])
+            for one in chosen
+        ]
+        return chosen, {"kept_names": len(others), "targets": records}
+
+    def more(self, chosen: Direction, kept: KeptText, own: NameTexts) -> dict[str, object]:
+        """Return what else step.json holds of a target."""
+        return {}
+
+    def begin_training(
+        self, scope: Scope, weights: Mapping[str, Tensor], chosen: list[Direction]
+    ) -> None:
+        """Begin with a change a of zero at the directions.
+
+        Args:
+            weights: W of every key and value by name; its a has the same name.
+        """
         self._D = torch.stack([direction.d for direction in chosen]).float()  # [directions, D]
         self._T = torch.stack([direction.t for direction in chosen]).float()
-        self._closed_form, self._train, self._steps = method.closed_form, scope.train, 0
-        heard = {
-            name: (weight @ self._T.T).square().mean().sqrt().item()
-            for name, weight in scope.base.items()
-        }
+        self._train, self._steps = scope.train, 0
         self._a = {
-            name: weight.new_zeros(len(weight), len(chosen)) for name, weight in scope.base.items()
+            name: weight.new_zeros(len(weight), len(chosen)) for name, weight in weights.items()
         }
-        self._optimizer = make_optimizer(
-            list(self._a.values()), scope.train, [heard[name] for name in self._a]
-        )
-        return {"kept_names": len(others), "targets": [kept.record(one) for one in chosen]}
+        scales = [(weight @ self._T.T).square().mean().sqrt().item() for weight in weights.values()]
+        self._optimizer = make_optimizer(list(self._a.values()), scope.train, scales)
 
     def placed(self, scope: Scope, name: str) -> list[tuple[str, str, str]]:
         """Return prompts of a name: each with the name, and with what comes before the name."""
@@ -317,17 +202,21 @@ class MinVar(Regularizer):
             for name, parameter in params.items():
                 parameter.copy_(before[name] + (parameter - before[name]) @ self._T.T @ self._D)
             return
+        last = {name: a.clone() for name, a in self._a.items()}
+        self.step_of_a()
+        for name, parameter in params.items():
+            parameter.add_((self._a[name] - last[name]) @ self._D)
+
+    def step_of_a(self) -> None:
+        """Take the optimiser's step of a from its gradients, and forget these."""
         self._steps += 1
         if self._steps == round(self.settle * self._train.steps) + 1:
             for group in self._optimizer.param_groups:
                 group["lr"] *= SETTLED
         if self._train.grad_clip:
             nn.utils.clip_grad_norm_(list(self._a.values()), self._train.grad_clip)
-        last = {name: a.clone() for name, a in self._a.items()}
         self._optimizer.step()
         self._optimizer.zero_grad()
-        for name, parameter in params.items():
-            parameter.add_((self._a[name] - last[name]) @ self._D)
 
     def state(self) -> dict[str, object]:
         """Return a, the moments of its optimiser, and how many steps it has taken."""

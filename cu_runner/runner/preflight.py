@@ -20,7 +20,6 @@ from cu_runner.evaluators.evaluate import check_labels
 from cu_runner.evaluators.metrics import RECOGNISED
 from cu_runner.methods.base import Method
 from cu_runner.models.diffusion import DiffusionModel
-from cu_runner.models.parameters import select_parameters
 from cu_runner.models.sampling import make_scheduler
 from cu_runner.recovery.base import Probe
 from cu_runner.regularizers.base import Regularizer
@@ -32,6 +31,7 @@ from cu_runner.runner.parts import RunParts, prepare
 from cu_runner.runner.probing import build_probes
 from cu_runner.runner.rehearsal import Rehearsal, rehearse
 from cu_runner.runner.training import check_composition
+from cu_runner.runner.weights import choose
 from cu_runner.runtime.devices import choose_device, device_name, limit_threads, peak_memory_mb
 from cu_runner.runtime.lazy import torch
 from cu_runner.runtime.progress import slow
@@ -99,7 +99,7 @@ def check_parts(plan: RunConfig, device: str) -> Generator[Finding, None, RunPar
         yield Finding("disk", None, "needs the model, and a method that takes these regularizers")
         return None
     method, regularizers = composed
-    yield check_disk(plan, select_parameters(model.unet, method.params))
+    yield check_disk(plan, choose(model, method, regularizers.values(), sequence))
     samplers = {"anchors": plan.spine.anchors, "eval": plan.spine.eval}
     found = [check_scheduler(key, model, sampler) for key, sampler in samplers.items()]
     yield from found
@@ -159,7 +159,7 @@ def check_composed(
         regularizers = {name: node.build() for name, node in plan.regularizers.items()}
         check_composition(method, regularizers)
         if model is not None:
-            select_parameters(model.unet, method.params)
+            choose(model, method, regularizers.values(), plan.sequence.build())
     except (ValueError, OSError) as error:
         yield Finding("composition", False, said_where(error))
         return None

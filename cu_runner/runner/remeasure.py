@@ -54,7 +54,9 @@ def load(run: RunRecord, plan: RunConfig) -> Loaded:
     cache = Cache(Path(spine.paths.outputs) / "cache", plan.code)
     judges = (evaluator, plan.sequence.build(), retention)
     instruments = Instruments.begin(model, *judges, spine.eval, cache)
-    return instruments, TrainedWeights.of(model, plan.method.build().params), cache
+    regularizers = [node.build() for node in plan.regularizers.values()]
+    weights = TrainedWeights.of(model, plan.method.build(), regularizers, plan.sequence.build())
+    return instruments, weights, cache
 
 
 def measure_again(

@@ -87,7 +87,8 @@ class Runner:
         spine, parts = self.plan.spine, self.parts
         check_composition(parts.method, parts.regularizers)
         self.instruments = self.take_instruments()
-        self.weights = TrainedWeights.of(parts.model, parts.method.params)
+        regularizers = parts.regularizers.values()
+        self.weights = TrainedWeights.of(parts.model, parts.method, regularizers, parts.sequence)
         self.device = parts.model.device
         measures = (self.instruments, self.weights, self.cache)
         self.prober = Prober.of(self.plan, parts.probes, self.store, *measures)

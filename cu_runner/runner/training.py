@@ -65,6 +65,11 @@ def check_own_step(name: str, method: Method[Any], regularizers: dict[str, Regul
                 f"reg={name} takes a step of its own from the gradients, and reg={other} changes "
                 f"these; use reg.{other}.apply=update after it: reg=[{name},{other}]"
             )
+        if regularizers[name].has_weights and "weights" in regularizer.acts_on:
+            raise ValueError(
+                f"reg={name} has weights of its own, and reg={other} makes new weights of the "
+                "method's; choose one of the two"
+            )
         if earlier and "step" in regularizer.acts_on:
             raise ValueError(
                 f"reg={name} takes a step of its own, and reg={other} before it would not see it; "

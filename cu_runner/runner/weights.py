@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from cu_runner.concepts.sequence import Sequence
+from cu_runner.methods.base import Method
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.parameters import assign, select_parameters, snapshot
-from cu_runner.schema.settings import ParameterGroup
+from cu_runner.regularizers.base import Regularizer
 from cu_runner.store.files import read_delta
 
 if TYPE_CHECKING:
@@ -25,9 +28,18 @@ class TrainedWeights:
     device: torch.device
 
     @staticmethod
-    def of(model: DiffusionModel, group: ParameterGroup) -> TrainedWeights:
-        """Choose the weights of a group; lower the others' precision as the model says."""
-        params = select_parameters(model.unet, group)
+    def of(
+        model: DiffusionModel,
+        method: Method[Any],
+        regularizers: Iterable[Regularizer] = (),
+        sequence: Sequence | None = None,
+    ) -> TrainedWeights:
+        """Choose the weights; lower the others' precision as the model says.
+
+        Args:
+            sequence: of the run; needed by regularizers that have weights of their own.
+        """
+        params = choose(model, method, regularizers, sequence)
         model.lower_frozen(params)
         return TrainedWeights(params, snapshot(params), model.device)
 
@@ -45,3 +57,19 @@ class TrainedWeights:
     def set(self, delta: dict[str, Tensor] | None = None) -> None:
         """Set the weights to the untouched model's, and add a delta."""
         assign(self.params, self.base, delta)
+
+
+def choose(
+    model: DiffusionModel,
+    method: Method[Any],
+    regularizers: Iterable[Regularizer] = (),
+    sequence: Sequence | None = None,
+) -> dict[str, nn.Parameter]:
+    """Return the weights that requests change: a regularizer's own, else those of method.params.
+
+    Raises ValueError: there are none.
+    """
+    for regularizer in regularizers:
+        if sequence is not None and regularizer.has_weights:
+            return regularizer.own_weights(model, sequence)
+    return select_parameters(model.unet, method.params)

@@ -81,7 +81,7 @@ def make_masks(plan: RunConfig, model: DiffusionModel) -> Iterator[Mask]:
     sequence, spine = plan.sequence.build(), plan.spine
     method, selft = plan.method.build(), plan.regularizers["selft"].build()
     assert isinstance(selft, SelFT)
-    weights, fingerprint = TrainedWeights.of(model, method.params), model.fingerprint()
+    weights, fingerprint = TrainedWeights.of(model, method), model.fingerprint()
     cache = Cache(Path(spine.paths.outputs) / "cache", plan.code)
     images = AnchorImages(
         model,
@@ -127,7 +127,7 @@ def masks_of_noise(plan: RunConfig, model: DiffusionModel) -> list[Mask]:
     """Return as many masks as the sequence has concepts, of gradients from a standard normal."""
     selft = plan.regularizers["selft"].build()
     assert isinstance(selft, SelFT)
-    params, masks = TrainedWeights.of(model, plan.method.build().params).base, []
+    params, masks = TrainedWeights.of(model, plan.method.build()).base, []
     for number in range(len(plan.sequence.build().targets)):
         generator = RandomSource(plan.spine.seed, number).generator(RANDOM)
         noise = {

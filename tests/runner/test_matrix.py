@@ -20,13 +20,14 @@ from small_runs import names, overrides, run
 from cu_runner.concepts.requests import plan_requests
 from cu_runner.config.compose import compose
 from cu_runner.methods.base import Method
-from cu_runner.models.parameters import assign, select_parameters, snapshot, subtract
+from cu_runner.models.parameters import assign, snapshot, subtract
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.anchors import AnchorImages
 from cu_runner.request.scope import Scope
 from cu_runner.runner.parts import prepare
 from cu_runner.runner.runner import Runner
 from cu_runner.runner.training import Training, erase
+from cu_runner.runner.weights import choose
 from cu_runner.runtime.seeding import RandomSource
 from cu_runner.runtime.signals import Stopped, StopSignals
 from cu_runner.store.cache import Cache
@@ -63,7 +64,9 @@ class SecondRequest:
         self.steps = 1 if self._plan.method.build().closed_form else 2  # until it is interrupted
         self._model = self._plan.model.build(device=torch.device("cpu"))
         prepare(self._model, spine.speed, spine.train)
-        self._params = select_parameters(self._model.unet, self._plan.method.build().params)
+        regularizers = [node.build() for node in self._plan.regularizers.values()]
+        sequence = self._plan.sequence.build()
+        self._params = choose(self._model, self._plan.method.build(), regularizers, sequence)
         self._base = snapshot(self._params)
         cache = Cache(Path(spine.paths.outputs) / "cache", self._plan.code)
         fingerprint, batch = self._model.fingerprint(), spine.eval.batch_size

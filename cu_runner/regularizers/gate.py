@@ -1,0 +1,143 @@
+"""Gates: a request adds to keys and values only where the text says its target's own token.
+
+minvar changes a key or value by a (d^T x), for every text x. What d hears of a name that nobody
+gave is little, but it adds up over the requests. Here the same change is made where d^T x is above
+a threshold, and nowhere else: no linear map of the text can do that, and one gate for each target
+can (compare the gated adapters of CPE, Lee et al. 2025, arXiv 2506.22806, and of GLoCE, Lee et al.
+2025, arXiv 2503.12356). Keys and values of every other text are those of the untouched model to the
+last bit, and no request touches the gate of another.
+
+Shapes: D text width, N gates, T targets of the request, out attention width.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from cu_runner.concepts.sequence import Sequence
+from cu_runner.methods.base import Batch, Method
+from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.parameters import gradients
+from cu_runner.regularizers.minvar import MinVar
+from cu_runner.request.minimum_variance import Direction, KeptText, NameTexts
+from cu_runner.request.name_sources import NameSource
+from cu_runner.request.scope import Scope
+from cu_runner.runtime.lazy import nn, without_gradients
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class Gate(MinVar):
+    """Put a gate for every target before keys and values, and train what they add where it is open.
+
+    Directions, step size and options are those of minvar. A gate opens where d^T x is above the
+    threshold; d^T t is 1 at the mean t of the target's own token over prompts.
+    """
+
+    has_weights = True
+
+    def __init__(
+        self,
+        threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5,
+        ridge: PositiveFloat | None = None,
+        context: NonNegativeFloat = 1.0,
+        token: Literal["best", "first", "last"] = "best",
+        names: NameSource = NameSource(),
+        contexts: tuple[str, ...] | None = None,
+        prompts: PositiveInt = 24,
+        settle: Annotated[float, Field(ge=0, le=1)] = 0.6,
+    ) -> None:
+        """
+        Args:
+            threshold: a gate opens where it hears more than this.
+            ridge, context, token, names, contexts, prompts, settle: as for minvar.
+        """
+        super().__init__(ridge, context, token, names, contexts, prompts, settle)
+        self.threshold = threshold
+
+    def check(self, method: Method[Batch]) -> None:
+        """Refuse methods that do not train, or other weights than keys and values."""
+        super().check(method)
+        if method.closed_form:
+            raise ValueError(
+                "reg=gate trains what keys and values add where a gate is open, and the method "
+                "sets the weights themselves; choose a method that trains, or reg=minvar"
+            )
+        if getattr(method, "also_called", None):
+            raise ValueError(
+                "reg=gate opens at a target's own name alone, and method.also_called trains on "
+                "other words; choose another regularizer, or method.also_called=null"
+            )
+
+    def own_weights(self, model: DiffusionModel, sequence: Sequence) -> dict[str, nn.Parameter]:
+        """Return the gates, one for each target of the sequence."""
+        from cu_runner.models.gates import add_gates
+
+        return add_gates(model.unet, len(sequence.targets))
+
+    def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
+        """Set the directions of the request's gates, and return what they hear of the rest."""
+        from cu_runner.models.gates import OPEN, VALUES
+
+        chosen, record = self.choose(scope)
+        every = [concept.name for concept in scope.sequence.targets]
+        self._gates = [every.index(concept.name) for concept in scope.request.targets]
+        # a gate opens at OPEN: with s d for d it opens where d^T x > threshold
+        self._scale = OPEN / self.threshold
+        weights = dict(scope.model.unet.named_parameters())
+        self._values = [name for name in scope.params if name.endswith(VALUES)]
+        layers = {
+            name: weights[name.removesuffix(VALUES) + "weight"].detach().float()
+            for name in self._values
+        }
+        self.begin_training(scope, layers, chosen)
+        self._start = {name: scope.start[name][:, self._gates] for name in self._values}
+        self.set_directions(scope.params)
+        return record
+
+    @without_gradients
+    def set_directions(self, params: dict[str, nn.Parameter]) -> None:
+        """Let the request's gates hear their targets. They add what they added before."""
+        (directions,) = (weight for name, weight in params.items() if name not in self._values)
+        directions[self._gates] = self._scale * self._D
+
+    def more(self, chosen: Direction, kept: KeptText, own: NameTexts) -> dict[str, object]:
+        """Return the least that is heard of the target in a prompt, and the most of other names.
+
+        most_of_unknown_names: of names that were left out in turn; no gate was told of them.
+        """
+        size = chosen.ridge * chosen.t.square().sum().item()
+        least = (own.each[:, chosen.token] @ chosen.d).min().item()
+        if least <= self.threshold:
+            logger.warning(
+                "reg.gate.threshold=%g: the gate of %s stays shut in some of its prompts, where it "
+                "hears %.2f; lower it",
+                self.threshold,
+                chosen.target,
+                least,
+            )
+        return {
+            "threshold": self.threshold,
+            "least_of_target": least,
+            "most_of_unknown_names": kept.unknown(chosen.t, size).max().item(),
+        }
+
+    def on_gradients(self, params: dict[str, nn.Parameter]) -> None:
+        """Turn the gradients of the request's values into those of a; leave none."""
+        for name, gradient in gradients(params).items():
+            if name in self._a:
+                self._a[name].grad = gradient[:, self._gates] / self._scale
+            params[name].grad = None
+
+    @without_gradients
+    def on_step(self, params: dict[str, nn.Parameter], before: dict[str, Tensor]) -> None:
+        """Take a step of a, and set the values of the request's gates: a for what is heard as 1."""
+        self.step_of_a()
+        for name, a in self._a.items():
+            params[name][:, self._gates] = self._start[name] + a / self._scale

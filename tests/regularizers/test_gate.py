@@ -1,0 +1,217 @@
+"""Gates: shut ones change no bit, an open one adds its values, a request moves its own alone."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import SMOKE, run_directory
+from doubles import Pull
+from safetensors.torch import save_file
+from torch import nn
+
+from cu_runner.cli import evaluate
+from cu_runner.concepts.requests import plan_requests
+from cu_runner.methods.conabl import ConAbl
+from cu_runner.methods.salun import SalUn
+from cu_runner.methods.uce import UCE
+from cu_runner.models.diffusion import load_model
+from cu_runner.models.gates import GatedLinear, add_gates, gate_weights, load_gates
+from cu_runner.models.parameters import belongs, snapshot, subtract
+from cu_runner.regularizers.gate import Gate
+from cu_runner.regularizers.l2 import L2
+from cu_runner.regularizers.merge import Merge
+from cu_runner.regularizers.minvar import MinVar
+from cu_runner.request.scope import Scope
+from cu_runner.runner.training import check_composition, erase
+from cu_runner.runtime.seeding import RandomSource
+from cu_runner.schema.errors import ModelError
+from cu_runner.schema.settings import Sampler
+
+
+@pytest.fixture
+def gated():
+    """A model of its own: gates cannot be taken from the one that tests share."""
+    return load_model("package:shapecanvas/weights/pipeline", 64, Sampler(2, 2.5))
+
+
+@pytest.fixture
+def begin(gated, sequence, settings):
+    """Returns make(request=1, regularizer=Gate(), **train) -> a scope, with the gates' weights."""
+
+    def make(request: int = 1, regularizer: Gate | None = None, **train: object) -> Scope:
+        params = (regularizer or Gate()).own_weights(gated, sequence)
+        latents = torch.randn(64, *gated.latent_shape, generator=torch.Generator().manual_seed(1))
+        return Scope(
+            model=gated,
+            sequence=sequence,
+            request=plan_requests(sequence, "sequential")[request - 1],
+            params=params,
+            start=snapshot(params),
+            base={name: torch.zeros_like(weight) for name, weight in params.items()},
+            rng=RandomSource(0, request),
+            train=settings(**train),
+            anchors=lambda prompts, number, mirrored=False: latents[:number],
+        )
+
+    return make
+
+
+def noise_of(model, prompt: str) -> torch.Tensor:
+    noisy = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return model.predict_noise(noisy, torch.tensor([500]), model.encode_prompts([prompt]))
+
+
+# ---------------------------------------------------------------------------------- the layer
+def test_a_gate_adds_its_values_where_it_hears_more_than_half():
+    """x = (1, 1): the first gate hears 0.6 and adds 0.6 (10, 20), the second hears 0.4."""
+    layer = nn.Linear(2, 2, bias=False)
+    layer.weight.data = torch.eye(2)
+    layer.__class__ = GatedLinear
+    layer.gate_directions = nn.Parameter(torch.tensor([[0.6, 0.0], [0.0, 0.4], [0.0, 0.0]]))
+    layer.gate_values = nn.Parameter(torch.tensor([[10.0, 1.0, 7.0], [20.0, 1.0, 7.0]]))
+    torch.testing.assert_close(layer(torch.ones(1, 2)), torch.tensor([[7.0, 13.0]]))
+
+
+def test_new_gates_change_no_bit(gated):
+    prompt = "a ball in the style of blaze"
+    before, names = noise_of(gated, prompt), set(dict(gated.unet.named_parameters()))
+    added = add_gates(gated.unet, 5)
+    assert torch.equal(noise_of(gated, prompt), before)
+    assert added.keys() == set(dict(gated.unet.named_parameters())) - names
+    assert add_gates(gated.unet, 5).keys() == added.keys()
+    assert not any(belongs(name, group) for name in added for group in ("kv_xattn", "full"))
+    with pytest.raises(ModelError, match=r"^gates: the UNet has 5 of them, not 6$"):
+        add_gates(gated.unet, 6)
+
+
+def test_what_gates_cannot_be_put_before_is_refused(gated):
+    with pytest.raises(ModelError, match="has no cross-attention layers"):
+        add_gates(nn.Sequential(nn.Linear(2, 2)), 1)
+    attention = next(
+        module for name, module in gated.unet.named_modules() if name.endswith("attn2")
+    )
+    attention.to_k = nn.Sequential(attention.to_k)
+    with pytest.raises(ModelError, match="no plain linear layers"):
+        add_gates(gated.unet, 1)
+
+
+# ---------------------------------------------------------------------------------- a request
+def test_other_texts_are_as_they_were_to_the_last_bit(begin, gated, settings):
+    """Also of names that no gate was told of; the target's are not."""
+    prompts = [
+        f"a {thing} in the style of {name}"
+        for thing in ("ball", "moon")
+        for name in ("lava flow", "garnet", "snow drift", "ember", "dune")
+    ]
+    target = "a ball in the style of torch light"
+    before = {prompt: noise_of(gated, prompt) for prompt in [*prompts, "", target]}
+    scope = begin(steps=3, lr=0.1)
+    erase(scope, ConAbl(num_anchors=4), {"gate": Gate()}, scope.train)
+    for prompt in [*prompts, ""]:
+        assert torch.equal(noise_of(gated, prompt), before[prompt]), prompt
+    assert not torch.equal(noise_of(gated, target), before[target])
+
+
+def test_a_request_moves_its_own_gate_alone(begin, gated, settings):
+    first = begin(steps=2, lr=0.1)
+    erase(first, Pull(), {"gate": Gate()}, first.train)
+    between = snapshot(gate_weights(gated.unet))
+    second = begin(request=2, steps=2, lr=0.1)
+    erase(second, Pull(), {"gate": Gate()}, second.train)
+    for name, change in subtract(second.params, between).items():
+        own, other = (
+            (change[1], change[0]) if "directions" in name else (change[:, 1], change[:, 0])
+        )
+        assert own.norm() > 0, name
+        assert other.norm() == 0, name
+
+
+def test_values_are_moved_by_the_optimiser_of_train(begin, gated, settings):
+    """v = a / k with a a leaf of its own, one step of Adam by hand; the directions stay."""
+    scope, regularizer = begin(steps=1, lr=0.2, optimizer="adam"), Gate(threshold=0.8, settle=1.0)
+    erase(scope, Pull(), {"gate": regularizer}, scope.train)
+    (target,), weights = regularizer._T, dict(gated.unet.named_parameters())
+    for name, found in scope.params.items():
+        if name.endswith("directions"):
+            torch.testing.assert_close(found[0], 0.5 / 0.8 * regularizer._D[0])
+            continue
+        weight = weights[name.replace("gate_values", "weight")]
+        a = torch.zeros(len(weight), requires_grad=True)
+        by_hand = torch.optim.Adam([a], lr=0.2 * (weight @ target).square().mean().sqrt().item())
+        (0.5 * (a / (0.5 / 0.8) - 1).square().sum()).backward()
+        by_hand.step()
+        torch.testing.assert_close(found[:, 0], a.detach() / (0.5 / 0.8), rtol=1e-4, atol=1e-7)
+
+
+def test_where_it_is_open_it_does_what_minvar_does(begin, gated, make_scope, settings):
+    """A step of sgd: what keys and values of the target's own token gain, but for what minvar hears
+    of the rest.
+    """
+    gate, minvar = Gate(settle=1.0), MinVar(settle=1.0)
+    scope = begin(steps=1, lr=0.1, optimizer="sgd", weight_decay=0.0)
+    erase(scope, ConAbl(num_anchors=4), {"gate": gate}, scope.train)
+    linear = dataclasses.replace(make_scope(), train=scope.train)
+    erase(linear, ConAbl(num_anchors=4), {"minvar": minvar}, linear.train)
+    changes = subtract(linear.params, linear.base)
+    gains = torch.cat([change @ minvar._T[0] for change in changes.values()])
+    values = [scope.params[name.replace(".weight", ".gate_values")] for name in changes]
+    assert torch.cosine_similarity(gains, torch.cat([each[:, 0] for each in values]), dim=0) > 0.99
+
+
+def test_it_records_how_far_the_target_is_from_the_rest(begin):
+    (entry,) = Gate(threshold=0.4).begin_request(begin(), ConAbl(num_anchors=4))["targets"]
+    assert entry["threshold"] == 0.4
+    assert entry["most_of_unknown_names"] < 0.5 < entry["least_of_target"] <= 1
+
+
+def test_it_says_when_a_gate_stays_shut(begin, caplog):
+    Gate(threshold=0.999).begin_request(begin(), ConAbl(num_anchors=4))
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("reg.gate.threshold=0.999: the gate of torch light stays shut in some")
+
+
+@pytest.mark.parametrize(
+    ("method", "others", "said"),
+    [
+        (UCE(), {}, "the method sets the weights themselves; choose a method that trains"),
+        (ConAbl(params="xattn"), {}, r"method\.params=xattn trains other weights"),
+        (SalUn(num_images=4), {}, "the method's mask of the optimiser's step would be lost"),
+        (ConAbl(), {"merge": Merge()}, r"reg=gate has weights of its own, and reg=merge"),
+    ],
+)
+def test_what_does_not_go_with_gates_is_refused(method, others, said):
+    with pytest.raises(ValueError, match=said):
+        check_composition(method, {"gate": Gate(), **others})
+
+
+def test_a_penalty_goes_with_gates():
+    check_composition(ConAbl(), {"gate": Gate(), "l2": L2(1.0)})
+
+
+# ---------------------------------------------------------------------------------- files
+def test_a_file_of_other_weights_is_refused(gated, tmp_path):
+    save_file({"conv_in.weight": torch.zeros(2)}, tmp_path / "delta.safetensors")
+    with pytest.raises(ModelError, match=r"delta\.safetensors: holds no gates; give"):
+        load_gates(gated.unet, str(tmp_path / "delta.safetensors"))
+    save_file({"attn2.to_k.gate_directions": torch.zeros(2, 512)}, tmp_path / "other.safetensors")
+    with pytest.raises(ModelError, match=r"other\.safetensors: holds gates of another UNet"):
+        load_gates(gated.unet, str(tmp_path / "other.safetensors"))
+
+
+# ---------------------------------------------------------------------------------- commands
+def test_a_run_its_weights_in_plain_diffusers_and_its_second_evaluation(
+    in_process, call_command, filled_cache, tmp_path, gated
+):
+    status, out, err = in_process(*SMOKE, "reg=gate", "train.lr=0.1")
+    assert (status, err) == (0, "")
+    run = run_directory(out, tmp_path)
+    step = json.loads((run / "steps/02/step.json").read_text())
+    (entry,) = step["training"]["regularizers"]["gate"]["targets"]
+    assert entry["target"] == "snow drift"
+    load_gates(gated.unet, str(run / "steps/02/delta.safetensors"))
+    size = sum(weight.double().square().sum() for weight in gate_weights(gated.unet).values())
+    assert size.sqrt().item() == pytest.approx(step["row"]["drift_l2"], rel=1e-5)
+    status, out, err = call_command(evaluate.main, "cu-eval", run, "eval.steps=1")
+    assert (status, err) == (0, "")
