@@ -78,6 +78,8 @@ class Peaks:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._found: dict[str, float] = {}
+        if device.type == "cuda":
+            torch.cuda.init()  # before anything was on it, its peak cannot be reset
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import TextIO
 
 import pytest
+import torch
 from commands import Forked
 from conftest import SMOKE
 
@@ -175,6 +176,22 @@ def test_the_fast_path_is_judged_beside_plain_fp32(bench):
             line,
         )
         assert share > 50
+
+
+def test_the_first_phase_on_a_gpu_has_a_peak(bench, monkeypatch):
+    """What has not been used yet has no peak to reset: CUDA is begun first."""
+    models, begun = importlib.import_module("bench_model"), []
+
+    def reset(device: torch.device) -> None:
+        assert begun, "RuntimeError: Invalid device argument"
+
+    monkeypatch.setattr(torch.cuda, "init", lambda: begun.append(True))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(models, "peak_memory_mb", lambda device: 7.0)
+    peaks = models.Peaks(torch.device("cuda"))
+    with peaks.phase("loading"):
+        pass
+    assert str(peaks) == "peak memory: loading 7 MB"
 
 
 def test_work_is_counted_both_ways_and_per_step(bench, pipelines):
