@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from cu_runner.models.diffusion import DiffusionModel
@@ -31,6 +33,8 @@ class Method(Resumable, ABC, Generic[Batch]):
     params: ParameterGroup = "kv_xattn"  # which weights are trained
     # True: one step sets the weights; there is no loss or gradient for regularizers to change
     closed_form: bool = False
+    # concept -> words by which it is unlearned besides its name
+    other_words: Mapping[str, list[str]] = MappingProxyType({})
     masks_step: bool = False  # True: update() lets some weights alone that have a gradient
     scored_against: Literal["anchor", "empty"] = "anchor"  # which prompt, in scored_loss()
 

@@ -70,9 +70,10 @@ class ConAbl(Method[NoisyBatch]):
         self.target_of, self.teacher, self.preservation = loss, teacher, preservation
         self.num_anchors, self.flip, self.params = num_anchors, flip, params
         self.loss_sum, self.begin_token, self.border = loss_sum, begin_token, border
-        self._also: dict[str, list[str]] = {}
+        words: dict[str, list[str]] = {}
         for row in read_list("method.also_called", also_called, ("concept", "words")):
-            self._also.setdefault(row["concept"], []).append(row["words"])
+            words.setdefault(row["concept"], []).append(row["words"])
+        self.other_words = words
 
     def begin_request(self, scope: Scope) -> None:
         """Make images of the anchor, with both prompts of every pair."""
@@ -92,7 +93,7 @@ class ConAbl(Method[NoisyBatch]):
         """Return, per caption, the prompts of a concept: by its name, and by its other words."""
         called = [
             concept,
-            *(replace(concept, spelling=w) for w in self._also.get(concept.name, ())),
+            *(replace(concept, spelling=w) for w in self.other_words.get(concept.name, ())),
         ]
         by_word = [[ways for ways, _ in sequence.training_prompts(each)] for each in called]
         return [tuple(itertools.chain(*ways)) for ways in zip(*by_word, strict=True)]

@@ -34,7 +34,9 @@ class Regularizer(Resumable):
     def check(self, method: Method[Batch]) -> None:
         """Raise ValueError for a method that it does not go with, before anything is measured."""
 
-    def own_weights(self, model: DiffusionModel, sequence: Sequence) -> dict[str, nn.Parameter]:
+    def own_weights(
+        self, model: DiffusionModel, sequence: Sequence, method: Method[Batch]
+    ) -> dict[str, nn.Parameter]:
         """Add weights to the model, and return them; they change no image yet.
 
         Called before anything is measured, with has_weights alone.

@@ -5,7 +5,8 @@ gave is little, but it adds up over the requests. Here the same change is made w
 a threshold, and nowhere else: no linear map of the text can do that, and one gate for each target
 can (compare the gated adapters of CPE, Lee et al. 2025, arXiv 2506.22806, and of GLoCE, Lee et al.
 2025, arXiv 2503.12356). Keys and values of every other text are those of the untouched model to the
-last bit, and no request touches the gate of another.
+last bit, and no request touches the gate of another. Where the method unlearns a target by other
+words too (method.also_called), each of them has a gate of its own.
 
 Shapes: D text width, N gates, T targets of the request, out attention width.
 """
@@ -13,17 +14,18 @@ Shapes: D text width, N gates, T targets of the request, out attention width.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from cu_runner.concepts.sequence import Sequence
+from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.methods.base import Batch, Method
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.parameters import gradients
 from cu_runner.regularizers.minvar import MinVar
 from cu_runner.request.minimum_variance import Direction, KeptText, NameTexts
-from cu_runner.request.name_sources import NameSource
+from cu_runner.request.name_sources import NameSource, earlier_targets, kept_names
 from cu_runner.request.scope import Scope
 from cu_runner.runtime.lazy import nn, without_gradients
 
@@ -69,25 +71,27 @@ class Gate(MinVar):
                 "reg=gate trains what keys and values add where a gate is open, and the method "
                 "sets the weights themselves; choose a method that trains, or reg=minvar"
             )
-        if getattr(method, "also_called", None):
-            raise ValueError(
-                "reg=gate opens at a target's own name alone, and method.also_called trains on "
-                "other words; choose another regularizer, or method.also_called=null"
-            )
 
-    def own_weights(self, model: DiffusionModel, sequence: Sequence) -> dict[str, nn.Parameter]:
-        """Return the gates, one for each target of the sequence."""
+    def own_weights(
+        self, model: DiffusionModel, sequence: Sequence, method: Method[Batch]
+    ) -> dict[str, nn.Parameter]:
+        """Return the gates: for each target of the sequence one, and one for each of its other
+        words.
+        """
         from cu_runner.models.gates import add_gates
 
-        return add_gates(model.unet, len(sequence.targets))
+        return add_gates(model.unet, len(words_of(sequence.targets, method)))
 
     def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Set the directions of the request's gates, and return what they hear of the rest."""
         from cu_runner.models.gates import OPEN, VALUES
 
-        chosen, record = self.choose(scope)
-        every = [concept.name for concept in scope.sequence.targets]
-        self._gates = [every.index(concept.name) for concept in scope.request.targets]
+        own = words_of(scope.request.targets, method)
+        every = words_of(scope.sequence.targets, method)
+        self._gates = [every.index(word) for word in own]
+        chosen, record = self.choose(
+            scope, [words for _, words in own], self.other_words(scope, method)
+        )
         # a gate opens at OPEN: with s d for d it opens where d^T x > threshold
         self._scale = OPEN / self.threshold
         weights = dict(scope.model.unet.named_parameters())
@@ -100,6 +104,19 @@ class Gate(MinVar):
         self._start = {name: scope.start[name][:, self._gates] for name in self._values}
         self.set_directions(scope.params)
         return record
+
+    def other_words(self, scope: Scope, method: Method[Batch]) -> list[str]:
+        """Return the other words of earlier targets and of the names that are left alone.
+
+        Those of a retained concept are never among them, unless its name may be.
+        """
+        left_alone = {*earlier_targets(scope), *kept_names(scope, self.names)}
+        return [
+            words
+            for concept, known in method.other_words.items()
+            if scope.sequence.prompt_name(concept) in left_alone
+            for words in known
+        ]
 
     @without_gradients
     def set_directions(self, params: dict[str, nn.Parameter]) -> None:
@@ -141,3 +158,12 @@ class Gate(MinVar):
         self.step_of_a()
         for name, a in self._a.items():
             params[name][:, self._gates] = self._start[name] + a / self._scale
+
+
+def words_of(concepts: Iterable[Concept], method: Method[Batch]) -> list[tuple[str, str]]:
+    """Return (concept, words) of each gate: its name in prompts, then its other words."""
+    return [
+        (concept.name, words)
+        for concept in concepts
+        for words in (concept.prompt_name, *method.other_words.get(concept.name, ()))
+    ]

@@ -14,7 +14,7 @@ attention width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -102,18 +102,24 @@ class MinVar(Regularizer):
 
     def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Choose a direction for each target, and return what it hears of the rest."""
-        chosen, record = self.choose(scope)
+        targets = [concept.prompt_name for concept in scope.request.targets]
+        chosen, record = self.choose(scope, targets)
         self._closed_form = method.closed_form
         self.begin_training(scope, scope.base, chosen)
         return record
 
-    def choose(self, scope: Scope) -> tuple[list[Direction], dict[str, object]]:
-        """Return a direction for each target of the request, and what step.json holds of them.
+    def choose(
+        self, scope: Scope, targets: list[str], beside: Iterable[str] = ()
+    ) -> tuple[list[Direction], dict[str, object]]:
+        """Return a direction for each target, and what step.json holds of them.
 
-        Raises ValueError: there is no name to leave alone.
+        Args:
+            targets: as prompts name them. beside: what is left alone besides the names.
+
+        Raises:
+            ValueError: there is no name to leave alone.
         """
-        targets = [concept.prompt_name for concept in scope.request.targets]
-        others = earlier_targets(scope)
+        others = [*earlier_targets(scope), *beside]
         candidates = kept_names(scope, self.names)
         others += nearest_names(scope.model, candidates, targets, "{concept}", self.names.number)
         if not others:

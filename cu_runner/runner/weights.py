@@ -71,5 +71,5 @@ def choose(
     """
     for regularizer in regularizers:
         if sequence is not None and regularizer.has_weights:
-            return regularizer.own_weights(model, sequence)
+            return regularizer.own_weights(model, sequence, method)
     return select_parameters(model.unet, method.params)

@@ -12,6 +12,7 @@ from torch import nn
 
 from cu_runner.cli import evaluate
 from cu_runner.concepts.requests import plan_requests
+from cu_runner.methods.base import Method
 from cu_runner.methods.conabl import ConAbl
 from cu_runner.methods.salun import SalUn
 from cu_runner.methods.uce import UCE
@@ -37,10 +38,10 @@ def gated():
 
 @pytest.fixture
 def begin(gated, sequence, settings):
-    """Returns make(request=1, regularizer=Gate(), **train) -> a scope, with the gates' weights."""
+    """Returns make(request=1, method=ConAbl(), **train) -> a scope, with the gates' weights."""
 
-    def make(request: int = 1, regularizer: Gate | None = None, **train: object) -> Scope:
-        params = (regularizer or Gate()).own_weights(gated, sequence)
+    def make(request: int = 1, method: Method = ConAbl(), **train: object) -> Scope:  # noqa: B008
+        params = Gate().own_weights(gated, sequence, method)
         latents = torch.randn(64, *gated.latent_shape, generator=torch.Generator().manual_seed(1))
         return Scope(
             model=gated,
@@ -158,6 +159,28 @@ def test_where_it_is_open_it_does_what_minvar_does(begin, gated, make_scope, set
     gains = torch.cat([change @ minvar._T[0] for change in changes.values()])
     values = [scope.params[name.replace(".weight", ".gate_values")] for name in changes]
     assert torch.cosine_similarity(gains, torch.cat([each[:, 0] for each in values]), dim=0) > 0.99
+
+
+def test_every_other_word_of_a_target_has_a_gate(begin, gated, tmp_path, monkeypatch):
+    """Those of the earlier target and of other names are left alone, of retained ones not read."""
+    (tmp_path / "words.csv").write_text(
+        "concept,words\ntorch light,barred fiery\ntorch light,campfire\nsnow drift,woven icy\n"
+        "ember,striped fiery\nlava flow,dotted fiery\n"
+    )
+    method, read = ConAbl(num_anchors=4, also_called=str(tmp_path / "words.csv")), []
+    encode = gated.encode_prompts
+    monkeypatch.setattr(
+        gated, "encode_prompts", lambda prompts: read.extend(prompts) or encode(prompts)
+    )
+    scope, gate = begin(2, method), Gate()
+    record = gate.begin_request(scope, method)
+    assert [entry["target"] for entry in record["targets"]] == ["snow drift", "woven icy"]
+    (directions,) = (weight for name, weight in scope.params.items() if "directions" in name)
+    assert [row.any().item() for row in directions] == [False, False, False, True, True]
+    said = " ".join(read)
+    assert "striped fiery" in said
+    assert "campfire" in said
+    assert "dotted fiery" not in said  # retained
 
 
 def test_it_records_how_far_the_target_is_from_the_rest(begin):
