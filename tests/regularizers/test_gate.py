@@ -1,7 +1,10 @@
 """Gates: shut ones change no bit, an open one adds its values, a request moves its own alone."""
 
+import copy
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +19,6 @@ from cu_runner.methods.base import Method
 from cu_runner.methods.conabl import ConAbl
 from cu_runner.methods.salun import SalUn
 from cu_runner.methods.uce import UCE
-from cu_runner.models.diffusion import load_model
 from cu_runner.models.gates import GatedLinear, add_gates, gate_weights, load_gates
 from cu_runner.models.parameters import belongs, snapshot, subtract
 from cu_runner.regularizers.gate import Gate
@@ -27,13 +29,14 @@ from cu_runner.request.scope import Scope
 from cu_runner.runner.training import check_composition, erase
 from cu_runner.runtime.seeding import RandomSource
 from cu_runner.schema.errors import ModelError
-from cu_runner.schema.settings import Sampler
+
+PAGE = Path(__file__).parents[2] / "docs/gate.md"
 
 
 @pytest.fixture
-def gated():
+def gated(model):
     """A model of its own: gates cannot be taken from the one that tests share."""
-    return load_model("package:shapecanvas/weights/pipeline", 64, Sampler(2, 2.5))
+    return copy.deepcopy(model)
 
 
 @pytest.fixture
@@ -225,7 +228,7 @@ def test_a_file_of_other_weights_is_refused(gated, tmp_path):
 
 # ---------------------------------------------------------------------------------- commands
 def test_a_run_its_weights_in_plain_diffusers_and_its_second_evaluation(
-    in_process, call_command, filled_cache, tmp_path, gated
+    in_process, call_command, filled_cache, tmp_path, model, gated
 ):
     status, out, err = in_process(*SMOKE, "reg=gate", "train.lr=0.1")
     assert (status, err) == (0, "")
@@ -236,5 +239,13 @@ def test_a_run_its_weights_in_plain_diffusers_and_its_second_evaluation(
     load_gates(gated.unet, str(run / "steps/02/delta.safetensors"))
     size = sum(weight.double().square().sum() for weight in gate_weights(gated.unet).values())
     assert size.sqrt().item() == pytest.approx(step["row"]["drift_l2"], rel=1e-5)
+    prompt = "a ball in the style of snow drift"
+    wanted = noise_of(gated, prompt)
+    assert not torch.equal(wanted, noise_of(model, prompt))
+    code = re.search(r"```python\n(def hook_gates.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    exec(code, found := {})  # what the page gives to those who have no cu_runner
+    plain = copy.deepcopy(model)
+    found["hook_gates"](plain.unet, str(run / "steps/02/delta.safetensors"))
+    torch.testing.assert_close(noise_of(plain, prompt), wanted, rtol=1e-4, atol=1e-5)
     status, out, err = call_command(evaluate.main, "cu-eval", run, "eval.steps=1")
     assert (status, err) == (0, "")
