@@ -29,7 +29,7 @@ from cu_runner.models.parameters import assign, select_parameters, snapshot
 from cu_runner.models.sampling import generate, make_scheduler
 from cu_runner.request.scope import Scope
 from cu_runner.runner.training import erase
-from cu_runner.runtime.devices import device_name, peak_memory_mb
+from cu_runner.runtime.devices import device_name, forget_peak_memory, peak_memory_mb
 from cu_runner.runtime.seeding import RandomSource
 from cu_runner.schema.settings import Sampler, Speed
 
@@ -78,14 +78,11 @@ class Peaks:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._found: dict[str, float] = {}
-        if device.type == "cuda":
-            torch.cuda.init()  # before anything was on it, its peak cannot be reset
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         gc.collect()  # what an earlier phase left behind is not this one's
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+        forget_peak_memory(self._device)
         yield
         self._found[name] = peak_memory_mb(self._device)
 

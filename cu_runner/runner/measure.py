@@ -18,7 +18,8 @@ from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.request.anchors import sampler_key
 from cu_runner.request.token_limit import check_prompts
 from cu_runner.retention.base import Retention
-from cu_runner.runtime.lazy import torch
+from cu_runner.runner.before import Before
+from cu_runner.runtime.lazy import pd, torch
 from cu_runner.schema.errors import StoreError
 from cu_runner.schema.settings import EvalSettings
 from cu_runner.store.cache import Cache
@@ -94,9 +95,32 @@ class Instruments:
                     "restore it or move the run away"
                 )
 
-    def sample(self, concepts: list[Concept], index: int) -> Evaluation:
-        """Make and judge the images of some concepts with the weights as they are."""
-        return evaluate(self.model, self.evaluator, self.sequence, concepts, index, self.settings)
+    def sample(
+        self, concepts: list[Concept], index: int, before: Before | None = None
+    ) -> Evaluation:
+        """Make and judge the images of some concepts with the weights as they are.
+
+        Args:
+            before: the step before; what the UNet reads as it did there is not made again.
+        """
+        new = before.changed(self.model, self.sequence, concepts) if before else concepts
+        judged = (self.model, self.evaluator, self.sequence, new, index, self.settings)
+        seen = evaluate(*judged) if new else Evaluation(pd.DataFrame(), {})
+        if before is None:
+            return seen
+        place = {concept.name: number for number, concept in enumerate(concepts)}
+        kept = place.keys() - {concept.name for concept in new}
+        rows = before.predictions.assign(step=index)
+        rows = pd.concat([seen.predictions, rows[rows[self.sequence.domain].isin(kept)]])
+        rows = rows.sort_values(
+            self.sequence.domain, key=lambda names: names.map(place), kind="stable"
+        )
+        shown = self._pictures(before.folder) if kept else {}
+        pictures = seen.thumbnails | {cell: shown[cell] for cell in shown if cell[0] in kept}
+        return Evaluation(
+            rows.reset_index(drop=True),
+            {cell: pictures[cell] for cell in sorted(pictures, key=lambda cell: place[cell[0]])},
+        )
 
     def measure(
         self,
@@ -106,6 +130,7 @@ class Instruments:
         cache: Cache | None = None,
         base: Path | None = None,
         change: str | None = None,
+        before: Before | None = None,
     ) -> tuple[dict[str, bytes], Metrics]:
         """Measure the weights as they are.
 
@@ -116,6 +141,7 @@ class Instruments:
             cache: where what is seen in the images is looked for, and kept.
             base: the folder of step 0, whose pictures stand beside those of later steps.
             change: with a cache, names the weights, where they are not the untouched model's.
+            before: as for sample().
 
         Returns:
             predictions.csv, grid.png and metrics.json, and the metrics of the step.
@@ -126,12 +152,12 @@ class Instruments:
         key |= {"change": change, "index": index} if change else {}
         files = cache.fetch("base_eval", key) if cache else None
         if files is None:
-            seen = self.sample(concepts, index)
+            seen = self.sample(concepts, index, before)
             title = f"after request {index}: {label}" if index else "the untouched model"
-            before = self._pictures(base) if base else None
+            untouched = self._pictures(base) if base else None
             files = {
                 PREDICTIONS: to_csv(seen.predictions),
-                GRID: draw_grid(seen.thumbnails, names, title, before),
+                GRID: draw_grid(seen.thumbnails, names, title, untouched),
             }
             if cache:
                 cache.put("base_eval", key, files)

@@ -25,6 +25,7 @@ from cu_runner.evaluators.metrics import unlearning_accuracy
 from cu_runner.models.parameters import Drift, drift, snapshot, subtract
 from cu_runner.request.anchors import AnchorImages
 from cu_runner.request.scope import Scope
+from cu_runner.runner.before import Before
 from cu_runner.runner.early_stop import EarlyStop, LossLeft
 from cu_runner.runner.measure import Instruments, describe, warn_of_unrecognised
 from cu_runner.runner.parts import RunParts
@@ -35,7 +36,7 @@ from cu_runner.runner.tracking import Tracker
 from cu_runner.runner.training import Training, check_composition, erase
 from cu_runner.runner.weights import TrainedWeights
 from cu_runner.runtime import distributed
-from cu_runner.runtime.devices import peak_memory_mb
+from cu_runner.runtime.devices import forget_peak_memory, peak_memory_mb
 from cu_runner.runtime.lazy import pd, torch
 from cu_runner.runtime.provenance import made_with
 from cu_runner.runtime.seeding import RandomSource
@@ -87,11 +88,11 @@ class Runner:
         spine, parts = self.plan.spine, self.parts
         check_composition(parts.method, parts.regularizers)
         self.instruments = self.take_instruments()
-        regularizers = parts.regularizers.values()
-        self.weights = TrainedWeights.of(parts.model, parts.method, regularizers, parts.sequence)
+        own = parts.regularizers.values()
+        self.weights = TrainedWeights.of(parts.model, parts.method, own, parts.sequence)
         self.device = parts.model.device
-        measures = (self.instruments, self.weights, self.cache)
-        self.prober = Prober.of(self.plan, parts.probes, self.store, *measures)
+        told = (self.instruments, self.weights, self.cache)
+        self.prober = Prober.of(self.plan, parts.probes, self.store, *told)
         self._checkpoint = Checkpoint(self.store.directory, spine.train.save_every, self.device)
         steps = self.store.proven()
         if not steps:
@@ -113,8 +114,8 @@ class Runner:
     def take_instruments(self) -> Instruments:
         """Return what the weights are measured with."""
         parts = self.parts
-        judges = (parts.evaluator, parts.sequence, parts.retention)
-        return Instruments.begin(parts.model, *judges, self.plan.spine.eval, self.cache)
+        judges = (parts.evaluator, parts.sequence, parts.retention, self.plan.spine.eval)
+        return Instruments.begin(parts.model, *judges, self.cache)
 
     def anchors(self, prompts: list[str], number: int, *, mirrored: bool = False) -> Tensor:
         """Return latents of the untouched model's images of prompts, as Scope.anchors says."""
@@ -130,7 +131,7 @@ class Runner:
         return images.latents(prompts, number, mirrored=mirrored)
 
     def stage(self, name: str) -> None:
-        """Take note of what the run does next; a run itself has no use for it."""
+        """Take note of what the run does next: a run itself does not."""
 
     def measured(self, erased: Ordered[Concept]) -> Ordered[Concept]:
         """Return those of the unlearned concepts whose images are made after a request: all."""
@@ -151,11 +152,12 @@ class Runner:
     def _serve(self, request: Request, steps: list[StepRecord]) -> StepRecord:
         """Serve one request: weights, unlearn, save, evaluate, commit."""
         started, parent = time.monotonic(), steps[-1]
-        if self.device.type == "cuda":  # the peak of a CPU process cannot be forgotten
-            torch.cuda.reset_peak_memory_stats(self.device)
+        forget_peak_memory(self.device)
         continues = request.start == "previous" and parent.index > 0
-        before = self.store.step_dir(parent.index) / DELTA
-        self.weights.set(self.weights.read(before) if continues else None)
+        place = self.store.step_dir(parent.index)
+        self.weights.set(self.weights.read(place / DELTA) if continues else None)
+        kept = self.weights.are_gates and (continues or parent.index == 0)
+        earlier = Before.of(self.parts.model, place) if kept else None
         scope = self._scope(request)
         files, training = self._unlearn(scope, parent)
         delta = self.weights.place(from_safetensors(files[DELTA]))
@@ -168,9 +170,9 @@ class Runner:
             delta = merged
             files[MERGED] = to_safetensors(merged)
             self.weights.set(merged)
-        trained, base = time.monotonic(), self.store.step_dir(0)
-        shown = self.measured(erased)
-        seen, metrics = self.instruments.measure(request.index, shown, request.label, base=base)
+        trained, shown = time.monotonic(), self.measured(erased)
+        told = (request.index, shown, request.label, None, self.store.step_dir(0))
+        seen, metrics = self.instruments.measure(*told, before=earlier)
         seconds = {"train": trained - started, "eval": time.monotonic() - trained}
         seen, metrics = self.prober.add(request.index, shown, seen, metrics, seconds)
         row = self._row(request, metrics, seconds, drift(delta), step_l2, training.steps)
@@ -279,8 +281,7 @@ class Runner:
             return changes
 
         for regularizer in self.parts.regularizers.values():
-            merged = regularizer.post_request(list(delta), deltas, scope)
-            if merged is not None:
+            if (merged := regularizer.post_request(list(delta), deltas, scope)) is not None:
                 return self.weights.place(merged)
         return None
 
@@ -334,8 +335,7 @@ class Runner:
             seconds={**seconds, "start_to_first_step": self._first_step},
             **vars(made_with(self.device)),
         )
-        step = self.store.save_step(result, parent)
-        self._mirror(step)
+        self._mirror(step := self.store.save_step(result, parent))
         logger.info("%s", describe(row, len(self.parts.requests)))
         if recovered := self.prober.describe(row):
             logger.info("   %s", recovered)

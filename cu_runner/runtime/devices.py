@@ -64,6 +64,13 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Begin a new peak on a GPU; that of a CPU process cannot be forgotten."""
+    if device.type == "cuda":
+        torch.cuda.init()  # before anything was on it there is no peak to reset
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def device_name(device: str | torch.device) -> str:
     """Name a device as step.json records it: a GPU by its model, a CPU by its architecture."""
     kind = str(device).partition(":")[0]

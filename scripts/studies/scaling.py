@@ -5,8 +5,9 @@
 ConAbl without regularizer, with l2, gradproj, merge, nullspace and replay, and UCE; three seeds
 (UCE draws nothing at random: one). The sequence is shapecanvas_style100, which measures 96 images
 of retained concepts. A sequence or an experiment on the command line takes its place; the published
-ones have 12 requests, and 'sequence.targets=[A,B,...]' gives one more. Of the 50 styles of UnlearnCanvas 38 are not retained, there are no 100: the command in
-scaling.md names them. 19 runs; scaling.md has the seconds of each.
+ones have 12 requests, and 'sequence.targets=[A,B,...]' gives one more. Of the 50 styles of
+UnlearnCanvas 38 are not retained, there are no 100: the command in scaling.md names them. 19 runs;
+scaling.md has the seconds of each.
 """
 
 import pandas as pd

@@ -6,10 +6,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import SMOKE, run_directory
 from doubles import Pull
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -26,6 +29,8 @@ from cu_runner.regularizers.l2 import L2
 from cu_runner.regularizers.merge import Merge
 from cu_runner.regularizers.minvar import MinVar
 from cu_runner.request.scope import Scope
+from cu_runner.runner import measure
+from cu_runner.runner.before import Before
 from cu_runner.runner.training import check_composition, erase
 from cu_runner.runtime.seeding import RandomSource
 from cu_runner.schema.errors import ModelError
@@ -249,3 +254,29 @@ def test_a_run_its_weights_in_plain_diffusers_and_its_second_evaluation(
     torch.testing.assert_close(noise_of(plain, prompt), wanted, rtol=1e-4, atol=1e-5)
     status, out, err = call_command(evaluate.main, "cu-eval", run, "eval.steps=1")
     assert (status, err) == (0, "")
+
+
+def test_what_is_read_as_before_is_not_drawn_again(in_process, filled_cache, tmp_path, monkeypatch):
+    """At the second request only its target is; all rows are those of a run that draws all."""
+    drawn = []
+    draw = measure.evaluate
+
+    def evaluate_these(model, judge, sequence, concepts, step, settings):
+        drawn.append((step, [concept.name for concept in concepts]))
+        return draw(model, judge, sequence, concepts, step, settings)
+
+    monkeypatch.setattr(measure, "evaluate", evaluate_these)
+    words = [*SMOKE, "reg=gate", "train.lr=0.1"]
+    run = run_directory(in_process(*words)[1], tmp_path)
+    assert [names for step, names in drawn if step] == [["torch light"], ["snow drift"]]
+    everything = lambda before, model, sequence, concepts: concepts  # noqa: E731
+    monkeypatch.setattr(Before, "changed", everything)
+    whole = run_directory(in_process(*words, "paths.outputs=whole")[1], tmp_path)
+    for step in ("steps/01", "steps/02"):
+        ours, all_drawn = (pd.read_csv(each / step / "predictions.csv") for each in (run, whole))
+        exact = [name for name in ours if not name.startswith("score")]
+        pd.testing.assert_frame_equal(ours[exact], all_drawn[exact])
+        scores = [name for name in ours if name.startswith("score")]
+        pd.testing.assert_frame_equal(ours[scores], all_drawn[scores], atol=1e-4, rtol=0)
+        grids = [np.asarray(Image.open(each / step / "grid.png"), int) for each in (run, whole)]
+        assert np.abs(grids[0] - grids[1]).max() <= 1  # batches of other sizes round otherwise
