@@ -139,11 +139,16 @@ def work_of(plan: RunConfig) -> list[Work]:
     sequence = plan.sequence.build()
     requests = plan.requests(sequence)
     steps = 0 if plan.method.build().closed_form else plan.spine.train.steps
-    return plan_work(sequence, requests, steps, merges(plan))
+    gated = any(node.made.has_weights for node in plan.regularizers.values())
+    return plan_work(sequence, requests, steps, merges(plan), gated)
 
 
 def plan_work(
-    sequence: Sequence, requests: list[Request], train_steps: int, merging: bool
+    sequence: Sequence,
+    requests: list[Request],
+    train_steps: int,
+    merging: bool,
+    gated: bool = False,
 ) -> list[Work]:
     """Return training steps and evaluation images of every step.
 
@@ -152,6 +157,7 @@ def plan_work(
         requests: what is trained.
         train_steps: of one request, at most.
         merging: whether every concept so far is measured, though each request unlearns one.
+        gated: whether the images of what the request left alone are those of the step before.
     """
 
     def count(concepts: Iterable[Concept]) -> int:
@@ -162,7 +168,8 @@ def plan_work(
     for request in requests:
         added = count(request.listed if request.is_only else [request.listed[request.index - 1]])
         so_far += added
-        images = retained + (added if request.plan == "independent" and not merging else so_far)
+        measured = added if request.plan == "independent" and not merging else so_far
+        images = added if gated and request.plan == "sequential" else retained + measured
         work.append(Work(request.index, request.label, request.start, train_steps, images))
     return work
 

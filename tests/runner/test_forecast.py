@@ -212,3 +212,11 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(in_process, tmp_path):
     assert err.count("\n") == 1
     assert "gone: no such file or directory" in err
     assert in_process(*PLAN, "device=cuda:99")[0] == 2
+
+
+def test_of_gates_the_new_target_alone_is_drawn():
+    """Two concepts and two seeds: 2 images each; without gates 4 of retained ones, and 2 or 4."""
+    for reg, images in (("gate", [8, 2, 2]), ("none", [8, 6, 8])):
+        assert [
+            each.images for each in work_of(compose(["sequence=smoke", f"reg={reg}"]))
+        ] == images
