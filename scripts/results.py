@@ -70,7 +70,7 @@ def matrix(
 
     Conabl with everything, these methods with these regularizers.
     """
-    others = ("rece", "recommended")  # of closed forms alone; another name of minvar
+    others = ("rece", "recommended")  # of closed forms alone; another name of gate
     cells = {("conabl", reg, ""): [f"reg={reg}"] for reg in choices("reg") if reg not in others}
     cells["uce", "rece", ""] = ["method=uce", "reg=rece"]  # which erases what closed forms leave
     cells["conabl", "nullspace", "retained names in the kept prompts"] = [

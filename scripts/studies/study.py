@@ -45,7 +45,7 @@ STABLE_DIFFUSION = (
 
 def regularizers() -> list[str]:
     """Return the public names of conf/reg for a method that trains: none, those alone, then the
-    combinations. rece goes with closed forms alone; recommended is another name for minvar.
+    combinations. rece goes with closed forms alone; recommended is another name for gate.
     """
     files = {path.stem for path in (config_dir() / "reg").glob("*.yaml")}
     names = sorted(files - {"rece", "recommended"})
