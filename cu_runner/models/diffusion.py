@@ -241,11 +241,13 @@ class DiffusionModel:
         """
         if self.precision != "bf16":
             return
-        for name, module in self.unet.named_modules():
+        # not by name alone: gates share a weight, which has a name in every layer
+        kept = {id(weight) for name, weight in self.unet.named_parameters() if name in trained}
+        for module in self.unet.modules():
             # what autocast would cast at every forward pass
             if isinstance(module, nn.Linear | nn.Conv2d):
-                for key, parameter in module.named_parameters(recurse=False):
-                    if f"{name}.{key}" not in trained:
+                for parameter in module.parameters(recurse=False):
+                    if id(parameter) not in kept:
                         parameter.data = parameter.data.to(self.dtype)
 
     def checkpoint_gradients(self) -> None:

@@ -33,9 +33,9 @@ class GatedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return keys or values [B, L, out] of a text [B, L, D]."""
-        heard = F.linear(input, self.gate_directions)
+        heard = F.linear(input, self.gate_directions.to(input))
         opened = heard * (heard > OPEN)
-        return super().forward(input) + F.linear(opened, self.gate_values)
+        return super().forward(input) + F.linear(opened, self.gate_values.to(input))
 
 
 def add_gates(unet: nn.Module, number: int) -> dict[str, nn.Parameter]:

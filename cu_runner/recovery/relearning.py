@@ -7,11 +7,14 @@ All images are made by the untouched model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
 from cu_runner.concepts.sequence import Concept, Sequence
+from cu_runner.models.parameters import is_cross_attention_kv
 from cu_runner.recovery._finetune import batch_loss, own_prompts, spread_over, unrelated_prompts
 from cu_runner.recovery.base import (
     Cost,
@@ -22,17 +25,19 @@ from cu_runner.recovery.base import (
     ProbeImage,
     Seen,
     evaluation_images,
+    restored,
 )
 from cu_runner.runtime import distributed
-from cu_runner.runtime.lazy import torch
+from cu_runner.runtime.lazy import nn, torch
 from cu_runner.schema.settings import StepSize
 
 Data = Literal["own", "unrelated"]
 
 
 class Relearning(Probe):
-    """Trains the weights that the run trains. variant: on which images; dose: after how many
-    steps.
+    """Trains the weights that the run trains; with gates, the keys and values behind them.
+
+    variant: on which images; dose: after how many steps.
     """
 
     def __init__(
@@ -83,12 +88,9 @@ class Relearning(Probe):
         chosen = spread_over(prompts, self._examples)
         latents, text = lab.latents(chosen, self._examples), lab.model.encode_prompts(chosen)
         generator = lab.generator("relearning", kind, concept.name)
-        params = list(lab.params.values())
-        optimizer = torch.optim.AdamW(params, lr=self._lr, weight_decay=0.0)
         found: list[Seen | Number] = []
-        for parameter in params:
-            parameter.requires_grad_(True)
-        try:
+        with trainable(lab) as params:
+            optimizer = torch.optim.AdamW(params, lr=self._lr, weight_decay=0.0)
             for done in range(self._steps[-1] + 1):
                 if done and done in self._steps:
                     with lab.changed():  # these weights alone
@@ -99,9 +101,6 @@ class Relearning(Probe):
                         loss.backward()
                     optimizer.step()
                     optimizer.zero_grad()
-        finally:
-            for parameter in params:
-                parameter.requires_grad_(False)
         return found
 
     def _images(self, lab: Lab, concept: Concept, kind: Data, done: int) -> list[ProbeImage]:
@@ -114,3 +113,23 @@ class Relearning(Probe):
         """Return the images and the training steps of so many concepts."""
         kinds = len(self._data) * concepts
         return Cost(self._number * len(self._steps) * kinds, self._steps[-1] * kinds)
+
+
+@contextmanager
+def trainable(lab: Lab) -> Iterator[list[nn.Parameter]]:
+    """Give the weights to train, with gradients, in fp32; they are put back afterwards."""
+    own = lab.params
+    if all(".gate_" in name for name in own):  # a fine-tuning knows nothing of gates
+        unet = lab.model.unet.named_parameters()
+        own = {name: weight for name, weight in unet if is_cross_attention_kv(name)}
+    dtypes = [weight.dtype for weight in own.values()]
+    with restored(own):
+        for weight in own.values():
+            weight.data = weight.data.float()
+            weight.requires_grad_(True)
+        try:
+            yield list(own.values())
+        finally:
+            for weight, dtype in zip(own.values(), dtypes, strict=True):
+                weight.requires_grad_(False)
+                weight.data = weight.data.to(dtype)

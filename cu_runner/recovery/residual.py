@@ -46,7 +46,9 @@ class Residual(Probe):
         self._ridge, self._context = ridge, context
 
     def measure(self, lab: Lab, concepts: list[Concept]) -> list[Seen | Number]:
-        """Return what is in reach of each concept."""
+        """Return what is in reach of each concept; nothing with gates, which move no weight."""
+        if all(".gate_" in name for name in lab.params):
+            return []
         names = [concept.prompt_name for concept in concepts]
         texts = concept_vectors(lab.model, names, self._context).to(lab.model.device)
         weights = dict(lab.model.unet.named_parameters())

@@ -42,6 +42,7 @@ class Gate(MinVar):
     threshold; d^T t is 1 at the mean t of the target's own token over prompts.
     """
 
+    name = "gate"
     has_weights = True
 
     def __init__(
@@ -64,8 +65,19 @@ class Gate(MinVar):
         self.threshold = threshold
 
     def check(self, method: Method[Batch]) -> None:
-        """Refuse methods that do not train, or other weights than keys and values."""
-        super().check(method)
+        """Refuse methods that do not train, or other weights than keys and values together."""
+        if method.params != "kv_xattn":
+            raise ValueError(
+                "reg=gate puts gates before keys and values, and "
+                f"method.params={method.params} trains other weights; choose "
+                "method.params=kv_xattn"
+            )
+        if getattr(method, "ascent_stop", None) is not None:
+            raise ValueError(
+                "reg=gate leaves the retained images as they are, and the ascent of "
+                "method=forward_kl is measured by their gradient; choose method.ascent_stop=null "
+                "with a method.cap of 1 at most"
+            )
         if method.closed_form:
             raise ValueError(
                 "reg=gate trains what keys and values add where a gate is open, and the method "
@@ -161,9 +173,9 @@ class Gate(MinVar):
 
 
 def words_of(concepts: Iterable[Concept], method: Method[Batch]) -> list[tuple[str, str]]:
-    """Return (concept, words) of each gate: its name in prompts, then its other words."""
+    """Return (concept, words) of each gate, once: its name in prompts, then its other words."""
     return [
         (concept.name, words)
         for concept in concepts
-        for words in (concept.prompt_name, *method.other_words.get(concept.name, ()))
+        for words in dict.fromkeys([concept.prompt_name, *method.other_words.get(concept.name, ())])
     ]

@@ -32,7 +32,7 @@ from cu_runner.request.minimum_variance import (
     minimum_variance_direction,
     name_texts,
 )
-from cu_runner.request.name_sources import NameSource, earlier_targets, kept_names
+from cu_runner.request.name_sources import NameSource, earlier_targets, kept_names, normalized
 from cu_runner.request.optimizer import make_optimizer
 from cu_runner.request.scope import Scope
 from cu_runner.request.text_subspace import check_contexts, in_context, nearest_names
@@ -56,6 +56,7 @@ class MinVar(Regularizer):
     target: (S t) d^T.
     """
 
+    name = "minvar"  # in the configuration
     acts_on = ("step",)
     makes_step = True
 
@@ -88,7 +89,7 @@ class MinVar(Regularizer):
             settle: the step size is multiplied by 0.3 after this fraction of the steps.
         """
         if contexts is not None:
-            check_contexts(contexts, "reg.minvar.contexts")
+            check_contexts(contexts, f"reg.{self.name}.contexts")
         self.ridge, self.context, self.token, self.names = ridge, context, token, names
         self.contexts, self.prompts, self.settle = contexts, prompts, settle
 
@@ -122,10 +123,12 @@ class MinVar(Regularizer):
         others = [*earlier_targets(scope), *beside]
         candidates = kept_names(scope, self.names)
         others += nearest_names(scope.model, candidates, targets, "{concept}", self.names.number)
+        own_words = {normalized(name) for name in targets}
+        others = [name for name in dict.fromkeys(others) if normalized(name) not in own_words]
         if not others:
             raise ValueError(
-                "reg.minvar.names: no name is left beside the target and the retained concepts; "
-                "give more names"
+                f"reg.{self.name}.names: no name is left beside the target and the retained "
+                "concepts; give more names"
             )
         kept = KeptText(scope.model.encode_empty().hidden[0], self.context)
         own = [name_texts(scope.model, self.placed(scope, name)) for name in targets]

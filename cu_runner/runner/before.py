@@ -14,8 +14,11 @@ from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.evaluators.metrics import read_predictions
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.text_readers import TextReaders
+from cu_runner.runtime.code_identity import CodeIdentity
+from cu_runner.runtime.devices import device_name
 from cu_runner.runtime.lazy import pd, without_gradients
 from cu_runner.store.layout import PREDICTIONS
+from cu_runner.store.records import StepRecord
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,16 @@ class Before:
     read: dict[str, str]
 
     @staticmethod
-    def of(model: DiffusionModel, folder: Path) -> Before:
-        """Take note of a step whose weights are in place."""
+    def of(
+        model: DiffusionModel, folder: Path, record: StepRecord, code: CodeIdentity
+    ) -> Before | None:
+        """Take note of a step whose weights are in place; None if another device or code made it.
+
+        Args:
+            code: that makes the next step.
+        """
+        if record.code.sha256 != code.sha256 or record.device != device_name(model.device):
+            return None
         predictions = read_predictions(folder / PREDICTIONS)
         return Before(folder, predictions, readings(model, list(predictions["prompt"])))
 

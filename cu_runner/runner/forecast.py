@@ -259,13 +259,14 @@ def seconds_per_step(run: RunRecord) -> list[float]:
 
 
 def seconds_per_image(run: RunRecord, general: int) -> list[float]:
-    """Return those of every request.
+    """Return those of every request; none with gates, which draw but some of their images.
 
     general: images of general prompts, whose time is in that of the evaluation.
     """
     return [
         record.row.eval_seconds / (len(run.predictions(record.index)) + general)
         for record in run.records[1:]
+        if "gate" not in run.config["reg"]
     ]
 
 

@@ -157,7 +157,7 @@ class Runner:
         place = self.store.step_dir(parent.index)
         self.weights.set(self.weights.read(place / DELTA) if continues else None)
         kept = self.weights.are_gates and (continues or parent.index == 0)
-        earlier = Before.of(self.parts.model, place) if kept else None
+        earlier = Before.of(self.parts.model, place, parent, self.plan.code) if kept else None
         scope = self._scope(request)
         files, training = self._unlearn(scope, parent)
         delta = self.weights.place(from_safetensors(files[DELTA]))
@@ -171,8 +171,8 @@ class Runner:
             files[MERGED] = to_safetensors(merged)
             self.weights.set(merged)
         trained, shown = time.monotonic(), self.measured(erased)
-        told = (request.index, shown, request.label, None, self.store.step_dir(0))
-        seen, metrics = self.instruments.measure(*told, before=earlier)
+        told = (request.index, shown, request.label, None, self.store.step_dir(0), None, earlier)
+        seen, metrics = self.instruments.measure(*told)
         seconds = {"train": trained - started, "eval": time.monotonic() - trained}
         seen, metrics = self.prober.add(request.index, shown, seen, metrics, seconds)
         row = self._row(request, metrics, seconds, drift(delta), step_l2, training.steps)

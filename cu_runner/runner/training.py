@@ -57,6 +57,12 @@ def check_own_step(name: str, method: Method[Any], regularizers: dict[str, Regul
             f"reg={name} takes a step of its own, and the method's mask of the optimiser's step "
             "would be lost; choose another method"
         )
+    if regularizers[name].has_weights and len(regularizers) > 1:
+        others = "+".join(other for other in regularizers if other != name)
+        raise ValueError(
+            f"reg={name} has weights of its own, and reg={others} acts on those of the method; "
+            "choose one of the two"
+        )
     earlier = True
     for other, regularizer in regularizers.items():
         earlier &= other != name
@@ -64,11 +70,6 @@ def check_own_step(name: str, method: Method[Any], regularizers: dict[str, Regul
             raise ValueError(
                 f"reg={name} takes a step of its own from the gradients, and reg={other} changes "
                 f"these; use reg.{other}.apply=update after it: reg=[{name},{other}]"
-            )
-        if regularizers[name].has_weights and "weights" in regularizer.acts_on:
-            raise ValueError(
-                f"reg={name} has weights of its own, and reg={other} makes new weights of the "
-                "method's; choose one of the two"
             )
         if earlier and "step" in regularizer.acts_on:
             raise ValueError(

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,13 +14,14 @@ import torch
 from conftest import SMOKE, run_directory
 from doubles import Pull
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cu_runner.cli import evaluate
 from cu_runner.concepts.requests import plan_requests
 from cu_runner.methods.base import Method
 from cu_runner.methods.conabl import ConAbl
+from cu_runner.methods.forward_kl import ForwardKL
 from cu_runner.methods.salun import SalUn
 from cu_runner.methods.uce import UCE
 from cu_runner.models.gates import GatedLinear, add_gates, gate_weights, load_gates
@@ -32,6 +34,7 @@ from cu_runner.request.scope import Scope
 from cu_runner.runner import measure
 from cu_runner.runner.before import Before
 from cu_runner.runner.training import check_composition, erase
+from cu_runner.runtime.devices import device_name
 from cu_runner.runtime.seeding import RandomSource
 from cu_runner.schema.errors import ModelError
 
@@ -197,6 +200,26 @@ def test_it_records_how_far_the_target_is_from_the_rest(begin):
     assert entry["most_of_unknown_names"] < 0.5 < entry["least_of_target"] <= 1
 
 
+def test_a_word_that_is_another_concepts_is_not_left_alone(begin, tmp_path):
+    """Of snow drift, also called as the earlier target is: the gate of that word hears it."""
+    (tmp_path / "words.csv").write_text("concept,words\nsnow drift,torch light\n" * 2)
+    method = ConAbl(num_anchors=4, also_called=str(tmp_path / "words.csv"))
+    record = Gate().begin_request(begin(2, method), method)
+    assert [entry["target"] for entry in record["targets"]] == ["snow drift", "torch light"]
+    assert all(entry["most_of_unknown_names"] < 0.5 for entry in record["targets"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gates_in_a_unet_of_half_precision(gated, dtype, tmp_path):
+    save_file(add_gates(gated.unet, 2), tmp_path / "delta.safetensors")
+    plain = copy.deepcopy(gated.unet).to(dtype)
+    load_gates(plain, str(tmp_path / "delta.safetensors"))
+    text = torch.zeros(1, 4, 512, dtype=dtype)
+    with torch.no_grad():
+        noisy = torch.zeros(1, *gated.latent_shape, dtype=dtype)
+        assert plain(noisy, 5, text).sample.dtype == dtype
+
+
 def test_it_says_when_a_gate_stays_shut(begin, caplog):
     Gate(threshold=0.999).begin_request(begin(), ConAbl(num_anchors=4))
     (said,) = [record.getMessage() for record in caplog.records]
@@ -207,7 +230,9 @@ def test_it_says_when_a_gate_stays_shut(begin, caplog):
     ("method", "others", "said"),
     [
         (UCE(), {}, "the method sets the weights themselves; choose a method that trains"),
-        (ConAbl(params="xattn"), {}, r"method\.params=xattn trains other weights"),
+        (ConAbl(params="v_xattn"), {}, r"method\.params=v_xattn trains other weights; choose"),
+        (ForwardKL(cap=2.0, ascent_stop=1.0), {}, r"choose method\.ascent_stop=null with a method"),
+        (ConAbl(), {"l2": L2(1.0)}, "reg=gate has weights of its own, and reg=l2 acts on those"),
         (SalUn(num_images=4), {}, "the method's mask of the optimiser's step would be lost"),
         (ConAbl(), {"merge": Merge()}, r"reg=gate has weights of its own, and reg=merge"),
     ],
@@ -215,10 +240,6 @@ def test_it_says_when_a_gate_stays_shut(begin, caplog):
 def test_what_does_not_go_with_gates_is_refused(method, others, said):
     with pytest.raises(ValueError, match=said):
         check_composition(method, {"gate": Gate(), **others})
-
-
-def test_a_penalty_goes_with_gates():
-    check_composition(ConAbl(), {"gate": Gate(), "l2": L2(1.0)})
 
 
 # ---------------------------------------------------------------------------------- files
@@ -280,3 +301,32 @@ def test_what_is_read_as_before_is_not_drawn_again(in_process, filled_cache, tmp
         pd.testing.assert_frame_equal(ours[scores], all_drawn[scores], atol=1e-4, rtol=0)
         grids = [np.asarray(Image.open(each / step / "grid.png"), int) for each in (run, whole)]
         assert np.abs(grids[0] - grids[1]).max() <= 1  # batches of other sizes round otherwise
+
+
+def test_another_device_or_code_draws_everything_again(gated, tmp_path):
+    """What it would take over from the step before is not its own."""
+    code = SimpleNamespace(sha256="a")
+    (tmp_path / "predictions.csv").write_text(
+        "step,prompt,style,object,seed,predicted_style,score_style\n0,a tree,blaze,tree,1,blaze,1\n"
+    )
+    made = SimpleNamespace(code=code, device=device_name("cpu"))
+    assert Before.of(gated, tmp_path, made, code).read.keys() == {"", "a tree"}
+    assert Before.of(gated, tmp_path, made, SimpleNamespace(sha256="b")) is None
+    made.device = "NVIDIA H200"
+    assert Before.of(gated, tmp_path, made, code) is None
+
+
+def test_bf16_trains_gates_in_fp32_and_probes_train_keys_and_values(
+    in_process, filled_cache, tmp_path
+):
+    """The shared directions keep their type; relearning moves what the gates stand before."""
+    probe = [
+        "recovery=relearning",
+        "recovery.relearning.steps=[0,1]",
+        "recovery.relearning.images=1",
+    ]
+    words = [*SMOKE, "reg=gate", "train.lr=0.1", "model.precision=bf16", *probe]
+    status, out, err = in_process(*words, "recovery.relearning.examples=2")
+    assert (status, err) == (0, "")
+    delta = load_file(run_directory(out, tmp_path) / "steps/02/delta.safetensors")
+    assert {tensor.dtype for tensor in delta.values()} == {torch.float32}
