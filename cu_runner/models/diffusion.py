@@ -232,9 +232,8 @@ class DiffusionModel:
     def lower_frozen(self, trained: Container[str]) -> None:
         """Hold the UNet's matrices that are not trained in bf16, with precision=bf16.
 
-        That is half their memory and bitwise the same outputs. The other precisions also run in
-        fp32, and nothing is done. Call it after fingerprint(), which is over the weights as they
-        were loaded.
+        That is half their memory and bitwise the same outputs. Other precisions also run in fp32,
+        and nothing is done. Call it after fingerprint(), which is over the weights as loaded.
 
         Args:
             trained: names of UNet parameters that stay fp32.
