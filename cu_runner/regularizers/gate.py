@@ -2,11 +2,11 @@
 
 minvar changes a key or value by a (d^T x), for every text x. What d hears of a name that nobody
 gave is little, but it adds up over the requests. Here the same change is made where d^T x is above
-a threshold, and nowhere else: no linear map of the text can do that, and one gate for each target
-can (compare the gated adapters of CPE, Lee et al. 2025, arXiv 2506.22806, and of GLoCE, Lee et al.
-2025, arXiv 2503.12356). Keys and values of every other text are those of the untouched model to the
-last bit, and no request touches the gate of another. Where the method unlearns a target by other
-words too (method.also_called), each of them has a gate of its own.
+a threshold, and nowhere else, which no linear change can do (compare the gated adapters of CPE, Lee
+et al. 2025, arXiv 2506.22806, and of GLoCE, Lee et al. 2025, arXiv 2503.12356). Keys and values of
+every other text are those of the untouched model to the last bit, and no request touches the gate
+of another. Where the method unlearns a target by other words too (method.also_called), each of them
+has a gate of its own.
 
 Shapes: D text width, N gates, T targets of the request, out attention width.
 """
