@@ -46,7 +46,7 @@ class TrainedWeights:
     @property
     def are_gates(self) -> bool:
         """Tell whether these are gates: what opens none is read as before."""
-        return all(".gate_" in name for name in self.params)
+        return bool(self.params) and all(".gate_" in name for name in self.params)
 
     def place(self, delta: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a delta on the device, in the order of the weights.

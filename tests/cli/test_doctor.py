@@ -587,6 +587,7 @@ def test_a_bad_plan_is_one_line(call_command):
 def test_the_peak_of_gpu_memory_is_that_of_the_request(monkeypatch):
     calls = []
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", calls.append)
+    monkeypatch.setattr("torch.cuda.init", lambda: None)
 
     def unlearn(*_):
         calls.append("unlearn")
