@@ -35,6 +35,7 @@ class Method(Resumable, ABC, Generic[Batch]):
     closed_form: bool = False
     # concept -> words by which it is unlearned besides its name
     other_words: Mapping[str, list[str]] = MappingProxyType({})
+    ascends: bool = False  # True: its ascent is measured by the gradient on retained images
     masks_step: bool = False  # True: update() lets some weights alone that have a gradient
     scored_against: Literal["anchor", "empty"] = "anchor"  # which prompt, in scored_loss()
 

@@ -103,6 +103,7 @@ class ForwardKL(PrimalDual[DataBatch]):
             )
         self.bound, self.cap = bound, cap
         self.ascent_stop, self.ascent_ratio = ascent_stop, ascent_ratio
+        self.ascends = ascent_stop is not None
         self.num_images, self.num_fresh, self.retain = num_images, num_fresh, retain
         self.dual, self.params = dual, params
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cu_runner.models.parameters import is_gate
 from cu_runner.runtime.lazy import nn, timm, torch
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def hash_weights(digest: hashlib._Hash, network: nn.Module) -> None:
     Gates that are all zero change no image and are left out (cu_runner.models.gates).
     """
     for name, tensor in network.state_dict().items():
-        if ".gate_" in name and not tensor.any():
+        if is_gate(name) and not tensor.any():
             continue
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(

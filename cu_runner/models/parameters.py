@@ -28,9 +28,14 @@ def is_cross_attention_kv(name: str) -> bool:
     return name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))
 
 
+def is_gate(name: str) -> bool:
+    """Tell whether these are weights of cu_runner.models.gates, which are in no group."""
+    return ".gate_" in name
+
+
 def belongs(name: str, group: ParameterGroup) -> bool:
     """Tell whether a UNet parameter of this name is in the group."""
-    if ".gate_" in name:  # of cu_runner.models.gates: a regularizer's own
+    if is_gate(name):
         return False
     in_cross_attention = ".attn2." in name
     # a UNet's layers are linear ones, convolutions, and normalisations, which are named so

@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveInt
 
 from cu_runner.concepts.sequence import Concept, Sequence
-from cu_runner.models.parameters import is_cross_attention_kv
+from cu_runner.models.parameters import is_cross_attention_kv, is_gate
 from cu_runner.recovery._finetune import batch_loss, own_prompts, spread_over, unrelated_prompts
 from cu_runner.recovery.base import (
     Cost,
@@ -119,7 +119,7 @@ class Relearning(Probe):
 def trainable(lab: Lab) -> Iterator[list[nn.Parameter]]:
     """Give the weights to train, with gradients, in fp32; they are put back afterwards."""
     own = lab.params
-    if all(".gate_" in name for name in own):  # a fine-tuning knows nothing of gates
+    if all(map(is_gate, own)):  # a fine-tuning knows nothing of gates
         unet = lab.model.unet.named_parameters()
         own = {name: weight for name, weight in unet if is_cross_attention_kv(name)}
     dtypes = [weight.dtype for weight in own.values()]

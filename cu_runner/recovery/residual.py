@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import PositiveFloat, PositiveInt
 
 from cu_runner.concepts.sequence import Concept, Sequence
-from cu_runner.models.parameters import is_cross_attention_kv
+from cu_runner.models.parameters import is_cross_attention_kv, is_gate
 from cu_runner.recovery.base import Cost, Every, Lab, Number, Probe, Seen
 from cu_runner.request.text_subspace import concept_vectors
 from cu_runner.runtime.lazy import torch, without_gradients
@@ -47,7 +47,7 @@ class Residual(Probe):
 
     def measure(self, lab: Lab, concepts: list[Concept]) -> list[Seen | Number]:
         """Return what is in reach of each concept; nothing with gates, which move no weight."""
-        if all(".gate_" in name for name in lab.params):
+        if all(map(is_gate, lab.params)):
             return []
         names = [concept.prompt_name for concept in concepts]
         texts = concept_vectors(lab.model, names, self._context).to(lab.model.device)

@@ -72,7 +72,7 @@ class Gate(MinVar):
                 f"method.params={method.params} trains other weights; choose "
                 "method.params=kv_xattn"
             )
-        if getattr(method, "ascent_stop", None) is not None:
+        if method.ascends:
             raise ValueError(
                 "reg=gate leaves the retained images as they are, and the ascent of "
                 "method=forward_kl is measured by their gradient; choose method.ascent_stop=null "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cu_runner.concepts.sequence import Sequence
 from cu_runner.methods.base import Method
 from cu_runner.models.diffusion import DiffusionModel
-from cu_runner.models.parameters import assign, select_parameters, snapshot
+from cu_runner.models.parameters import assign, is_gate, select_parameters, snapshot
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.store.files import read_delta
 
@@ -46,7 +46,7 @@ class TrainedWeights:
     @property
     def are_gates(self) -> bool:
         """Tell whether these are gates: what opens none is read as before."""
-        return bool(self.params) and all(".gate_" in name for name in self.params)
+        return bool(self.params) and all(map(is_gate, self.params))
 
     def place(self, delta: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a delta on the device, in the order of the weights.
