@@ -25,7 +25,9 @@ from cu_runner.methods.forward_kl import ForwardKL
 from cu_runner.methods.salun import SalUn
 from cu_runner.methods.uce import UCE
 from cu_runner.models.gates import GatedLinear, add_gates, gate_weights, load_gates
-from cu_runner.models.parameters import belongs, snapshot, subtract
+from cu_runner.models.parameters import belongs, select_parameters, snapshot, subtract
+from cu_runner.recovery.relearning import trainable
+from cu_runner.recovery.residual import Residual
 from cu_runner.regularizers.gate import Gate
 from cu_runner.regularizers.l2 import L2
 from cu_runner.regularizers.merge import Merge
@@ -316,10 +318,20 @@ def test_another_device_or_code_draws_everything_again(gated, tmp_path):
     assert Before.of(gated, tmp_path, made, code) is None
 
 
-def test_bf16_trains_gates_in_fp32_and_probes_train_keys_and_values(
-    in_process, filled_cache, tmp_path
-):
-    """The shared directions keep their type; relearning moves what the gates stand before."""
+def test_relearning_trains_what_the_gates_stand_before_and_puts_it_back(begin, gated):
+    weights = select_parameters(gated.unet, "kv_xattn")
+    before, lab = snapshot(weights), SimpleNamespace(params=begin().params, model=gated)
+    with trainable(lab) as trained:
+        assert [id(weight) for weight in trained] == [id(weight) for weight in weights.values()]
+        for weight in trained:
+            assert weight.requires_grad
+            weight.data += 1
+    assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
+    assert Residual().measure(lab, []) == []  # gates move no weight: there is nothing to say
+
+
+def test_bf16_trains_gates_in_fp32_also_where_probes_follow(in_process, filled_cache, tmp_path):
+    """The directions, which layers share, keep their type."""
     probe = [
         "recovery=relearning",
         "recovery.relearning.steps=[0,1]",
