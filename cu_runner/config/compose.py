@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import cast
 
@@ -10,6 +11,7 @@ import hydra
 from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
 from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
@@ -31,7 +33,7 @@ from cu_runner.config.resolvers import (
     tuned_cell,
 )
 from cu_runner.config.run_config import MISSING, RunConfig, check_run
-from cu_runner.schema.errors import ConfigError
+from cu_runner.schema.errors import ConfigError, first_line
 from cu_runner.schema.values import ConfigTree
 
 
@@ -54,6 +56,28 @@ def compose(words: list[str]) -> RunConfig:
         GlobalHydra.instance().clear()
     HydraConfig.instance().set_config(config)
     return parse(without_hydra(config))
+
+
+def compose_apart(words: list[str]) -> RunConfig:
+    """Return compose() of a command line, and leave Hydra's state as a program has it that uses
+    Hydra itself.
+
+    Raises:
+        ConfigError: it cannot be composed, or not be run.
+    """
+    kept = Singleton._instances
+    own = (GlobalHydra, HydraConfig)
+    Singleton._instances = {kind: made for kind, made in kept.items() if kind not in own}
+    try:
+        return compose(words)
+    except (HydraException, OmegaConfBaseException) as error:
+        if found := re.search(r"Could not override '([\w.]+)'", str(error)):
+            raise ConfigError(
+                f"unknown setting {found[1]}; `cu-run --cfg job` prints every key"
+            ) from None
+        raise ConfigError(first_line(error)) from None
+    finally:
+        Singleton._instances = kept
 
 
 def compose_all(commands: list[list[str]]) -> list[RunConfig]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from cu_runner.concepts.requests import Request
 from cu_runner.config.run_config import RunConfig
+from cu_runner.methods.base import Method
+from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.scope import Scope
 from cu_runner.runner.early_stop import EarlyStop, LossLeft
-from cu_runner.runner.parts import RunParts
 from cu_runner.runner.training import Training, erase
 from cu_runner.runtime.signals import StopSignals
 
@@ -19,7 +21,8 @@ Entry = dict[str, str | float]
 def train_again(
     request: Request,
     plan: RunConfig,
-    parts: RunParts,
+    method: Method[Any],
+    regularizers: dict[str, Regularizer],
     scope_of: Callable[[Request], Scope],
     stop: StopSignals,
 ) -> list[Entry]:
@@ -30,13 +33,14 @@ def train_again(
 
     Args:
         request: that was just trained.
+        plan, method, regularizers: of the run.
         scope_of: makes the scope of a request from the weights as they are.
 
     Returns:
         Per earlier target its name and the loss that was left, as a fraction; where it was trained
         again, its steps and what was left then.
     """
-    setting, method = plan.setting, parts.method
+    setting = plan.setting
     if setting.recheck is None or setting.stop_loss is None:
         return []
     found: list[Entry] = []
@@ -53,7 +57,7 @@ def train_again(
                 stop.share()
                 stop.check()
 
-            report = erase(scope, method, parts.regularizers, plan.spine.train, on_step)
+            report = erase(scope, method, regularizers, plan.spine.train, on_step)
             entry |= {"steps": len(report.logs), "loss_left_then": loss_left()}
         found.append(entry)
     return found

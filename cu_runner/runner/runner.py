@@ -218,9 +218,8 @@ class Runner:
         place = {"parent": parent.sha256, "signature": self.store.signature}
         saved = SavedState(self._checkpoint, request, key | place, self.plan)
         self.store.goes_on |= saved.mixed
-        loss_left, measure = LossLeft(scope, parts.method), self._unlearning_accuracy
-        told = (lambda: measure(request), saved.early_stop, loss_left)
-        early_stop = EarlyStop(self.plan.setting, *told)
+        told = (lambda: self._unlearning_accuracy(request), saved.early_stop)
+        early_stop = EarlyStop(self.plan.setting, *told, LossLeft(scope, parts.method))
         report = erase(
             scope,
             parts.method,
@@ -232,7 +231,8 @@ class Runner:
             self.stage,
             self.shown_steps,
         )
-        again = train_again(request, self.plan, parts, self._scope, self.stop)
+        trained = (self.plan, parts.method, parts.regularizers)
+        again = train_again(request, *trained, self._scope, self.stop)
         files = {
             DELTA: to_safetensors(subtract(self.weights.params, self.weights.base)),
             TRAINING: to_csv(pd.DataFrame(report.logs)),

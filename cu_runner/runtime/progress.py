@@ -3,20 +3,58 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import Any
 
-from tqdm import tqdm
+from tqdm import TqdmWarning, tqdm
 
 logger = logging.getLogger(__name__)
 
 FIRST = 10.0  # seconds until the first line; each further one waits twice as long
 LONGEST = 300.0  # seconds between two lines at most
 SHAPE = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} {unit}s [{elapsed}<{remaining}{postfix}]"
+
+
+_unseen = contextvars.ContextVar("unseen", default=False)
+
+
+@contextlib.contextmanager
+def unseen(hidden: bool = True) -> Iterator[None]:
+    """Show no bar and say no line inside, if hidden."""
+    token = _unseen.set(hidden or _unseen.get())
+    try:
+        yield
+    finally:
+        _unseen.reset(token)
+
+
+def in_notebook() -> bool:
+    """Tell whether a Jupyter kernel runs this."""
+    return "ipykernel.zmqshell" in sys.modules
+
+
+def make_bar(**settings: Any) -> Any:
+    """Make a bar of tqdm: of a notebook, of a terminal, or one that is not shown."""
+    if not in_notebook():
+        return tqdm(disable=_unseen.get() or None, ncols=100, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TqdmWarning)  # without ipywidgets the bar is text
+        from tqdm.auto import tqdm as notebook_bar
+
+        return notebook_bar(disable=_unseen.get(), ncols=100, **settings)
+
+
+def note(text: str) -> None:
+    """Tell whoever calls the library something that was chosen for them, on stderr."""
+    if not _unseen.get():
+        tqdm.write(text, file=sys.stderr)
 
 
 class Progress:
@@ -32,13 +70,11 @@ class Progress:
         self._begun, self._done = done, float(done)
         self._started = self._said = time.monotonic()
         self._wait = FIRST
-        self._bar = tqdm(
+        self._bar = make_bar(
             desc=f"  {label}",
             initial=done,
             total=total,
             leave=False,
-            disable=None,
-            ncols=100,
             unit=unit,
             bar_format=SHAPE,
         )
@@ -54,7 +90,12 @@ class Progress:
         self._bar.update(done - self._done)
         self._done = done
         now = time.monotonic()
-        if self._bar.disable and now - self._said >= self._wait and done < self._total:
+        if (
+            self._bar.disable
+            and not _unseen.get()
+            and now - self._said >= self._wait
+            and done < self._total
+        ):
             self._say(now, note)
 
     def between(self, start: int, stop: int) -> Callable[[float], None]:

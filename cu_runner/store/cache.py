@@ -115,6 +115,23 @@ class Cache:
         return self.root / kind / hash_json(key)[:8]
 
 
+class MemoryCache(Cache):
+    """A cache that lasts as long as the object: nothing is written to the disk."""
+
+    def __init__(self) -> None:
+        """Begin with no entry."""
+        self._entries: dict[str, dict[str, bytes]] = {}
+
+    def fetch(self, kind: str, key: Mapping[str, object]) -> dict[str, bytes] | None:
+        """Return the files of an entry by name, or None if there is none."""
+        found = self._entries.get(hash_json({"kind": kind, **key}))
+        return dict(found) if found is not None else None
+
+    def put(self, kind: str, key: Mapping[str, object], files: Mapping[str, bytes]) -> None:
+        """Keep an entry."""
+        self._entries[hash_json({"kind": kind, **key})] = dict(files)
+
+
 def check_content(name: str, content: bytes) -> None:
     """Raise SafetensorError, ValueError or KeyError if a file is none of its kind, or is empty."""
     if name.endswith(".safetensors") and not from_safetensors(content):

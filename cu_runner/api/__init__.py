@@ -1,0 +1,1 @@
+"""Five lines of Python: load a model, unlearn concepts, look at the images, save it for others."""

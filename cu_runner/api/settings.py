@@ -1,0 +1,54 @@
+"""What the functions of this package take by name, as the words of a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from cu_runner.config.compose import compose_apart
+from cu_runner.config.run_config import RunConfig
+from cu_runner.runtime.paths import config_dir
+from cu_runner.schema.errors import ConfigError
+from cu_runner.schema.words import did_you_mean
+
+# A sequence for which conf/tuned has no settings: those of conf/training and conf/reg are taken.
+UNTUNED = "sequence=smoke"
+
+
+def word(key: str, value: object) -> str:
+    """Return a setting as a word of the command line: KEY=VALUE in Hydra's grammar."""
+    return f"{key}={written(value)}"
+
+
+def written(value: object) -> str:
+    """Return a plain value as Hydra's grammar writes it. Raises ConfigError for any other."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    if isinstance(value, Mapping):
+        inside = (f"{written(str(key))}:{written(entry)}" for key, entry in value.items())
+        return "{" + ",".join(inside) + "}"
+    if isinstance(value, Iterable):
+        return "[" + ",".join(written(entry) for entry in value) + "]"
+    raise ConfigError(f"settings: {value!r} is no text, number, list or mapping; give plain values")
+
+
+def check_name(group: str, name: str) -> str:
+    """Return a name of a file of conf/GROUP. Raises ConfigError with those that there are."""
+    names = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+    if name not in names:
+        meant = did_you_mean(name, names)
+        raise ConfigError(f"{group}={name!r}: no such name{meant}; allowed: {', '.join(names)}")
+    return name
+
+
+def composed(words: Iterable[str], settings: Mapping[str, object] | None) -> RunConfig:
+    """Return the checked configuration of some words and of a person's own settings.
+
+    Raises:
+        ConfigError: one line with what is wrong.
+    """
+    own = settings or {}
+    return compose_apart([*words, *(word(key, value) for key, value in own.items())])
