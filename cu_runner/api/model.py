@@ -154,25 +154,29 @@ class Model:
         `pipeline().save_pretrained(DIR)` writes a directory that every diffusers program loads.
 
         Raises:
-            ConfigError: it has gates (reg=gate), which no pipeline of diffusers holds.
+            ModelError: it has gates (reg=gate), which no pipeline of diffusers holds.
         """
-        from cu_runner.models.pipeline import to_pipeline
+        from cu_runner.models.pipeline import make_pipeline
 
-        return to_pipeline(self.diffusion)
+        return make_pipeline(with_own_unet(self.diffusion))
 
-    @without_gradients
     def fresh(self) -> DiffusionModel:
         """Return the untouched networks with a UNet of their own, whose weights may be changed."""
-        source = self.untouched.diffusion
-        parts = dataclasses.replace(source.components, unet=copy.deepcopy(source.unet))
-        return DiffusionModel(
-            parts,
-            resolution=source.resolution,
-            sampler=source.sampler,
-            precision=source.precision,
-            device=source.device,
-            vae_slicing=bool(source.vae.use_slicing),
-        )
+        return with_own_unet(self.untouched.diffusion)
+
+
+@without_gradients
+def with_own_unet(source: DiffusionModel) -> DiffusionModel:
+    """Return the same model with a copy of its UNet; the two share everything else."""
+    parts = dataclasses.replace(source.components, unet=copy.deepcopy(source.unet))
+    return DiffusionModel(
+        parts,
+        resolution=source.resolution,
+        sampler=source.sampler,
+        precision=source.precision,
+        device=source.device,
+        vae_slicing=bool(source.vae.use_slicing),
+    )
 
 
 @without_gradients

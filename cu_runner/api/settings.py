@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 from cu_runner.config.compose import compose_apart
@@ -26,10 +27,13 @@ def written(value: object) -> str:
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, str):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        # backslashes are doubled before a quote alone
+        escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")
+        return f"'{escaped}'"
     if isinstance(value, Mapping):
-        inside = (f"{written(str(key))}:{written(entry)}" for key, entry in value.items())
-        return "{" + ",".join(inside) + "}"
+        # a key has no quotes there
+        keys = {key: re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", str(key)) for key in value}
+        return "{" + ",".join(f"{keys[key]}:{written(value[key])}" for key in value) + "}"
     if isinstance(value, Iterable):
         return "[" + ",".join(written(entry) for entry in value) + "]"
     raise ConfigError(f"settings: {value!r} is no text, number, list or mapping; give plain values")

@@ -114,9 +114,7 @@ def test_objects_in_place_of_names(untouched):
     """
     sequence = cu_runner.make_sequence(**conf("sequence/smoke.yaml"))
     named = unlearn(untouched, "torch light", regularizers=["l2"], settings=FEW | L2_AT)
-    own = unlearn(
-        untouched, "torch light", regularizers=[L2(weight=7.0)], sequence=sequence
-    )
+    own = unlearn(untouched, "torch light", regularizers=[L2(weight=7.0)], sequence=sequence)
     assert same(named, own)
     assert own.edits[0].regularizers == ("l2",)
     pulled = unlearn(untouched, "torch light", method=Pull(), settings={"train.steps": 2})
