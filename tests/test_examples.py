@@ -9,10 +9,11 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FEW = {"train.steps": 2, "train.batch_size": 2, "method.num_anchors": 2, "model.sampler.steps": 2}
+NAMES = {"reg.gradproj.contexts": ["{concept}"]}  # fewer prompts of names
 SMALL = {  # what stands in the cell of parameters, by notebook
     "first_steps": {
         "SEQUENCE": "shapecanvas_style",
-        "SETTINGS": FEW,
+        "SETTINGS": FEW | NAMES,
         "EVALUATION": {
             "sequence.seeds": [1],
             "sequence.retain": ["moss"],
@@ -20,7 +21,10 @@ SMALL = {  # what stands in the cell of parameters, by notebook
             "eval.steps": 2,
         },
     },
-    "own_method": {"SETTINGS": {"train.steps": 2, "train.batch_size": 2, "anchors.steps": 2}},
+    "own_method": {
+        "SEQUENCE, CONCEPT": ("smoke", "snow drift"),
+        "SETTINGS": {"train.steps": 2, "train.batch_size": 2, "anchors.steps": 2},
+    },
     "stable_diffusion": {
         "LOADING": {"sampler.steps": 2},
         "SETTINGS": {"train.steps": 1, "train.batch_size": 1, "method.num_anchors": 1},

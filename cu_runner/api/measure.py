@@ -84,7 +84,7 @@ def evaluate(
         chosen = sequence if isinstance(sequence, Sequence) else plan.sequence.build()
         if not chosen.retain or not chosen.cross_retain:
             raise ConfigError(
-                f"evaluate: sequence {chosen.name} has no retained concepts or no other domain, and "
+                f"evaluate: sequence {chosen.name} has no retained concepts or no other domain: "
                 "nothing says what was kept; give a file of conf/sequence, or make_sequence(...)"
             )
         device = str(model.diffusion.device)

@@ -23,6 +23,7 @@ from cu_runner.runtime.paths import PACKAGE
 
 # Packages and modules that only present numbers, or check and start runs.
 PRESENTING = (
+    "api",
     "cli",
     "reporting",
     "sweeps",
@@ -31,6 +32,7 @@ PRESENTING = (
     "runner/tracking.py",
     "runtime/paths.py",
     "runtime/progress.py",
+    "runtime/quiet.py",
     "runtime/user_code.py",
     "schema/secrets.py",
     "store/archive.py",
