@@ -11,7 +11,7 @@ RUN ?= method=conabl reg=gradproj
 TESTS := $(BIN)/python -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast test-all test-slurm test-faults lint bench weights results reproduce-table2
+.PHONY: help setup run test test-fast test-all test-slurm test-faults lint bench weights results reproduce-table2 docs dist
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /\1\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -51,6 +51,12 @@ lint: setup  ## ruff, import-linter and mypy; mypy reads torch's types once, for
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/lint-imports
 	@$(BIN)/mypy
+
+docs: setup  ## the documentation site, site/index.html; needs no network
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict && echo "docs: site/index.html"
+
+dist: setup  ## an sdist and a wheel in dist/, which install and run elsewhere
+	@$(BIN)/python -m build --no-isolation --outdir dist . && ls dist
 
 bench: setup  ## images/s, training steps/s, seconds per request, start-up times, accuracy of the fast path, peak memory
 	@$(BIN)/python scripts/bench.py

@@ -210,9 +210,9 @@ def test_merged_weights_are_those_that_were_measured(call_command, outlined, tmp
     assert json.loads((run / "steps/03/step.json").read_text())["row"]["drift_l2"] == 30.0
 
 
-def test_the_readme_takes_the_weights_that_were_measured(model, tmp_path):
+def test_the_page_takes_the_weights_that_were_measured(model, tmp_path):
     """Of a step with merge merged.safetensors, of every other one delta.safetensors."""
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs/run_directory.md").read_text(encoding="utf-8")
     (code,) = re.findall(r'(    weights = step / "merged.*?)\n\n', text, flags=re.DOTALL)
     name, base = next((name, each.clone()) for name, each in model.unet.named_parameters())
     place = {"step": tmp_path, "pipeline": model, "safetensors": safetensors}
