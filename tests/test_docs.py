@@ -178,7 +178,15 @@ def test_the_five_lines_of_the_readme(pipelines, tmp_path, monkeypatch):
 def test_the_site_builds(tmp_path):
     """Strictly: a page that is in no menu, a link or an anchor that leads nowhere end it."""
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)]  # quiet would count no warning,
+        [
+            sys.executable,
+            "-m",
+            "mkdocs",
+            "build",
+            "--strict",
+            "-d",
+            str(tmp_path),
+        ],  # --quiet counts no warning
         cwd=ROOT,
         capture_output=True,
         text=True,
