@@ -28,6 +28,7 @@ ENTRIES = {
     "cu-report": "cu_runner.cli.report",
     "cu-table": "cu_runner.cli.table",
     "cu-eval": "cu_runner.cli.evaluate",
+    "cu-export": "cu_runner.cli.export",
     "cu-doctor": "cu_runner.cli.doctor",
     "cu-sweep": "cu_runner.cli.sweep",
 }

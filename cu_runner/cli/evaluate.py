@@ -8,6 +8,12 @@ With another evaluator, sampler, seeds or device:
 The result is a directory of the same form under <run>/evaluations, with predictions, grids and
 metrics of every step but no weights: reports and tables read it like a run. It resumes, and what is
 complete is not made again.
+
+A checkpoint that another tool unlearned, as if one request had made it, for all targets:
+
+    cu-eval --model DIR_OR_FILE sequence=shapecanvas_style recovery=thorough
+
+That is cu-run method=imported method.checkpoint=DIR_OR_FILE: a run directory in outputs/runs.
 """
 
 from __future__ import annotations
@@ -42,19 +48,34 @@ def main() -> None:
     """Call `cu-eval` with its command line."""
     parser = Parser(prog="cu-eval", description=__doc__)
     parser.add_argument(
-        "run", type=Path, help="a run directory, as the last line of cu-run names it"
+        "run", nargs="?", help="a run directory, as the last line of cu-run names it"
     )
     parser.add_argument(
         "overrides",
         nargs="*",
         default=[],
         help="evaluator=NAME, retention=NAME, 'recovery=[NAME,NAME]', eval.steps=50, "
-        "'sequence.seeds=[1,2]', device=...; allow_modules=... of a run of your own code",
+        "'sequence.seeds=[1,2]', device=...; allow_modules=... of a run of your own code; with "
+        "--model all that cu-run takes",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="PLACE",
+        help="in place of a run: a diffusers directory, a single file, a LoRA, or a file of the "
+        "UNet's weights or changes by name, unlearned from model=... by another tool",
     )
     add_config_dir(parser)
     arguments = parser.parse_intermixed_args()
+    words = [*([arguments.run] if arguments.run else []), *arguments.overrides]
+    if not (arguments.run or arguments.model):
+        parser.error("give a run directory, or --model PLACE and sequence=...")
+    if arguments.model:
+        if runs := [word for word in words if "=" not in word]:
+            parser.error(f"{runs[0]}: --model stands in place of a run; beside it stand overrides")
+        measure_import(arguments.model, words, own_tree(arguments))
+        return
     with one_line_failures("cu-eval"), progress.on_stderr():
-        run = read_run(arguments.run.resolve())
+        run = read_run(Path(arguments.run).resolve())
         if run.is_evaluation:
             raise ValueError(
                 f"{run.directory}: is an evaluation, without weights; "
@@ -83,8 +104,7 @@ def main() -> None:
             quiet_libraries()
         # loaded first: what cannot be loaded leaves no directory behind
         instruments = None if complete else load(run, plan)
-        words = [*own_tree(arguments), str(arguments.run), *arguments.overrides]
-        command = recorded_command("cu-eval", words)
+        command = recorded_command("cu-eval", [*own_tree(arguments), *words])
         with RunStore(
             directory,
             plan.resolved,
@@ -101,6 +121,34 @@ def main() -> None:
         if plan.probes and not run.complete:
             say("the run is not finished: probes with every=last wait for its last request")
         say(f"evaluation: {directory}")
+
+
+def measure_import(place: str, words: list[str], tree: list[str]) -> None:
+    """Measure a checkpoint that another tool unlearned, as the run of method=imported.
+
+    Args:
+        words: overrides, as to cu-run.
+        tree: --config-dir=DIR, if there is one.
+    """
+    with one_line_failures("cu-eval"):
+        from cu_runner.cli.run import run_plan
+        from cu_runner.config.command import key_of, recorded_command
+        from cu_runner.config.compose import compose
+        from cu_runner.config.permissions import refuse_repeated_keys
+        from cu_runner.schema.errors import ConfigError
+
+        for word in words:
+            if key_of(word) in ("method", "method.checkpoint", "reg", "setting"):
+                raise ConfigError(
+                    f"{word}: --model measures a checkpoint as one request for all targets of the "
+                    "sequence; leave it out"
+                )
+        quoted = place.replace('"', '\\"')
+        own = ["method=imported", f'method.checkpoint="{quoted}"']
+        refuse_repeated_keys([*own, *words], sweep=False)
+        plan = compose([*tree, *own, *words])
+        command = recorded_command("cu-eval", [*tree, f"--model={place}", *words])
+        run_plan(plan, command, "evaluation")
 
 
 def compare(before: Row, after: Row) -> str:

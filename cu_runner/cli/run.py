@@ -76,16 +76,30 @@ def main() -> None:
 
 
 def run_job(config: DictConfig) -> None:
-    """Check a composed job, build its parts, run it, print its table."""
+    """Check a composed job, and run it."""
     from hydra.core.hydra_config import HydraConfig
 
     from cu_runner.config.command import recorded_command, words_of
     from cu_runner.config.compose import parse
+
+    plan = parse(config)
+    distributed.start(plan.spine.device)
+    if not plan.spine.dry_run:
+        note_job(run=str(plan.directory.absolute()))
+    run_plan(plan, recorded_command("cu-run", words_of(HydraConfig.get())))
+
+
+def run_plan(plan: RunConfig, command: str, ending: str = "run") -> None:
+    """Build the parts of a run, run it, print its table.
+
+    Args:
+        command: that makes it again.
+        ending: what the last line calls its directory.
+    """
     from cu_runner.runner.forecast import forecast
     from cu_runner.runner.training import check_composition
     from cu_runner.store.signature import signature
 
-    plan = parse(config)
     outputs = Path(plan.spine.paths.outputs)
     distributed.start(plan.spine.device)
     if plan.spine.dry_run:
@@ -93,8 +107,6 @@ def run_job(config: DictConfig) -> None:
         check_composition(plan.method.build(), regularizers)
         say(forecast(plan))
         return
-    note_job(run=str(plan.directory.absolute()))
-    command = recorded_command("cu-run", words_of(HydraConfig.get()))
     with (
         leaving_nothing_unstarted(plan),
         StopSignals() as stop,
@@ -118,7 +130,7 @@ def run_job(config: DictConfig) -> None:
         if distributed.is_main():
             print_table(plan.directory / "metrics.csv")
     if distributed.is_main():
-        say(f"run: {plan.directory}")
+        say(f"{ending}: {plan.directory}")
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from cu_runner.config.targets import (
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.methods.base import Method
 from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.unlearned import hash_checkpoint
 from cu_runner.recovery.base import Probe
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.retention.base import Retention
@@ -185,6 +186,8 @@ def check_run(
             resolved.pop(group, None)
     if isinstance(method := resolved["method"], dict) and method.get("also_called", "") is None:
         resolved["method"] = without_paths(method, ("also_called",))  # as if it were not known
+    if isinstance(method, dict) and "checkpoint" in method and method.get("sha256") is None:
+        resolved["method"] = method | {"sha256": hash_checkpoint(str(method["checkpoint"]))}
     known = {*GROUPS, *(field.name for field in dataclasses.fields(Spine))}
     if unknown := sorted(set(resolved) - known):
         meant = did_you_mean(unknown[0], known)
@@ -207,6 +210,15 @@ def check_run(
     retention = None
     if "retention" in resolved:
         retention = make_node("retention", resolved["retention"], Retention, allowed)  # type: ignore[type-abstract]
+    method_node = make_node("method", resolved["method"], Method, allowed)
+    if method_node.made.whole_sequence:
+        if regularizers:
+            raise ConfigError(
+                f"reg={'+'.join(regularizers)}: with method={method_name} nothing is trained; "
+                "leave reg out"
+            )
+        whole = {"plan": "simultaneous", "last_only": True}
+        resolved["setting"] = {**resolved["setting"], **whole}
     plan = RunConfig(
         spine=spine,
         model=make_node("model", resolved["model"], DiffusionModel, allowed),

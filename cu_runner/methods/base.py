@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.parameters import select_parameters
 from cu_runner.request.scope import Resumable, Scope
 from cu_runner.runtime.lazy import nn, torch
 from cu_runner.schema.errors import TrainingError
@@ -33,11 +34,23 @@ class Method(Resumable, ABC, Generic[Batch]):
     params: ParameterGroup = "kv_xattn"  # which weights are trained
     # True: one step sets the weights; there is no loss or gradient for regularizers to change
     closed_form: bool = False
+    # True: one request holds all targets of the sequence, whatever the setting says
+    whole_sequence: bool = False
     # concept -> words by which it is unlearned besides its name
     other_words: Mapping[str, list[str]] = MappingProxyType({})
     ascends: bool = False  # True: its ascent is measured by the gradient on retained images
     masks_step: bool = False  # True: update() lets some weights alone that have a gradient
     scored_against: Literal["anchor", "empty"] = "anchor"  # which prompt, in scored_loss()
+
+    def weights(self, model: DiffusionModel) -> dict[str, nn.Parameter]:
+        """Return the weights of the UNet that are trained, by name: those of the group `params`.
+
+        Called before anything is measured.
+
+        Raises:
+            ValueError: the UNet has none of them.
+        """
+        return select_parameters(model.unet, self.params)
 
     def begin_request(self, scope: Scope) -> None:
         """Prepare for a request: anchor sets, teachers, masks.

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cu_runner.config.run_config import RunConfig
+from cu_runner.runner.finished import refuse_other_model
 from cu_runner.runner.measure import Instruments
 from cu_runner.runner.probing import Prober, build_probes, check_probes
 from cu_runner.runner.weights import TrainedWeights
 from cu_runner.runtime.devices import choose_device, device_name, limit_threads
 from cu_runner.runtime.provenance import made_with
-from cu_runner.schema.errors import StoreError
 from cu_runner.store.cache import Cache
 from cu_runner.store.directories import first_name
 from cu_runner.store.files import to_safetensors
@@ -46,10 +46,7 @@ def load(run: RunRecord, plan: RunConfig) -> Loaded:
     limit_threads(spine.num_threads)
     model, evaluator = plan.model.build(device=device), plan.evaluator.build(device=device)
     model.speed_up(spine.speed)
-    if model.fingerprint() != run.records[0].model_sha256:
-        raise StoreError(
-            f"{run.directory}: was made with another model; restore it or give model.path=..."
-        )
+    refuse_other_model(run, model)
     retention = plan.retention.build(device=device) if plan.retention else None
     cache = Cache(Path(spine.paths.outputs) / "cache", plan.code)
     judges = (evaluator, plan.sequence.build(), retention)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cu_runner.concepts.sequence import Sequence
 from cu_runner.methods.base import Method
 from cu_runner.models.diffusion import DiffusionModel
-from cu_runner.models.parameters import assign, is_gate, select_parameters, snapshot
+from cu_runner.models.parameters import assign, is_gate, snapshot
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.store.files import read_delta
 
@@ -70,11 +70,11 @@ def choose(
     regularizers: Iterable[Regularizer] = (),
     sequence: Sequence | None = None,
 ) -> dict[str, nn.Parameter]:
-    """Return the weights that requests change: a regularizer's own, else those of method.params.
+    """Return the weights that requests change: a regularizer's own, else those of the method.
 
     Raises ValueError: there are none.
     """
     for regularizer in regularizers:
         if sequence is not None and regularizer.has_weights:
             return regularizer.own_weights(model, sequence, method)
-    return select_parameters(model.unet, method.params)
+    return method.weights(model)

@@ -27,7 +27,12 @@ PRESENTING = (
     "cli",
     "reporting",
     "sweeps",
+    "models/low_rank.py",
+    "models/pipeline.py",
+    "runner/export.py",
+    "runner/finished.py",
     "runner/forecast.py",
+    "runner/hub.py",
     "runner/preflight.py",
     "runner/tracking.py",
     "runtime/paths.py",
@@ -39,6 +44,7 @@ PRESENTING = (
     "store/leftovers.py",
     "store/proof.py",
     "store/verify.py",
+    "store/whole_directory.py",
     "config/permissions.py",
 )
 # Packages and modules on which no image of the untouched model depends.

@@ -45,5 +45,9 @@ class MirrorError(RuntimeError):
     """What should be sent to W&B was not, or not all of it."""
 
 
+class HubError(RuntimeError):
+    """The Hugging Face hub did not take an upload; the message is one line with what to do."""
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line."""

@@ -26,6 +26,8 @@ NOT_SCIENTIFIC = (
     "model.vae_slicing",
     "model.allow_pickle",
     "evaluator.allow_pickle",
+    "method.allow_pickle",
+    "method.checkpoint",  # whose sha256 stands beside it
 )
 
 
@@ -56,8 +58,9 @@ def signature(resolved: ConfigTree) -> str:
 
 def file_hashes(resolved: ConfigTree) -> dict[str, str]:
     """Return the sha256 of every file that a setting of WITH_FILES names, by its value."""
+    science = without_paths(resolved, NOT_SCIENTIFIC)
     return hashes_of(
-        value for group in WITH_FILES for _, value in walk_leaves(resolved.get(group, {}))
+        value for group in WITH_FILES for _, value in walk_leaves(science.get(group, {}))
     )
 
 

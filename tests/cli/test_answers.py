@@ -28,6 +28,7 @@ MODULES = {
     "cu-table": "table",
     "cu-report": "report",
     "cu-eval": "evaluate",
+    "cu-export": "export",
     "cu-doctor": "doctor",
     "cu-sweep": "sweep",
 }
@@ -82,6 +83,7 @@ def test_help_version_and_bad_arguments_load_nothing_slow(command, tmp_path):
     [
         ("cu-table", [], 2, "the following arguments are required: table;"),
         ("cu-eval", ["gone"], 1, "gone: holds no readable config.yaml"),
+        ("cu-export", ["gone", "out", "--to", "lora"], 1, "gone: holds no readable config.yaml"),
         ("cu-doctor", ["gone"], 1, "gone: holds no readable config.yaml"),
         ("cu-report", ["gone"], 2, "gone: no such directory"),
         ("cu-sweep", ["status", "gone"], 2, "gone/sweep.json: cannot be read"),

@@ -1,0 +1,84 @@
+"""A model as a plain pipeline of diffusers, which needs nothing of this package.
+
+The pipeline shares the networks of the model: what is done to one is done to the other.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.gates import GatedLinear
+from cu_runner.models.sampling import make_scheduler
+from cu_runner.runtime.lazy import diffusers
+from cu_runner.schema.errors import ModelError
+
+
+def make_pipeline(model: DiffusionModel) -> diffusers.DiffusionPipeline:
+    """Return a StableDiffusionPipeline, or a StableDiffusionXLPipeline of two text encoders.
+
+    It has no safety checker, the scheduler of the model's own sampler, and the weights as they are
+    in the model. Called with the noise of an image (`latents`), and the sampler's steps and
+    guidance, it makes the image that the model makes: on a CPU in fp32 to the last bit.
+
+    Raises:
+        ModelError: the model has gates, which no pipeline of diffusers has.
+    """
+    if has_gates(model):
+        raise ModelError(
+            "the model has gates before its keys and values (reg=gate), which diffusers does not "
+            "know; put the gates into a pipeline by cu_runner.models.gates.load_gates"
+        )
+    parts = model.components
+    shared = {
+        "vae": parts.vae,
+        "text_encoder": parts.text_encoders[0],
+        "tokenizer": parts.tokenizers[0],
+        "unet": parts.unet,
+        "scheduler": plain_scheduler(model),
+        "feature_extractor": None,
+        "image_encoder": None,
+    }
+    if len(parts.text_encoders) == 2:
+        return diffusers.StableDiffusionXLPipeline(
+            **shared,
+            text_encoder_2=parts.text_encoders[1],
+            tokenizer_2=parts.tokenizers[1],
+            force_zeros_for_empty_prompt=parts.zero_empty_prompt,
+            add_watermarker=False,
+        )
+    return diffusers.StableDiffusionPipeline(
+        **shared, safety_checker=None, requires_safety_checker=False
+    )
+
+
+def plain_scheduler(model: DiffusionModel) -> diffusers.SchedulerMixin:
+    """Return the scheduler of the model's sampler, without settings that its class does not take.
+
+    make_scheduler() sets them for any class.
+    """
+    made = make_scheduler(model, model.sampler)
+    own = model.scheduler.config
+    taken = inspect.signature(type(made)).parameters
+    config = {name: value for name, value in made.config.items() if name in taken or name in own}
+    scheduler: diffusers.SchedulerMixin = type(made).from_config(config)
+    return scheduler
+
+
+def has_gates(model: DiffusionModel) -> bool:
+    """Tell whether gates stand before keys and values (cu_runner.models.gates)."""
+    return any(isinstance(layer, GatedLinear) for layer in model.unet.modules())
+
+
+def save_configurations(pipeline: diffusers.DiffusionPipeline, directory: Path) -> None:
+    """Write a pipeline as save_pretrained does, but without weights: what a single file lacks."""
+    pipeline.save_config(directory)
+    for name, part in pipeline.components.items():
+        place = directory / name
+        if name in ("unet", "vae"):
+            part.save_config(place)
+        elif name.startswith("text_encoder"):
+            part.config.save_pretrained(place)
+        elif part is not None:
+            part.save_pretrained(place)
