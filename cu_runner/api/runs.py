@@ -10,9 +10,9 @@ from cu_runner.api.settings import word
 from cu_runner.concepts.sequence import Concept
 from cu_runner.config.run_config import check_run
 from cu_runner.models.parameters import is_gate
+from cu_runner.runner.finished import load_step, prove_step, trained_run
 from cu_runner.runtime.devices import choose_device
 from cu_runner.runtime.quiet import quiet_loading
-from cu_runner.schema.errors import ConfigError, StoreError
 from cu_runner.schema.values import ConfigTree
 from cu_runner.store import run_record
 from cu_runner.store.files import from_safetensors
@@ -32,30 +32,23 @@ class RunRecord(run_record.RunRecord):
             path: where the base model lies now; None is where the run had it.
 
         Raises:
-            ConfigError: there is no such step. StoreError: its weights are damaged, or the base
-                model is another.
+            ValueError: there is no such step. StoreError: what the step says of itself does not
+                hold, or the base model is another.
         """
-        last = len(self.records) - 1
-        step = last if step is None else step
-        if not 0 <= step <= last:
-            raise ConfigError(f"step={step}: {self.directory} has steps 0 to {last}")
+        step = len(self.records) - 1 if step is None else step
+        prove_step(self, step)
         config: ConfigTree = {**self.config, "device": device}
         if path is not None:
             config["model"] = {**config["model"], "path": path}
         plan = check_run(config, self.method)
         with quiet_loading():
-            diffusion = plan.model.build(device=choose_device(plan.spine))
-        diffusion.speed_up(plan.spine.speed)
-        if diffusion.fingerprint() != self.records[0].model_sha256:
-            raise StoreError(
-                f"{self.directory}: was made with another model; restore it or give path=..."
-            )
-        model = Model(diffusion, tuple(words_of(config)))
+            untouched = load_step(self, 0, device=choose_device(plan.spine), config=config)
+        untouched.speed_up(plan.spine.speed)
+        model = Model(untouched, tuple(words_of(config)))
         if step == 0:
             return model
-        self.require_weights(step)
-        delta = from_safetensors(self.weights(step).read_bytes())
-        delta = {name: change.to(diffusion.device) for name, change in delta.items()}
+        delta = from_safetensors(trained_run(self).weights(step).read_bytes())
+        delta = {name: change.to(untouched.device) for name, change in delta.items()}
         edited = model.fresh()
         edited.speed_up(plan.spine.speed)
         add_change(edited, delta)

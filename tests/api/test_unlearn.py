@@ -252,7 +252,7 @@ def test_a_run_is_read_back(untouched, finished_run):
     last = run.model()
     assert same(both, last)
     assert run.model(0).unlearned == ()
-    with pytest.raises(ConfigError, match="has steps 0 to 2"):
+    with pytest.raises(ValueError, match="finished steps 0 to 2"):
         run.model(3)
     prompt = "a tree image in torch light style"
     one, two = (each.generate(prompt, steps=2, progress=False)[0] for each in (both, last))
