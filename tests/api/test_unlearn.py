@@ -17,7 +17,7 @@ from cu_runner.evaluators.metrics import read_predictions
 from cu_runner.regularizers.l2 import L2
 from cu_runner.request import nearest_anchor
 from cu_runner.runtime.paths import config_dir
-from cu_runner.schema.errors import ConfigError, StoreError
+from cu_runner.schema.errors import ConfigError, ModelError, StoreError
 from cu_runner.schema.settings import Sampler
 
 SMALL = {"train.steps": 3, "train.batch_size": 2, "method.num_anchors": 4}
@@ -86,6 +86,8 @@ def test_gates_go_on_in_another_sequence(untouched):
     assert len(second.delta[name]) == 3
     assert torch.equal(second.delta[name][:2], first.delta[name])
     assert second.delta[name][2].any()
+    with pytest.raises(ModelError, match="gates"):
+        second.pipeline()
     after = unlearn(second, "plum style", sequence=None, **few)  # keys and values beside the gates
     assert after.delta[name].equal(second.delta[name])
     assert len(after.delta) > len(second.delta)
