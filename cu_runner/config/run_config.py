@@ -210,7 +210,7 @@ def check_run(
     retention = None
     if "retention" in resolved:
         retention = make_node("retention", resolved["retention"], Retention, allowed)  # type: ignore[type-abstract]
-    method_node = make_node("method", resolved["method"], Method, allowed)
+    method_node = make_node("method", resolved["method"], Method, allowed)  # type: ignore[type-abstract]
     if method_node.made.whole_sequence:
         if regularizers:
             raise ConfigError(

@@ -68,10 +68,12 @@ def lora_change(
         pairs.setdefault(name.removesuffix(end), {})[ENDS[end]] = weight.float()
     header = json.loads(settings.get(HEADER, "{}"))
     known = {name.removeprefix("unet."): value for name, value in header.items()}
-    scales = {
-        name.removeprefix("unet.").removesuffix(".alpha"): float(value)
+    # of attention layers the name of an alpha is that of A
+    given = {
+        name.removeprefix("unet.").removesuffix(".alpha"): value
         for name, value in (alphas or {}).items()
     }
+    scales = {name.removesuffix(".lora_A.weight"): each for name, each in convert(given).items()}
     params = dict(unet.named_parameters())
     change = {}
     for module, pair in pairs.items():
@@ -79,7 +81,7 @@ def lora_change(
         if len(pair) < 2 or name not in params:
             raise WeightFileError(f"{file}: {module} does not fit the base model's UNet")
         rank = len(pair["down"])
-        alpha = scales.get(module, alpha_of(known, module, rank, file))
+        alpha = float(scales.get(module, alpha_of(known, module, rank, file)))
         product = pair["up"].flatten(1).double() @ pair["down"].flatten(1).double()
         if product.numel() != params[name].numel() or len(product) != len(params[name]):
             raise WeightFileError(f"{file}: {module} has another shape than in the base model")

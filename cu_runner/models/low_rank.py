@@ -11,7 +11,7 @@ Shapes: A [rank, in] or [rank, in, k, k], B [out, rank] or [out, rank, 1, 1].
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -95,7 +95,10 @@ def low_rank(
     if rank is None:
         rank = rank_that_keeps(squares, total, keep or KEEP)
     kept = math.fsum(each[:rank].sum().item() for each in squares.values()) / total
-    factors = {name: thin(*parts[name], rank, tuple(moved[name].shape)) for name in parts}
+    factors = {
+        name: thin(left, values, right, rank, moved[name].shape)
+        for name, (left, values, right) in parts.items()
+    }
     return LowRank(factors, rank, min(kept, 1.0), exact=rank >= needed and not rest)
 
 
@@ -129,7 +132,7 @@ def rank_that_keeps(squares: Mapping[str, Tensor], total: float, keep: float) ->
 
 
 def thin(
-    left: Tensor, values: Tensor, right: Tensor, rank: int, shape: tuple[int, ...]
+    left: Tensor, values: Tensor, right: Tensor, rank: int, shape: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Return A and B of the closest matrix of a rank, filled with zeros where it has a smaller one.
 

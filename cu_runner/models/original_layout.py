@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from cu_runner.models.components import Components
-from cu_runner.runtime.lazy import nn, torch
+from cu_runner.runtime.lazy import diffusers, torch, transformers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ PLACE = re.compile(
 LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.*)")
 
 
-def unet_names(unet: nn.Module) -> dict[str, str]:
+def unet_names(unet: diffusers.UNet2DConditionModel) -> dict[str, str]:
     """Return the original name of every weight of a UNet, by its name in diffusers.
 
     Raises:
@@ -127,7 +127,7 @@ def original_vae_name(name: str, levels: int) -> str:
     return VAE + name
 
 
-def vae_weights(vae: nn.Module) -> dict[str, Tensor]:
+def vae_weights(vae: diffusers.AutoencoderKL) -> dict[str, Tensor]:
     """Return an autoencoder's weights; its attention was made of 1x1 convolutions [C, C, 1, 1]."""
     levels = len(vae.config.up_block_types)
     found = {}
@@ -137,7 +137,7 @@ def vae_weights(vae: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def text_weights(encoder: nn.Module, place: str) -> dict[str, Tensor]:
+def text_weights(encoder: transformers.PreTrainedModel, place: str) -> dict[str, Tensor]:
     """Return a text encoder's weights: CLIP's under its own names, open_clip's under those of it.
 
     Args:

@@ -20,9 +20,12 @@ def check_login(name: str) -> None:
         ValueError: it is no name of a repository. HubError: nobody is logged in, or the hub does
             not answer.
     """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
-        huggingface_hub.utils.validate_repo_id(name)
-    except huggingface_hub.errors.HFValidationError as error:
+        validate_repo_id(name)
+    except HFValidationError as error:
         raise ValueError(f"--push-to-hub {name}: {first_line(error)}") from None
     if huggingface_hub.get_token() is None:
         raise HubError(f"--push-to-hub {name}: not logged in to the Hugging Face hub; {LOGIN}")
@@ -65,14 +68,15 @@ def push(folder: Path, name: str, *, overwrite: bool, said: str) -> str:
 @contextmanager
 def hub_failures(what: str) -> Iterator[None]:
     """Turn what the hub's library raises into a HubError of one line."""
-    errors = huggingface_hub.errors
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
     try:
         yield
     except HubError:
         raise
-    except errors.OfflineModeIsEnabled:
+    except OfflineModeIsEnabled:
         raise HubError(f"{what}: HF_HUB_OFFLINE is set; unset it") from None
-    except errors.HfHubHTTPError as error:
+    except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         advice = {
             401: f"the login is not accepted; {LOGIN}",
