@@ -73,3 +73,26 @@ def read_run_of_wandb(directory: Path) -> dict:
         "config": config,
         "history": history,
     }
+
+
+def read_facts_of_wandb(directory: Path) -> dict:
+    """What an offline run directory says of the whole run: its tags, the last value of every entry
+    of its summary, the x axis of every metric, the exit status.
+    """
+    read_run_of_wandb(directory)  # waits for its end
+    (path,) = directory.glob("*.wandb")
+    facts: dict = {"tags": [], "summary": {}, "axes": {}, "status": None}
+    for record in read_records(path):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            facts["tags"] = list(record.run.tags)
+        elif kind == "summary":
+            for item in record.summary.update:
+                name = item.key or ".".join(item.nested_key)
+                facts["summary"][name] = json.loads(item.value_json)
+        elif kind == "metric":
+            name = record.metric.name or record.metric.glob_name
+            facts["axes"][name] = record.metric.step_metric
+        elif kind == "exit":
+            facts["status"] = record.exit.exit_code
+    return facts

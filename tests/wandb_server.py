@@ -36,13 +36,26 @@ ANSWER = {
 }
 
 
+def known_run(rows: int) -> dict:
+    """What the server answers of a run of which it has some rows of history; nothing of none."""
+    if not rows:
+        return {}
+    tail = json.dumps([json.dumps({"_step": rows - 1, "_runtime": 1})])
+    counts = {"historyLineCount": rows, "eventsLineCount": 0, "logLineCount": 0}
+    texts = {"historyTail": tail, "eventsTail": "[]", "summaryMetrics": "{}", "config": "{}"}
+    run = {"id": "x", "name": "n", "tags": [], "wandbConfig": '{"t": 1}'}
+    return {"model": {"id": "p", "name": "cu_runner", "bucket": run | counts | texts}}
+
+
 class WandbServer:
     """Listens on a port of its own until it is shut. after: called with the path of every request
-    once it is answered.
+    once it is answered. rows: of history that it has of the run already, the last one `rows` - 1.
     """
 
     def __init__(
-        self, after: Callable[["WandbServer", str], None] = lambda server, path: None
+        self,
+        after: Callable[["WandbServer", str], None] = lambda server, path: None,
+        rows: int = 0,
     ) -> None:
         self.requests: list[tuple[str, dict]] = []
         outer = self
@@ -54,7 +67,7 @@ class WandbServer:
                     body = gzip.decompress(body)
                 if not self.path.startswith("/sdk/otel"):  # its telemetry
                     outer.requests.append((self.path, json.loads(body)))
-                answer = json.dumps({"data": ANSWER}).encode()
+                answer = json.dumps({"data": ANSWER | known_run(rows)}).encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(answer)))
@@ -91,6 +104,17 @@ class WandbServer:
             for line in part.get("wandb-history.jsonl", {}).get("content", [])
         ]
         return [json.loads(line) for line in lines]
+
+    def offsets(self) -> list[int]:
+        """The number of the first row of history in each part that was sent."""
+        bodies = [body for path, body in self.requests if path.endswith("/file_stream")]
+        name = "wandb-history.jsonl"
+        return [body["files"][name]["offset"] for body in bodies if name in body.get("files", {})]
+
+    def exit_codes(self) -> list[int]:
+        """The exit codes of runs that said that they ended."""
+        bodies = [body for path, body in self.requests if path.endswith("/file_stream")]
+        return [body["exitcode"] for body in bodies if body.get("complete")]
 
     def opened(self) -> dict:
         """The variables with which the run was begun: names, group, configuration."""

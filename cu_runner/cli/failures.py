@@ -34,6 +34,7 @@ from cu_runner.schema.errors import (
 from cu_runner.schema.secrets import redact
 from cu_runner.schema.values import ConfigTree
 from cu_runner.schema.words import did_you_mean, nearest, printable
+from cu_runner.trackers.base import Ending
 
 DEBUG = "CU_RUNNER_DEBUG"  # of the environment: 1 shows the traceback of every failure
 LAUNCHERS = ("submitit", "hydra_plugins")  # what submits the jobs of a sweep, and waits for them
@@ -98,6 +99,19 @@ def explain_error(error: BaseException, overrides: list[str]) -> tuple[int, str]
         name = type(error).__name__.lstrip("_")
         return 1, f"{package}: {name}: {one_line(error)}; {where_more_is(error)}"
     raise error
+
+
+def ending_of(error: BaseException) -> Ending:
+    """Return how a run ended that an error ended, as its trackers are told."""
+    if isinstance(error, Stopped):
+        return Ending("interrupted", error.status, str(error))
+    if isinstance(error, KeyboardInterrupt):
+        return Ending("interrupted", 130, "interrupted")
+    try:
+        status, message = explain_error(error, sys.argv[1:])
+    except BaseException:  # no one can mend it: it is ours
+        return Ending("crashed", 1, redact(f"{type(error).__name__}: {one_line(error)}"))
+    return Ending("failed", status, redact(message))
 
 
 def explain_own(error: BaseException) -> tuple[int, str]:

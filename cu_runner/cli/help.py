@@ -15,6 +15,7 @@ EXAMPLES = """\
   cu-run --config-dir DIR method=mine            add your tree ('allow_modules=[MODULE]': its code)
   cu-sweep status outputs/sweeps/DATE            which jobs are done, running, failed and why"""
 HEAD = "unlearn concepts from a text-to-image model, one request after another, and measure each."
+OPTIONS = ("model", "evaluator", "method", "reg", "retention", "recovery", "setting", "tracker")
 TUNED = " (tuned per sequence: conf/tuned)"
 
 
@@ -29,7 +30,7 @@ def help_text() -> str:
     lines += ["", "Settings (KEY=VALUE), with their defaults:"]
     text = (conf / "config.yaml").read_text(encoding="utf-8")
     lines += options("dry_run:" + text.partition("\ndry_run:")[2].partition("\nhydra:")[0])
-    for group in ("model", "evaluator", "method", "reg", "retention", "recovery", "setting"):
+    for group in OPTIONS:
         for path in sorted((conf / group).glob("*.yaml")):
             found = options(path.read_text(encoding="utf-8"), f"{group}.")
             if found:

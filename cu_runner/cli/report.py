@@ -184,14 +184,14 @@ def send_all(runs: list[RunRecord], mode: Literal["online", "offline"]) -> None:
     Raises:
         MirrorError: a run was not sent, nor were those after it.
     """
-    from cu_runner.runner.tracking import send
     from cu_runner.schema.errors import MirrorError
-    from cu_runner.schema.settings import WandbSettings
+    from cu_runner.trackers.mirror import send
+    from cu_runner.trackers.wandb import Wandb
 
     for run in runs:
         named, outputs = run.config["wandb"], Path(run.config["paths"]["outputs"])
         try:
-            send(run, WandbSettings(mode, named["project"], named["entity"]), outputs)
+            send(run, Wandb(mode, named["project"], named["entity"]), outputs)
         except MirrorError as error:
             why = f"{run.directory.name}: not sent to W&B ({mode}): {error}"
             raise MirrorError(

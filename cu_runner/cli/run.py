@@ -11,20 +11,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import platform
 import re
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cu_runner import __version__
 from cu_runner.cli.console import logging_to, quiet_libraries, say, without_reader
-from cu_runner.cli.failures import FREE, one_line_failures
+from cu_runner.cli.failures import FREE, ending_of, one_line_failures
 from cu_runner.cli.help import help_text
 from cu_runner.runtime import distributed
-from cu_runner.runtime.devices import choose_device, limit_threads
+from cu_runner.runtime.devices import choose_device, device_name, limit_threads
 from cu_runner.runtime.signals import StopSignals
 from cu_runner.runtime.user_code import raised_in
 from cu_runner.store.layout import CONFIG
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from cu_runner.config.run_config import RunConfig
+    from cu_runner.trackers.base import TrackedRun
 
 LOG = "run.log"
 logger = logging.getLogger("cu_runner.cli")  # __name__ is another under `python -m`
@@ -100,7 +101,6 @@ def run_plan(plan: RunConfig, command: str, ending: str = "run") -> None:
     from cu_runner.runner.training import check_composition
     from cu_runner.store.signature import signature
 
-    outputs = Path(plan.spine.paths.outputs)
     distributed.start(plan.spine.device)
     if plan.spine.dry_run:
         regularizers = {name: node.build() for name, node in plan.regularizers.items()}
@@ -120,13 +120,15 @@ def run_plan(plan: RunConfig, command: str, ending: str = "run") -> None:
         ) as store,
         logging_to(plan.directory / LOG) if distributed.is_main() else contextlib.nullcontext(),
     ):
+        if distributed.is_main():  # for whoever wants to watch its files; again at the end
+            say(f"{ending}: {plan.directory}")
         if is_finished(store):
             logger.info("complete already; nothing to do")
         else:
             for note in plan.notes:
                 logger.warning("%s", note)
             with advising_on_memory(plan):
-                execute(plan, store, outputs, stop)
+                execute(plan, store, command, stop)
         if distributed.is_main():
             print_table(plan.directory / "metrics.csv")
     if distributed.is_main():
@@ -184,35 +186,54 @@ def is_finished(store: RunStore) -> bool:
     return True
 
 
-def execute(plan: RunConfig, store: RunStore, outputs: Path, stop: StopSignals) -> None:
+def execute(plan: RunConfig, store: RunStore, command: str, stop: StopSignals) -> None:
     """Build every part and make the steps that are missing."""
     from cu_runner.reporting.diagnosis import news
     from cu_runner.runner.parts import build_parts
     from cu_runner.runner.runner import Runner
-    from cu_runner.runner.tracking import Tracker
     from cu_runner.store.cache import Cache
     from cu_runner.store.records import StepRecord
     from cu_runner.store.run_record import RunRecord, read_run
+    from cu_runner.trackers.base import Ending
+    from cu_runner.trackers.mirror import Mirror
 
     quiet_libraries()
-    settings = plan.spine.wandb
-    if not distributed.is_main():
-        settings = replace(settings, mode="disabled")
     limit_threads(plan.spine.num_threads)
-    parts = build_parts(plan, choose_device(plan.spine))
-    names = (f"{parts.sequence.name}-{plan.method_name}", "+".join(parts.regularizers) or "none")
-    tracker = Tracker(settings, plan.directory.name, outputs, plan.resolved, *names)
+    # first: a tracker whose package is missing is told before a model is loaded
+    chosen = plan.trackers if distributed.is_main() else {}
+    trackers = {name: node.build() for name, node in chosen.items()}
+    device = choose_device(plan.spine)
+    parts = build_parts(plan, device)
+    mirror = Mirror(trackers, tracked(plan, command, device))
 
     def remarks(steps: list[StepRecord]) -> list[str]:
         return news(RunRecord(plan.directory, plan.resolved, steps))
 
-    cache = Cache(outputs / "cache", plan.code)
+    cache = Cache(Path(plan.spine.paths.outputs) / "cache", plan.code)
     try:
-        Runner(plan, parts, store, cache, tracker, stop, remarks).run()
+        Runner(plan, parts, store, cache, mirror, stop, remarks).run()
         if distributed.is_main():
-            tracker.log_accuracy(read_run(plan.directory).accuracy_matrix())
-    finally:
-        tracker.finish()
+            mirror.log_accuracy(read_run(plan.directory).accuracy_matrix())
+    except BaseException as error:
+        mirror.finish(ending_of(error))
+        raise
+    mirror.finish(Ending("finished"))
+
+
+def tracked(plan: RunConfig, command: str, device: str) -> TrackedRun:
+    """Return what trackers are told of a run."""
+    from cu_runner.trackers.base import TrackedRun
+
+    return TrackedRun(
+        plan.directory,
+        Path(plan.spine.paths.outputs),
+        plan.resolved,
+        str(plan.sequence.arguments["name"]),
+        plan.method_name,
+        tuple(plan.regularizers),
+        command,
+        {"host": platform.node(), "device": device_name(device)},
+    )
 
 
 def print_table(path: Path) -> None:

@@ -115,7 +115,7 @@ def plain(config: object, *, resolve: bool = True) -> ConfigTree:
 def parse(config: DictConfig) -> RunConfig:
     """Check a composed configuration. Raises ConfigError."""
     overrides = list(HydraConfig.get().overrides.task)
-    for group in {"reg", "tuned", "training"} & set(config):
+    for group in {"reg", "tracker", "tuned", "training"} & set(config):
         if not isinstance(config[group], DictConfig):
             raise ConfigError(
                 f"{group}={config[group]}: is no mapping; a configuration file sets it as a whole"

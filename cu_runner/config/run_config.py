@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,20 @@ from cu_runner.schema.values import ConfigTree, numbers_by_value, walk_leaves, w
 from cu_runner.schema.words import did_you_mean
 from cu_runner.store.directories import choose_directory
 from cu_runner.store.signature import NOT_SCIENTIFIC, file_hashes, hashes_of, signature
+from cu_runner.trackers.base import Tracker
 
 MISSING = "???"
-GROUPS = ("model", "evaluator", "sequence", "method", "reg", "retention", "recovery", "setting")
+GROUPS = (
+    "model",
+    "evaluator",
+    "sequence",
+    "method",
+    "reg",
+    "retention",
+    "recovery",
+    "setting",
+    "tracker",
+)
 PLACES = ("model.path", "model.revision", "model.config")  # the weights there have a fingerprint
 # Characters of a run directory's name, which is also the id of its W&B run (128 at most); a number
 # may follow.
@@ -54,7 +65,7 @@ class RunConfig:
     tuned: whether conf/tuned has settings for this method with these regularizers, where it has any
     at all. resolved: what config.yaml of the run directory holds. allowed: the user's modules that
     a _target_ may name. notes: what whoever starts the run should know of where its settings come
-    from.
+    from. trackers: of the run, by name; they are no part of it.
     """
 
     spine: Spine
@@ -71,6 +82,7 @@ class RunConfig:
     resolved: ConfigTree
     allowed: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    trackers: dict[str, Node[Tracker]] = field(default_factory=dict)
 
     @property
     def signature(self) -> str:
@@ -188,10 +200,15 @@ def check_run(
         resolved["method"] = without_paths(method, ("also_called",))  # as if it were not known
     if isinstance(method, dict) and "checkpoint" in method and method.get("sha256") is None:
         resolved["method"] = method | {"sha256": hash_checkpoint(str(method["checkpoint"]))}
+    # no part of the run: the same run may be followed by others when it is resumed
+    followers = resolved.pop("tracker", None) or {}
     known = {*GROUPS, *(field.name for field in dataclasses.fields(Spine))}
     if unknown := sorted(set(resolved) - known):
         meant = did_you_mean(unknown[0], known)
         raise ConfigError(f"unknown key {unknown[0]!r}{meant}; allowed: {', '.join(sorted(known))}")
+    trackers = {
+        name: make_entry("tracker", name, followers, Tracker, allowed) for name in followers
+    }
     spine = validate(Spine, {key: resolved[key] for key in resolved if key not in GROUPS}, "")
     if spine.fresh and spine.allow_other_code:
         raise ConfigError(
@@ -233,6 +250,7 @@ def check_run(
         tuned=tuned,
         resolved=resolved,
         allowed=allowed,
+        trackers=trackers,
     )
     if len(plan.name) > LONGEST:
         raise ConfigError(

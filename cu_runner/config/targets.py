@@ -24,6 +24,7 @@ from cu_runner.runtime.user_code import place_of
 from cu_runner.schema.errors import ConfigError, first_line
 from cu_runner.schema.validate import validate
 from cu_runner.schema.values import ConfigTree
+from cu_runner.trackers.base import Tracker
 
 KINDS: dict[str, type] = {
     "model": DiffusionModel,
@@ -33,8 +34,9 @@ KINDS: dict[str, type] = {
     "reg": Regularizer,
     "retention": Retention,
     "recovery": Probe,
+    "tracker": Tracker,
 }
-COMBINED = ("reg", "recovery")  # groups of which a run has several entries, by name
+COMBINED = ("reg", "recovery", "tracker")  # groups of which a run has several entries, by name
 TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 # A part of the name of a run directory, and so of a W&B run.
 FILE_NAME = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
@@ -115,7 +117,7 @@ def make_entry(
             for other, entry in chosen.items()
             if isinstance(entry, dict) and "_target_" in entry
         ]
-        what = {"reg": "regularizer", "recovery": "probe"}[group]
+        what = {"reg": "regularizer", "recovery": "probe"}.get(group, group)
         raise ConfigError(
             f"{group}.{name} has settings but the {what} is not selected "
             f"(selected: {', '.join(selected) or 'none'}); "
@@ -162,7 +164,7 @@ def make_node(path: str, node: object, kind: type[Kind], allowed: tuple[str, ...
         key: spec for key, spec in inspect.signature(function).parameters.items() if key != "device"
     }
     if unknown := sorted(str(key) for key in set(arguments) - set(parameters)):
-        known = ", ".join(sorted(parameters))
+        known = ", ".join(sorted(parameters)) or "none"
         raise ConfigError(f"unknown key {path}.{unknown[0]}; allowed: {known}")
     needed = {key for key, spec in parameters.items() if spec.default is spec.empty}
     if missing := sorted(needed - set(arguments)):

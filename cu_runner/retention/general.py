@@ -21,12 +21,12 @@ from cu_runner.concepts.prompt_csv import read_prompts
 from cu_runner.concepts.sequence_file import refuse_repeated
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.image_text import ImageTextSource, load_image_text
+from cu_runner.models.pictures import find_pictures, read_pictures
 from cu_runner.models.sampling import generate, not_finite
 from cu_runner.request.anchors import sampler_key
 from cu_runner.request.images import spread
 from cu_runner.retention.base import Retention
 from cu_runner.retention.features import FeatureExtractor, FeatureSource
-from cu_runner.retention.pictures import find_pictures, read_pictures
 from cu_runner.runtime.lazy import torch
 from cu_runner.runtime.progress import Progress
 from cu_runner.schema.errors import ModelError

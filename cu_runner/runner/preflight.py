@@ -36,8 +36,8 @@ from cu_runner.runtime.devices import choose_device, device_name, limit_threads,
 from cu_runner.runtime.lazy import torch
 from cu_runner.runtime.progress import slow
 from cu_runner.runtime.user_code import place_of
-from cu_runner.schema.errors import SamplingError, StoreError, TrainingError, first_line, one_line
-from cu_runner.schema.settings import Sampler, WandbSettings
+from cu_runner.schema.errors import SamplingError, StoreError, TrainingError, first_line
+from cu_runner.schema.settings import Sampler
 from cu_runner.store.verify import Finding
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def check_plan(plan: RunConfig) -> Iterator[Finding]:
     limit_threads(plan.spine.num_threads)
     yield Finding("device", True, device_name(device))
     free = free_memory(torch.device(device))
-    yield from check_wandb(plan.spine.wandb)
+    yield from check_trackers(plan)
     parts = yield from check_parts(plan, device)
     if parts is None:
         for what in ("images", "training", "memory", "time"):
@@ -201,19 +201,13 @@ def check_scheduler(key: str, model: DiffusionModel, sampler: Sampler) -> Findin
         return Finding(f"scheduler of {key}", False, f"{key}.{first_line(error)}")
 
 
-def check_wandb(settings: WandbSettings) -> Iterator[Finding]:
-    """Check with wandb.mode=online that there is a login, and that the server answers."""
-    if settings.mode != "online":
-        yield Finding("W&B", True, f"mode {settings.mode}: no login is needed")
-        return
-    import wandb
-
-    try:
-        wandb.login(verify=True, timeout=15)
-        yield Finding("W&B", True, f"logged in as {wandb.Api(timeout=15).viewer.username}")
-    except Exception as error:  # W&B fails in many ways; in each the mirror would not be written
-        advice = "run `wandb login`, or use wandb.mode=offline"
-        yield Finding("W&B", False, f"{one_line(error)[:200]}; {advice}")
+def check_trackers(plan: RunConfig) -> Iterator[Finding]:
+    """Check each tracker: W&B with wandb.mode=online needs a login, and a server that answers."""
+    for node in plan.trackers.values():
+        try:
+            yield Finding(node.made.title, True, node.build().check())
+        except Exception as error:  # they fail in many ways; in each nothing would be written
+            yield Finding(node.made.title, False, said_where(error))
 
 
 def check_disk(plan: RunConfig, params: dict[str, nn.Parameter]) -> Finding:

@@ -24,15 +24,14 @@ from cu_runner.runner.measure import Instruments
 from cu_runner.runner.parts import RunParts
 from cu_runner.runner.runner import Runner
 from cu_runner.runner.saved_state import SavedState
-from cu_runner.runner.tracking import Tracker
 from cu_runner.runner.training import Training
 from cu_runner.runtime.lazy import torch
 from cu_runner.runtime.progress import slow
-from cu_runner.schema.settings import WandbSettings
 from cu_runner.store.cache import Cache
 from cu_runner.store.layout import PREDICTIONS
 from cu_runner.store.run_directory import RunStore
 from cu_runner.store.signature import signature
+from cu_runner.trackers.mirror import Mirror
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +60,7 @@ class Rehearsal(Runner):
             dataclasses.replace(parts, requests=few, retention=None, probes={}),
             RunStore(folder / "run", plan.resolved, signature, code=plan.code),
             Cache(folder / "cache", plan.code),
-            Tracker(WandbSettings("disabled", "-", None), "", folder, {}, "", ""),
+            Mirror({}),
         )
         self.shown_steps = STEPS
         self.stages: list[str] = []

@@ -32,7 +32,6 @@ from cu_runner.runner.parts import RunParts
 from cu_runner.runner.probing import Prober
 from cu_runner.runner.recheck import train_again
 from cu_runner.runner.saved_state import SavedState
-from cu_runner.runner.tracking import Tracker
 from cu_runner.runner.training import Training, check_composition, erase
 from cu_runner.runner.weights import TrainedWeights
 from cu_runner.runtime import distributed
@@ -44,9 +43,10 @@ from cu_runner.runtime.signals import StopSignals
 from cu_runner.store.cache import Cache
 from cu_runner.store.checkpoint import Checkpoint
 from cu_runner.store.files import from_safetensors, read_tensor, to_csv, to_json, to_safetensors
-from cu_runner.store.layout import DELTA, GRID, MERGED, TRAINING
+from cu_runner.store.layout import DELTA, MERGED, TRAINING
 from cu_runner.store.records import Metrics, Row, StepRecord, StepResult, TrainingRecord
 from cu_runner.store.run_directory import RunStore
+from cu_runner.trackers.mirror import Mirror
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ class Runner:
         parts: RunParts,
         store: RunStore,
         cache: Cache,
-        tracker: Tracker,
+        tracker: Mirror,
         stop: StopSignals | None = None,
         remarks: Callable[[list[StepRecord]], list[str]] = lambda steps: [],
     ) -> None:
@@ -95,12 +95,13 @@ class Runner:
         self.prober = Prober.of(self.plan, parts.probes, self.store, *told)
         self._checkpoint = Checkpoint(self.store.directory, spine.train.save_every, self.device)
         steps = self.store.proven()
+        self.tracker.begin([step.row for step in steps])
         if not steps:
             steps.append(self._evaluate_base())
         else:
             self.instruments.check_begun(steps[0], self.store)
             # the process before may have died between the last step's commit and its mirror
-            self._mirror(steps[-1])
+            self.tracker.log(steps[-1], self.store.step_dir(steps[-1].index))
         for request in parts.requests[len(steps) - 1 :]:
             steps.append(self._serve(request, steps))
             self.store.write_metrics(steps)
@@ -335,16 +336,11 @@ class Runner:
             seconds={**seconds, "start_to_first_step": self._first_step},
             **vars(made_with(self.device)),
         )
-        self._mirror(step := self.store.save_step(result, parent))
+        step = self.store.save_step(result, parent)
+        self.tracker.log(step, self.store.step_dir(step.index))
         logger.info("%s", describe(row, len(self.parts.requests)))
         if recovered := self.prober.describe(row):
             logger.info("   %s", recovered)
         if note := step.training.method.get("note"):
             logger.warning("   request %d: %s", row.request, note)
         return step
-
-    def _mirror(self, step: StepRecord) -> None:
-        """Send a finished step to W&B."""
-        folder = self.store.step_dir(step.index)
-        training = (folder / TRAINING).read_bytes() if TRAINING in step.files else None
-        self.tracker.log(step.row, (folder / GRID).read_bytes(), training)

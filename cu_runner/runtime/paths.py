@@ -17,6 +17,7 @@ GROUPS = {
     "recovery": "probes whether what was unlearned comes back; a list combines them: "
     "'recovery=[paraphrase,completion]'; off by default",
     "setting": "how the sequence becomes requests",
+    "tracker": "what follows a run elsewhere; a list combines them: 'tracker=[wandb,tensorboard]'",
     "experiment": "a preset of the choices and settings of a published experiment",
 }
 

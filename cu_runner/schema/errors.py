@@ -42,7 +42,7 @@ class SweepError(ValueError):
 
 
 class MirrorError(RuntimeError):
-    """What should be sent to W&B was not, or not all of it."""
+    """What should be sent to a tracker was not, or not all of it."""
 
 
 class HubError(RuntimeError):

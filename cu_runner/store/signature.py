@@ -21,6 +21,7 @@ NOT_SCIENTIFIC = (
     "eval.batch_size",
     "speed",
     "wandb",
+    "tracker",
     "paths",
     "cluster",
     "model.vae_slicing",

@@ -17,11 +17,11 @@ from scipy.linalg import sqrtm
 
 from cu_runner.concepts.entries import read_shipped
 from cu_runner.models.image_text import ImageTextSource, load_image_text
+from cu_runner.models.pictures import find_pictures, read_pictures
 from cu_runner.models.sampling import generate
 from cu_runner.retention.distances import frechet_distance, kernel_distance
 from cu_runner.retention.features import FeatureExtractor, FeatureSource
 from cu_runner.retention.general import GeneralRetention, PromptScorer, read_images
-from cu_runner.retention.pictures import find_pictures, read_pictures
 from cu_runner.runtime.code_identity import identify
 from cu_runner.schema.errors import ModelError, SamplingError, WeightFileError
 from cu_runner.schema.settings import EvalSettings

@@ -5,6 +5,7 @@ id of a resumed run.
 import functools
 import itertools
 import json
+import platform
 import re
 import shutil
 import subprocess
@@ -16,14 +17,14 @@ import pytest
 from commands import environment, patch, run_forked
 from conftest import SMOKE, run_directory
 from PIL import Image
-from wandb_records import read_run_of_wandb
+from wandb_records import read_facts_of_wandb, read_run_of_wandb
 from wandb_server import WandbServer
 
 from cu_runner import __version__
 from cu_runner.config.compose import compose
-from cu_runner.runner.tracking import send
-from cu_runner.schema.settings import WandbSettings
 from cu_runner.store.run_record import read_run
+from cu_runner.trackers.mirror import send
+from cu_runner.trackers.wandb import Wandb
 
 APART = 3 + 1  # numbers of W&B between requests: those of the training steps lie before
 
@@ -58,6 +59,9 @@ def test_an_offline_run_holds_configuration_metrics_and_grids_and_a_resume_has_i
     assert (found["group"], found["job_type"]) == ("smoke-conabl", "none")
     assert found["config"]["code"]["version"] == __version__
     assert found["config"]["train"]["steps"] == 3
+    assert found["config"]["command"].startswith("cu-run sequence=smoke train.steps=3")
+    assert found["config"]["machine"]["host"] == platform.node()
+    assert found["config"]["machine"]["device"].startswith("cpu (")
     assert found["config"]["sequence"]["targets"] == ["torch light", "snow drift"]
     assert found["config"]["seed"] == 0
 
@@ -84,6 +88,11 @@ def test_an_offline_run_holds_configuration_metrics_and_grids_and_a_resume_has_i
         assert saved.size == original.size == (row["grid.width"], row["grid.height"])
         assert saved.convert("RGB").tobytes() == original.convert("RGB").tobytes()
 
+    facts = read_facts_of_wandb(written)
+    assert facts["tags"] == ["conabl", "none", "smoke", "shapecanvas"]
+    assert (facts["status"], facts["summary"]["state"]) == (0, "finished")
+    assert facts["summary"]["worst/RA_I"] == table["RA_I"][1:].min()
+    assert facts["summary"]["RA_I"] == table["RA_I"][2]
     table = json.loads((written / "files" / rows[2]["accuracy.path"]).read_text())
     matrix = read_run(directory).accuracy_matrix()
     assert table["columns"] == ["concept", "0", "1", "2"]
@@ -116,7 +125,7 @@ def test_the_environment_switches_it_off(in_process, tmp_path, monkeypatch):
 
 def test_a_finished_run_can_be_sent_later(run_copy, tmp_path):
     run = read_run(run_copy)
-    send(run, WandbSettings("offline", "elsewhere", None), tmp_path)
+    send(run, Wandb("offline", "elsewhere", None), tmp_path)
     (written,) = (tmp_path / "wandb").glob("offline-run-*")
     found = read_run_of_wandb(written)
     assert (found["name"], found["group"], found["project"]) == (
@@ -179,7 +188,7 @@ def test_the_shipped_sweep_composes_for_every_combination_as_an_agent_would_call
 # ------------------------------------------------------------------------- online, and no longer so
 # A command that waits for uploads for 5 s. WANDB_FINISH_TIMEOUT would not do: W&B reads it itself,
 # whatever cu-run asks for.
-hasty = functools.partial(patch, "cu_runner.runner.tracking", "FINISH_SECONDS", 5.0)
+hasty = functools.partial(patch, "cu_runner.trackers.wandb", "FINISH_SECONDS", 5.0)
 
 
 def online(cwd, server, before=None, **variables: str) -> tuple[subprocess.CompletedProcess, Path]:
@@ -208,6 +217,8 @@ def test_an_online_run_sends_its_configuration_and_every_request(tmp_path):
         "smoke-conabl",
     )
     assert json.loads(begun["config"])["seed"]["value"] == 0
+    assert begun["tags"] == ["conabl", "none", "smoke", "shapecanvas"]
+    assert server.exit_codes() == [0]
     table, rows = (
         pd.read_csv(directory / "metrics.csv"),
         by_request({row["_step"]: row for row in server.history()}),

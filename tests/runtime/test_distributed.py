@@ -198,7 +198,7 @@ def test_two_processes_make_what_one_makes(in_process, tmp_path, cell):
     two_processes = launch if cell == "conabl, sgd" else fork_two
     done = two_processes(tmp_path, *CELLS[cell], "paths.outputs=two")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("run: ") == 1
+    assert done.stdout.count("run: ") == 2  # of one process: what it says first and last
     assert "2 processes" in done.stdout
     two = run_directory(done.stdout, tmp_path)
     assert two.name == one.name

@@ -44,8 +44,11 @@ OTHERS = frozenset(
 SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L")  # modes of Pillow that a PNG of 16 bits has
 
 
-def find_pictures(folder: str) -> list[Path]:
+def find_pictures(folder: str, key: str = "retention.reference") -> list[Path]:
     """Find the image files in a folder and below, by name.
+
+    Args:
+        key: the setting that names the folder, for the error's text.
 
     Raises:
         ValueError: there are none, or some in a format that is not read.
@@ -53,19 +56,22 @@ def find_pictures(folder: str) -> list[Path]:
     files = sorted(path for path in Path(folder).expanduser().rglob("*") if path.is_file())
     found = [path for path in files if path.suffix.lower() in PICTURES]
     if not found:
-        raise ValueError(
-            f"retention.reference={folder}: no such folder, or no {', '.join(PICTURES)} file in it"
-        )
+        raise ValueError(f"{key}={folder}: no such folder, or no {', '.join(PICTURES)} file in it")
     if left := [path for path in files if path.suffix.lower() in OTHERS]:
         raise ValueError(
-            f"retention.reference={folder}: {left[0]} and {len(left) - 1} more are pictures in a "
+            f"{key}={folder}: {left[0]} and {len(left) - 1} more are pictures in a "
             f"format that is not read; convert them to one of {', '.join(PICTURES)}, or remove them"
         )
     return found
 
 
-def read_pictures(paths: list[Path], side: int, batch_size: int) -> Iterator[Tensor]:
+def read_pictures(
+    paths: list[Path], side: int, batch_size: int, key: str = "retention.reference"
+) -> Iterator[Tensor]:
     """Yield image files as batches [B, 3, side, side] in 0..1, cropped to their middle square.
+
+    Args:
+        key: the setting that names their folder, for the error's text.
 
     Raises:
         ValueError: a file is damaged, or no single picture.
@@ -82,7 +88,7 @@ def read_pictures(paths: list[Path], side: int, batch_size: int) -> Iterator[Ten
             except Exception as error:  # what is damaged or too large raises many types
                 raise ValueError(
                     f"{path}: cannot be read as an image ({one_line(error)[:200]}); "
-                    "remove it from retention.reference"
+                    f"remove it from {key}"
                 ) from None
             rows.append(pil_to_tensor(square) / 255)
         yield torch.stack(rows)
