@@ -24,6 +24,7 @@ from cu_runner.runtime.user_code import allowed_in, ends_in_own_code, place_of, 
 from cu_runner.schema.errors import (
     LaunchError,
     MirrorError,
+    ReturnedError,
     SamplingError,
     StoreError,
     TrainingError,
@@ -37,7 +38,7 @@ from cu_runner.schema.words import did_you_mean, nearest, printable
 DEBUG = "CU_RUNNER_DEBUG"  # of the environment: 1 shows the traceback of every failure
 LAUNCHERS = ("submitit", "hydra_plugins")  # what submits the jobs of a sweep, and waits for them
 READERS = ("hydra", "omegaconf", "antlr4", "yaml")  # what reads a user's configuration
-OURS = (StoreError, TrainingError, SamplingError, LaunchError, MirrorError)
+OURS = (StoreError, TrainingError, ReturnedError, SamplingError, LaunchError, MirrorError)
 CONFIG_DIR = ("--config-dir", "-cd")
 FREE = "free it of other processes, or take a larger one"
 # how Hydra complains of an override that its grammar does not know

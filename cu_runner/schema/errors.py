@@ -45,5 +45,9 @@ class MirrorError(RuntimeError):
     """What should be sent to W&B was not, or not all of it."""
 
 
+class ReturnedError(RuntimeError):
+    """A class of the user's own gives back what is of no use; the message is one line."""
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line."""
