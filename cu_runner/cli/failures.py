@@ -268,6 +268,8 @@ def one_line_failures(
         if os.environ.get(DEBUG) == "1":
             tell("".join(traceback.format_exception(error)).rstrip())
         status, message = explain_error(error, sys.argv[1:])
+        if "log" in vars(error) and str(vars(error)["log"]) not in message:
+            message += f"; {where_more_is(error)}"
         if getattr(error, "told", False):  # by the first of several processes
             sys.exit(status)
         tell(f"{program}: {message}")

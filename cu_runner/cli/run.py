@@ -90,7 +90,9 @@ def run_job(config: DictConfig) -> None:
     distributed.start(plan.spine.device)
     if plan.spine.dry_run:
         regularizers = {name: node.build() for name, node in plan.regularizers.items()}
-        check_composition(plan.method.build(), regularizers)
+        method = plan.method.build()
+        method.check(plan.sequence.build())
+        check_composition(method, regularizers)
         say(forecast(plan))
         return
     note_job(run=str(plan.directory.absolute()))
