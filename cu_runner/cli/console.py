@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cu_runner import __version__
+from cu_runner.cli.failures import tell
 from cu_runner.runtime.lazy import diffusers, transformers
 from cu_runner.runtime.signals import Stopped
 from cu_runner.schema.errors import one_line
@@ -37,7 +39,10 @@ class NarrowFormatter(argparse.HelpFormatter):
 
 
 def without_reader(main: Callable[[], None]) -> Callable[[], None]:
-    """Let a command end in peace where nobody reads its output: `cu-run --help | head -1`."""
+    """Let a command end in peace where nobody reads its output: `cu-run --help | head -1`.
+
+    Output that is lost on a full disk is a failure.
+    """
 
     @functools.wraps(main)
     def called() -> None:
@@ -47,13 +52,27 @@ def without_reader(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except BrokenPipeError:  # elsewhere than in what one_line_failures() holds: in --help
             pass
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise unwritten(error) from None
         finally:
             try:
                 sys.stdout.flush()
-            except OSError:  # the interpreter would try again at its end, and say so
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            except OSError as error:  # the interpreter would try again at its end, and say so
+                lost = unwritten(error)
+                if not isinstance(error, BrokenPipeError):
+                    raise lost from None
 
     return called
+
+
+def unwritten(error: OSError) -> SystemExit:
+    """Give up the output, say so unless nobody reads it, and return the end of the command."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if not isinstance(error, BrokenPipeError):
+        tell(f"{Path(sys.argv[0]).name}: the output cannot be written: {error.strerror}")
+    return SystemExit(1)
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,6 +86,13 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("formatter_class", NarrowFormatter)
         super().__init__(prog=prog, description=first or None, **options)
         self.add_argument("--version", action="version", version=f"{self.prog} {__version__}")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help or a version; argparse itself would hide that a full disk takes none."""
+        if file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with status 2."""

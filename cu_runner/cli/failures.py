@@ -25,6 +25,7 @@ from cu_runner.schema.errors import (
     HubError,
     LaunchError,
     MirrorError,
+    ReturnedError,
     SamplingError,
     StoreError,
     TrainingError,
@@ -39,7 +40,15 @@ from cu_runner.trackers.base import Ending
 DEBUG = "CU_RUNNER_DEBUG"  # of the environment: 1 shows the traceback of every failure
 LAUNCHERS = ("submitit", "hydra_plugins")  # what submits the jobs of a sweep, and waits for them
 READERS = ("hydra", "omegaconf", "antlr4", "yaml")  # what reads a user's configuration
-OURS = (StoreError, TrainingError, SamplingError, LaunchError, MirrorError, HubError)
+OURS = (
+    StoreError,
+    TrainingError,
+    ReturnedError,
+    SamplingError,
+    LaunchError,
+    MirrorError,
+    HubError,
+)
 CONFIG_DIR = ("--config-dir", "-cd")
 FREE = "free it of other processes, or take a larger one"
 # how Hydra complains of an override that its grammar does not know
@@ -282,6 +291,8 @@ def one_line_failures(
         if os.environ.get(DEBUG) == "1":
             tell("".join(traceback.format_exception(error)).rstrip())
         status, message = explain_error(error, sys.argv[1:])
+        if "log" in vars(error) and str(vars(error)["log"]) not in message:
+            message += f"; {where_more_is(error)}"
         if getattr(error, "told", False):  # by the first of several processes
             sys.exit(status)
         tell(f"{program}: {message}")

@@ -104,7 +104,9 @@ def run_plan(plan: RunConfig, command: str, ending: str = "run") -> None:
     distributed.start(plan.spine.device)
     if plan.spine.dry_run:
         regularizers = {name: node.build() for name, node in plan.regularizers.items()}
-        check_composition(plan.method.build(), regularizers)
+        method = plan.method.build()
+        method.check(plan.sequence.build())
+        check_composition(method, regularizers)
         say(forecast(plan))
         return
     with (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,13 +12,14 @@ from PIL import Image
 
 from cu_runner.concepts.entries import comparable
 from cu_runner.concepts.sequence import Concept, Sequence
-from cu_runner.evaluators.base import Evaluator
+from cu_runner.evaluators.base import Evaluator, Prediction
 from cu_runner.evaluators.grid import to_picture
 from cu_runner.evaluators.metrics import FACE_COLUMNS
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.sampling import in_batches, not_finite, sample_images
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import pd, torch, without_gradients
+from cu_runner.runtime.returned import is_number, kind_of, refused
 from cu_runner.schema.settings import EvalSettings
 
 if TYPE_CHECKING:
@@ -186,6 +187,25 @@ class Seen:
     picture: Image.Image | None
 
 
+def check_answers(evaluator: Evaluator, found: object, kinds: Iterable[str], number: int) -> None:
+    """Raise ReturnedError unless there is a label and a score for every image in every domain."""
+    wanted = f"a Prediction of {number} labels and scores for every domain"
+    if not isinstance(found, Mapping):
+        raise refused(evaluator, "predict", kind_of(found), wanted)
+    for kind in kinds:
+        answer = found.get(kind)
+        if not isinstance(answer, Prediction):
+            raise refused(evaluator, "predict", f"{kind_of(answer)} for {kind!r}", wanted)
+        sizes = [len(answer.labels), len(answer.scores)]
+        if {*sizes, number if answer.faces is None else len(answer.faces)} != {number}:
+            what = f"{sizes[0]} labels and {sizes[1]} scores for {kind!r} of {number} images"
+            raise refused(evaluator, "predict", what, wanted)
+        if strange := [label for label in answer.labels if not isinstance(label, str)]:
+            raise refused(evaluator, "predict", f"{kind_of(strange[0])} as a label", wanted)
+        if odd := [score for score in answer.scores if not is_number(score)]:
+            raise refused(evaluator, "predict", f"{kind_of(odd[0])} as a score", wanted)
+
+
 @without_gradients
 def classify(
     evaluator: Evaluator, images: Tensor, sequence: Sequence
@@ -194,8 +214,10 @@ def classify(
 
     Raises:
         ValueError: a score is no number.
+        ReturnedError: the evaluator does not answer every image in every domain.
     """
     predictions = evaluator.predict(images)
+    check_answers(evaluator, predictions, sequence.measured_domains, len(images))
     for kind in sequence.measured_domains:
         if not all(math.isfinite(score) for score in predictions[kind].scores):
             raise ValueError(

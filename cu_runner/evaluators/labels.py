@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from cu_runner.concepts.entries import read_entries
 from cu_runner.schema.errors import ModelError
+from cu_runner.schema.json_files import parse_json
 
 IMAGENET = "imagenet"  # the 1000 classes in their usual order, as open_clip spells them
 
@@ -51,7 +51,7 @@ def check_label_maps(directory: Path) -> None:
     """Raise ModelError if a transformers directory's label2id contradicts its id2label."""
     file = directory / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8"))
         names = {int(index): name for index, name in config["id2label"].items()}
         places = {name: int(index) for name, index in config["label2id"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

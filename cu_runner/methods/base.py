@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
+from cu_runner.concepts.entries import comparable
+from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.parameters import select_parameters
 from cu_runner.request.scope import Resumable, Scope
@@ -36,7 +38,7 @@ class Method(Resumable, ABC, Generic[Batch]):
     closed_form: bool = False
     # True: one request holds all targets of the sequence, whatever the setting says
     whole_sequence: bool = False
-    # concept -> words by which it is unlearned besides its name
+    # comparable() name of a concept -> words by which it is unlearned besides its name
     other_words: Mapping[str, list[str]] = MappingProxyType({})
     ascends: bool = False  # True: its ascent is measured by the gradient on retained images
     masks_step: bool = False  # True: update() lets some weights alone that have a gradient
@@ -51,6 +53,13 @@ class Method(Resumable, ABC, Generic[Batch]):
             ValueError: the UNet has none of them.
         """
         return select_parameters(model.unet, self.params)
+
+    def check(self, sequence: Sequence) -> None:
+        """Raise ValueError for a sequence that it does not go with, before anything is loaded."""
+
+    def words_for(self, concept: Concept) -> list[str]:
+        """Return the other words of a concept, in whatever spelling the method knows it."""
+        return self.other_words.get(comparable(concept.name), [])
 
     def begin_request(self, scope: Scope) -> None:
         """Prepare for a request: anchor sets, teachers, masks.

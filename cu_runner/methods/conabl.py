@@ -7,12 +7,14 @@ Shapes: B batch, C latent channels, H W latent size, L tokens, D text width.
 from __future__ import annotations
 
 import itertools
+import logging
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import NonNegativeFloat, PositiveInt
 
+from cu_runner.concepts.entries import comparable
 from cu_runner.concepts.prompt_csv import read_list
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.methods.base import Method
@@ -24,6 +26,8 @@ from cu_runner.schema.settings import ParameterGroup
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 class ConAbl(Method[NoisyBatch]):
@@ -61,8 +65,8 @@ class ConAbl(Method[NoisyBatch]):
                 released.
             border: "masked" leaves out the outermost latent pixels, as released.
             also_called: other words for the targets, by which they are unlearned too: a shipped
-                list, or a CSV file with the columns concept and words. A concept that it lacks is
-                trained by its name alone.
+                list, or a CSV file with the columns concept and words. A target that it lacks is
+                trained by its name alone, and run.log names it.
 
         Raises:
             ValueError: a list of other words that cannot be read.
@@ -72,8 +76,23 @@ class ConAbl(Method[NoisyBatch]):
         self.loss_sum, self.begin_token, self.border = loss_sum, begin_token, border
         words: dict[str, list[str]] = {}
         for row in read_list("method.also_called", also_called, ("concept", "words")):
-            words.setdefault(row["concept"], []).append(row["words"])
+            words.setdefault(comparable(row["concept"]), []).append(row["words"])
         self.other_words = words
+        self._list = also_called
+
+    def check(self, sequence: Sequence) -> None:
+        """Raise ValueError for a list of other words that has none for any target."""
+        if self._list is None:
+            return
+        names = [concept.name for concept in sequence.targets]
+        bare = [name for name in names if comparable(name) not in self.other_words]
+        if len(bare) == len(names):
+            raise ValueError(
+                f"method.also_called={self._list}: has no other words for any target "
+                f"({', '.join(names[:5])}{', ...' * (len(names) > 5)}); correct its column concept"
+            )
+        if bare:
+            logger.warning("method.also_called: has no other words for %s", ", ".join(bare))
 
     def begin_request(self, scope: Scope) -> None:
         """Make images of the anchor, with both prompts of every pair."""
@@ -93,7 +112,7 @@ class ConAbl(Method[NoisyBatch]):
         """Return, per caption, the prompts of a concept: by its name, and by its other words."""
         called = [
             concept,
-            *(replace(concept, spelling=w) for w in self.other_words.get(concept.name, ())),
+            *(replace(concept, spelling=words) for words in self.words_for(concept)),
         ]
         by_word = [[ways for ways, _ in sequence.training_prompts(each)] for each in called]
         return [tuple(itertools.chain(*ways)) for ways in zip(*by_word, strict=True)]

@@ -7,7 +7,6 @@ a word.
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from string import ascii_lowercase
 from typing import TYPE_CHECKING
 
 from cu_runner.schema.errors import ModelError
+from cu_runner.schema.json_files import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ def check_classes(root: Path, classes: Mapping[str, str]) -> None:
     """
     for part in [part for part in CLASSES if part in classes]:
         try:
-            config = json.loads((root / part / "config.json").read_text(encoding="utf-8"))
+            config = parse_json((root / part / "config.json").read_text(encoding="utf-8"))
             own = config.get("_class_name", classes[part])  # diffusers writes it
         except (OSError, ValueError, AttributeError):
             own = classes[part]  # it cannot be read; loading says why

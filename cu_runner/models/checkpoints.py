@@ -7,7 +7,6 @@ refused where the libraries would only warn.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from cu_runner.models.weight_files import (
 )
 from cu_runner.runtime.lazy import diffusers, torch, transformers
 from cu_runner.schema.errors import ModelError, first_line, one_line
+from cu_runner.schema.json_files import parse_json
 
 Network = TypeVar("Network")
 
@@ -75,7 +75,7 @@ def read_directory(
         asked: what replaces values of the scheduler's configuration.
     """
     try:
-        index = json.loads((root / "model_index.json").read_text(encoding="utf-8-sig"))
+        index = parse_json((root / "model_index.json").read_text(encoding="utf-8-sig"))
         entries = index.items()
     except (OSError, ValueError, AttributeError):
         raise ModelError(
@@ -132,7 +132,7 @@ def read_scheduler(
     """
     file = directory / "scheduler_config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("no mapping")
     except (OSError, ValueError) as error:
@@ -153,7 +153,7 @@ def reason_of(error: Exception, directory: Path) -> str:
     if said.startswith(("Unable to load weights", "Error while deserializing")):
         return "the weight file is damaged or empty; copy it again"
     if isinstance(error, ArithmeticError):
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((directory / "config.json").read_text(encoding="utf-8"))
         zeros = [key for key, value in config.items() if value == 0 and not isinstance(value, bool)]
         return f"config.json has 0 for {' or '.join(zeros) or 'a size'}, which must be above 0"
     return said

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cu_runner.models.parameters import is_gate
 from cu_runner.runtime.lazy import nn, timm, torch
+from cu_runner.schema.json_files import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,7 +87,7 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
     """
     reading = {name: getattr(tokenizer, name) for name in READING}
     if tokenizer.is_fast:
-        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules = parse_json(tokenizer.backend_tokenizer.to_str())
         of_last_call = ("truncation", "padding")
         return reading | {name: rule for name, rule in rules.items() if name not in of_last_call}
     with tempfile.TemporaryDirectory() as folder:
@@ -106,6 +107,6 @@ def describe_timm(architecture: str) -> list[object]:
     """
     source, _, place = architecture.partition(":")
     if source == "local-dir":
-        config = json.loads((Path(place) / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((Path(place) / "config.json").read_text(encoding="utf-8"))
         return [config["architecture"], config.get("model_args", {})]
     return list(timm.models.load_model_config_from_hf(place)[1:]) if place else [architecture, {}]

@@ -8,7 +8,6 @@ Shapes: B batch, S image side, N texts, E embedding width.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from cu_runner.models.hashing import describe, describe_tokenizer, effective, ha
 from cu_runner.models.weight_files import check_finite, check_pickle
 from cu_runner.runtime.lazy import F, open_clip, torch, transformers, without_gradients
 from cu_runner.schema.errors import ModelError, one_line
+from cu_runner.schema.json_files import parse_json
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
@@ -219,7 +219,7 @@ def check_config(file: Path, json_key: str | None) -> None:
         json_key: where in the file the description is; None: it is all of it.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
         complete = {"embed_dim", "vision_cfg", "text_cfg"} <= set(
             content[json_key] if json_key else content
         )

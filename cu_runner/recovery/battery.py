@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ordered
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.evaluators.evaluate import Judge
@@ -25,11 +24,13 @@ from cu_runner.evaluators.recovered import (
     recovery_metrics,
 )
 from cu_runner.models.parameters import placed
-from cu_runner.recovery.base import Cost, Lab, Number, Probe, Seen, restored
+from cu_runner.recovery.base import Cost, Lab, Number, Probe, ProbeImage, Seen, restored
 from cu_runner.recovery.drawing import Drawing, Heads
 from cu_runner.request.anchors import AnchorImages, sampler_key
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import nn, pd, torch
+from cu_runner.runtime.returned import as_number, kind_of, refused
+from cu_runner.schema.json_files import parse_json
 from cu_runner.store.cache import PROMPT, ROWS, Cache
 from cu_runner.store.files import hash_json, to_csv, to_json
 from cu_runner.store.layout import RECOVERY, RECOVERY_VALUES
@@ -123,7 +124,7 @@ class Battery:
                 image
                 for name, probe in due.items()
                 for concepts in groups[name].values()
-                for image in probe.images(lab, concepts)
+                for image in listed(probe, "images", probe.images(lab, concepts), ProbeImage)
             ]
         )
         rows = Rows([], [])
@@ -153,7 +154,7 @@ class Battery:
             # and must not depend on what else the cache lacks
             for (name, group, concept), files in zip(wanted, cached, strict=True):
                 if files is not None:
-                    seen = Rows(**json.loads(files[ROWS]))
+                    seen = Rows(**parse_json(files[ROWS]))
                 else:
                     found = due[name].measure(lab, [concept])
                     seen = self._rows(lab, name, group, found)
@@ -257,15 +258,17 @@ class Battery:
             self.texts[place] = files[PROMPT].decode()
         return self.texts[place]
 
-    def _rows(self, lab: Lab, name: str, group: str, found: list[Seen | Number]) -> Rows:
+    def _rows(self, lab: Lab, name: str, group: str, found: object) -> Rows:
         """Return what a probe saw as rows of its two files."""
         sequence = self.judge.sequence
         weights = "untouched" if lab.is_untouched else "edited"
         rows = Rows([], [])
-        for each in found:
+        probe = self.probes[name]
+        for each in listed(probe, "measure", found, Seen, Number):
             start: Row = {"step": lab.step, "probe": name, "group": group, "weights": weights}
             if isinstance(each, Number):
-                row = start | dataclasses.asdict(each)
+                value = as_number(probe, "measure", each.value, f"the value of {each.concept!r}")
+                row = start | dataclasses.asdict(each) | {"value": value}
                 rows.values.append({column: row[column] for column in VALUE_COLUMNS})
                 continue
             image = each.image
@@ -285,6 +288,16 @@ class Battery:
                 {column: row[column] for column in IMAGE_COLUMNS} | shown | dict(each.columns)
             )
         return rows
+
+
+def listed(probe: Probe, method: str, found: object, *kinds: type) -> list[Any]:
+    """Return what a probe gave back. Raises ReturnedError unless it is a list of these kinds."""
+    wanted = f"a list of {' or '.join(kind.__name__ for kind in kinds)}"
+    if not isinstance(found, list | tuple):
+        raise refused(probe, method, kind_of(found), wanted)
+    if strange := [each for each in found if not isinstance(each, kinds)]:
+        raise refused(probe, method, f"a list with {kind_of(strange[0])} in it", wanted)
+    return [*found]
 
 
 def battery_cost(

@@ -9,6 +9,7 @@ import re
 
 from pydantic import PositiveInt
 
+from cu_runner.concepts.entries import comparable
 from cu_runner.concepts.prompt_csv import read_list
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.concepts.templates import check_template, fill
@@ -50,16 +51,16 @@ class Paraphrase(Probe):
             )
         self._levels = found if levels is None else levels
         self._prompts, self._number = prompts, images
-        self._rows: dict[str, dict[str, list[str]]] = {}
+        self._rows: dict[str, dict[str, list[str]]] = {}  # by comparable() name, and level
         for row in rows:
             refuse_named(row["concept"], row["prompt"])
-            by_level = self._rows.setdefault(row["concept"], {})
+            by_level = self._rows.setdefault(comparable(row["concept"]), {})
             by_level.setdefault(row["level"], []).append(row["prompt"])
 
     def check(self, sequence: Sequence) -> None:
         """Raise ValueError for a concept without a paraphrase, or a placeholder that is unknown."""
         for concept in (*sequence.targets, *self.on_retained(sequence)):
-            own = self._rows.get(concept.name, {})
+            own = self._rows.get(comparable(concept.name), {})
             if not any(level in own for level in self._levels):
                 raise ValueError(
                     f"recovery.paraphrase.prompts={self._prompts}: has no row of {concept.name!r} "
@@ -78,7 +79,7 @@ class Paraphrase(Probe):
         seed = sequence.seeds[0] if sequence.seeds else 0
         for concept in concepts:
             for level in self._levels:
-                templates = self._rows[concept.name].get(level, [])
+                templates = self._rows[comparable(concept.name)].get(level, [])
                 crosses = crosses_of(sequence, self._number)
                 # fewer where neither prompt nor cross concept is another
                 made: dict[str, ProbeImage] = {}
@@ -99,7 +100,7 @@ class Paraphrase(Probe):
 
 def refuse_named(name: str, prompt: str) -> None:
     """Raise ValueError for a prompt that names its concept, whatever stands between the words."""
-    words, said = (re.findall(r"[^\W_]+", text.casefold()) for text in (name, prompt))
+    words, said = (re.findall(r"[^\W_]+", comparable(text)) for text in (name, prompt))
     if any(said[i : i + len(words)] == words for i in range(len(said))):
         raise ValueError(
             f"recovery.paraphrase.prompts: {prompt!r} names {name}; a paraphrase does without the "

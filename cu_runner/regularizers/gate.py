@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from cu_runner.concepts.entries import comparable
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.methods.base import Batch, Method
 from cu_runner.models.diffusion import DiffusionModel
@@ -123,10 +124,13 @@ class Gate(MinVar):
         Those of a retained concept are never among them, unless its name may be.
         """
         left_alone = {*earlier_targets(scope), *kept_names(scope, self.names)}
+        sequence = scope.sequence
+        prompts = {comparable(name): sequence.prompt_name(name) for name in sequence.prompt_names}
+        heard = {comparable(name) for name in left_alone}
         return [
             words
             for concept, known in method.other_words.items()
-            if scope.sequence.prompt_name(concept) in left_alone
+            if comparable(prompts.get(concept, concept)) in heard
             for words in known
         ]
 
@@ -177,5 +181,5 @@ def words_of(concepts: Iterable[Concept], method: Method[Batch]) -> list[tuple[s
     return [
         (concept.name, words)
         for concept in concepts
-        for words in dict.fromkeys([concept.prompt_name, *method.other_words.get(concept.name, ())])
+        for words in dict.fromkeys([concept.prompt_name, *method.words_for(concept)])
     ]

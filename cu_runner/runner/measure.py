@@ -20,12 +20,13 @@ from cu_runner.request.token_limit import check_prompts
 from cu_runner.retention.base import Retention
 from cu_runner.runner.before import Before
 from cu_runner.runtime.lazy import pd, torch
+from cu_runner.runtime.returned import as_metrics, refused
 from cu_runner.schema.errors import StoreError
 from cu_runner.schema.settings import EvalSettings
 from cu_runner.store.cache import Cache
 from cu_runner.store.files import to_csv, to_json
 from cu_runner.store.layout import GRID, METRICS, PREDICTIONS
-from cu_runner.store.records import Metrics, Row, StepRecord
+from cu_runner.store.records import ROW, Metrics, Row, StepRecord
 from cu_runner.store.run_directory import RunStore
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,12 @@ class Instruments:
                 cache.put("base_eval", key, files)
         table = read_predictions(io.BytesIO(files[PREDICTIONS]))
         metrics: Metrics = dict(step_metrics(table, names, self.sequence))
-        metrics |= self.retention.measure(index) if self.retention else {}
+        if self.retention:
+            found = as_metrics(self.retention, "measure", self.retention.measure(index))
+            if taken := [name for name in found if name in (*metrics, *ROW)]:
+                what = f"a number as {taken[0]!r}, which is a column of every run"
+                raise refused(self.retention, "measure", what, "names of its own")
+            metrics |= found
         return files | {METRICS: to_json(metrics)}, metrics
 
     def _pictures(self, folder: Path) -> Pictures:

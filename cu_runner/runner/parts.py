@@ -51,6 +51,7 @@ def build_parts(plan: RunConfig, device: str) -> RunParts:
     sequence = plan.sequence.build()
     requests = plan.requests(sequence)
     method = plan.method.build()
+    method.check(sequence)
     regularizers = {name: node.build() for name, node in plan.regularizers.items()}
     probes = build_probes(plan, sequence)
     names = (plan.method_name, "+".join(regularizers) or "none")

@@ -158,6 +158,7 @@ def check_composed(
         method = plan.method.build()
         regularizers = {name: node.build() for name, node in plan.regularizers.items()}
         check_composition(method, regularizers)
+        method.check(plan.sequence.build())
         if model is not None:
             choose(model, method, regularizers.values(), plan.sequence.build())
     except (ValueError, OSError) as error:

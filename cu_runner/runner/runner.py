@@ -9,7 +9,6 @@ two undisturbed runs differ in the last bits as well.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from cu_runner.runtime.lazy import pd, torch
 from cu_runner.runtime.provenance import made_with
 from cu_runner.runtime.seeding import RandomSource
 from cu_runner.runtime.signals import StopSignals
+from cu_runner.schema.json_files import parse_json
 from cu_runner.store.cache import Cache
 from cu_runner.store.checkpoint import Checkpoint
 from cu_runner.store.files import from_safetensors, read_tensor, to_csv, to_json, to_safetensors
@@ -214,7 +214,7 @@ class Runner:
             "judge": self.instruments.evaluator_sha256 if judged else None,
         }
         if request.start == "base" and (files := self.cache.fetch("deltas", key)) is not None:
-            record = json.loads(files.pop("record.json"))
+            record = parse_json(files.pop("record.json"))
             return files, TrainingRecord(**record, cached=True)
         place = {"parent": parent.sha256, "signature": self.store.signature}
         saved = SavedState(self._checkpoint, request, key | place, self.plan)
@@ -283,7 +283,7 @@ class Runner:
 
         for regularizer in self.parts.regularizers.values():
             if (merged := regularizer.post_request(list(delta), deltas, scope)) is not None:
-                return self.weights.place(merged)
+                return self.weights.given_back(regularizer, merged)
         return None
 
     def _note_first_step(self) -> None:

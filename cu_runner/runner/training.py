@@ -18,6 +18,7 @@ from cu_runner.request.scope import Scope
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import nn, torch
 from cu_runner.runtime.progress import Progress
+from cu_runner.runtime.returned import as_record, as_scalar, kind_of, refused
 from cu_runner.schema.errors import TrainingError
 from cu_runner.schema.settings import TrainSettings
 
@@ -116,7 +117,8 @@ class Training:
         self._records = {}
         for name, regularizer in regularizers.items():
             stage(f"reg.{name}")
-            self._records[name] = regularizer.begin_request(solved, method)
+            found = regularizer.begin_request(solved, method)
+            self._records[name] = as_record(regularizer, "begin_request", found)
         stage("training")
         self._edits_step = any(
             "step" in regularizer.acts_on for regularizer in regularizers.values()
@@ -138,7 +140,7 @@ class Training:
         scope, method, regularizers = self._scope, self._method, self._regularizers.values()
         logs = numbers_in(method.backward(scope, method.batch(scope, self.done)), method)
         for name, regularizer in self._regularizers.items():
-            penalty = regularizer.penalty(scope.params)
+            penalty = as_scalar(regularizer, "penalty", regularizer.penalty(scope.params))
             if penalty is not None:
                 penalty.backward()
                 logs[f"{name}_penalty"] = penalty.item()
@@ -178,7 +180,9 @@ class Training:
             parameter.requires_grad_(False)
         if not all(parameter.isfinite().all() for parameter in self._params):
             raise TrainingError(self._diverged("weights that are not finite", self.done))
-        return TrainingReport(self._rows, self._method.end_request(self._scope), self._records)
+        found = self._method.end_request(self._scope)
+        record = as_record(self._method, "end_request", found)
+        return TrainingReport(self._rows, record, self._records)
 
     def state(self) -> dict[str, Any]:
         """Return what restore() needs: weights, moments, multipliers, masks, what was logged."""
@@ -251,8 +255,15 @@ def erase(
         return training.finish()
 
 
-def numbers_in(logs: Mapping[str, object], method: Method[Any]) -> dict[str, float]:
-    """Return what a step logs as numbers, tensors of one too. Raises TrainingError."""
+def numbers_in(logs: object, method: Method[Any]) -> dict[str, float]:
+    """Return what a step logs as numbers, tensors of one too.
+
+    Raises:
+        TrainingError, ReturnedError: it logs something else.
+    """
+    if not isinstance(logs, Mapping):
+        wanted = "a mapping of what to log, 'loss' among it"
+        raise refused(method, "backward", kind_of(logs), wanted)
     numbers: dict[str, float] = {}
     for name, value in logs.items():
         one = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value

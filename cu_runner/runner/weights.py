@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,11 @@ from cu_runner.methods.base import Method
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.parameters import assign, is_gate, snapshot
 from cu_runner.regularizers.base import Regularizer
+from cu_runner.runtime.lazy import torch
+from cu_runner.runtime.returned import kind_of, refused
 from cu_runner.store.files import read_delta
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 
@@ -54,6 +55,25 @@ class TrainedWeights:
         safetensors returns tensors in any order, and that of a sum is seen in its last digit.
         """
         return {name: delta[name].to(self.device) for name in self.params}
+
+    def given_back(self, regularizer: Regularizer, delta: object) -> dict[str, Tensor]:
+        """Return what post_request() gave, placed. Raises ReturnedError unless it fits."""
+        wanted = "a finite change of every weight, by name, or None"
+        if not isinstance(delta, Mapping):
+            raise refused(regularizer, "post_request", kind_of(delta), wanted)
+        for name, weight in self.params.items():
+            found = delta.get(name)
+            if not isinstance(found, torch.Tensor):
+                raise refused(regularizer, "post_request", f"{kind_of(found)} for {name}", wanted)
+            if found.shape != weight.shape:
+                what = f"a tensor of shape {tuple(found.shape)} for {name}"
+                raise refused(
+                    regularizer, "post_request", what, f"one of shape {tuple(weight.shape)}"
+                )
+            if not found.isfinite().all():
+                what = f"what is not finite for {name}"
+                raise refused(regularizer, "post_request", what, wanted)
+        return self.place(dict(delta))
 
     def read(self, path: Path) -> dict[str, Tensor]:
         """Read a delta from its file. Raises StoreError if it is not one of these weights."""

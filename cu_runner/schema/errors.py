@@ -49,5 +49,9 @@ class HubError(RuntimeError):
     """The Hugging Face hub did not take an upload; the message is one line with what to do."""
 
 
+class ReturnedError(RuntimeError):
+    """A class of the user's own gives back what is of no use; the message is one line."""
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line."""

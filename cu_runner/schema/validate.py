@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any, TypeVar, overload
 
 from pydantic import TypeAdapter, ValidationError
@@ -14,6 +15,12 @@ from cu_runner.schema.errors import ConfigError
 Kind = TypeVar("Kind")
 
 NO_NUMBERS = ("nan", "inf", "-inf")
+# what pydantic puts among the names of keys where a value may be of several kinds
+KINDS = re.compile(
+    r"(constrained-)?(int|float|str|bool|none)"
+    r"|(literal|list|dict|tuple|nullable|lax-or-strict|function-\w+)\[.*\]"
+)
+QUOTES = "; put it in quotes"
 
 
 @overload
@@ -34,9 +41,12 @@ def validate(kind: Any, value: object, path: str, *, every: bool = False) -> Any
         text = json.dumps(words_for_no_numbers(value), default=str)
         return TypeAdapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
-        errors = error.errors()
-        found = [what_is_wrong(entry, path) for entry in (errors if every else errors[:1])]
-        raise ConfigError("; ".join(dict.fromkeys(found))) from None
+        found: dict[str, list[str]] = {}  # what is wrong of a value: of each kind that it may be
+        for entry in error.errors():
+            shown, said = what_is_wrong(entry, path)
+            found.setdefault(shown, []).append(said)
+        lines = [f"{shown}{either(said)}" for shown, said in found.items()]
+        raise ConfigError("; ".join(lines if every else lines[:1])) from None
 
 
 def words_for_no_numbers(value: object) -> object:
@@ -48,16 +58,24 @@ def words_for_no_numbers(value: object) -> object:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def what_is_wrong(error: ErrorDetails, path: str) -> str:
-    """Return the words for one of pydantic's errors."""
-    names = [part for part in error["loc"] if isinstance(part, str)]
+def either(said: list[str]) -> str:
+    """Return what is wrong of a value that may be of several kinds, once what they share."""
+    first, *others = dict.fromkeys(each.removesuffix(QUOTES) for each in said)
+    rest = [each.removeprefix(": input should be ") for each in others]
+    advice = QUOTES if any(each.endswith(QUOTES) for each in said) else ""
+    return " or ".join([first, *rest]) + advice
+
+
+def what_is_wrong(error: ErrorDetails, path: str) -> tuple[str, str]:
+    """Return the key and the value of one of pydantic's errors, and the words for it."""
+    names = [part for part in error["loc"] if isinstance(part, str) and not KINDS.fullmatch(part)]
     key = ".".join([path] * bool(path) + names)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown key {key}; `cu-run --cfg job` prints every key"
+        return f"unknown key {key}", "; `cu-run --cfg job` prints every key"
     if error["type"] in ("float_type", "int_type") and error["input"] in NO_NUMBERS:
-        return f"{key}={error['input']}: not a finite number; give a finite one"
+        return f"{key}={error['input']}", ": not a finite number; give a finite one"
     message = error["msg"].removeprefix("Value error, ").replace("array", "list")
     shown = key if isinstance(error["input"], dict) else f"{key}={error['input']!r}"
     # YAML reads on, no, 1e-5 and 010 as something else than names
-    advice = "; put it in quotes" if error["type"] == "string_type" else ""
-    return f"{shown}: {message[0].lower() + message[1:]}{advice}"
+    advice = QUOTES if error["type"] == "string_type" else ""
+    return shown, f": {message[0].lower() + message[1:]}{advice}"

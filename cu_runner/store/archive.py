@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import lzma
 import zipfile
 import zlib
 from pathlib import Path
 
 from cu_runner.schema.errors import StoreError, one_line
+from cu_runner.schema.json_files import parse_json
 from cu_runner.schema.validate import validate
 from cu_runner.store.files import sha256_of, to_json
 from cu_runner.store.layout import CONFIG, STEP, SUMMARY, TABLE
@@ -86,7 +86,7 @@ def unpack(source: Path, folder: Path) -> Path:
             if len(manifests) != 1:
                 raise StoreError(f"{source}: is no packed run")
             root = manifests[0].removesuffix(f"/{MANIFEST}")
-            hashes = validate(dict[str, str], json.loads(archive.read(manifests[0])), MANIFEST)
+            hashes = validate(dict[str, str], parse_json(archive.read(manifests[0])), MANIFEST)
             for name in (root, *hashes):
                 if set(name.split("/")) & {"", ".", ".."} or "\\" in name or "\0" in name:
                     raise StoreError(f"{source}: {name!r} in it is no name of a packed file")

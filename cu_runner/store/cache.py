@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from cu_runner.runtime import distributed
 from cu_runner.runtime.code_identity import CodeIdentity
 from cu_runner.schema.errors import one_line
+from cu_runner.schema.json_files import parse_json
 from cu_runner.store.files import from_safetensors, hash_json, to_json, write_atomic
 from cu_runner.store.layout import DELTA, GRID, PREDICTIONS, TRAINING
 from cu_runner.store.locks import LOCK, waited_for
@@ -58,7 +59,7 @@ class Cache:
     def _read(self, kind: str, key: Mapping[str, object]) -> dict[str, bytes] | None:
         directory = self._directory(kind, key)
         try:
-            index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
+            index = parse_json((directory / "index.json").read_text(encoding="utf-8"))
             if set(index["files"]) != set(FILES[kind]):
                 return None
             files = {name: (directory / name).read_bytes() for name in FILES[kind]}

@@ -13,6 +13,7 @@ from typing import Any
 
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import torch
+from cu_runner.schema.json_files import parse_json
 from cu_runner.schema.settings import SaveEvery
 from cu_runner.store.files import hash_json, write_atomic
 
@@ -57,7 +58,7 @@ class Checkpoint:
         except FileNotFoundError:
             return None
         try:
-            entries = json.loads(header)
+            entries = parse_json(header)
             key = entries["key"]
             whole = entries["sha256"] == seal(key, content)
         except (ValueError, KeyError, TypeError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, field
@@ -16,6 +15,7 @@ from cu_runner import __version__
 from cu_runner.runtime.code_identity import CodeIdentity
 from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
+from cu_runner.schema.json_files import parse_json
 from cu_runner.store.files import hash_json
 from cu_runner.store.layout import (
     DELTA,
@@ -216,7 +216,7 @@ def read_record(path: Path) -> tuple[StepRecord | None, str | None]:
         StoreError: it was made by another version, whose records this one does not read.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = parse_json(path.read_text(encoding="utf-8"))
         written = {name: value for name, value in entries.items() if name != "record_sha256"}
         whole = entries["record_sha256"] == hash_json(written)
         if whole:

@@ -127,7 +127,14 @@ class RunStore:
         content = path.read_bytes()
         try:
             found = self._signature_of(yaml.safe_load(content.decode()))
-        except (yaml.YAMLError, AttributeError, KeyError, TypeError, UnicodeDecodeError):
+        except (
+            yaml.YAMLError,
+            AttributeError,
+            KeyError,
+            TypeError,
+            UnicodeDecodeError,
+            RecursionError,
+        ):
             found = "unreadable"
         differs = "its sha256 does not fit" if not has_intact_header(content) else ""
         if found != self.signature:

@@ -8,7 +8,6 @@ Large files (deltas) are read only by those who need them.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ import yaml
 from cu_runner.evaluators.metrics import accuracy_per_concept, read_predictions
 from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
+from cu_runner.schema.json_files import parse_json
 from cu_runner.schema.values import ConfigTree
 from cu_runner.store.directories import first_name
 from cu_runner.store.files import command_in, sha256_of
@@ -195,7 +195,7 @@ def read_config(directory: Path) -> tuple[ConfigTree, str]:
         text = (directory / CONFIG).read_text(encoding="utf-8")
         config = yaml.safe_load(text)
         config["sequence"]["targets"], config["reg"], config["setting"]["plan"], config["seed"]
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, RecursionError):
         raise StoreError(
             f"{directory}: holds no readable config.yaml; give a run directory or a packed run"
         ) from None
@@ -218,7 +218,7 @@ def read_run(directory: Path) -> RunRecord:
 def is_complete(directory: Path) -> bool:
     """Tell whether summary.json stands for the last of the finished, undamaged steps of a run."""
     try:
-        summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
+        summary = parse_json((directory / SUMMARY).read_text(encoding="utf-8"))
         links = list(read_chain(directory))
         last = links[-1]
         return last.problem is None and summary["sha256"] == getattr(last.record, "sha256", None)
@@ -258,7 +258,7 @@ def run_of_job(path: Path) -> Path | None:
     Raises StoreError for a note that cannot be read.
     """
     try:
-        note = json.loads(path.read_text(encoding="utf-8"))
+        note = parse_json(path.read_text(encoding="utf-8"))
         return None if "error" in note and "run" not in note else Path(note["run"])
     except (OSError, ValueError, KeyError, TypeError):
         raise StoreError(f"{path}: cannot be read; give the run directories themselves") from None

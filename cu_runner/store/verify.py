@@ -6,7 +6,6 @@ changes nothing.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from cu_runner.concepts.sequence import Sequence
 from cu_runner.evaluators.metrics import read_predictions, step_metrics
 from cu_runner.schema.errors import StoreError
+from cu_runner.schema.json_files import parse_json
 from cu_runner.schema.values import ConfigTree
 from cu_runner.store.directories import first_name
 from cu_runner.store.files import has_intact_header, sha256_of, to_csv
@@ -112,7 +112,7 @@ def verify_numbers(run: RunRecord, index: int, sequence: Sequence) -> Iterator[F
         predictions = read_predictions(run.step_dir(index) / PREDICTIONS)
         found = step_metrics(predictions, run.unlearned(index) if index else [], sequence)
         found |= recovery_of(run, index, found["UA"])
-        stored = json.loads((run.step_dir(index) / METRICS).read_text(encoding="utf-8"))
+        stored = parse_json((run.step_dir(index) / METRICS).read_text(encoding="utf-8"))
         if not isinstance(stored, dict):
             raise ValueError(f"{METRICS} holds no metrics")
     except (OSError, ValueError, KeyError) as error:

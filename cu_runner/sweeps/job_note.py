@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from cu_runner.schema.errors import SweepError
+from cu_runner.schema.json_files import parse_json
 from cu_runner.store.files import to_json, write_atomic
 from cu_runner.store.layout import JOB, SWEEP
 
@@ -53,7 +53,7 @@ def read_job_note(path: Path) -> JobNote:
 
 def _read(path: Path, kind: type[Note]) -> Note:
     try:
-        return kind(**json.loads(path.read_text(encoding="utf-8")))
+        return kind(**parse_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         what = "cannot be read; give the folder of a sweep, outputs/sweeps/DATE"
         raise SweepError(f"{path}: {what}") from None

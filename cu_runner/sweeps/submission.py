@@ -7,7 +7,6 @@ is in their notes.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from cu_runner.config.compose import parse, without_hydra
 from cu_runner.config.permissions import check_trees, refuse_permissions
 from cu_runner.runtime.provenance import git_commit
 from cu_runner.schema.errors import ConfigError, one_line
+from cu_runner.schema.json_files import parse_json
 from cu_runner.schema.secrets import redact, refuse_secrets
 from cu_runner.schema.settings import Cluster, Paths
 from cu_runner.schema.validate import validate
@@ -104,7 +104,7 @@ def read_jobs(file: str) -> list[list[str]]:
         ConfigError: it cannot be read, or an entry is no single job.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = parse_json(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         why = one_line(error)
         raise ConfigError(f"hydra.sweeper.file={file}: cannot be read as JSON ({why})") from None

@@ -3,10 +3,11 @@ refused by file and line.
 """
 
 import re
+from types import SimpleNamespace
 from unicodedata import normalize
 
 import pytest
-from conftest import compose, read_conf
+from conftest import SMOKE, compose, read_conf
 
 from cu_runner.concepts.entries import comparable, read_entries
 from cu_runner.concepts.prompt_csv import read_prompts
@@ -14,6 +15,8 @@ from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.config.compose import parse
 from cu_runner.evaluators.evaluate import check_labels
 from cu_runner.evaluators.labels import read_labels
+from cu_runner.methods.conabl import ConAbl
+from cu_runner.recovery.paraphrase import Paraphrase
 from cu_runner.request.name_sources import NameSource, kept_names
 from cu_runner.retention.general import read_images
 
@@ -265,6 +268,39 @@ def test_a_file_may_spell_concepts_otherwise(tmp_path):
     assert [(image.concept, image.cross, image.seed) for image in images] == [
         (name, "tree", 1) for name in names
     ]
+
+
+def test_lists_of_words_for_concepts_may_spell_them_otherwise(tmp_path, caplog):
+    found, path = sequence_with(), tmp_path / "mine.csv"
+    path.write_text("concept,words\nTorch-Light,a fiery one\ntorch_light,a hot one\nx,y\n")
+    method = ConAbl(also_called=str(path))
+    method.check(found)
+    assert method.words_for(found.targets[0]) == ["a fiery one", "a hot one"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "method.also_called: has no other words for snow drift"
+    ]
+    names = ["Torch_Light", "torch light", "SNOW DRIFT", "lava-flow", "Fog Bank"]
+    rows = [f"{name},short,{{object}} {number}" for number, name in enumerate(names)]
+    path.write_text("\n".join(["concept,level,prompt", *rows]))
+    probe = Paraphrase(str(path), images=2)
+    probe.check(found)
+    lab = SimpleNamespace(sequence=found)
+    assert [image.prompt for image in probe.images(lab, [found.targets[0]])] == ["tree 0", "star 1"]
+    path.write_text("concept,level,prompt\nTORCH LIGHT,short,a torch-light \u00adthing\n")
+    with pytest.raises(ValueError, match="names TORCH LIGHT; a paraphrase does without"):
+        Paraphrase(str(path))
+
+
+def test_a_list_without_words_for_any_target_is_refused_before_anything_is_loaded(
+    in_process, tmp_path
+):
+    (tmp_path / "mine.csv").write_text("concept,words\ntorch lihgt,a fiery one\n")
+    words = [*SMOKE, f"method.also_called={tmp_path}/mine.csv"]
+    for more in ([], ["dry_run=true"]):
+        status, out, err = in_process(*words, *more)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "has no other words for any target (torch light, snow drift)" in err
+    assert not (tmp_path / "outputs").exists()
 
 
 @pytest.mark.parametrize("name", ["1e-5", "true", "null"])

@@ -109,6 +109,7 @@ def test_what_our_code_says_below_it_keeps_its_own_line(run_own):
     status, _, err = run_own(METHOD.format(line="return total * float('nan'), {}"))
     assert (status, err.count("\n")) == (1, 1), err
     assert err.startswith("cu-run: training led to a loss of nan at request 1")
+    assert err.endswith("run.log holds the traceback\n")
 
 
 def test_an_edited_method_does_not_go_on_where_it_failed(run_own, tmp_path):

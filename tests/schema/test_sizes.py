@@ -4,6 +4,7 @@ composed in seconds.
 
 import json
 import lzma
+import shutil
 import time
 import zipfile
 from pathlib import Path
@@ -12,19 +13,26 @@ import pytest
 from commands import assert_one_line
 from conftest import SMOKE, read_conf
 
+from cu_runner.cli import doctor
 from cu_runner.concepts.entries import read_file
 from cu_runner.concepts.prompt_csv import read_prompts
 from cu_runner.concepts.requests import plan_requests
 from cu_runner.concepts.sequence_file import make_sequence
+from cu_runner.models.diffusion import load_model
 from cu_runner.reporting.table_spec import read_table
 from cu_runner.runner.forecast import plan_work
-from cu_runner.schema.errors import ConfigError, StoreError
+from cu_runner.schema.errors import ConfigError, ModelError, StoreError, SweepError
+from cu_runner.schema.json_files import parse_json
+from cu_runner.schema.settings import Sampler
 from cu_runner.schema.yaml_files import check_tree, check_yaml
 from cu_runner.store.archive import unpack
+from cu_runner.store.run_record import run_of_job
+from cu_runner.sweeps.job_note import read_job_note
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
 )
+DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 OVERSIZED = {
     "bomb": (BOMB, "stands for 1.23e+09 values with its aliases written out; at most 200000"),
     "deep": ("a: " + "{a: " * 400 + "1" + "}" * 400, "has 401 levels inside of one another"),
@@ -45,6 +53,31 @@ def test_a_yaml_file_that_is_a_bomb_is_refused(in_process, tmp_path, text, said)
     with pytest.raises(ConfigError, match=r"mine.yaml: "):
         read_table(str(path))
     assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "steps/01/step.json", "steps/01/metrics.json"])
+def test_json_that_is_nested_too_deeply_is_damage_of_its_file(run_copy, call_command, name):
+    (run_copy / name).write_text(DEEP, encoding="utf-8")
+    status, out, err = call_command(doctor.main, "cu-doctor", str(run_copy))
+    assert status == 1
+    assert name.rpartition("/")[0] in out + err
+    assert "recursion" not in out + err
+    assert "Traceback" not in out + err
+
+
+def test_json_of_sweeps_and_models_that_is_nested_too_deeply(pipeline_of, pipelines, tmp_path):
+    with pytest.raises(ValueError, match="has too many levels inside of one another"):
+        parse_json(DEEP)
+    (tmp_path / "job.json").write_text(DEEP, encoding="utf-8")
+    for read in (run_of_job, read_job_note):
+        with pytest.raises((StoreError, SweepError), match=r"job\.json: cannot be read"):
+            read(tmp_path / "job.json")
+    directory = pipeline_of("sd15")
+    for file in ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json"):
+        (directory / file).write_text(DEEP, encoding="utf-8")
+        with pytest.raises(ModelError, match=file.partition("/")[0]):
+            load_model(str(directory), 64, Sampler(2, 2.0))
+        shutil.copy(pipelines["sd15"] / file, directory / file)
 
 
 def test_ordinary_files_pass(tmp_path):
