@@ -157,7 +157,8 @@ def explain_hydra(text: str, overrides: list[str]) -> str:
         if key in GROUPS:  # a group without a single file
             given = next(entry for entry in overrides if entry.startswith(key))
             return f"{given}: conf/{key} holds no file yet"
-        if takes(key, overrides):
+        parent = key.rpartition(".")[0]
+        if takes(key, overrides) or takes(parent, overrides):
             return f"{key}: its file does not set it; add it with a plus: +{key}=..."
         if beside := sibling_keys(key, overrides):
             head, dot, last = key.rpartition(".")

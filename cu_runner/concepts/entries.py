@@ -4,10 +4,14 @@ a line.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 from unicodedata import category, normalize
 
 from cu_runner.schema.secrets import refuse_secrets
+
+Entry = TypeVar("Entry")
 
 # byte-order mark, space and joiner of no width, soft hyphen, carriage return
 UNSEEN = "\ufeff\u200b\u2060\u00ad\r"
@@ -133,3 +137,9 @@ def comparable(name: str) -> str:
         elif kind != "Cf" and not "\ufe00" <= mark <= "\ufe0f":  # which choose a glyph
             marks.append(mark)
     return " ".join("".join(marks).split())
+
+
+def spread(entries: Sequence[Entry], number: int) -> list[Entry]:
+    """Return at most `number` of the entries, in order and evenly spaced."""
+    count = min(number, len(entries))
+    return [entries[i * len(entries) // count] for i in range(count)]

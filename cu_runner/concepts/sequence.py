@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from cu_runner.concepts.picture_folder import PictureFolder
 from cu_runner.concepts.templates import fill, fill_caption, replace_word
 
 KNOWN = ("concept", "caption")  # placeholders of a target's training prompt
@@ -74,8 +75,11 @@ class Sequence:
     # names in training prompts by label, of those that have a spelling of their own
     prompt_names: dict[str, str] = field(default_factory=dict)
     bare_prompt: str = "{concept}"  # the concept alone, without a caption
-    # evaluation images of one's own, in place of prompt and seeds
-    images: tuple[ImagePrompt, ...] = ()
+    # evaluation images that a table of the user's lists, in place of prompt and seeds
+    listed_images: tuple[ImagePrompt, ...] = ()
+    # pictures of the user's by target: of itself, and of what is to be drawn in its place
+    target_pictures: dict[str, PictureFolder] = field(default_factory=dict)
+    anchor_pictures: dict[str, PictureFolder] = field(default_factory=dict)
 
     @property
     def domain(self) -> str:
@@ -129,21 +133,21 @@ class Sequence:
     def measured_domains(self) -> tuple[str, ...]:
         """Return the domains in which images are classified.
 
-        Images of one's own need not name a concept of the other domain.
+        Listed images need not name a concept of the other domain.
         """
         return (
             (self.domain, self.cross_domain)
-            if all(image.cross for image in self.images)
+            if all(image.cross for image in self.listed_images)
             else (self.domain,)
         )
 
     def evaluation_images(self, concepts: Iterable[Concept]) -> list[ImagePrompt]:
         """Return the images by which these concepts are measured.
 
-        They are the grid with cross_retain and seeds, or the user's own.
+        They are the grid with cross_retain and seeds, or those that the user lists.
         """
-        if self.images:
-            return [image for concept in concepts for image in self._images_of[concept.name]]
+        if self.listed_images:
+            return [image for concept in concepts for image in self._listed_of[concept.name]]
         return [
             ImagePrompt(self.evaluation_prompt(concept, cross), seed, concept.name, cross.name)
             for concept in concepts
@@ -153,25 +157,25 @@ class Sequence:
 
     def num_images(self, concept: Concept) -> int:
         """Return by how many images a concept is measured."""
-        if self.images:
-            return len(self._images_of[concept.name])
+        if self.listed_images:
+            return len(self._listed_of[concept.name])
         return len(self.cross_retain) * len(self.seeds)
 
     def lacks(self, concepts: Iterable[Concept]) -> list[str]:
         """Return the concepts of the other domain that no image of these and the retained shows.
 
-        Of the grid there are none; images of one's own may lack some, and RA_C is over them all.
+        Of the grid there are none; listed images may lack some, and RA_C is over them all.
         """
-        if not self.images or self.cross_domain not in self.measured_domains:
+        if not self.listed_images or self.cross_domain not in self.measured_domains:
             return []
         shown = {image.cross for image in self.evaluation_images([*concepts, *self.retain])}
         return [kept.name for kept in self.cross_retain if kept.name not in shown]
 
     @cached_property
-    def _images_of(self) -> dict[str, list[ImagePrompt]]:
-        """Return the user's own images by concept."""
+    def _listed_of(self) -> dict[str, list[ImagePrompt]]:
+        """Return the listed images by concept."""
         found: dict[str, list[ImagePrompt]] = defaultdict(list)
-        for image in self.images:
+        for image in self.listed_images:
             found[image.concept].append(image)
         return found
 

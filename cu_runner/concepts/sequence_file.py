@@ -11,6 +11,7 @@ from typing import Annotated
 from unicodedata import normalize
 
 from cu_runner.concepts.entries import comparable, read_entries
+from cu_runner.concepts.picture_folder import PictureFolder, read_folder
 from cu_runner.concepts.prompt_csv import read_prompts
 from cu_runner.concepts.sequence import KNOWN, Concept, ImagePrompt, Sequence
 from cu_runner.concepts.templates import check_template, replace_word
@@ -39,6 +40,8 @@ def make_sequence(
     bare_prompt: str = "{concept}",
     order: Annotated[str, Matches(r"paper|reversed|shuffle-\d+", ORDERS)] = "paper",
     prompts: str | None = None,
+    images: dict[str, str] | None = None,
+    anchor_images: dict[str, str] | None = None,
 ) -> Sequence:
     """Check the lists of a sequence file (conf/sequence) and build the Sequence.
 
@@ -55,6 +58,9 @@ def make_sequence(
         order: of the requests: as listed, reversed, or a shuffle with a seed of its own.
         prompts: a CSV file with a row per evaluation image, in place of prompt and seeds: columns
             prompt, concept, seed, and one named after cross_domain if RA-C is to be measured.
+        images: for some targets, a folder of pictures that show it: what methods that train on
+            images of a target take in place of generated ones.
+        anchor_images: for some targets, a folder of pictures of what is to be drawn in its place.
 
     Raises:
         ValueError: names the entry that is wrong.
@@ -145,8 +151,12 @@ def make_sequence(
         anchor_captions=anchor_captions,
         prompt_names=prompt_names,
         bare_prompt=bare_prompt,
+        target_pictures=read_folders("sequence.images", images or {}, targets),
+        anchor_pictures=read_folders("sequence.anchor_images", anchor_images or {}, targets),
     )
-    return sequence if prompts is None else replace(sequence, images=read_images(sequence, prompts))
+    if prompts is None:
+        return sequence
+    return replace(sequence, listed_images=read_listed_images(sequence, prompts))
 
 
 def refuse_repeated(key: str, entries: Iterable[object]) -> None:
@@ -216,7 +226,7 @@ def without_anchors(anchor_captions: dict[str, tuple[str, ...]]) -> list[str]:
     return list(dict.fromkeys(replaced))
 
 
-def read_images(sequence: Sequence, path: str) -> tuple[ImagePrompt, ...]:
+def read_listed_images(sequence: Sequence, path: str) -> tuple[ImagePrompt, ...]:
     """Read the images of a user's CSV file.
 
     Raises:
@@ -254,6 +264,25 @@ def read_images(sequence: Sequence, path: str) -> tuple[ImagePrompt, ...]:
             "column out, or fill it"
         )
     return tuple(images)
+
+
+def read_folders(key: str, folders: dict[str, str], targets: list[str]) -> dict[str, PictureFolder]:
+    """Find the pictures of every target that has a folder, by the target's name.
+
+    Raises:
+        ValueError: a name is none of the targets, or is there twice; or as read_folder().
+    """
+    names = {comparable(target): target for target in targets}
+    refuse_respelled(key, folders)
+    if strangers := [name for name in folders if comparable(name) not in names]:
+        raise ValueError(
+            f"{key}.{strangers[0]}: is not in sequence.targets; known: {', '.join(targets)}"
+        )
+    found = {}
+    for name, folder in folders.items():
+        target = names[comparable(name)]
+        found[target] = read_folder(f"{key}.{name}", folder)
+    return found
 
 
 def reorder(targets: list[str], order: str) -> list[str]:

@@ -36,6 +36,18 @@ def replace_word(caption: str, word: str, other: str) -> str | None:
     return replaced if count else None
 
 
+def caption_in(template: str, text: str) -> str | None:
+    """Return what stands in the place of {caption} in a text that is like a template.
+
+    None where it is not like it, or the template has no {caption}. Case and full stops make no
+    difference, as fill_caption() changes both.
+    """
+    before, found, after = template.partition("{caption}")
+    pattern = rf"{re.escape(before)}(.+?){re.escape(after)}[.\s]*"
+    match = re.fullmatch(pattern, text.strip(), flags=re.IGNORECASE) if found else None
+    return match[1].strip() if match else None
+
+
 def check_template(template: str, key: str, needed: Iterable[str], known: Iterable[str]) -> None:
     """Raise ValueError unless a template holds what it needs, and besides only what is known."""
     found, needed = PLACEHOLDER.findall(template), list(needed)

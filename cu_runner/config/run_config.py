@@ -35,7 +35,13 @@ from cu_runner.schema.validate import validate
 from cu_runner.schema.values import ConfigTree, numbers_by_value, walk_leaves, without_paths
 from cu_runner.schema.words import did_you_mean
 from cu_runner.store.directories import choose_directory
-from cu_runner.store.signature import NOT_SCIENTIFIC, file_hashes, hashes_of, signature
+from cu_runner.store.signature import (
+    NOT_SCIENTIFIC,
+    PICTURES_OF,
+    file_hashes,
+    hashes_of,
+    signature,
+)
 from cu_runner.trackers.base import Tracker
 
 MISSING = "???"
@@ -192,7 +198,11 @@ def check_run(
     """
     check_values(resolved, method_name)
     if isinstance(sequence := resolved["sequence"], dict):
-        resolved["sequence"] = {key: with_composed(value) for key, value in sequence.items()}
+        resolved["sequence"] = {
+            key: value if key in PICTURES_OF else with_composed(value)
+            for key, value in sequence.items()
+            if value or key not in PICTURES_OF  # not given: as if it were not known
+        }
     for group in ("retention", "recovery"):  # off: then no part of the run, nor of its signature
         if not resolved.get(group):
             resolved.pop(group, None)

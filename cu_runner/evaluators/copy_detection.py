@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from cu_runner.concepts.picture_folder import find_pictures
 from cu_runner.evaluators.base import Evaluator, Prediction
 from cu_runner.evaluators.open_clip import OpenClip
 from cu_runner.models.hashing import hash_weights, to_bytes
-from cu_runner.models.pictures import find_pictures, read_pictures
+from cu_runner.models.pictures import read_pictures
 from cu_runner.models.preprocessing import Preprocessing
 from cu_runner.models.weight_files import (
     COMPUTED,

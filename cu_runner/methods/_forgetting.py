@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.request.images import CaptionedImages, NoisyBatch, diffusion_loss
+from cu_runner.request.own_images import TargetImages, images_of_target
 from cu_runner.request.scope import Scope
 from cu_runner.runtime.lazy import F, nn, torch
 
@@ -29,12 +30,21 @@ class ForgetBatch:
     retain: NoisyBatch | None
 
 
-def target_prompts(scope: Scope) -> list[list[str]]:
-    """Return the prompts of every concept to unlearn, [G][M]; its images are made from them."""
-    return [
-        [target for target, _ in scope.sequence.training_pairs(concept)]
-        for concept in scope.request.targets
-    ]
+def forget_set(scope: Scope, number: int) -> list[TargetImages]:
+    """Return what shows every concept to unlearn, at most `number` pictures where there are any."""
+    return [images_of_target(scope.sequence, each, number) for each in scope.request.targets]
+
+
+def captioned(
+    scope: Scope, shown: list[TargetImages], *further: list[list[str]], number: int
+) -> CaptionedImages:
+    """Make the images of every concept to unlearn, `number` where there are no pictures.
+
+    Their first texts are its own prompts. further: more texts for the same images, [G][M].
+    """
+    pictures = [each.pictures for each in shown]
+    own = [each.prompts for each in shown]
+    return CaptionedImages(scope, own, *further, number=number, pictures=pictures)
 
 
 def draw_pair(

@@ -41,6 +41,9 @@ class Method(Resumable, ABC, Generic[Batch]):
     # comparable() name of a concept -> words by which it is unlearned besides its name
     other_words: Mapping[str, list[str]] = MappingProxyType({})
     ascends: bool = False  # True: its ascent is measured by the gradient on retained images
+    # whose images it trains on, and pictures of the user's may be; None: it takes none
+    pictured: Literal["targets", "anchors"] | None = None
+    least_pictures: int = 1  # how many of a target it needs at least
     masks_step: bool = False  # True: update() lets some weights alone that have a gradient
     scored_against: Literal["anchor", "empty"] = "anchor"  # which prompt, in scored_loss()
 

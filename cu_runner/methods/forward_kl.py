@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import PositiveFloat, PositiveInt
 
-from cu_runner.methods._forgetting import add_gradient, target_prompts
+from cu_runner.methods._forgetting import add_gradient, captioned, forget_set
 from cu_runner.methods._primal_dual import DualAscent, Duals, PrimalDual, group_means, squared_error
 from cu_runner.models.text import Text
-from cu_runner.request.images import CaptionedImages, NoisyBatch, RetainSet, diffusion_loss
+from cu_runner.request.images import NoisyBatch, RetainSet, diffusion_loss
 from cu_runner.request.scope import Scope
 from cu_runner.runtime.lazy import torch
 from cu_runner.schema.settings import ParameterGroup
@@ -60,6 +60,8 @@ class DataBatch:
 class ForwardKL(PrimalDual[DataBatch]):
     """Keep to the data without the groups, as far as the constraints ask."""
 
+    pictured = "targets"
+
     def __init__(
         self,
         bound: PositiveFloat = 0.5,
@@ -82,8 +84,10 @@ class ForwardKL(PrimalDual[DataBatch]):
                 ascended on.
             ascent_ratio: largest norm of the ascending gradient, as a fraction of the descending
                 one's.
-            num_images: n_i, images of each concept made by the untouched model.
+            num_images: n_i, images of each concept made by the untouched model; of pictures in
+                sequence.images at most.
             num_fresh: further images of each concept, never trained on, for the final constraint.
+                They are taken from its pictures, too.
             retain: the rest of q's data.
             dual: the dual ascent.
             params: the weights that are trained.
@@ -103,7 +107,7 @@ class ForwardKL(PrimalDual[DataBatch]):
             )
         self.bound, self.cap = bound, cap
         self.ascent_stop, self.ascent_ratio = ascent_stop, ascent_ratio
-        self.ascends = ascent_stop is not None
+        self.ascends, self.least_pictures = ascent_stop is not None, num_fresh + 1
         self.num_images, self.num_fresh, self.retain = num_images, num_fresh, retain
         self.dual, self.params = dual, params
 
@@ -112,16 +116,21 @@ class ForwardKL(PrimalDual[DataBatch]):
 
         All have their own captions.
         """
-        self._groups, self._fresh = [], []
-        for prompts in target_prompts(scope):
-            images = CaptionedImages(scope, [prompts], number=self.num_images + self.num_fresh)
-            self._fresh.append(images.latents[0, self.num_images :])
-            images.latents = images.latents[:, : self.num_images]
+        self._groups, self._fresh, self._captions = [], [], []
+        sizes, number = [], self.num_images + self.num_fresh
+        for shown in forget_set(scope, number):
+            images = captioned(scope, [shown], number=number)
+            # pictures may be fewer: as many are held out, and the rest is trained on
+            size = images.sizes[0] - self.num_fresh
+            self._fresh.append(images.latents[0, size:])
+            self._captions.append(shown.per_image(number)[size:])
+            images.latents, images.sizes = images.latents[:, :size], [size]
             self._groups.append(images)
+            sizes.append(size)
         self._retain = self.retain.images_of(scope)
-        number = len(self._groups)
-        self._sizes = torch.full((number,), self.num_images, dtype=torch.float64)
-        self._total = number * self.num_images + self.retain.images
+        self._kept = self._retain.sizes[0]
+        self._sizes = torch.tensor(sizes, dtype=torch.float64)
+        self._total = sum(sizes) + self._kept
         caps = self.cap * self._sizes / self._total
         ones = torch.ones_like(self._sizes)  # values are relative to the loss at the start
         self.duals = Duals(
@@ -161,11 +170,12 @@ class ForwardKL(PrimalDual[DataBatch]):
             weights = torch.where(
                 self.duals.averaged() > self.ascent_stop, weights.clamp(min=0), weights
             )
-        # a row stands for the samples of its group: all groups together hold number * n_i of them
-        rows = (number * self.num_images / len(losses)) * weights[batch.groups].to(losses)
+        # a row stands for the samples of its group, of which each has about as many rows
+        share = (number * self._sizes / len(losses))[batch.groups].to(losses)
+        rows = share * weights[batch.groups].to(losses)
         retain = diffusion_loss(scope.model, batch.retain)
         logs["retain_loss"] = retain.item()
-        descent = (self.retain.images / self._total) * retain + (rows.clamp(min=0) * losses).sum()
+        descent = (self._kept / self._total) * retain + (rows.clamp(min=0) * losses).sum()
         return descent, (rows.clamp(max=0) * losses).sum(), logs
 
     def loss(self, scope: Scope, batch: DataBatch) -> tuple[Tensor, dict[str, float]]:
@@ -195,12 +205,7 @@ class ForwardKL(PrimalDual[DataBatch]):
     def final_constraint(self, scope: Scope) -> Tensor:
         """Return the growth of the diffusion loss on the groups' held-out images."""
         model, values = scope.model, []
-        for i, (latents, prompts) in enumerate(
-            zip(self._fresh, target_prompts(scope), strict=True)
-        ):
-            captions = [
-                prompts[(self.num_images + k) % len(prompts)] for k in range(self.num_fresh)
-            ]
+        for i, (latents, captions) in enumerate(zip(self._fresh, self._captions, strict=True)):
             after, before = [], []
             for n in range(self.dual.rounds):
                 generator = scope.rng.generator(f"final {i}", n)

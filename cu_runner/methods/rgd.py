@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from cu_runner.concepts.entries import read_file, read_shipped
+from cu_runner.concepts.entries import read_file, read_shipped, spread
 from cu_runner.methods._forgetting import (
     ForgetBatch,
     add_gradient,
+    captioned,
     draw_pair,
     flat_gradient,
-    target_prompts,
+    forget_set,
 )
 from cu_runner.methods.base import Method
-from cu_runner.request.images import CaptionedImages, RetainSet, diffusion_loss, spread
+from cu_runner.request.images import CaptionedImages, RetainSet, diffusion_loss
 from cu_runner.request.scope import Scope
 from cu_runner.schema.settings import ParameterGroup
 
@@ -90,7 +91,8 @@ class RGD(Method[ForgetBatch]):
                 line, each with one {concept}.
             num_prompts: at most so many of the templates, evenly spread.
             num_images: images of each concept, and with "diversified" and "narrow" as many to be
-                kept; by the untouched model.
+                kept; by the untouched model. With "sequence", of pictures in sequence.images at
+                most.
             retain: with "sequence", what is to be kept.
             params: the weights that are trained.
 
@@ -99,6 +101,7 @@ class RGD(Method[ForgetBatch]):
         """
         self.alpha, self.always, self.truncate_at = alpha, always, truncate_at
         self.diversity, self.num_images = diversity, num_images
+        self.pictured = "targets" if diversity == "sequence" else None
         self.retain, self.params = retain, params
         self._templates = (
             read_templates(templates, num_prompts) if diversity == "diversified" else []
@@ -106,7 +109,6 @@ class RGD(Method[ForgetBatch]):
 
     def begin_request(self, scope: Scope) -> None:
         """Make images of the concepts and of what is to be kept."""
-        forget = target_prompts(scope)
         if self.diversity == "diversified":
             names = [concept.prompt_name for concept in scope.request.targets]
             forget = [
@@ -117,10 +119,12 @@ class RGD(Method[ForgetBatch]):
         elif self.diversity == "narrow":
             pairs = [scope.sequence.training_pairs(concept)[0] for concept in scope.request.targets]
             forget, keep = [[target] for target, _ in pairs], [[anchor] for _, anchor in pairs]
-        self._forget = CaptionedImages(scope, forget, number=self.num_images)
         if self.diversity == "sequence":
+            shown = forget_set(scope, self.num_images)
+            self._forget = captioned(scope, shown, number=self.num_images)
             self._kept = self.retain.images_of(scope)
         else:
+            self._forget = CaptionedImages(scope, forget, number=self.num_images)
             self._kept = CaptionedImages(scope, keep, number=self.num_images)
 
     def batch(self, scope: Scope, step: int) -> ForgetBatch:

@@ -64,11 +64,12 @@ class SalUn(RandomLabel):
     def begin_request(self, scope: Scope) -> None:
         """Make the images and labels, and the mask.
 
-        The mask takes about one pass over the images: num_images / batch size backward passes.
+        The mask takes about one pass over the images of a concept: their number / batch size
+        backward passes.
         """
         super().begin_request(scope)
         scores = torch.zeros(())
-        for step in range(math.ceil(self.num_images / scope.batch_size)):
+        for step in range(math.ceil(max(self._forget.sizes) / scope.batch_size)):
             batch = self._forget.draw(scope.rng.generator("saliency", step), scope.batch_size)
             scores = scores + flat_gradient(diffusion_loss(scope.model, batch), scope.params)
         self._mask = saliency_mask(scores, self.fraction)

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from cu_runner.concepts.entries import spread
 from cu_runner.concepts.templates import fill_caption
 from cu_runner.methods.base import Batch, Method
 from cu_runner.models.parameters import TEXT_WEIGHTS, gradients
 from cu_runner.regularizers.base import Regularizer
-from cu_runner.request.images import spread
 from cu_runner.request.minimum_variance import (
     RIDGES,
     Direction,

@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from cu_runner.concepts.entries import read_file
+from cu_runner.concepts.entries import read_file, spread
 from cu_runner.concepts.templates import fill, fill_caption
 from cu_runner.methods.base import Batch, Method
 from cu_runner.models.parameters import is_cross_attention_kv
 from cu_runner.regularizers.base import Regularizer
-from cu_runner.request.images import spread
 from cu_runner.request.name_sources import NameSource, earlier_targets, kept_names
 from cu_runner.request.scope import Scope
 from cu_runner.request.text_subspace import (

@@ -1,4 +1,5 @@
-"""What methods train on: images that the untouched model makes of prompts, noised.
+"""What methods train on: images that the untouched model makes of prompts, or pictures of the
+user's, noised.
 
 They come with the text of those prompts or of others.
 
@@ -8,22 +9,24 @@ and M prompts per concept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict, PositiveInt
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from cu_runner.concepts.entries import spread
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.text import Text
 from cu_runner.request.name_sources import NameSource, kept_names, read_listed
+from cu_runner.request.own_images import Pictures, read_retained, retained_pictures
 from cu_runner.request.scope import Scope
 from cu_runner.runtime.lazy import F, torch
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
-
-Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class NoisyBatch:
 
 
 class CaptionedImages:
-    """Images of some prompts, made by the untouched model, each with one or more captions."""
+    """Images of some prompts, made by the untouched model or the user's, each with one or more
+    captions.
+    """
 
     def __init__(
         self,
@@ -46,6 +51,7 @@ class CaptionedImages:
         *further: list[list[str]] | list[list[tuple[str, ...]]],
         number: int,
         flip: bool = False,
+        pictures: Sequence[Pictures | None] = (),
     ) -> None:
         """
         Args:
@@ -54,16 +60,13 @@ class CaptionedImages:
                 which a draw takes one at random.
             number: images per concept; image i is made from prompt i modulo M.
             flip: mirror half of the images left to right when they are drawn.
+            pictures: for each concept the user's, which are then its images; None makes some.
         """
         self._model, self.flip = scope.model, flip
-        device = scope.model.device
-        self.latents = torch.stack([scope.anchors(prompts, number) for prompts in captions]).to(
-            device
-        )  # [G, N, C, H, W]
+        self._given = pictures or [None] * len(captions)
+        self.latents = self._images(scope, captions, number, mirrored=False)  # [G, N, C, H, W]
         if flip:
-            self.mirrored = torch.stack(
-                [scope.anchors(prompts, number, mirrored=True) for prompts in captions]
-            ).to(device)
+            self.mirrored = self._images(scope, captions, number, mirrored=True)
         # [kind][G], one Text of M prompts for each way of saying it
         self.texts = [
             [
@@ -76,6 +79,32 @@ class CaptionedImages:
             for groups in (captions, *further)
         ]
 
+    def _images(
+        self, scope: Scope, captions: list[list[str]], number: int, mirrored: bool
+    ) -> Tensor:
+        """Return latents [G, N, C, H, W]; concepts with fewer than N are filled with zeros."""
+        kind = {"mirrored": True} if mirrored else {}
+        found = [
+            scope.anchors(prompts, number, **kind)
+            if own is None
+            else own.encode(scope.model, scope.batch_size, mirrored)
+            for prompts, own in zip(captions, self._given, strict=True)
+        ]
+        self.sizes = [len(latents) for latents in found]
+        filled = [
+            F.pad(latents, (0, 0, 0, 0, 0, 0, 0, max(self.sizes) - len(latents)))
+            for latents in found
+        ]
+        return torch.stack(filled).to(scope.model.device)
+
+    def _choose(self, generator: Generator, concepts: list[int]) -> list[int]:
+        """Draw an image of each row's concept."""
+        if len(set(self.sizes)) == 1:
+            return torch.randint(self.sizes[0], (len(concepts),), generator=generator).tolist()
+        places = torch.rand(len(concepts), generator=generator, dtype=torch.float64)
+        sizes = torch.tensor([self.sizes[concept] for concept in concepts])
+        return (places * sizes).long().tolist()
+
     def draw(self, generator: Generator, batch_size: int) -> NoisyBatch:
         """Draw a batch by the generator alone.
 
@@ -83,7 +112,7 @@ class CaptionedImages:
         """
         model, device = self._model, self._model.device
         concepts = torch.randint(len(self.latents), (batch_size,), generator=generator).tolist()
-        images = torch.randint(self.latents.shape[1], (batch_size,), generator=generator).tolist()
+        images = self._choose(generator, concepts)
         timesteps = torch.randint(model.num_train_timesteps, (batch_size,), generator=generator).to(
             device
         )
@@ -123,26 +152,33 @@ def diffusion_loss(model: DiffusionModel, batch: NoisyBatch) -> Tensor:
     )
 
 
+PICTURED = "retain.name"  # the setting that names a folder of what is to be kept
+
+
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class RetainSet:
     """Prompts of what is to be kept, and how many images of them are made.
 
     source: "anchors", the targets' anchor prompts; "names", other concepts of the domain in the
-    sequence's target prompt; "both"; a "list" of prompts that ships with the package; or a "file"
-    of the user's with one prompt a line. name: which list, or the path of the file. prompts: how
-    many at most, spread evenly over all there are. images: how many.
+    sequence's target prompt; "both"; a "list" of prompts that ships with the package; a "file" of
+    the user's with one prompt a line; or "images", a folder of the user's pictures with captions,
+    or with a folder for every concept. name: which list, or the path of the file or the folder.
+    prompts: how many at most, spread evenly over all there are. images: how many; of pictures at
+    most.
     """
 
-    source: Literal["anchors", "names", "both", "list", "file"] = "both"
+    source: Literal["anchors", "names", "both", "list", "file", "images"] = "both"
     name: str | None = None
     names: NameSource = NameSource()
     prompts: PositiveInt = 100
     images: PositiveInt = 200
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a list or a file that cannot be read, before a model is loaded."""
+        """Raise ValueError for what cannot be read, before a model is loaded."""
         if self.source in ("list", "file"):
             read_listed(self.source, self.name)
+        if self.source == "images":
+            read_retained(PICTURED, self.name)
 
     def read(self, scope: Scope) -> list[str]:
         """Return the prompts, in a fixed order; those of the sequence name no target.
@@ -153,6 +189,9 @@ class RetainSet:
         sequence = scope.sequence
         if self.source in ("list", "file"):
             found = spread(read_listed(self.source, self.name), self.prompts)
+        elif self.source == "images":
+            texts = dict.fromkeys(caption for _, caption in self._pictures(scope))
+            found = spread(list(texts), self.prompts)
         else:
             anchors = [
                 anchor
@@ -183,11 +222,17 @@ class RetainSet:
         return found
 
     def images_of(self, scope: Scope) -> CaptionedImages:
-        """Make the images of these prompts, of as many of them as there are images."""
+        """Make the images of these prompts, of as many of them as there are images.
+
+        Pictures of the user's are taken as they are, at most `images` of them.
+        """
+        if self.source == "images":
+            paths, captions = zip(*spread(self._pictures(scope), self.images), strict=True)
+            own = Pictures(f"{PICTURED}={self.name}", paths)
+            return CaptionedImages(scope, [list(captions)], number=self.images, pictures=[own])
         return CaptionedImages(scope, [spread(self.read(scope), self.images)], number=self.images)
 
-
-def spread(entries: list[Entry], number: int) -> list[Entry]:
-    """Return at most `number` of the entries, in order and evenly spaced."""
-    count = min(number, len(entries))
-    return [entries[i * len(entries) // count] for i in range(count)]
+    def _pictures(self, scope: Scope) -> list[tuple[Path, str]]:
+        """Return the user's pictures of what is not unlearned, with their captions."""
+        gone = [*scope.request.targets, *scope.request.erased]
+        return retained_pictures(PICTURED, self.name, scope.sequence, gone)

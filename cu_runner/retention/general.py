@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from cu_runner.concepts.entries import read_entries
+from cu_runner.concepts.entries import read_entries, spread
+from cu_runner.concepts.picture_folder import CAPTIONS, find_pictures, read_folder
 from cu_runner.concepts.prompt_csv import read_prompts
 from cu_runner.concepts.sequence_file import refuse_repeated
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.image_text import ImageTextSource, load_image_text
-from cu_runner.models.pictures import find_pictures, read_pictures
+from cu_runner.models.pictures import read_pictures
 from cu_runner.models.sampling import generate, not_finite
 from cu_runner.request.anchors import sampler_key
-from cu_runner.request.images import spread
 from cu_runner.retention.base import Retention
 from cu_runner.retention.features import FeatureExtractor, FeatureSource
 from cu_runner.runtime.lazy import torch
@@ -70,7 +71,9 @@ class GeneralRetention(Retention):
         """
         Args:
             prompts: themselves, a shipped list (cu_runner/concepts/lists), a text file with one a
-                line, or a CSV file with a column prompt and, for images of its own, a column seed.
+                line, a CSV file with a column prompt and, for images of its own, a column seed, or
+                a folder of pictures with captions (a path
+                with a slash).
             seeds: evaluation noise; one image per prompt and seed. Not used if the CSV file has
                 seeds.
             num_prompts: at most so many, evenly spread over all.
@@ -108,7 +111,11 @@ class GeneralRetention(Retention):
         source, features, device = self._clip_score, self._features, self._device
         self._scorer = PromptScorer(source, self._prompts, device) if source else None
         self._extractor = FeatureExtractor(features, device) if features else None
-        self._fingerprint = self._hash_networks()  # once: it reads every weight
+        self._networks = self._fingerprint = self._hash_networks()  # once: it reads every weight
+        if self._pictures is not None:
+            pictures = [sha256_of(path) for path in self._pictures]
+            known = repr((self._networks, pictures)).encode()
+            self._fingerprint = hashlib.sha256(known).hexdigest()
 
     def begin(
         self, model: DiffusionModel, model_sha256: str, settings: EvalSettings, cache: Cache
@@ -117,7 +124,7 @@ class GeneralRetention(Retention):
         self.load()
         self._model, self._settings = model, settings
         common: dict[str, object] = {
-            "judges": self._fingerprint,
+            "judges": self._networks,
             "torch": torch.__version__,
             "device": model.device.type,
         }
@@ -165,7 +172,7 @@ class GeneralRetention(Retention):
         return measured
 
     def fingerprint(self) -> str:
-        """Return the sha256 over what measures."""
+        """Return the sha256 over what measures, the reference's pictures among it."""
         return self._fingerprint
 
     def _hash_networks(self) -> str:
@@ -223,6 +230,11 @@ def read_images(
         if "seed" in rows[0]:
             return [(row["prompt"], int(row["seed"])) for row in rows]
         entries = [row["prompt"] for row in rows]
+    elif isinstance(prompts, str) and "/" in prompts and Path(prompts).expanduser().is_dir():
+        captions = list(dict.fromkeys(read_folder(key, prompts).captions))
+        if not captions:
+            raise ValueError(f"{key}={prompts}: has no {', '.join(CAPTIONS)}; add one of them")
+        entries = spread(captions, num_prompts)
     else:
         entries = spread(read_entries(key, prompts), num_prompts)
     if not entries or not seeds:

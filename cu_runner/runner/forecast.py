@@ -22,6 +22,7 @@ from cu_runner.models.checkpoint_files import HUB_ID, find_weights, locate
 from cu_runner.models.parameters import belongs
 from cu_runner.recovery.base import Cost
 from cu_runner.recovery.battery import battery_cost
+from cu_runner.runner.own_images import check_pictured, describe_folders, picture_folders
 from cu_runner.runner.probing import build_probes
 from cu_runner.runtime.devices import choose_device, device_name
 from cu_runner.schema.errors import ModelError, StoreError
@@ -65,7 +66,9 @@ def forecast(plan: RunConfig) -> str:
     Raises:
         ValueError, StoreError: what the run itself would refuse.
     """
-    plan.method.build()  # which refuses settings that do not go together, as those below do
+    method = plan.method.build()  # which refuses settings that do not go together, as those below
+    pictured = plan.sequence.build()
+    check_pictured(plan.method_name, method, pictured)
     for regularizer in plan.regularizers.values():
         regularizer.build()
     device, work, spine = device_name(choose_device(plan.spine)), work_of(plan), plan.spine
@@ -79,6 +82,7 @@ def forecast(plan: RunConfig) -> str:
         f"{plan.setting.plan}",
         *(f"note: {note}" for note in plan.notes),
         *work_lines(work, done),
+        *describe_folders(picture_folders(plan, pictured)),
     ]
     if not (left := work[done:]):
         return "\n".join([*lines, f"nothing to do: {plan.directory} is complete"])
@@ -104,7 +108,7 @@ def forecast(plan: RunConfig) -> str:
     time = time_left(num_steps, num_images + retained + probing.images, rates, device, most)
     path, revision = (plan.model.arguments.get(key) for key in ("path", "revision"))
     revision = None if revision is None else str(revision)
-    weights, size = delta_bytes(str(path), revision, plan.method.build().params), "unknown size"
+    weights, size = delta_bytes(str(path), revision, method.params), "unknown size"
     if weights is not None:
         size = f"{disk_copies(plan, left) * weights / 1e6:.1f} MB"
     free = shutil.disk_usage(existing_parent(plan.directory)).free / 1e9

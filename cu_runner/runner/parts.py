@@ -17,6 +17,7 @@ from cu_runner.recovery.base import Probe
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.token_limit import check_prompts
 from cu_runner.retention.base import Retention
+from cu_runner.runner.own_images import check_pictured, picture_folders, read_whole
 from cu_runner.runner.probing import build_probes, check_probes
 from cu_runner.runtime import distributed
 from cu_runner.runtime.progress import slow
@@ -53,6 +54,9 @@ def build_parts(plan: RunConfig, device: str) -> RunParts:
     method = plan.method.build()
     method.check(sequence)
     regularizers = {name: node.build() for name, node in plan.regularizers.items()}
+    check_pictured(plan.method_name, method, sequence)
+    for folder in picture_folders(plan, sequence):
+        read_whole(folder, 0)  # a damaged file is found now, not hours later at its request
     probes = build_probes(plan, sequence)
     names = (plan.method_name, "+".join(regularizers) or "none")
     logger.info("%s: %d requests, method %s, reg %s", sequence.name, len(requests), *names)

@@ -27,6 +27,12 @@ from cu_runner.request.token_limit import check_prompts
 from cu_runner.retention.base import Retention
 from cu_runner.runner import probing
 from cu_runner.runner.forecast import disk_copies, existing_parent, retained_images, work_of
+from cu_runner.runner.own_images import (
+    check_pictured,
+    describe_folders,
+    picture_folders,
+    read_whole,
+)
 from cu_runner.runner.parts import RunParts, prepare
 from cu_runner.runner.probing import build_probes
 from cu_runner.runner.rehearsal import Rehearsal, rehearse
@@ -87,6 +93,7 @@ def check_parts(plan: RunConfig, device: str) -> Generator[Finding, None, RunPar
     """Make every part of the run; return them, None if one of them cannot be made or used."""
     sequence = plan.sequence.build()
     requests = plan.requests(sequence)
+    readable = yield from check_pictures(plan, sequence)
     model = yield from load("model", lambda: plan.model.build(device=device))
     evaluator = yield from load("evaluator", lambda: plan.evaluator.build(device=device))
     retention = None
@@ -104,13 +111,28 @@ def check_parts(plan: RunConfig, device: str) -> Generator[Finding, None, RunPar
     found = [check_scheduler(key, model, sampler) for key, sampler in samplers.items()]
     yield from found
     lacking = evaluator is None or (plan.retention is not None and retention is None)
-    lacking = lacking or probes is None
+    lacking = lacking or probes is None or not readable
     if evaluator is None or lacking or not labels or not all(each.ok for each in found):
         return None
     prepare(model, plan.spine.speed, plan.spine.train)
     return RunParts(
         model, evaluator, retention, sequence, requests, method, regularizers, probes or {}
     )
+
+
+def check_pictures(plan: RunConfig, sequence: Sequence) -> Generator[Finding, None, bool]:
+    """Read every picture of the user's that is trained on; return whether all can be read."""
+    side, well = plan.model.arguments.get("resolution"), True
+    for folder in picture_folders(plan, sequence):
+        try:
+            small = read_whole(folder, side if isinstance(side, int) else 0)
+        except ValueError as error:
+            well = False
+            yield Finding("own images", False, first_line(error))
+            continue
+        enlarged = f"; {small} smaller than {side} pixels, which are enlarged" if small else ""
+        yield Finding("own images", True, f"{next(describe_folders([folder]))}{enlarged}")
+    return well
 
 
 def load(what: str, make: Callable[[], Part]) -> Made[Part]:
@@ -159,6 +181,7 @@ def check_composed(
         regularizers = {name: node.build() for name, node in plan.regularizers.items()}
         check_composition(method, regularizers)
         method.check(plan.sequence.build())
+        check_pictured(plan.method_name, method, plan.sequence.build())
         if model is not None:
             choose(model, method, regularizers.values(), plan.sequence.build())
     except (ValueError, OSError) as error:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from cu_runner.concepts.picture_folder import content_sha256
 from cu_runner.schema.values import ConfigTree, numbers_by_value, walk_leaves, without_paths
 
 NOT_SCIENTIFIC = (
@@ -31,6 +32,7 @@ NOT_SCIENTIFIC = (
     "method.checkpoint",  # whose sha256 stands beside it
 )
 
+PICTURES_OF = ("images", "anchor_images")  # settings of the sequence that name folders, by target
 
 WITH_FILES = (
     "sequence",
@@ -47,7 +49,8 @@ def signature(resolved: ConfigTree) -> str:
     Devices, threads, memory, paths of outputs, W&B and the evaluation batch are left out. Numbers
     are compared by value: 5 is 5.0. The order of regularizers counts (it is the order of their
     hooks); the order of other keys does not. Text files that the sequence, the method, a
-    regularizer or the retention reads count by their content.
+    regularizer or the retention reads count by their content, and so do folders of pictures that
+    are trained on.
     """
     science = without_paths(resolved, NOT_SCIENTIFIC)
     science["reg"] = [[name, node] for name, node in resolved["reg"].items()]
@@ -58,11 +61,33 @@ def signature(resolved: ConfigTree) -> str:
 
 
 def file_hashes(resolved: ConfigTree) -> dict[str, str]:
-    """Return the sha256 of every file that a setting of WITH_FILES names, by its value."""
+    """Return the sha256 of every file that a setting of WITH_FILES names, by its value.
+
+    Of a folder of pictures it is over all of them, and over their captions.
+    """
     science = without_paths(resolved, NOT_SCIENTIFIC)
-    return hashes_of(
+    found = hashes_of(
         value for group in WITH_FILES for _, value in walk_leaves(science.get(group, {}))
     )
+    for folder in picture_folders(resolved):
+        if (digest := content_sha256(folder)) is not None:
+            found[folder] = digest
+    return found
+
+
+def picture_folders(resolved: ConfigTree) -> Iterator[str]:
+    """Yield the folders of pictures that a configuration trains on, and the captions it takes."""
+    sequence = resolved["sequence"] if isinstance(resolved.get("sequence"), dict) else {}
+    for key in PICTURES_OF:
+        yield from (each for each in (sequence.get(key) or {}).values() if isinstance(each, str))
+    leaves = dict(walk_leaves({group: resolved.get(group) or {} for group in WITH_FILES}))
+    for path, value in leaves.items():
+        named = leaves.get(f"{path.removesuffix('.source')}.name")
+        if path.endswith(".source") and value == "images" and isinstance(named, str):
+            yield named
+    prompts = leaves.get("retention.prompts")
+    if isinstance(prompts, str) and "/" in prompts:
+        yield prompts
 
 
 def hashes_of(values: Iterable[object]) -> dict[str, str]:

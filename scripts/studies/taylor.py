@@ -36,6 +36,7 @@ from study_statistics import pearson
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cu_runner.concepts.entries import spread
 from cu_runner.config.run_config import RunConfig
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.parameters import drift
@@ -43,7 +44,6 @@ from cu_runner.models.text import Text
 from cu_runner.reporting.diagnosis import with_images
 from cu_runner.reporting.intervals import over_images, over_seeds, widest
 from cu_runner.request.anchors import AnchorImages
-from cu_runner.request.images import spread
 from cu_runner.runner.remeasure import Loaded, load, measure_change
 from cu_runner.runtime.lazy import F, nn, torch
 from cu_runner.runtime.seeding import RandomSource

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from cu_runner.concepts.entries import spread
 from cu_runner.models.parameters import select_parameters, snapshot
 from cu_runner.request.anchors import AnchorImages
-from cu_runner.request.images import CaptionedImages, RetainSet, spread
+from cu_runner.request.images import CaptionedImages, RetainSet
 from cu_runner.request.name_sources import NameSource
 from cu_runner.runtime.code_identity import identify
 from cu_runner.schema.settings import Sampler

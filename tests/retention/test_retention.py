@@ -16,8 +16,9 @@ from PIL import Image
 from scipy.linalg import sqrtm
 
 from cu_runner.concepts.entries import read_shipped
+from cu_runner.concepts.picture_folder import find_pictures
 from cu_runner.models.image_text import ImageTextSource, load_image_text
-from cu_runner.models.pictures import find_pictures, read_pictures
+from cu_runner.models.pictures import read_pictures
 from cu_runner.models.sampling import generate
 from cu_runner.retention.distances import frechet_distance, kernel_distance
 from cu_runner.retention.features import FeatureExtractor, FeatureSource
@@ -185,6 +186,31 @@ def test_prompts_from_every_source(tmp_path):
         read_images("gone", [0], 9)
     with pytest.raises(ValueError, match=r"^retention.seeds is empty"):
         read_images(["a"], [], 9)
+
+
+def test_prompts_are_the_captions_of_a_folder_of_pictures(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{i}.png")
+    with pytest.raises(ValueError, match=rf"^retention.prompts={tmp_path}: has no captions.txt"):
+        read_images(str(tmp_path), [0], 9)
+    (tmp_path / "captions.txt").write_text("one\ntwo\none\n", encoding="utf-8")
+    assert read_images(str(tmp_path), [3], 9) == [("one", 3), ("two", 3)]
+
+
+def test_a_changed_picture_of_the_reference_measures_another_thing(tmp_path):
+    def fingerprint(**more) -> str:
+        source = ImageTextSource(CLIP)
+        features = FeatureSource("open_clip", CLIP)
+        retention = GeneralRetention(["a", "b"], [0], clip_score=source, features=features, **more)
+        retention.load()
+        return retention.fingerprint()
+
+    found = {fingerprint()}
+    for colour in ("red", "blue"):
+        for i in range(2):
+            Image.new("RGB", (4, 4), colour).save(tmp_path / f"{i}.png")
+        found.add(fingerprint(reference=str(tmp_path)))
+    assert len(found) == 3
 
 
 @pytest.mark.parametrize(
