@@ -145,8 +145,8 @@ def explain_hydra(text: str, overrides: list[str]) -> str:
         return f"unknown key {key}{meant}; `cu-run --cfg job` prints every key"
     if SYNTAX.search(text) and (unread := unreadable(overrides)):
         return unread
-    if given := re.search(r"Error merging override (.*)", text):
-        return f"{given[1]}: is a list, a mapping or a value where its file has another of these"
+    if found := re.search(r"Error merging override (.*)", text):
+        return f"{found[1]}: is a list, a mapping or a value where its file has another of these"
     if found := re.search(r"'([\w/]+)': ConfigTypeError raised .*Cannot merge \w+ with", text):
         what = "has a list where the file that it changes has a mapping, or the other way round"
         return f"{found[1]}.yaml: {what}"
