@@ -169,6 +169,11 @@ def explain_hydra(text: str, overrides: list[str]) -> str:
         return f"unknown key {key}{meant}; `cu-run --cfg job` prints every key"
     if SYNTAX.search(text) and (unread := unreadable(overrides)):
         return unread
+    if found := re.search(r"Error merging override (.*)", text):
+        return f"{found[1]}: is a list, a mapping or a value where its file has another of these"
+    if found := re.search(r"'([\w/]+)': ConfigTypeError raised .*Cannot merge \w+ with", text):
+        what = "has a list where the file that it changes has a mapping, or the other way round"
+        return f"{found[1]}.yaml: {what}"
     if found := re.search(r"Key '(\w+)' is not in struct", text):
         return f"{found[1]}: choose one file, as in {found[1]}=NAME; only reg takes a list"
     # one of our own resolvers may have raised it
@@ -292,7 +297,8 @@ def one_line_failures(
         if os.environ.get(DEBUG) == "1":
             tell("".join(traceback.format_exception(error)).rstrip())
         status, message = explain_error(error, sys.argv[1:])
-        if "log" in vars(error) and str(vars(error)["log"]) not in message:
+        log = None if isinstance(error, BrokenPipeError) else vars(error).get("log")
+        if log is not None and str(log) not in message:
             message += f"; {where_more_is(error)}"
         if getattr(error, "told", False):  # by the first of several processes
             sys.exit(status)

@@ -115,10 +115,11 @@ def plain(config: object, *, resolve: bool = True) -> ConfigTree:
 def parse(config: DictConfig) -> RunConfig:
     """Check a composed configuration. Raises ConfigError."""
     overrides = list(HydraConfig.get().overrides.task)
-    for group in {"reg", "tracker", "tuned", "training"} & set(config):
+    for group in {"reg", "tracker", "train", "tuned", "training"} & set(config):
         if not isinstance(config[group], DictConfig):
             raise ConfigError(
-                f"{group}={config[group]}: is no mapping; a configuration file sets it as a whole"
+                f"{group}={config[group]}: is no mapping; the command line or a configuration file "
+                "sets it as a whole"
             )
     chosen = [override.partition("=")[0].lstrip("+") for override in overrides]
     cells = {"tuned": tuned_cell(config), "training": training_cell(config)}

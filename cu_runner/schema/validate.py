@@ -17,7 +17,7 @@ Kind = TypeVar("Kind")
 NO_NUMBERS = ("nan", "inf", "-inf")
 # what pydantic puts among the names of keys where a value may be of several kinds
 KINDS = re.compile(
-    r"(constrained-)?(int|float|str|bool|none)"
+    r"(constrained-)?(int|float|str|bool)"
     r"|(literal|list|dict|tuple|nullable|lax-or-strict|function-\w+)\[.*\]"
 )
 QUOTES = "; put it in quotes"
@@ -75,6 +75,7 @@ def what_is_wrong(error: ErrorDetails, path: str) -> tuple[str, str]:
     if error["type"] in ("float_type", "int_type") and error["input"] in NO_NUMBERS:
         return f"{key}={error['input']}", ": not a finite number; give a finite one"
     message = error["msg"].removeprefix("Value error, ").replace("array", "list")
+    message = message.replace("an object", "a mapping of keys to values")  # JSON's word for it
     shown = key if isinstance(error["input"], dict) else f"{key}={error['input']!r}"
     # YAML reads on, no, 1e-5 and 010 as something else than names
     advice = QUOTES if error["type"] == "string_type" else ""

@@ -105,7 +105,13 @@ CONFIGURATION = [
     (["sequence.prompt=a {style}, {object}"], ["""'sequence.prompt="a {style}, {object}"'"""]),
     (["model.allow_pickle=[x.bin]", "model.path=/nowhere"], ["/nowhere", "no such file"]),
     (["model.config=/x"], ["model.config: its file does not set it", "+model.config=..."]),
+    (["train=3"], ["train=3: is no mapping"]),
     (["model.device=cpu"], ["unknown key model.device"]),
+    (
+        ["sequence.targets={a: b}"],
+        ["sequence.targets={a: b}: is a list, a mapping"],
+    ),
+    (["recovery=noise", "recovery.noise.every=0"], ["every=0: input should be", "0 or 'last'"]),
     (["evaluator.allow_pickle=[x.pt]", "evaluator.paths.style=/no"], ["/no", "no such file"]),
 ]
 
@@ -228,7 +234,7 @@ def test_a_combination_file_tuned_for_a_regularizer_that_is_not_selected(in_proc
         ("tuned: {conabl: {default: 5}}", "tuned.conabl.default=5"),
         ("tuned: {conabl: {none: [1]}}", "tuned.conabl.none=[1]"),
         ("train: null", "train"),
-        ("train: []", "experiment/odd"),
+        ("train: []", "experiment/odd.yaml: has a list where the file that it changes has a map"),
         ("retention: 5", "retention"),
         ("method: null", "method"),
         ("sequence: 5", "sequence"),

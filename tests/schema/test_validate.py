@@ -42,6 +42,8 @@ def test_nan_is_no_number(kind, value):
             "p.k=3: input should be a valid string or a valid list; put it in quotes",
         ),
         (dict[str, str | list[str]], {"hot air": 3}, "p.k.hot air=3: input should be a valid str"),
+        (dict[str, int], {"none": "x"}, "p.k.none='x': input should be a valid integer"),
+        (dict[str, int], 5, "p.k=5: input should be a mapping of keys to values"),
         (dict[str, int], {"point": "x"}, "p.k.point='x': input should be a valid integer"),
     ],
 )
