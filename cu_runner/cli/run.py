@@ -204,6 +204,8 @@ def execute(plan: RunConfig, store: RunStore, outputs: Path, stop: StopSignals) 
     tracker = Tracker(settings, plan.directory.name, outputs, plan.resolved, *names)
 
     def remarks(steps: list[StepRecord]) -> list[str]:
+        if plan.method.made.whole_sequence:  # nothing is trained: no setting to advise on
+            return []
         return news(RunRecord(plan.directory, plan.resolved, steps))
 
     cache = Cache(outputs / "cache", plan.code)
