@@ -209,6 +209,8 @@ def execute(plan: RunConfig, store: RunStore, command: str, stop: StopSignals) -
     mirror = Mirror(trackers, tracked(plan, command, device))
 
     def remarks(steps: list[StepRecord]) -> list[str]:
+        if plan.method.made.whole_sequence:  # nothing is trained: no setting to advise on
+            return []
         return news(RunRecord(plan.directory, plan.resolved, steps))
 
     cache = Cache(Path(plan.spine.paths.outputs) / "cache", plan.code)

@@ -235,7 +235,8 @@ def number_rows(run: RunRecord, index: int) -> Iterator[str]:
     own, before = run.records[index].row.metrics, run.records[0].row.metrics
     counts = image_counts(run, index)
     for name, value in own.items():
-        if value is not None and name not in counts and not RECOVERED.fullmatch(name):
+        of_images = name in counts or name.startswith("UA_") or RECOVERED.fullmatch(name)
+        if value is not None and not of_images:
             then = before.get(name)
             yield f"| {plain(name)} | {value:.5g} | {'' if then is None else format(then, '.5g')} |"
 
