@@ -131,9 +131,13 @@ class CopyDetection(Evaluator):
                     f"evaluator.others.labels.{domain}: is the domain of the memorised concepts, "
                     "which evaluator.references has; leave it out"
                 )
-            more = {"path": others.path, "templates": others.templates}
             self._others = OpenClip(
-                others.model, others.labels, **more, allow_pickle=allowed, device=device
+                others.model,
+                others.labels,
+                path=others.path,
+                templates=others.templates,
+                allow_pickle=allowed,
+                device=device,
             )
 
     @without_gradients

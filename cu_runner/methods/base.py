@@ -35,6 +35,9 @@ class Method(Resumable, ABC, Generic[Batch]):
     closed_form: bool = False
     # concept -> words by which it is unlearned besides its name
     other_words: Mapping[str, list[str]] = MappingProxyType({})
+    # what it does with the words of a prompt, or their encoding, which classes do not have; "" is
+    # nothing: then it also runs on a class-conditional model
+    reads_words: str = ""
     ascends: bool = False  # True: its ascent is measured by the gradient on retained images
     masks_step: bool = False  # True: update() lets some weights alone that have a gradient
     scored_against: Literal["anchor", "empty"] = "anchor"  # which prompt, in scored_loss()

@@ -27,7 +27,7 @@ from cu_runner.request.token_limit import check_prompts
 from cu_runner.retention.base import Retention
 from cu_runner.runner import probing
 from cu_runner.runner.forecast import disk_copies, existing_parent, retained_images, work_of
-from cu_runner.runner.parts import RunParts, prepare
+from cu_runner.runner.parts import RunParts, check_words, named, prepare
 from cu_runner.runner.probing import build_probes
 from cu_runner.runner.rehearsal import Rehearsal, rehearse
 from cu_runner.runner.training import check_composition
@@ -141,6 +141,7 @@ def check_probes(
     try:
         probes = build_probes(plan, sequence)
         if model is not None:
+            check_words(model, {f"recovery={name}": probe for name, probe in probes.items()})
             probing.check_probes(probes, model, sequence, plan.spine.eval)
     except (ValueError, OSError) as error:
         yield Finding("recovery", False, said_where(error))
@@ -159,6 +160,7 @@ def check_composed(
         regularizers = {name: node.build() for name, node in plan.regularizers.items()}
         check_composition(method, regularizers)
         if model is not None:
+            check_words(model, named(plan.method_name, method, regularizers))
             choose(model, method, regularizers.values(), plan.sequence.build())
     except (ValueError, OSError) as error:
         yield Finding("composition", False, said_where(error))
