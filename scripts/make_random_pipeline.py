@@ -5,6 +5,7 @@ To try and test without a download.
     python scripts/make_random_pipeline.py sd15 DIR --dtype fp16   # 2 GB; sd21_base 2.6, sdxl 7
     python scripts/make_random_pipeline.py sd15 DIR --tiny --classifiers  # in miniature
     python scripts/make_random_pipeline.py sdxl DIR --classifiers celebrity   # 8 GB
+    python scripts/make_random_pipeline.py class_conditional DIR --tiny  # pixels
 
 Judges go to DIR/classifiers: style and object, or celebrity, scene and faces.
 
@@ -33,6 +34,8 @@ from cu_runner.models.diffusion import DTYPES, dtype_of
 from cu_runner.runtime.paths import config_dir
 
 KINDS = ("sd15", "sd21_base", "sdxl")
+WITH_CLASSES = "class_conditional"
+CLASSES = 10  # of class_conditional, as of CIFAR-10, without the null class
 MERGES = {False: 48894, True: 6000}  # of the tokenizer; whether it is a tiny one
 NOISE = {
     "num_train_timesteps": 1000,
@@ -228,6 +231,50 @@ def make_pipeline(
     )
 
 
+def make_class_conditional(
+    directory: Path,
+    *,
+    tiny: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    null: bool = True,
+) -> None:
+    """Write a diffusers directory as DDPMPipeline saves it: a UNet2DModel with classes, pixels.
+
+    The layout is that of DDPM on CIFAR-10 (Ho et al. 2020, App. B) with class embeddings.
+
+    Args:
+        tiny: toy sizes, 8 pixels a side.
+        seed: of the weights.
+        null: one class more, for classifier-free guidance.
+    """
+    torch.manual_seed(seed)
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=1000, variance_type="fixed_large")
+    widths = [8, 16] if tiny else [128, 256, 256, 256]
+    plain, attending = ("DownBlock2D", "UpBlock2D"), ("AttnDownBlock2D", "AttnUpBlock2D")
+    blocks = [plain, attending] if tiny else [plain, attending, plain, plain]
+    with building_in(dtype):
+        unet = diffusers.UNet2DModel(
+            sample_size=8 if tiny else 32,
+            block_out_channels=widths,
+            down_block_types=[down for down, _ in blocks],
+            up_block_types=[up for _, up in reversed(blocks)],
+            layers_per_block=1 if tiny else 2,
+            norm_num_groups=8 if tiny else 32,
+            attention_head_dim=8 if tiny else 256,
+            num_class_embeds=CLASSES + null,
+        )
+        unet.save_pretrained(directory / "unet")
+    scheduler.save_pretrained(directory / "scheduler")
+    index = {
+        "_class_name": "DDPMPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        "unet": ["diffusers", type(unet).__name__],
+    }
+    write_json(directory / "model_index.json", index)
+
+
 def make_classifiers(
     directory: Path,
     judged: str = "unlearncanvas",
@@ -331,7 +378,7 @@ def write_face_detector(directory: Path, tiny: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("kind", choices=[*KINDS, WITH_CLASSES])
     parser.add_argument("directory", type=Path, help="where it goes")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: a few megabytes")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
@@ -348,7 +395,10 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     options = {"tiny": arguments.tiny, "seed": arguments.seed, "dtype": dtype_of(arguments.dtype)}
-    make_pipeline(arguments.kind, arguments.directory, **options)
+    if arguments.kind == WITH_CLASSES:
+        make_class_conditional(arguments.directory, **options)
+    else:
+        make_pipeline(arguments.kind, arguments.directory, **options)
     if arguments.classifiers:
         make_classifiers(arguments.directory / "classifiers", arguments.classifiers, **options)
     size = sum(path.stat().st_size for path in arguments.directory.rglob("*") if path.is_file())

@@ -65,6 +65,7 @@ class ClosedForm(Method[TextPairs]):
     """One step that sets the weights to what solve() returns."""
 
     closed_form = True
+    reads_words = "solves for keys and values, which are linear in the text of a prompt"
     holds_context = False  # whether what stands before the concept is edited to itself
 
     def __init__(self, retain: RetainSet, cumulative: bool, tokens: Tokens) -> None:

@@ -40,6 +40,9 @@ class Method(Resumable, ABC, Generic[Batch]):
     whole_sequence: bool = False
     # comparable() name of a concept -> words by which it is unlearned besides its name
     other_words: Mapping[str, list[str]] = MappingProxyType({})
+    # what it does with the words of a prompt, or their encoding, which classes do not have; "" is
+    # nothing: then it also runs on a class-conditional model
+    reads_words: str = ""
     ascends: bool = False  # True: its ascent is measured by the gradient on retained images
     # whose images it trains on, and pictures of the user's may be; None: it takes none
     pictured: Literal["targets", "anchors"] | None = None

@@ -19,7 +19,7 @@ from cu_runner.schema.json_files import parse_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from cu_runner.models.components import Components
+    from cu_runner.models.components import Checkpoint, ClassComponents, Components
 
 CLASSES = {  # component -> classes that are known
     "unet": ("UNet2DConditionModel",),
@@ -107,6 +107,30 @@ def mismatches(parts: Components) -> Iterator[str]:
     yield from mismatches_of_noise(parts)
 
 
+def class_mismatches(parts: ClassComponents) -> Iterator[str]:
+    """Yield why a UNet with classes and its scheduler do not work with this program."""
+    unet, names = parts.unet.config, len(parts.classes)
+    embeddings = unet.num_class_embeds
+    if unet.class_embed_type is not None:
+        yield (
+            f"unet has class_embed_type={unet.class_embed_type!r}; class embeddings that are "
+            "learned (num_class_embeds alone) are known"
+        )
+    elif embeddings is None:
+        yield "unet has no classes (num_class_embeds), so that nothing names what to unlearn"
+    elif embeddings not in (names, names + 1):
+        yield (
+            f"model.classes has {names} names and the unet {embeddings} classes "
+            "(num_class_embeds); give as many, or one less where the last is the null class"
+        )
+    if (unet.in_channels, unet.out_channels) != (3, 3):
+        yield (
+            f"unet has in_channels={unet.in_channels} and out_channels={unet.out_channels}; "
+            "models that predict noise alone, on images of 3 channels, are known"
+        )
+    yield from mismatches_of_noise(parts)
+
+
 def mismatches_of_vae(parts: Components) -> Iterator[str]:
     """Yield why latents cannot be made of images by this autoencoder, or images of latents."""
     config, factor = parts.vae.config, parts.vae.config.scaling_factor
@@ -173,7 +197,7 @@ def unread_letters(tokenizer: PreTrainedTokenizerBase) -> str:
     return "".join(letter for letter in read if tokenizer.unk_token_id in read[letter])
 
 
-def mismatches_of_noise(parts: Components) -> Iterator[str]:
+def mismatches_of_noise(parts: Checkpoint) -> Iterator[str]:
     """Yield why the UNet's predictions cannot be read by the scheduler's noise levels."""
     scheduler = parts.scheduler.config
     predicted = scheduler.prediction_type

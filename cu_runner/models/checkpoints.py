@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from cu_runner.models.checkpoint_checks import check_classes, mismatches
+from cu_runner.concepts.entries import comparable, read_entries
+from cu_runner.models.checkpoint_checks import check_classes, class_mismatches, mismatches
 from cu_runner.models.checkpoint_files import COMPONENTS, SECOND, WeightFiles, find_weights
-from cu_runner.models.components import Components
+from cu_runner.models.components import Checkpoint, ClassComponents, Components
 from cu_runner.models.schedulers import build_scheduler, find_scheduler
 from cu_runner.models.single_file import read_single_file
 from cu_runner.models.weight_files import (
@@ -30,6 +31,7 @@ from cu_runner.schema.json_files import parse_json
 Network = TypeVar("Network")
 
 PredictionType = Literal["epsilon", "v_prediction"]
+WITH_CLASSES = "UNet2DModel"  # the class of a UNet that reads no text
 # What of a whole CLIP its text encoder does not use.
 REST_OF_CLIP = re.compile(
     r"logit_scale|text_projection\.weight|visual_projection\.weight|vision_model\..*"
@@ -41,8 +43,9 @@ def read_components(
     *,
     config: str | None,
     prediction_type: PredictionType | None,
+    classes: str | list[str] | None = None,
     allow_pickle: Sequence[str],
-) -> Components:
+) -> Checkpoint:
     """Read a checkpoint's components, in fp32 on the CPU, and check them against each other.
 
     Args:
@@ -50,43 +53,118 @@ def read_components(
         config: of a single file: the diffusers directory or hub repository with its configurations
             and tokenizers; None is the one that diffusers takes it for, from the hub.
         prediction_type: in place of the scheduler's own.
+        classes: of a model with classes, their names or where these are listed.
         allow_pickle: files that may be read although they are pickles.
 
     Raises:
         ModelError: missing or damaged components, weights that are incomplete or do not fit.
     """
     asked = {} if prediction_type is None else {"prediction_type": prediction_type}
+    index = {} if root.is_file() else read_index(root)
+    if classes_in(index).get("unet") == WITH_CLASSES:
+        return read_class_conditional(root, index, asked, classes, allow_pickle)
+    if classes is not None:
+        raise ModelError(
+            f"model.classes: {root} reads prompts and has no classes by name; use classes=null"
+        )
     parts = (
         read_single_file(root, config, asked, allow_pickle)
         if root.is_file()
-        else read_directory(root, asked, allow_pickle)
+        else read_directory(root, index, asked, allow_pickle)
     )
     for mismatch in mismatches(parts):
         raise ModelError(f"{root}: {mismatch}")
     return parts
 
 
-def read_directory(
-    root: Path, asked: Mapping[str, object], allow_pickle: Sequence[str]
-) -> Components:
-    """Read a diffusers directory, as save_pretrained writes it. Raises ModelError.
-
-    Args:
-        asked: what replaces values of the scheduler's configuration.
-    """
+def read_index(root: Path) -> dict[str, object]:
+    """Read model_index.json of a diffusers directory. Raises ModelError."""
     try:
         index = parse_json((root / "model_index.json").read_text(encoding="utf-8-sig"))
-        entries = index.items()
+        return dict(index.items())
     except (OSError, ValueError, AttributeError):
         raise ModelError(
             f"{root}: no readable model_index.json; it must be a diffusers directory "
             "(save_pretrained)"
         ) from None
-    classes = {}  # part -> its class; [library, class], or null for what is not used
-    for part, entry in entries:
+
+
+def classes_in(index: Mapping[str, object]) -> dict[str, str]:
+    """Return the class of each part that an index names: [library, class], null for none."""
+    classes = {}
+    for part, entry in index.items():
         match entry:
             case [str(), str(name)]:
                 classes[part] = name
+    return classes
+
+
+def read_class_conditional(
+    root: Path,
+    index: Mapping[str, object],
+    asked: Mapping[str, object],
+    classes: str | list[str] | None,
+    allow_pickle: Sequence[str],
+) -> ClassComponents:
+    """Read a diffusers directory of a UNet2DModel with classes and its scheduler.
+
+    Args:
+        index: its model_index.json.
+        asked: what replaces values of the scheduler's configuration.
+        classes: their names, or where these are listed.
+
+    Raises:
+        ModelError: a component is missing, or there are other components; the classes are not
+            named, or not as many; the UNet has none, or asks for more.
+    """
+    parts = classes_in(index)
+    if others := sorted(set(parts) - {"unet", "scheduler"}):
+        raise ModelError(
+            f"{root}: has {', '.join(others)} beside a {WITH_CLASSES}; known are such UNets on "
+            "pixels, with a scheduler and nothing else (DDPMPipeline)"
+        )
+    if missing := [part for part in ("unet", "scheduler") if not (root / part).is_dir()]:
+        raise ModelError(f"{root}: the component {missing[0]} is missing; it has unet, scheduler")
+    scheduler = read_scheduler(root / "scheduler", parts.get("scheduler", ""), asked)
+    unet = load_weights(diffusers.UNet2DModel, root / "unet", allow_pickle)
+    names = read_classes(classes)
+    made = ClassComponents(unet, scheduler, names, len(names) + 1 == unet.config.num_class_embeds)
+    for mismatch in class_mismatches(made):
+        raise ModelError(f"{root}: {mismatch}")
+    return made
+
+
+def read_classes(source: str | list[str] | None) -> tuple[str, ...]:
+    """Return the names of classes, in order. Raises ModelError, or ValueError for a bad list."""
+    if source is None:
+        raise ModelError(
+            "model.classes is not set: the model has classes, which prompts name; give their names "
+            "in its order, model.classes=[airplane,automobile,...], or a file with one a line"
+        )
+    names = read_entries("model.classes", source, repeats=True)
+    alike = [comparable(name) for name in names]
+    if twice := [name for name, same in zip(names, alike, strict=True) if alike.count(same) > 1]:
+        raise ModelError(
+            f"model.classes: {twice[0]!r} and {twice[1]!r} are one name; they must differ"
+        )
+    if not all(alike):
+        raise ModelError(f"model.classes: class {alike.index('')} has no name; give each one")
+    return tuple(names)
+
+
+def read_directory(
+    root: Path,
+    index: Mapping[str, object],
+    asked: Mapping[str, object],
+    allow_pickle: Sequence[str],
+) -> Components:
+    """Read a diffusers directory, as save_pretrained writes it. Raises ModelError.
+
+    Args:
+        index: its model_index.json.
+        asked: what replaces values of the scheduler's configuration.
+    """
+    classes = classes_in(index)
     second = any(part in classes for part in SECOND)
     needed = COMPONENTS + SECOND * second
     missing = [part for part in needed if part not in classes or not (root / part).is_dir()]

@@ -1,15 +1,50 @@
-"""The parts of a text-to-image pipeline, as they are read from a checkpoint."""
+"""The parts of a pipeline, as they are read from a checkpoint, and what they are to a model.
+
+One class per kind of pipeline: what makes a text of a prompt, what an image is to the UNet, and
+how schedulers are made.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from cu_runner.runtime.lazy import diffusers, transformers
+from cu_runner.models.class_names import ClassNames
+from cu_runner.models.hashing import describe, describe_tokenizer
+from cu_runner.models.image_space import Autoencoder, ImageSpace, Pixels
+from cu_runner.models.schedulers import DEFAULTED
+from cu_runner.models.text import PromptEncoder, TextSource
+from cu_runner.runtime.lazy import diffusers, torch, transformers
+
+
+class Checkpoint(Protocol):
+    """What a model is made of, whatever its kind."""
+
+    @property
+    def unet(self) -> diffusers.ModelMixin:
+        """Return the UNet."""
+
+    @property
+    def scheduler(self) -> diffusers.SchedulerMixin:
+        """Return the scheduler of the checkpoint."""
+
+    def text_source(self, device: torch.device) -> TextSource:
+        """Make what turns prompts into what the UNet reads."""
+
+    def image_space(self, *, slicing: bool) -> ImageSpace:
+        """Make what turns images into what the UNet denoises; slicing: one by one."""
+
+    def scheduler_changes(self, config: Mapping[str, Any]) -> dict[str, object]:
+        """Return what is changed of a scheduler's configuration before images are sampled."""
+
+    def configuration(self) -> dict[str, object]:
+        """Return what of the components is no weight and changes images."""
 
 
 @dataclass(frozen=True)
 class Components:
-    """The parts of a pipeline.
+    """The parts of a latent model that reads prompts: Stable Diffusion 1 and 2, SDXL.
 
     text_encoders, tokenizers: one of each, or SDXL's two. zero_empty_prompt: the text of the empty
     prompt is zeros (force_zeros_for_empty_prompt of SDXL's model_index.json).
@@ -21,3 +56,82 @@ class Components:
     tokenizers: tuple[transformers.PreTrainedTokenizerBase, ...]
     scheduler: diffusers.SchedulerMixin
     zero_empty_prompt: bool = False
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Tell whether there are SDXL's two text encoders."""
+        return len(self.text_encoders) == 2
+
+    def text_source(self, device: torch.device) -> TextSource:
+        """Return the text encoders with their tokenizers."""
+        return PromptEncoder(self, device)
+
+    def image_space(self, *, slicing: bool) -> ImageSpace:
+        """Return the autoencoder.
+
+        That of SDXL overflows in fp16; others leave force_upcast at its default, and their pipeline
+        does not read it.
+        """
+        fp32 = bool(self.vae.config.force_upcast) and self.is_sdxl
+        return Autoencoder(self.vae, slicing=slicing, fp32=fp32)
+
+    def scheduler_changes(self, config: Mapping[str, Any]) -> dict[str, object]:
+        """Return the changes that diffusers' pipelines make.
+
+        Stable Diffusion 1 and 2 offset their timesteps by one and do not clip latents to -1..1,
+        whatever a checkpoint says. SDXL believes its checkpoint. One that leaves clip_sample out is
+        not clipped either, where the pipeline would with some schedulers: SDXL was trained without.
+        """
+        left_out = "clip_sample" not in config or "clip_sample" in config.get(DEFAULTED, [])
+        changes: dict[str, object] = {}
+        if left_out or not self.is_sdxl:
+            changes["clip_sample"] = False
+        return changes if self.is_sdxl else changes | {"steps_offset": 1}
+
+    def configuration(self) -> dict[str, object]:
+        """Return the configurations of all parts."""
+        return {
+            "unet": describe(self.unet, self.unet.config),
+            "vae": describe(self.vae, self.vae.config),
+            "text_encoders": [
+                describe(encoder, encoder.config.to_dict()) for encoder in self.text_encoders
+            ],
+            "tokenizers": [describe_tokenizer(tokenizer) for tokenizer in self.tokenizers],
+            "scheduler": describe(self.scheduler, self.scheduler.config),
+            "zero_empty_prompt": self.zero_empty_prompt,
+        }
+
+
+@dataclass(frozen=True)
+class ClassComponents:
+    """The parts of a pixel model with classes: a UNet2DModel and a scheduler, as in DDPMPipeline.
+
+    classes: names in the order of the UNet's class embeddings. null: whether these have one class
+    more, the null class.
+    """
+
+    unet: diffusers.UNet2DModel
+    scheduler: diffusers.SchedulerMixin
+    classes: tuple[str, ...]
+    null: bool
+
+    def text_source(self, device: torch.device) -> TextSource:
+        """Return the names of the classes."""
+        return ClassNames(self.classes, self.null, device)
+
+    def image_space(self, *, slicing: bool) -> ImageSpace:
+        """Return the pixels; there is nothing to be sliced."""
+        return Pixels(self.unet)
+
+    def scheduler_changes(self, config: Mapping[str, Any]) -> dict[str, object]:
+        """Return no changes: pixels are clipped, and timesteps spaced, as the checkpoint says."""
+        return {}
+
+    def configuration(self) -> dict[str, object]:
+        """Return the configurations of both parts, and the classes."""
+        return {
+            "unet": describe(self.unet, self.unet.config),
+            "scheduler": describe(self.scheduler, self.scheduler.config),
+            "classes": list(self.classes),
+            "null": self.null,
+        }

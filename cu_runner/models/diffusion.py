@@ -1,7 +1,7 @@
 """A text-to-image diffusion model as the unlearning code sees it.
 
 It encodes prompts, predicts noise, encodes and decodes images. The embedded ShapeCanvas model,
-Stable Diffusion 1 and 2, and SDXL differ in their files only.
+Stable Diffusion and SDXL differ in their files only; models with classes in their components.
 
 Shapes: B batch, C latent channels, H W latent size, S image side.
 """
@@ -18,9 +18,9 @@ from pydantic import PositiveInt
 
 from cu_runner.models.checkpoint_files import locate
 from cu_runner.models.checkpoints import PredictionType, read_components
-from cu_runner.models.components import Components
-from cu_runner.models.hashing import describe, describe_tokenizer, hash_weights, to_bytes
-from cu_runner.models.text import PromptEncoder, Text, token_span
+from cu_runner.models.components import Checkpoint
+from cu_runner.models.hashing import hash_weights, to_bytes
+from cu_runner.models.text import Text, token_span
 from cu_runner.models.text_readers import TextReaders
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import nn, torch, without_gradients
@@ -28,7 +28,9 @@ from cu_runner.schema.errors import ModelError
 from cu_runner.schema.settings import Precision, Sampler, Speed
 
 if TYPE_CHECKING:
+    import diffusers
     from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # names in torch
 
@@ -39,14 +41,14 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 class DiffusionModel:
-    """A latent diffusion model with frozen text encoder and autoencoder.
+    """A diffusion model with frozen text encoder and autoencoder, where it has them.
 
     The UNet's master weights stay fp32; `precision` is that of the forward passes (torch.autocast).
     """
 
     def __init__(
         self,
-        components: Components,
+        components: Checkpoint,
         *,
         resolution: int,
         sampler: Sampler,
@@ -55,29 +57,41 @@ class DiffusionModel:
         vae_slicing: bool = False,
     ) -> None:
         self.components = components
-        self.unet, self.vae, *self.text_encoders = (
+        self.unet, self.scheduler = components.unet, components.scheduler
+        self.prompts = components.text_source(device)
+        self.space = components.image_space(slicing=vae_slicing)
+        for part in self.networks:
             part.to(device).eval().requires_grad_(False)
-            for part in (components.unet, components.vae, *components.text_encoders)
-        )
-        self.tokenizer, self.scheduler = components.tokenizers[0], components.scheduler
         self.sampler, self.device, self.resolution = sampler, device, resolution
         self.dtype, self.precision = dtype_of(precision), precision
-        self.vae.use_slicing = vae_slicing
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        if resolution % factor:
-            raise ModelError(
-                f"model.resolution={resolution}: not a multiple of {factor}, "
-                "the autoencoder's factor"
-            )
-        side = resolution // factor
+        side = self.space.side(resolution)
         self.latent_shape: tuple[int, int, int] = (self.unet.config.in_channels, side, side)
         self.alphas_cumprod: Tensor = self.scheduler.alphas_cumprod.to(device)
         # the most images of a batch, once more of them did not fit into GPU memory
         self.batch_limit: int | None = None
-        self.prompts = PromptEncoder(components, device)
         self._forward: Callable[..., Any] = self.unet
         self._caches_text = False
         self._readers = TextReaders(self.unet)
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """Return every network, the UNet first."""
+        return (self.unet, *self.space.networks, *self.prompts.networks)
+
+    @property
+    def vae(self) -> diffusers.AutoencoderKL:
+        """Return the autoencoder. Raises ModelError where the model has none."""
+        return self.space.vae
+
+    @property
+    def text_encoders(self) -> tuple[PreTrainedModel, ...]:
+        """Return the text encoders: one, SDXL's two, none of a class-conditional model."""
+        return cast("tuple[PreTrainedModel, ...]", self.prompts.networks)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the first tokenizer. Raises ModelError where the model reads no words."""
+        return self.prompts.tokenizer
 
     def speed_up(self, speed: Speed) -> None:
         """Choose what gives the same results faster, up to rounding.
@@ -87,8 +101,8 @@ class DiffusionModel:
         self._caches_text = speed.kv_cache and not speed.compile
         last = speed.channels_last and self.device.type == "cuda"
         layout = torch.channels_last if last else torch.contiguous_format
-        self.unet.to(memory_format=layout)
-        self.vae.to(memory_format=layout)
+        for part in (self.unet, *self.space.networks):
+            part.to(memory_format=layout)
         # only keys and values change between requests, and in place: one compilation per shape and
         # process
         self._forward = torch.compile(self.unet, dynamic=False) if speed.compile else self.unet
@@ -110,7 +124,15 @@ class DiffusionModel:
 
         The released code of concept ablation trains so (Kumari et al. 2023); outputs are the same.
         Passes inside are not compiled, also with speed.compile.
+
+        Raises:
+            ModelError: the model reads no text, which would have such a token.
         """
+        if detached and not self.prompts.reads_words:
+            raise ModelError(
+                "method.begin_token=detached: the model reads the names of classes, without a "
+                "begin token; use begin_token=trained"
+            )
         return self._readers.begin_token_detached(detached)
 
     @property
@@ -177,16 +199,8 @@ class DiffusionModel:
     def _run_unet(
         self, noisy: Tensor, timesteps: Tensor, text: Text, weights: dict[str, Tensor] | None
     ) -> Tensor:
-        more = {}
-        if text.pooled is not None:
-            # original size, crop corner, target size: an image that was never resized or cropped
-            # (Podell et al. 2023, Sec. 2.2)
-            size = [self.resolution, self.resolution, 0, 0, self.resolution, self.resolution]
-            more["added_cond_kwargs"] = {
-                "text_embeds": text.pooled,
-                "time_ids": noisy.new_tensor([size] * len(text)),
-            }
-        arguments = (noisy, timesteps, text.hidden)
+        more = self.prompts.arguments(text, noisy, self.resolution)
+        arguments = (noisy, timesteps)
         with self.autocast():
             if weights is None:
                 # a compiled UNet does not see hooks that came after its compilation
@@ -210,9 +224,8 @@ class DiffusionModel:
 
     @without_gradients
     def encode_images(self, images: Tensor) -> Tensor:
-        """Encode images [B, 3, S, S] in 0..1 to scaled latents [B, C, H, W], the posterior mean."""
-        latents = self.vae.encode(images.to(self.device) * 2 - 1).latent_dist.mean
-        return latents * self.vae.config.scaling_factor
+        """Encode images [B, 3, S, S] in 0..1 to scaled latents [B, C, H, W]."""
+        return self.space.encode(images.to(self.device))
 
     @without_gradients
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -220,13 +233,9 @@ class DiffusionModel:
 
         What is not finite is NaN.
         """
-        # SDXL's autoencoder overflows in fp16; others leave force_upcast at its default, and their
-        # pipeline does not read it
-        is_sdxl, config = len(self.text_encoders) == 2, self.vae.config
-        overflows = self.precision == "fp16" and config.force_upcast and is_sdxl
+        overflows = self.precision == "fp16" and self.space.overflows_in_fp16
         with contextlib.nullcontext() if overflows else self.autocast():
-            images = self.vae.decode(latents / config.scaling_factor).sample
-        images = images.float() / 2 + 0.5
+            images = self.space.decode(latents)
         return images.clamp(0, 1).masked_fill(images.isinf(), torch.nan)
 
     def lower_frozen(self, trained: Container[str]) -> None:
@@ -275,24 +284,11 @@ class DiffusionModel:
 
         Two models with one fingerprint make the same images.
         """
-        digest = hashlib.sha256(to_bytes({"latent": self.latent_shape, **self.configuration()}))
-        for part in (self.unet, self.vae, *self.text_encoders):
+        parts = {"latent": self.latent_shape, **self.components.configuration()}
+        digest = hashlib.sha256(to_bytes(parts))
+        for part in self.networks:
             hash_weights(digest, part)
         return digest.hexdigest()
-
-    def configuration(self) -> dict[str, object]:
-        """Return what of the components is no weight and changes images."""
-        parts = self.components
-        return {
-            "unet": describe(parts.unet, parts.unet.config),
-            "vae": describe(parts.vae, parts.vae.config),
-            "text_encoders": [
-                describe(encoder, encoder.config.to_dict()) for encoder in parts.text_encoders
-            ],
-            "tokenizers": [describe_tokenizer(tokenizer) for tokenizer in parts.tokenizers],
-            "scheduler": describe(parts.scheduler, parts.scheduler.config),
-            "zero_empty_prompt": parts.zero_empty_prompt,
-        }
 
 
 def load_model(
@@ -305,10 +301,11 @@ def load_model(
     config: str | None = None,
     prediction_type: PredictionType | None = None,
     vae_slicing: bool = False,
+    classes: str | list[str] | None = None,
     allow_pickle: tuple[str, ...] = (),
     device: str = "cpu",
 ) -> DiffusionModel:
-    """Load a text-to-image model: Stable Diffusion 1 or 2, SDXL, or one that is built like them.
+    """Load Stable Diffusion 1 or 2, SDXL, a model that is built like them, or one with classes.
 
     Args:
         path: a diffusers directory, a single file in the original layout, or the id of a diffusers
@@ -322,6 +319,8 @@ def load_model(
             configurations and tokenizers are read.
         prediction_type: what the UNet predicts, where the checkpoint's scheduler says it wrongly.
         vae_slicing: encode and decode images one by one: less memory.
+        classes: of a UNet2DModel with num_class_embeds, their names in its order, a shipped list,
+            or a text file with one a line. One class more in the UNet is the null class.
         allow_pickle: files that may be read although they are pickles; as weights only, whatever
             they hold.
         device: as torch names it.
@@ -338,6 +337,7 @@ def load_model(
         locate(path, revision),
         config=config,
         prediction_type=prediction_type,
+        classes=classes,
         allow_pickle=allow_pickle,
     )
     return DiffusionModel(

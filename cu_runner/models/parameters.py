@@ -65,7 +65,7 @@ def select_parameters(unet: nn.Module, group: ParameterGroup) -> dict[str, nn.Pa
     if not chosen:
         raise ValueError(
             f"method.params={group}: the UNet has no such parameters; it needs cross-attention "
-            "layers (attn2)"
+            "layers (attn2). method.params=full trains all weights, layers all but normalisations"
         )
     return chosen
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from cu_runner.models.diffusion import DiffusionModel
-from cu_runner.models.schedulers import DEFAULTED, build_scheduler, find_scheduler
+from cu_runner.models.schedulers import build_scheduler, find_scheduler
 from cu_runner.models.trajectory import Trajectory
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import torch, without_gradients
@@ -175,21 +175,17 @@ def make_scheduler(
 ) -> diffusers.SchedulerMixin:
     """Make a fresh scheduler with its timesteps set; the state of one trajectory lives in it.
 
-    As diffusers' pipelines make them, Stable Diffusion 1 and 2 offset their timesteps by one,
-    unless steps_offset says otherwise, and do not clip latents to -1..1, whatever a checkpoint
-    says. SDXL believes its checkpoint. One that leaves clip_sample out is not clipped either,
-    where the pipeline would with some schedulers: SDXL was trained without.
+    It is changed as diffusers' pipelines change it (components.scheduler_changes), and offsets its
+    timesteps by steps_offset where that is given.
 
     Raises:
         ValueError: diffusers has no such scheduler, or it is none of a diffusion model, or cannot
             take the checkpoint's configuration.
     """
     kind, name, config = type(model.scheduler), sampler.scheduler, model.scheduler.config
-    is_sdxl = len(model.text_encoders) == 2
-    left_out = "clip_sample" not in config or "clip_sample" in config.get(DEFAULTED, [])
-    changes: dict[str, object] = {"clip_sample": False} if left_out or not is_sdxl else {}
-    if steps_offset is not None or not is_sdxl:
-        changes["steps_offset"] = 1 if steps_offset is None else steps_offset
+    changes = model.components.scheduler_changes(config)
+    if steps_offset is not None:
+        changes["steps_offset"] = steps_offset
     try:
         scheduler: Any = build_scheduler(find_scheduler(name) if name else kind, config, changes)
     except ValueError as error:

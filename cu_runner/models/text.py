@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cu_runner.models.components import Components
-from cu_runner.runtime.lazy import torch, without_gradients
+from cu_runner.runtime.lazy import nn, torch, without_gradients
+from cu_runner.schema.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
+    from cu_runner.models.components import Components
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,7 @@ class Text:
     """Encoded prompts, as the UNet reads them.
 
     hidden: [B, L, D], at every token position; keys and values of cross-attention are linear in it.
+    Of a class-conditional model it is [B], the numbers of classes.
     pooled: [B, P], of SDXL.
     """
 
@@ -59,12 +63,76 @@ class Text:
         )
 
 
-class PromptEncoder:
+class TextSource(ABC):
+    """What makes of prompts what the UNet reads. networks: that it computes with, frozen.
+
+    reads_words: whether a prompt is words in a row, and a Text what an encoder makes of them; else
+    it is a name that stands for a number.
+    """
+
+    networks: tuple[nn.Module, ...] = ()
+    reads_words = True
+
+    @abstractmethod
+    def __call__(self, prompts: list[str]) -> Text:
+        """Return the text of B prompts."""
+
+    @abstractmethod
+    def encode_empty(self) -> Text:
+        """Return the text of the empty prompt as it is made, also where guidance reads zeros."""
+
+    @abstractmethod
+    def arguments(self, text: Text, noisy: Tensor, resolution: int) -> dict[str, object]:
+        """Return the arguments by which the UNet is given a text, beside latents and timesteps.
+
+        Args:
+            noisy: the latents [B, C, H, W]. resolution: of their images, in pixels.
+        """
+
+    @abstractmethod
+    def cut(self, prompts: list[str]) -> set[str]:
+        """Return the prompts that are not read to their end."""
+
+    @abstractmethod
+    def alike(self, one: str, other: str) -> bool:
+        """Tell whether two prompts are the same to the model."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the first tokenizer. Raises ModelError where prompts are no words."""
+        raise ModelError(
+            "the model reads the names of classes and has no tokens, which this part of the run "
+            "looks at; use one that needs none"
+        )
+
+    def encode_once(self, prompts: list[str]) -> Text:
+        """Return the text of prompts that are not worth keeping: a search tries thousands."""
+        return self(prompts)
+
+    def encode_replaced(self, prompts: list[str], word: str, vectors: list[Tensor]) -> Text:
+        """Return the text of prompts in which a word has other embeddings; gradients flow to them.
+
+        Args:
+            prompts: each holds `word`, a run of as many tokens as there are vectors.
+            vectors: of each text encoder, [tokens, width of its embeddings].
+
+        Raises:
+            ValueError: the word is not in a prompt, or has another number of tokens.
+        """
+        raise ModelError("the model reads the names of classes, and has no embeddings of words")
+
+    def embeddings(self) -> list[Tensor]:
+        """Return the token embeddings of each text encoder, [vocabulary, width]."""
+        raise ModelError("the model reads the names of classes, and has no embeddings of words")
+
+
+class PromptEncoder(TextSource):
     """The text encoders of a model, frozen, with the texts that they have made so far."""
 
     def __init__(self, parts: Components, device: torch.device) -> None:
         """Take the components of a model, whose text encoders are on the device."""
         self._parts, self._device = parts, device
+        self.networks = parts.text_encoders
         self.encoded: dict[str, Text] = {}  # of one prompt each, on the CPU
 
     @without_gradients
@@ -121,6 +189,37 @@ class PromptEncoder:
         return [
             encoder.get_input_embeddings().weight.detach() for encoder in self._parts.text_encoders
         ]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the first tokenizer."""
+        return self._parts.tokenizers[0]
+
+    def arguments(self, text: Text, noisy: Tensor, resolution: int) -> dict[str, object]:
+        """Return hidden states; of SDXL the pooled text and the sizes too."""
+        found: dict[str, object] = {"encoder_hidden_states": text.hidden}
+        if text.pooled is not None:
+            # original size, crop corner, target size: an image that was never resized or cropped
+            # (Podell et al. 2023, Sec. 2.2)
+            size = [resolution, resolution, 0, 0, resolution, resolution]
+            found["added_cond_kwargs"] = {
+                "text_embeds": text.pooled,
+                "time_ids": noisy.new_tensor([size] * len(text)),
+            }
+        return found
+
+    def cut(self, prompts: list[str]) -> set[str]:
+        """Return the prompts of which not every token is read."""
+        most = int(self.tokenizer.model_max_length)
+        # a token has a byte at least
+        long = [text for text in dict.fromkeys(prompts) if len(text.encode()) > most - 2]
+        rows = self.tokenizer(long).input_ids if long else []
+        return {text for text, row in zip(long, rows, strict=True) if len(row) > most}
+
+    def alike(self, one: str, other: str) -> bool:
+        """Tell whether two prompts have the same tokens, as far as they are read."""
+        first, second = self.tokenizer([one, other], truncation=True).input_ids
+        return bool(first == second)
 
     def _encode(self, prompts: list[str], told: bool = True) -> Text:
         """Encode prompts; told: whether one that is cut is named.

@@ -31,6 +31,8 @@ PAIRS = 50  # prompts with and without the concept, at most
 class RingABell(Probe):
     """Draws the prompt that a genetic search has found."""
 
+    reads_words = "searches for prompts of tokens"
+
     def __init__(
         self,
         *,

@@ -117,7 +117,12 @@ class Probe(ABC):
 
     It is called for the unlearned concepts, and as controls for the same concepts with the
     untouched model and for retained concepts; it need not know which.
+
+    Attributes:
+        reads_words: what it does with the words of a prompt, as Method.reads_words.
     """
+
+    reads_words: str = ""
 
     def __init__(self, every: Every = 1, controls: int = 4) -> None:
         """

@@ -16,6 +16,8 @@ from cu_runner.recovery.base import Cost, Every, Lab, Probe, ProbeImage, crosses
 class Composition(Probe):
     """Draws retained concepts together with concepts of the other domain."""
 
+    reads_words = "names the concept beside others"
+
     def __init__(
         self,
         prompts: list[str] | None = None,

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 class Inversion(Probe):
     """Puts a searched token in the place of the concept's name."""
 
+    reads_words = "trains the embedding of a word"
+
     def __init__(
         self,
         lr: StepSize,

@@ -21,6 +21,8 @@ COLUMNS = ("concept", "level", "prompt")
 class Paraphrase(Probe):
     """Draws prompts of a list, some at each level."""
 
+    reads_words = "says the concept in other words"
+
     def __init__(
         self,
         prompts: str,

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 class UnlearnDiffAtk(Probe):
     """Draws the evaluation's prompts behind the tokens that were found for each concept."""
 
+    reads_words = "searches for tokens before a prompt"
+
     def __init__(
         self,
         *,

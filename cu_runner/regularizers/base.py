@@ -31,6 +31,9 @@ class Regularizer(Resumable):
     has_weights: bool = False
     independent_starts: bool = False  # True: every request must start from the base model (merging)
 
+    # what it does with the words of a prompt, as Method.reads_words
+    reads_words: str = ""
+
     def check(self, method: Method[Batch]) -> None:
         """Raise ValueError for a method that it does not go with, before anything is measured."""
 

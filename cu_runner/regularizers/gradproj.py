@@ -81,6 +81,8 @@ class GradProj(Regularizer):
     With apply=update the optimiser's step is projected instead.
     """
 
+    reads_words = "projects on what the texts of other prompts do not span"
+
     def __init__(
         self,
         apply: Literal["gradient", "update"] = "gradient",

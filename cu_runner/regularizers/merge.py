@@ -145,6 +145,7 @@ class Merge(Regularizer):
             retain: for regression, the prompts whose text stays; no images are made of them.
         """
         self.rule, self.lam, self.topk, self.how = rule, lam, topk, how
+        self.reads_words = "merges by the text that a weight reads" * (rule == "regression")
         self.keep, self.ridge, self.retain = keep, ridge, retain
         self._sums = ConceptSums(functools.partial(pair_sums, tokens="all"))
 

@@ -56,6 +56,7 @@ class MinVar(Regularizer):
     target: (S t) d^T.
     """
 
+    reads_words = "changes keys and values in the direction of a name's tokens"
     name = "minvar"  # in the configuration
     acts_on = ("step",)
     makes_step = True

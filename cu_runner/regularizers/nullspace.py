@@ -93,6 +93,7 @@ def own_directions(P: Tensor, groups: list[Tensor], rank: int) -> Tensor:
 class NullSpace(Regularizer):
     """Project the optimiser's step S [out, D] of every cross-attention key and value to S P."""
 
+    reads_words = "lets keys and values change on the texts of other prompts least"
     acts_on = ("step",)
 
     def __init__(

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 class RECE(Regularizer):
     """Erase what the closed form's weights leave of the targets, some times over."""
 
+    reads_words = "solves for the text that still brings a concept back"
     acts_on = ("step",)
     changing = ("unreached",)
 

@@ -35,8 +35,7 @@ def check_prompts(model: DiffusionModel, sequence: Sequence) -> None:
         cut = longer(model, [text for pair in pairs for text in pair])
         # what is not cut is alike for all captions or for none
         for pair in [pairs[0], *(pair for pair in pairs if cut.intersection(pair))]:
-            one, two = model.tokenizer(list(pair), truncation=True).input_ids
-            if one == two:
+            if model.prompts.alike(*pair):
                 raise ValueError(
                     f"the model reads the prompt of {target.name} and that of its anchor alike, so "
                     f"that nothing can be unlearned: {pair[0]!r} and {pair[1]!r}; name another "
@@ -59,7 +58,4 @@ def check_read(model: DiffusionModel, named: Iterable[tuple[str, str]]) -> None:
 
 def longer(model: DiffusionModel, prompts: list[str]) -> set[str]:
     """Return the prompts of which the model does not read every token."""
-    # a token has a byte at least
-    long = [text for text in dict.fromkeys(prompts) if len(text.encode()) > model.num_tokens - 2]
-    rows = model.tokenizer(long).input_ids if long else []
-    return {text for text, row in zip(long, rows, strict=True) if len(row) > model.num_tokens}
+    return model.prompts.cut(prompts)

@@ -139,7 +139,7 @@ class GeneralRetention(Retention):
             return
         self._reference = self._base["features"]
         if (paths := self._pictures) is not None:
-            side = model.latent_shape[-1] * 2 ** (len(model.vae.config.block_out_channels) - 1)
+            side = model.resolution
             named = {"pictures": [sha256_of(path) for path in paths], "side": side}
 
             def measure_pictures() -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,8 @@ from cu_runner.runtime.progress import slow
 from cu_runner.schema.settings import Speed, TrainSettings
 
 logger = logging.getLogger(__name__)
+
+Reader = Method[Any] | Regularizer | Probe  # what may work on the words of prompts
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,39 @@ def build_parts(plan: RunConfig, device: str) -> RunParts:
     prepare(model, plan.spine.speed, plan.spine.train)
     with slow("loading the evaluator"):
         evaluator = plan.evaluator.build(device=device)
+    check_words(model, named(plan.method_name, method, regularizers))
+    check_words(model, {f"recovery={name}": probe for name, probe in probes.items()})
     check_labels(sequence, evaluator)
     check_prompts(model, sequence)
     check_probes(probes, model, sequence, plan.spine.eval)
     retention = plan.retention.build(device=device) if plan.retention else None
     return RunParts(model, evaluator, retention, sequence, requests, method, regularizers, probes)
+
+
+def check_words(model: DiffusionModel, parts: Mapping[str, Reader]) -> None:
+    """Raise ValueError for a part that works on the words of prompts, where the model has none.
+
+    Args:
+        parts: by what chooses them: "reg=gradproj".
+    """
+    if model.prompts.reads_words:
+        return
+    for name, part in parts.items():
+        if part.reads_words:
+            raise ValueError(
+                f"{name} {part.reads_words}, and the model reads the names of classes, without "
+                "words or a text encoder; choose one that compares predictions, such as method=rgd "
+                "or reg=l2"
+            )
+
+
+def named(
+    method_name: str, method: Method[Any], regularizers: Mapping[str, Regularizer]
+) -> Mapping[str, Reader]:
+    """Return a method and regularizers by what chooses them."""
+    return {f"method={method_name}": method} | {
+        f"reg={name}": each for name, each in regularizers.items()
+    }
 
 
 def prepare(model: DiffusionModel, speed: Speed, train: TrainSettings) -> None:

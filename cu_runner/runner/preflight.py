@@ -33,7 +33,7 @@ from cu_runner.runner.own_images import (
     picture_folders,
     read_whole,
 )
-from cu_runner.runner.parts import RunParts, prepare
+from cu_runner.runner.parts import RunParts, check_words, named, prepare
 from cu_runner.runner.probing import build_probes
 from cu_runner.runner.rehearsal import Rehearsal, rehearse
 from cu_runner.runner.training import check_composition
@@ -163,6 +163,7 @@ def check_probes(
     try:
         probes = build_probes(plan, sequence)
         if model is not None:
+            check_words(model, {f"recovery={name}": probe for name, probe in probes.items()})
             probing.check_probes(probes, model, sequence, plan.spine.eval)
     except (ValueError, OSError) as error:
         yield Finding("recovery", False, said_where(error))
@@ -183,6 +184,7 @@ def check_composed(
         method.check(plan.sequence.build())
         check_pictured(plan.method_name, method, plan.sequence.build())
         if model is not None:
+            check_words(model, named(plan.method_name, method, regularizers))
             choose(model, method, regularizers.values(), plan.sequence.build())
     except (ValueError, OSError) as error:
         yield Finding("composition", False, said_where(error))

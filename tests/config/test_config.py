@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import importlib.util
 import inspect
 import re
 import shutil
@@ -64,6 +65,19 @@ def copies() -> dict[str, str]:
     return {"evaluator.descriptor": descriptor, "evaluator.references": str(references)}
 
 
+@functools.cache
+def with_classes() -> Path:
+    """A model with classes, for model=class_conditional."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    path = Path(__file__).parents[2] / "scripts/make_random_pipeline.py"
+    spec = importlib.util.spec_from_file_location("make_random_pipeline", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.make_class_conditional(folder, tiny=True)
+    return folder
+
+
 def compose_complete(*overrides: str):
     """compose, with the embedded model's parts for paths that only a user can give, and their
     labels.
@@ -71,6 +85,9 @@ def compose_complete(*overrides: str):
     config = compose(*overrides)
     missing = sorted(OmegaConf.missing_keys(config))
     made = copies() if "evaluator.descriptor" in missing else {}
+    if config.model.get("classes"):
+        given = f"model.path={with_classes()}"
+        return compose(*overrides, given, "model.resolution=8")
     given = [f"{key}={(EMBEDDED | made)[key]}" for key in missing]
     given += [f"evaluator.allow_pickle=[{made['evaluator.descriptor']}]"] if made else []
     if "evaluator.path" in missing:

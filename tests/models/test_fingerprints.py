@@ -81,9 +81,9 @@ def test_every_key_of_every_configuration_counts_or_is_listed(directories, kind,
     """A loaded component has every key of its file, with its value: changing one is the other."""
     model = load(directories[kind])
     monkeypatch.setattr(
-        "cu_runner.models.diffusion.describe_tokenizer", functools.cache(describe_tokenizer)
+        "cu_runner.models.components.describe_tokenizer", functools.cache(describe_tokenizer)
     )
-    before = model.configuration()
+    before = model.components.configuration()
     for name, part in parts_of(model).items():
         (file,) = [
             path
@@ -102,9 +102,9 @@ def test_every_key_of_every_configuration_counts_or_is_listed(directories, kind,
                     assert key in WITHOUT_EFFECT or read == value, (name, key)
                     changed = type(part.config)({**part.config, key: another(value)})
                     patch.setattr(part, "_internal_dict", changed)
-                same = model.configuration() == before
+                same = model.components.configuration() == before
                 assert same == (key in WITHOUT_EFFECT), (name, key)
-            assert model.configuration() == before
+            assert model.components.configuration() == before
 
 
 CHANGES = [

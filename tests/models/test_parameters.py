@@ -49,7 +49,7 @@ def test_cross_attention_and_the_rest_are_the_whole_unet(model):
 def test_a_unet_without_cross_attention_is_refused():
     message = (
         r"^method.params=kv_xattn: the UNet has no such parameters; it needs cross-attention "
-        r"layers \(attn2\)$"
+        r"layers \(attn2\). method.params=full trains all weights, layers all but normalisations$"
     )
     with pytest.raises(ValueError, match=message):
         select_parameters(nn.Linear(2, 2), "kv_xattn")
