@@ -168,6 +168,7 @@ def bare(sequence: Sequence) -> Sequence:
         anchor_prompt="{anchor}",
         captions=("",),
         anchor_captions={},
+        parts={domain: bare(own) for domain, own in sequence.parts.items()},
     )
 
 
