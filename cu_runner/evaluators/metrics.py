@@ -85,7 +85,7 @@ def metrics(
     unlearned concepts; None when there is none. RA_I: mean accuracy over the retained concepts of
     their domain. RA_C: cross-domain accuracy over all images of the cross_retain concepts, those
     prompted with unlearned concepts included; RA_C_retained: over those prompted with retained
-    concepts only.
+    concepts only. For targets of several domains see mixed_metrics().
 
     Where the rows say whether an image shows a face, UA is over the images that do. In a column
     `face`, a concept without any leaves UA alone (None where no concept has one), and retained
