@@ -16,6 +16,7 @@ from cu_runner.evaluators.metrics import (
     shown_in,
     step_metrics,
 )
+from cu_runner.methods._closed_form import bare
 
 CONF = read_conf("sequence/shapecanvas_mixed.yaml")
 
@@ -159,6 +160,14 @@ def test_a_request_faces_its_own_domain_and_knows_every_target():
         "object": "ball",
     }
     assert [part.domain for part in measured_by(sequence)] == ["style", "object"]
+
+
+def test_bare_names_are_bare_in_every_domain():
+    sequence = bare(build())
+    style, ball = sequence.targets[:2]
+    assert sequence.training_pairs(style) == [("blaze", "")]
+    assert sequence.training_pairs(ball) == [("ball", "gear")]
+    assert sequence.facing(ball).prompts_naming("ball") == ["ball"]
 
 
 def test_orders_of_requests_run_over_all_domains():
