@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from cu_runner.concepts.picture_folder import PictureFolder
@@ -80,16 +80,51 @@ class Sequence:
     # pictures of the user's by target: of itself, and of what is to be drawn in its place
     target_pictures: dict[str, PictureFolder] = field(default_factory=dict)
     anchor_pictures: dict[str, PictureFolder] = field(default_factory=dict)
+    # of a mixed sequence: that of each domain, by domain. targets are those of all domains then,
+    # and everything else is of the one domain that the sequence faces
+    parts: dict[str, Sequence] = field(default_factory=dict)
 
     @property
     def domain(self) -> str:
-        """Return the domain of the targets."""
-        return self.targets[0].domain
+        """Return the domain of the targets; of a mixed sequence the one that it faces."""
+        return (self.retain or self.targets)[0].domain
 
     @property
     def cross_domain(self) -> str:
         """Return the other domain."""
         return self.cross_retain[0].domain
+
+    @property
+    def by_domain(self) -> list[Sequence]:
+        """Return the sequence of every domain of targets; one that is not mixed is the only."""
+        return list(self.parts.values()) or [self]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return every domain of which images name a concept."""
+        both = ((each.domain, each.cross_domain) for each in self.by_domain)
+        return tuple(dict.fromkeys(domain for pair in both for domain in pair))
+
+    def facing(self, concept: Concept) -> Sequence:
+        """Return the sequence as methods see it that unlearn a concept: facing its domain."""
+        if concept.domain not in self.parts or concept.domain == self.domain:
+            return self
+        return replace(
+            self.parts[concept.domain],
+            targets=self.targets,
+            parts=self.parts,
+            target_pictures=self.target_pictures,
+            anchor_pictures=self.anchor_pictures,
+        )
+
+    @property
+    def retained(self) -> list[Concept]:
+        """Return what is retained, in all domains."""
+        return [kept for each in self.by_domain for kept in each.retain]
+
+    def _of(self, concept: Concept) -> Sequence:
+        """Return the sequence of a concept's domain."""
+        return self if concept.domain == self.domain else self.parts.get(concept.domain, self)
 
     def prompt_name(self, label: str) -> str:
         """Return a name of the targets' domain as training prompts have it."""
@@ -100,6 +135,8 @@ class Sequence:
 
         The target prompts say the same in several ways, one for each template.
         """
+        if (own := self._of(concept)) is not self:
+            return own.training_prompts(concept)
         anchor, name = concept.anchor or "", concept.prompt_name
         pairs = []
         for caption in self.anchor_captions.get(anchor, self.captions):
@@ -135,6 +172,8 @@ class Sequence:
 
         Listed images need not name a concept of the other domain.
         """
+        if self.parts:
+            return self.columns
         return (
             (self.domain, self.cross_domain)
             if all(image.cross for image in self.listed_images)
@@ -151,15 +190,16 @@ class Sequence:
         return [
             ImagePrompt(self.evaluation_prompt(concept, cross), seed, concept.name, cross.name)
             for concept in concepts
-            for cross in self.cross_retain
-            for seed in self.seeds
+            for cross in self._of(concept).cross_retain
+            for seed in self._of(concept).seeds
         ]
 
     def num_images(self, concept: Concept) -> int:
         """Return by how many images a concept is measured."""
         if self.listed_images:
             return len(self._listed_of[concept.name])
-        return len(self.cross_retain) * len(self.seeds)
+        own = self._of(concept)
+        return len(own.cross_retain) * len(own.seeds)
 
     def lacks(self, concepts: Iterable[Concept]) -> list[str]:
         """Return the concepts of the other domain that no image of these and the retained shows.
@@ -181,4 +221,5 @@ class Sequence:
 
     def evaluation_prompt(self, concept: Concept, cross: Concept) -> str:
         """Return the prompt of an image that shows both concepts."""
-        return fill(self.prompt, **{concept.domain: concept.name, cross.domain: cross.name})
+        prompt = self._of(concept).prompt
+        return fill(prompt, **{concept.domain: concept.name, cross.domain: cross.name})

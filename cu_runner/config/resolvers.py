@@ -79,6 +79,13 @@ def regularizer_cell(config: DictConfig) -> ConfigTree | None:
 def concepts(*, _root_: DictConfig) -> DictConfig:
     """Return the concepts of the chosen sequence by domain, as labels: `${concepts:}`."""
     sequence = _root_.sequence
+    if "domains" in sequence:
+        found: dict[str, list[str]] = {}
+        for domain, lists in sequence.domains.items():
+            own = [each[domain] for each in sequence.targets if domain in each]
+            found[domain] = [*found.get(domain, []), *own, *lists.retain]
+            found.setdefault(lists.cross_domain, []).extend(lists.cross_retain)
+        return OmegaConf.create({name: list(dict.fromkeys(own)) for name, own in found.items()})
     kept = sequence.targets + sequence.retain
     return OmegaConf.create({sequence.domain: kept, sequence.cross_domain: sequence.cross_retain})
 

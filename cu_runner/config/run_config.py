@@ -122,6 +122,12 @@ class RunConfig:
             ConfigError: the images of one's own do not show, after one of them, all that RA_C is
                 measured on.
         """
+        if sequence.parts and self.setting.plan == "simultaneous":
+            raise ConfigError(
+                f"setting=simultaneous: trains all targets with the prompts of one domain, and "
+                f"those of {sequence.name} are of {' and '.join(sequence.parts)}; use "
+                "setting=sequential or independent"
+            )
         planned = plan_requests(sequence, self.setting.plan, self.setting.last_only)
         if any(node.made.independent_starts for node in self.regularizers.values()):
             measured = {each.label: each.requested for each in planned}  # merged: all so far
@@ -286,7 +292,7 @@ def with_composed(value: object) -> object:
 def compose_name(entry: object) -> object:
     """Return a name with every accent composed; a path, a list or a number as it is."""
     if not isinstance(entry, str) or "/" in entry or entry.endswith(".txt"):
-        return with_composed(entry) if isinstance(entry, list) else entry
+        return with_composed(entry) if isinstance(entry, list | dict) else entry
     return normalize("NFC", entry)
 
 

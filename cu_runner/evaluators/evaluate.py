@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from cu_runner.concepts.entries import comparable
-from cu_runner.concepts.sequence import Concept, Sequence
+from cu_runner.concepts.sequence import Concept, ImagePrompt, Sequence
 from cu_runner.evaluators.base import Evaluator, Prediction
 from cu_runner.evaluators.grid import to_picture
-from cu_runner.evaluators.metrics import FACE_COLUMNS
+from cu_runner.evaluators.metrics import FACE_COLUMNS, MEASURES
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.sampling import in_batches, not_finite, sample_images
 from cu_runner.runtime import distributed
@@ -25,11 +25,19 @@ from cu_runner.schema.settings import EvalSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
+FACES_OF = "faces_of"  # the domain whose images must show a face, of a mixed sequence
+Row = dict[str, str | int | float]
+
 
 def check_labels(sequence: Sequence, evaluator: Evaluator) -> None:
     """Raise ValueError unless the evaluator knows every concept whose accuracy is measured."""
     labels = evaluator.labels()
-    for concept in (*sequence.targets, *sequence.retain, *sequence.cross_retain):
+    named = [
+        concept
+        for each in sequence.by_domain
+        for concept in (*each.targets, *each.retain, *each.cross_retain)
+    ]
+    for concept in named:
         if concept.domain in sequence.measured_domains and concept.name not in labels.get(
             concept.domain, []
         ):
@@ -95,14 +103,35 @@ def evaluate(
         row: dict[str, str | int | float] = {
             "step": step,
             "prompt": shown.prompt,
-            sequence.domain: shown.concept,
-            sequence.cross_domain: shown.cross,
+            **columns_of(sequence, shown),
             "seed": shown.seed,
         }
-        table.append(row | seen[place].row)
+        table.append(row | only_own_faces(seen[place].row, row))
         if picture := seen[place].picture:
             thumbnails[cells[place]] = picture
     return Evaluation(pd.DataFrame(table), thumbnails)
+
+
+def columns_of(sequence: Sequence, shown: ImagePrompt) -> dict[str, str]:
+    """Return what an image shows, by domain; of a mixed sequence also which it is an image of."""
+    if not sequence.parts:
+        return {sequence.domain: shown.concept, sequence.cross_domain: shown.cross}
+    every = {kept.name: each for each in sequence.by_domain for kept in each.retain}
+    every |= {target.name: each for each in sequence.by_domain for target in each.targets}
+    own = every[shown.concept]
+    named = {own.domain: shown.concept, own.cross_domain: shown.cross}
+    columns = {domain: named.get(domain, "") for domain in sequence.columns}
+    return {MEASURES: own.domain, **columns}
+
+
+def only_own_faces(seen: Row, row: Row) -> Row:
+    """Return what is seen in an image; it counts whether it shows a face or not, if it need not."""
+    if MEASURES not in row or (wanted := seen.get(FACES_OF)) is None:
+        return seen
+    kept = {name: value for name, value in seen.items() if name != FACES_OF}
+    if row[MEASURES] != wanted:
+        kept |= {name: 1 for name in FACE_COLUMNS.values() if name in kept}
+    return kept
 
 
 @dataclass(frozen=True)
@@ -230,7 +259,9 @@ def classify(
         for kind in sequence.measured_domains:
             row[f"predicted_{kind}"] = predictions[kind].labels[i]
             row[f"score_{kind}"] = round(predictions[kind].scores[i], 4)
-        if (faces := predictions[sequence.domain].faces) is not None:
-            row[FACE_COLUMNS[predictions[sequence.domain].faceless]] = int(faces[i])
+        for own in (each.domain for each in sequence.by_domain):
+            if (faces := predictions[own].faces) is not None:
+                row[FACE_COLUMNS[predictions[own].faceless]] = int(faces[i])
+                row |= {FACES_OF: own} if sequence.parts else {}
         found.append(row)
     return found

@@ -25,7 +25,7 @@ from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.methods.base import Method
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.request.images import RetainSet
-from cu_runner.request.name_sources import earlier_targets, mention, spellings
+from cu_runner.request.name_sources import earlier_concepts, mention, spellings
 from cu_runner.request.scope import Scope
 from cu_runner.request.text_subspace import concept_vectors
 from cu_runner.runtime.lazy import torch, without_gradients
@@ -169,6 +169,7 @@ def bare(sequence: Sequence) -> Sequence:
         anchor_prompt="{anchor}",
         captions=("",),
         anchor_captions={},
+        parts={domain: bare(own) for domain, own in sequence.parts.items()},
     )
 
 
@@ -243,7 +244,9 @@ def preserved_rows(scope: Scope, retain: RetainSet, tokens: Tokens) -> Tensor:
     if tokens == "last":
         scope = dataclasses.replace(scope, sequence=bare(scope.sequence))
     prompts = read_prompts(scope, retain) + [
-        prompt for name in earlier_targets(scope) for prompt in scope.sequence.prompts_naming(name)
+        prompt
+        for concept in earlier_concepts(scope)
+        for prompt in scope.sequence.facing(concept).prompts_naming(concept.prompt_name)
     ]
     if tokens == "last":
         return last_tokens(scope.model, prompts)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 
+from cu_runner.evaluators.metrics import Measured, rows_of
 from cu_runner.reporting.intervals import of_sum, over_images
 from cu_runner.runtime.lazy import pd
 from cu_runner.store.layout import PREDICTIONS
@@ -196,25 +197,34 @@ def with_images(run: RunRecord) -> pd.DataFrame:
         StoreError: the predictions of step 0 are damaged.
     """
     run.require(0, PREDICTIONS)
-    sequence, shown = run.config["sequence"], run.predictions(0)
-    domain, across = sequence["domain"], sequence["cross_domain"]
-    images = shown[domain].value_counts()
-    crossed = images * 0
-    if across in shown:
-        crossed = shown[shown[across].isin(sequence["cross_retain"])][domain].value_counts()
+    shown = [(rows_of(run.predictions(0), part.domain), part) for part in run.measured]
+    images = pd.concat([own[part.domain].value_counts() for own, part in shown])
+    crossed = pd.concat([crossed_of(run, own, part) for own, part in shown])
     table = run.table
     rows = []
     for index in range(len(run.records)):
-        unlearned = run.unlearned(index) if index else list(sequence["targets"])
+        unlearned = run.unlearned(index) if index else run.targets
+        so_far = [part for part in run.measured if {*part.targets} & {*unlearned}] or run.measured
+        retained = [name for part in so_far for name in part.retain]
         kinds = {"UA": unlearned, "UA_current": unlearned[-1:], "UA_previous": unlearned[:-1]}
         counts = {name: count(images, names) for name, names in kinds.items()}
         if "faceless_unlearned" in table:
             gone = int(table["faceless_unlearned"].iloc[index])
             counts = {name: max(number - gone, 0) for name, number in counts.items()}
-        counts["RA_I"] = count(images, sequence["retain"])
-        counts["RA_C"] = count(crossed, [*unlearned, *sequence["retain"]])
+        counts["RA_I"] = count(images, retained)
+        counts["RA_C"] = count(crossed, [*unlearned, *retained])
         rows.append({f"{name}_images": counts[name] for name in COUNTED})
     return table.join(pd.DataFrame(rows))
+
+
+def crossed_of(run: RunRecord, rows: pd.DataFrame, part: Measured) -> pd.Series:
+    """Return how many images of each concept RA-C rests on, in one domain."""
+    concepts, sequence = rows[part.domain], run.config["sequence"]
+    if "domains" in sequence:  # every image shows something of the other domain
+        return concepts.value_counts()
+    if part.cross_domain not in rows:
+        return concepts.value_counts() * 0
+    return concepts[rows[part.cross_domain].isin(sequence["cross_retain"])].value_counts()
 
 
 def count(images: pd.Series, names: list[str]) -> int:

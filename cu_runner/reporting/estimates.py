@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from cu_runner.evaluators.metrics import with_face
+from cu_runner.evaluators.metrics import rows_of, with_face
 from cu_runner.evaluators.recovered import CONTROLS, accuracy_by_dose, read_recovery, strongest
 from cu_runner.reporting.intervals import over_images, over_seeds, widest
 from cu_runner.store.layout import PREDICTIONS, RECOVERY
@@ -85,16 +85,17 @@ def image_counts(run: RunRecord, index: int) -> dict[str, int]:
         StoreError: predictions.csv is damaged.
     """
     run.require(index, PREDICTIONS)
-    rows, sequence = run.predictions(index), run.config["sequence"]
-    concepts, with_faces = rows[sequence["domain"]], with_face(rows)[sequence["domain"]]
-    unlearned = run.unlearned(index) if index else sequence["targets"]
-    near = with_faces if "face_only" in rows else concepts
-    own = {
-        "UA": int(with_faces.isin(unlearned).sum()),
-        "RA_I": int(near.isin(sequence["retain"]).sum()),
-        "RA_C": len(rows),
-        "RA_C_retained": int(concepts.isin(sequence["retain"]).sum()),
-    }
+    rows, unlearned = run.predictions(index), run.unlearned(index) if index else run.targets
+    so_far = [part for part in run.measured if {*part.targets} & {*unlearned}]
+    own = dict.fromkeys(("UA", "RA_I", "RA_C", "RA_C_retained"), 0)
+    for part in so_far or run.measured:
+        shown = rows_of(rows, part.domain)
+        concepts, with_faces = shown[part.domain], with_face(shown)[part.domain]
+        near = with_faces if "face_only" in rows else concepts
+        own["UA"] += int(with_faces.isin(unlearned).sum())
+        own["RA_I"] += int(near.isin(part.retain).sum())
+        own["RA_C"] += len(shown)
+        own["RA_C_retained"] += int(concepts.isin(part.retain).sum())
     return own | recovered_counts(run, index, own["UA"])
 
 

@@ -15,6 +15,7 @@ from itertools import groupby
 from PIL import Image
 
 from cu_runner.evaluators.grid import read_grid
+from cu_runner.evaluators.metrics import shown_in
 from cu_runner.reporting.estimates import Estimate, of_sizes
 from cu_runner.reporting.page_groups import Group
 from cu_runner.runtime.lazy import pd
@@ -120,9 +121,14 @@ def sample_images(run: RunRecord, concepts: list[str]) -> list[Samples]:
         StoreError: a file of a step is damaged.
     """
     sequence = run.config["sequence"]
+    lists = next(iter(sequence.get("domains", {"": sequence}).values()))
     requests = spread(len(run.records), MOST_SAMPLED)
     grids = {index: images_of(run, index) for index in requests}
-    crosses = list(dict.fromkeys(cross for _, cross in grids[0]))[:MOST_CROSSES]
+    crosses = []
+    for part in run.measured:
+        own = {*part.targets, *part.retain}
+        shown = dict.fromkeys(cross for concept, cross in grids[0] if concept in own)
+        crosses += list(shown)[:MOST_CROSSES]
     count = len(concepts) * len(requests) * len(crosses)
     roomy = max(1, math.isqrt(LARGEST_MONTAGE // count))
     cell = min(next(iter(grids[0].values())).width, LARGEST_CELL, roomy)
@@ -134,18 +140,15 @@ def sample_images(run: RunRecord, concepts: list[str]) -> list[Samples]:
                 if (picture := grids[index].get((concept, cross))) is not None:
                     small = picture.resize((cell, cell), Image.Resampling.LANCZOS)
                     montage.paste(small, (cell * column, cell * row))
-        found.append(Samples(cross, sequence["seeds"][0], requests, montage, cell))
+        found.append(Samples(cross, lists["seeds"][0], requests, montage, cell))
     return found
 
 
 def images_of(run: RunRecord, index: int) -> dict[tuple[str, str], Image.Image]:
     """Return the images of a step's grid by concept and concept of the other domain."""
     run.require(index, GRID)
-    sequence, predictions = run.config["sequence"], run.predictions(index)
-    concepts, crosses = (
-        list(dict.fromkeys(map(str, predictions[sequence[name]])))
-        for name in ("domain", "cross_domain")
-    )
+    shown = shown_in(run.predictions(index), run.measured)
+    concepts, crosses = (list(dict.fromkeys(map(str, names))) for names in shown)
     return read_grid((run.step_dir(index) / GRID).read_bytes(), concepts, crosses)
 
 

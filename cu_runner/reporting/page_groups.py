@@ -28,6 +28,7 @@ from cu_runner.store.signature import NOT_SCIENTIFIC, signature
 
 # of the sequence in a run's config.yaml, beside what read_run needs
 NEEDED = ("name", "domain", "cross_domain", "retain", "seeds")
+NEEDED_MIXED = ("name", "domains")  # of one with targets of several domains
 MEASURED = (*SHARES, "drift_l2")
 WORDS = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 
@@ -163,7 +164,9 @@ def read_all(
 def read_checked(directory: Path) -> RunRecord:
     """Read a run. Raises StoreError if it is damaged, or says other numbers than its files."""
     run = read_run(directory)
-    if missing := [name for name in NEEDED if name not in run.config["sequence"]]:
+    sequence = run.config["sequence"]
+    needed = NEEDED_MIXED if "domains" in sequence else NEEDED
+    if missing := [name for name in needed if name not in sequence]:
         what = f"sequence has no {', '.join(missing)}; restore the file"
         raise StoreError(f"{run.directory}/config.yaml: {what}")
     require_true(run)

@@ -197,7 +197,7 @@ def concepts_of(run: RunRecord, steps: Steps, requests: list[int]) -> pd.DataFra
     """
     columns = {index: steps[index].by_concept() for index in requests if index in steps}
     table = pd.DataFrame(columns)
-    order = dict.fromkeys([*run.requested, *run.config["sequence"]["retain"], *table.index])
+    order = dict.fromkeys([*run.requested, *run.retained, *table.index])
     known = [name for name in order if name in table.index]
     return table.reindex(index=known, columns=requests)
 

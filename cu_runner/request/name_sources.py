@@ -69,8 +69,13 @@ def mention(text: str, names: Iterable[str]) -> bool:
 
 def earlier_targets(scope: Scope) -> list[str]:
     """Return what the weights had unlearned before this request, in order; as prompts name it."""
+    return [concept.prompt_name for concept in earlier_concepts(scope)]
+
+
+def earlier_concepts(scope: Scope) -> list[Concept]:
+    """Return what the weights had unlearned before this request, in order."""
     targets = {concept.name for concept in scope.request.targets}
-    return [concept.prompt_name for concept in scope.request.erased if concept.name not in targets]
+    return [concept for concept in scope.request.erased if concept.name not in targets]
 
 
 def kept_names(scope: Scope, source: NameSource) -> list[str]:

@@ -19,6 +19,10 @@ def check_prompts(model: DiffusionModel, sequence: Sequence) -> None:
         ValueError: the name of a concept or an anchor is cut off, or a target's prompt and its
             anchor's are the same to the model.
     """
+    if sequence.parts:
+        for own in sequence.by_domain:
+            check_prompts(model, own)
+        return
     named: list[tuple[str, str]] = []
     for target in sequence.targets:
         for prompts, wanted in sequence.training_prompts(target):

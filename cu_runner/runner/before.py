@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cu_runner.concepts.sequence import Concept, Sequence
-from cu_runner.evaluators.metrics import read_predictions
+from cu_runner.evaluators.metrics import measured_by, read_predictions, shown_in
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.text_readers import TextReaders
 from cu_runner.runtime.code_identity import CodeIdentity
@@ -56,7 +56,7 @@ class Before:
         now = readings(model, [prompt for own in prompts.values() for prompt in own])
         if now[""] != self.read[""]:
             return concepts
-        measured = set(self.predictions[sequence.domain])
+        measured = set(shown_in(self.predictions, measured_by(sequence))[0])
         return [
             concept
             for concept in concepts

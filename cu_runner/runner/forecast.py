@@ -167,7 +167,7 @@ def plan_work(
     def count(concepts: Iterable[Concept]) -> int:
         return sum(map(sequence.num_images, concepts))
 
-    retained, so_far = count(sequence.retain), 0
+    retained, so_far = count(sequence.retained), 0
     work = [Work(0, "untouched model", "", 0, count(sequence.targets) + retained)]
     for request in requests:
         added = count(request.listed if request.is_only else [request.listed[request.index - 1]])

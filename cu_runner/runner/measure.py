@@ -13,7 +13,13 @@ from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.evaluators.evaluate import Evaluation, check_labels, evaluate
 from cu_runner.evaluators.grid import Pictures, draw_grid, read_grid
-from cu_runner.evaluators.metrics import RECOGNISED, read_predictions, step_metrics
+from cu_runner.evaluators.metrics import (
+    RECOGNISED,
+    measured_by,
+    read_predictions,
+    shown_in,
+    step_metrics,
+)
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.request.anchors import sampler_key
 from cu_runner.request.token_limit import check_prompts
@@ -111,11 +117,11 @@ class Instruments:
             return seen
         place = {concept.name: number for number, concept in enumerate(concepts)}
         kept = place.keys() - {concept.name for concept in new}
-        rows = before.predictions.assign(step=index)
-        rows = pd.concat([seen.predictions, rows[rows[self.sequence.domain].isin(kept)]])
-        rows = rows.sort_values(
-            self.sequence.domain, key=lambda names: names.map(place), kind="stable"
-        )
+        rows, parts = before.predictions.assign(step=index), measured_by(self.sequence)
+        rows = pd.concat([seen.predictions, rows[shown_in(rows, parts)[0].isin(kept)]])
+        rows = rows.reset_index(drop=True)
+        order = shown_in(rows, parts)[0].map(place).sort_values(kind="stable").index
+        rows = rows.loc[order]
         shown = self._pictures(before.folder) if kept else {}
         pictures = seen.thumbnails | {cell: shown[cell] for cell in shown if cell[0] in kept}
         return Evaluation(
@@ -147,7 +153,8 @@ class Instruments:
         Returns:
             predictions.csv, grid.png and metrics.json, and the metrics of the step.
         """
-        concepts = [*(unlearned if index else self.sequence.targets), *self.sequence.retain]
+        shown = unlearned if index else self.sequence.targets
+        concepts = [*shown, *self.sequence.retained]
         names = [concept.name for concept in unlearned]
         key = self._key(concepts) if cache else {}
         key |= {"change": change, "index": index} if change else {}
@@ -175,7 +182,7 @@ class Instruments:
     def _pictures(self, folder: Path) -> Pictures:
         """Return the pictures in the grid of a step: the first seed's of what was measured."""
         table = read_predictions(folder / PREDICTIONS)
-        concepts, crosses = table[self.sequence.domain], table[self.sequence.cross_domain]
+        concepts, crosses = shown_in(table, measured_by(self.sequence))
         rows, columns = list(dict.fromkeys(concepts)), list(dict.fromkeys(crosses))
         found = read_grid((folder / GRID).read_bytes(), rows, columns)
         return {cell: found[cell] for cell in zip(concepts, crosses, strict=True)}
@@ -187,7 +194,7 @@ class Instruments:
             "model": self.model_sha256,
             "evaluator": self.evaluator_sha256,
             "precision": model.precision,
-            "domains": [sequence.domain, sequence.cross_domain],
+            "domains": list(sequence.columns),
             "images": [
                 [image.prompt, image.seed, image.concept, image.cross]
                 for image in sequence.evaluation_images(concepts)

@@ -44,7 +44,7 @@ def check_pictured(name: str, method: Method[Any], sequence: Sequence) -> None:
                     "(method.num_fresh); add pictures, or lower that"
                 )
     for concept in sequence.targets:
-        captioned_by(sequence, concept, sys.maxsize)
+        captioned_by(sequence.facing(concept), concept, sys.maxsize)
 
 
 def picture_folders(plan: RunConfig, sequence: Sequence) -> list[PictureFolder]:

@@ -19,6 +19,7 @@ from cu_runner.recovery.battery import Battery
 from cu_runner.runner.measure import Instruments
 from cu_runner.runner.weights import TrainedWeights
 from cu_runner.runtime.lazy import pd
+from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.settings import EvalSettings
 from cu_runner.store.cache import Cache
 from cu_runner.store.files import to_json
@@ -32,6 +33,11 @@ WHEN = ("every", "controls")  # arguments that do not change what is seen of one
 def build_probes(plan: RunConfig, sequence: Sequence) -> dict[str, Probe]:
     """Build the probes of recovery. Raises ValueError for what they cannot probe."""
     probes = {name: node.build() for name, node in plan.probes.items()}
+    if probes and sequence.parts:
+        raise ConfigError(
+            f"recovery={'+'.join(probes)}: probes ask for concepts of one domain, and those of "
+            f"{sequence.name} are of {' and '.join(sequence.parts)}; use recovery=none"
+        )
     for probe in probes.values():
         probe.check(sequence)
     return probes

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.config.run_config import RunConfig
-from cu_runner.evaluators.metrics import mean_accuracy, read_predictions
+from cu_runner.evaluators.metrics import mean_accuracy, read_predictions, rows_of
 from cu_runner.runner.early_stop import EarlyStop
 from cu_runner.runner.measure import Instruments
 from cu_runner.runner.parts import RunParts
@@ -79,16 +79,22 @@ class Rehearsal(Runner):
 
     def _small(self) -> Sequence:
         whole = self.parts.sequence
-        targets, retain = whole.targets[:TRIED], whole.retain[:TRIED]
-        together = math.ceil(self._together() / (len(targets) + len(retain)))
+        targets = whole.targets[:TRIED]
+        number = len(targets) + sum(len(each.retain[:TRIED]) for each in whole.by_domain)
+        together = math.ceil(self._together() / number)
         crosses = max(together, math.ceil(TRIED / len(targets)))
-        return dataclasses.replace(
-            whole,
-            targets=targets,
-            retain=retain,
-            cross_retain=whole.cross_retain[:crosses],
-            seeds=whole.seeds[:1],
-        )
+
+        def small(each: Sequence, targets: tuple[Concept, ...]) -> Sequence:
+            return dataclasses.replace(
+                each,
+                targets=targets,
+                retain=each.retain[:TRIED],
+                cross_retain=each.cross_retain[:crosses],
+                seeds=each.seeds[:1],
+                parts={name: small(own, own.targets) for name, own in each.parts.items()},
+            )
+
+        return small(whole, targets)
 
     def _together(self) -> int:
         """Return how many images are tried at once: on a GPU a whole batch, which may not fit."""
@@ -131,14 +137,18 @@ class Rehearsal(Runner):
         """Read what was seen in the images of the untouched model."""
         base, sequence = self.store.finished()[0], self.instruments.sequence
         found = read_predictions(self.store.step_dir(0) / PREDICTIONS)
-        kinds = {"of the targets": sequence.targets, "of what is retained": sequence.retain}
-        for kind, concepts in kinds.items():
-            if names := [concept.name for concept in concepts]:
-                self.accuracy[kind] = mean_accuracy(found, sequence.domain, names)
-        if sequence.cross_domain in sequence.measured_domains:
-            crosses = [concept.name for concept in sequence.cross_retain]
-            across = mean_accuracy(found, sequence.cross_domain, crosses)
-            self.accuracy[f"of the {sequence.cross_domain}s"] = across
+        for each in sequence.by_domain:
+            rows = rows_of(found, each.domain)
+            targets = [target for target in sequence.targets if target.domain == each.domain]
+            kinds = {"of the targets": targets, "of what is retained": each.retain}
+            for kind, concepts in kinds.items():
+                if names := [concept.name for concept in concepts]:
+                    kind = f"{kind} ({each.domain})" if sequence.parts else kind
+                    self.accuracy[kind] = mean_accuracy(rows, each.domain, names)
+            if each.cross_domain in each.measured_domains:
+                crosses = [concept.name for concept in each.cross_retain]
+                across = mean_accuracy(rows, each.cross_domain, crosses)
+                self.accuracy[f"of the {each.cross_domain}s"] = across
         self.images = len(found)
         self.per_image = (base.seconds["eval"] or 0.0) / len(found)
 

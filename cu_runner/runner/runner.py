@@ -20,7 +20,7 @@ import psutil
 from cu_runner.concepts.requests import Request
 from cu_runner.concepts.sequence import Concept
 from cu_runner.config.run_config import RunConfig
-from cu_runner.evaluators.metrics import unlearning_accuracy
+from cu_runner.evaluators.metrics import forgotten_of, measured_by
 from cu_runner.models.parameters import Drift, drift, snapshot, subtract
 from cu_runner.request.anchors import AnchorImages
 from cu_runner.request.scope import Scope
@@ -186,7 +186,7 @@ class Runner:
         """Return what methods and regularizers see of a request that starts with the weights."""
         return Scope(
             model=self.parts.model,
-            sequence=self.parts.sequence,
+            sequence=self.parts.sequence.facing(request.targets[-1]),
             request=request,
             params=self.weights.params,
             start=snapshot(self.weights.params),
@@ -267,7 +267,7 @@ class Runner:
         """Measure UA of the weights as they are, in percent; 0 where no image shows a face."""
         predictions = self.instruments.sample(list(request.erased), request.index).predictions
         names = [concept.name for concept in request.erased]
-        return unlearning_accuracy(predictions, self.parts.sequence.domain, names) or 0.0
+        return forgotten_of(predictions, measured_by(self.parts.sequence), names) or 0.0
 
     def _merge(
         self, scope: Scope, delta: dict[str, Tensor], steps: list[StepRecord]

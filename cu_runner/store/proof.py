@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from cu_runner.evaluators.metrics import named_metrics
+from cu_runner.evaluators.metrics import MEASURES, measured_in, mixed_metrics, named_metrics
 from cu_runner.evaluators.recovered import columns_of, read_recovery, recovery_metrics
 from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError, one_line
@@ -63,6 +63,11 @@ def require_metrics(run: RunRecord, index: int) -> None:
 def metrics_of(run: RunRecord, index: int, predictions: pd.DataFrame) -> dict[str, float | None]:
     """Return the metrics of a step by what config.yaml alone says of the sequence."""
     sequence = run.config["sequence"]
+    if "domains" in sequence:
+        parts = measured_in(sequence)
+        judged = {domain for part in parts for domain in (part.domain, part.cross_domain)}
+        predictions[["prompt", "seed", MEASURES, *(f"score_{each}" for each in sorted(judged))]]
+        return mixed_metrics(predictions, run.unlearned(index) if index else [], parts)
     domain, cross = str(sequence["domain"]), str(sequence["cross_domain"])
     measured = f"predicted_{cross}" in predictions
     predictions[["prompt", "seed", f"score_{domain}", *([f"score_{cross}"] * measured)]]  # KeyError

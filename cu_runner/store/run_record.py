@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from cu_runner.evaluators.metrics import accuracy_per_concept, read_predictions
+from cu_runner.evaluators.metrics import (
+    Measured,
+    accuracy_per_concept,
+    measured_in,
+    read_predictions,
+    rows_of,
+)
 from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
 from cu_runner.schema.json_files import parse_json
@@ -179,14 +185,35 @@ class RunRecord:
         Targets come in order, then the retained concepts. NaN where a concept was not measured: a
         target before its request.
         """
-        sequence = self.config["sequence"]
-        columns = {
-            index: pd.Series(accuracy_per_concept(self.predictions(index), sequence["domain"]))
-            for index in range(len(self.records))
-        }
+        columns: dict[int, pd.Series] = {}
+        for index in range(len(self.records)):
+            rows = self.predictions(index)
+            found: dict[str, float] = {}
+            for part in self.measured:
+                found |= accuracy_per_concept(rows_of(rows, part.domain), part.domain)
+            columns[index] = pd.Series(found)
         order = list(self.requested)
-        rest = [name for name in sequence["targets"] if name not in order]
-        return pd.DataFrame(columns).reindex([*order, *rest, *sequence["retain"]])
+        rest = [name for name in self.targets if name not in order]
+        return pd.DataFrame(columns).reindex([*order, *rest, *self.retained])
+
+    @property
+    def measured(self) -> list[Measured]:
+        """Return what is measured, domain by domain."""
+        return measured_in(self.config["sequence"])
+
+    @property
+    def targets(self) -> list[str]:
+        """Return the targets of the sequence, as its file lists them."""
+        mixed = "domains" in self.config["sequence"]
+        return [
+            str(next(iter(each.values()))) if mixed else str(each)
+            for each in self.config["sequence"]["targets"]
+        ]
+
+    @property
+    def retained(self) -> list[str]:
+        """Return the retained concepts of every domain."""
+        return [name for part in self.measured for name in part.retain]
 
 
 def read_config(directory: Path) -> tuple[ConfigTree, str]:
