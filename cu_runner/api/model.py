@@ -168,14 +168,14 @@ class Model:
 @without_gradients
 def with_own_unet(source: DiffusionModel) -> DiffusionModel:
     """Return the same model with a copy of its UNet; the two share everything else."""
-    parts = dataclasses.replace(source.components, unet=copy.deepcopy(source.unet))
+    parts = source.components.with_unet(copy.deepcopy(source.unet))
     return DiffusionModel(
         parts,
         resolution=source.resolution,
         sampler=source.sampler,
         precision=source.precision,
         device=source.device,
-        vae_slicing=bool(source.vae.use_slicing),
+        vae_slicing=source.vae_slicing,
     )
 
 

@@ -7,7 +7,7 @@ how schedulers are made.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from cu_runner.models.class_names import ClassNames
@@ -15,7 +15,8 @@ from cu_runner.models.hashing import describe, describe_tokenizer
 from cu_runner.models.image_space import Autoencoder, ImageSpace, Pixels
 from cu_runner.models.schedulers import DEFAULTED
 from cu_runner.models.text import PromptEncoder, TextSource
-from cu_runner.runtime.lazy import diffusers, torch, transformers
+from cu_runner.runtime.lazy import diffusers, nn, torch, transformers
+from cu_runner.schema.errors import ModelError
 
 
 class Checkpoint(Protocol):
@@ -28,6 +29,9 @@ class Checkpoint(Protocol):
     @property
     def scheduler(self) -> diffusers.SchedulerMixin:
         """Return the scheduler of the checkpoint."""
+
+    def with_unet(self, unet: nn.Module) -> Checkpoint:
+        """Return the same parts with another UNet."""
 
     def text_source(self, device: torch.device) -> TextSource:
         """Make what turns prompts into what the UNet reads."""
@@ -61,6 +65,10 @@ class Components:
     def is_sdxl(self) -> bool:
         """Tell whether there are SDXL's two text encoders."""
         return len(self.text_encoders) == 2
+
+    def with_unet(self, unet: nn.Module) -> Components:
+        """Return the same parts with another UNet."""
+        return replace(self, unet=unet)
 
     def text_source(self, device: torch.device) -> TextSource:
         """Return the text encoders with their tokenizers."""
@@ -115,6 +123,10 @@ class ClassComponents:
     classes: tuple[str, ...]
     null: bool
 
+    def with_unet(self, unet: nn.Module) -> ClassComponents:
+        """Return the same parts with another UNet."""
+        return replace(self, unet=unet)
+
     def text_source(self, device: torch.device) -> TextSource:
         """Return the names of the classes."""
         return ClassNames(self.classes, self.null, device)
@@ -135,3 +147,20 @@ class ClassComponents:
             "classes": list(self.classes),
             "null": self.null,
         }
+
+
+def latent_parts(parts: Checkpoint, what: str) -> Components:
+    """Return the parts of a latent model that reads prompts.
+
+    Args:
+        what: needs one, for the error's text.
+
+    Raises:
+        ModelError: it is a pixel model with classes.
+    """
+    if not isinstance(parts, Components):
+        raise ModelError(
+            f"{what}: the model is a pixel model with classes, without an autoencoder and a text "
+            "encoder"
+        )
+    return parts

@@ -62,7 +62,8 @@ class DiffusionModel:
         self.space = components.image_space(slicing=vae_slicing)
         for part in self.networks:
             part.to(device).eval().requires_grad_(False)
-        self.sampler, self.device, self.resolution = sampler, device, resolution
+        self.sampler, self.device = sampler, device
+        self.resolution, self.vae_slicing = resolution, vae_slicing
         self.dtype, self.precision = dtype_of(precision), precision
         side = self.space.side(resolution)
         self.latent_shape: tuple[int, int, int] = (self.unet.config.in_channels, side, side)
@@ -70,8 +71,7 @@ class DiffusionModel:
         # the most images of a batch, once more of them did not fit into GPU memory
         self.batch_limit: int | None = None
         self._forward: Callable[..., Any] = self.unet
-        self._caches_text = False
-        self._readers = TextReaders(self.unet)
+        self._caches_text, self._readers = False, TextReaders(self.unet)
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
+from cu_runner.models.components import ClassComponents, latent_parts
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.gates import GatedLinear
 from cu_runner.models.sampling import make_scheduler
@@ -16,7 +17,8 @@ from cu_runner.schema.errors import ModelError
 
 
 def make_pipeline(model: DiffusionModel) -> diffusers.DiffusionPipeline:
-    """Return a StableDiffusionPipeline, or a StableDiffusionXLPipeline of two text encoders.
+    """Return a StableDiffusionPipeline, or a StableDiffusionXLPipeline of two text encoders; of a
+    pixel model with classes a DDPMPipeline, which is for saving: it asks for no class.
 
     It has no safety checker, the scheduler of the model's own sampler, and the weights as they are
     in the model. Called with the noise of an image (`latents`), and the sampler's steps and
@@ -30,7 +32,9 @@ def make_pipeline(model: DiffusionModel) -> diffusers.DiffusionPipeline:
             "the model has gates before its keys and values (reg=gate), which diffusers does not "
             "know; put the gates into a pipeline by cu_runner.models.gates.load_gates"
         )
-    parts = model.components
+    if isinstance(model.components, ClassComponents):
+        return diffusers.DDPMPipeline(model.unet, plain_scheduler(model))
+    parts = latent_parts(model.components, "a pipeline")
     shared = {
         "vae": parts.vae,
         "text_encoder": parts.text_encoders[0],

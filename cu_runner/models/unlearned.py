@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cu_runner.models.checkpoints import read_components
+from cu_runner.models.components import latent_parts
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.hashing import describe, describe_tokenizer
 from cu_runner.models.lora_files import is_lora, lora_change, same_up_to_rounding, settings_in
@@ -122,10 +123,8 @@ def read_unlearned(
 
 def read_whole(path: Path, base: DiffusionModel, allow_pickle: Sequence[str]) -> Unlearned:
     """Read a diffusers directory."""
-    parts, own = (
-        read_components(path, config=None, prediction_type=None, allow_pickle=allow_pickle),
-        base.components,
-    )
+    found = read_components(path, config=None, prediction_type=None, allow_pickle=allow_pickle)
+    parts, own = (latent_parts(each, "--model") for each in (found, base.components))
     pairs: list[tuple[str, nn.Module, nn.Module]] = [("vae", parts.vae, own.vae)]
     for number, (one, other) in enumerate(
         zip(parts.text_encoders, own.text_encoders, strict=False), start=1
@@ -134,9 +133,9 @@ def read_whole(path: Path, base: DiffusionModel, allow_pickle: Sequence[str]) ->
     if len(parts.text_encoders) != len(own.text_encoders):
         raise ModelError(f"{path}: has another number of text encoders than the base model")
     for name, one, other in pairs:
-        found, known = one.state_dict(), other.state_dict()
-        if found.keys() != known.keys() or not all(
-            same_up_to_rounding(known[key], weight) for key, weight in found.items()
+        there, known = one.state_dict(), other.state_dict()
+        if there.keys() != known.keys() or not all(
+            same_up_to_rounding(known[key], weight) for key, weight in there.items()
         ):
             raise ModelError(other_part(path, name))
     if [describe_tokenizer(each) for each in parts.tokenizers] != [
@@ -157,7 +156,7 @@ def read_original_layout(
     path: Path, weights: Mapping[str, Tensor], base: DiffusionModel
 ) -> Unlearned:
     """Read a single file by the names that the base model's weights have there."""
-    own = base.components
+    own = latent_parts(base.components, "--model")
     names = unet_names(own.unet)
     if lacking := [old for old in names.values() if old not in weights]:
         raise ModelError(f"{path}: weights of the unet are missing, e.g. {lacking[0]}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from cu_runner.models.components import latent_parts
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.low_rank import LowRank, low_rank
 from cu_runner.models.original_layout import original_weights
@@ -78,12 +79,12 @@ def write_single_file(model: DiffusionModel, folder: Path) -> Exported:
     pipeline = make_pipeline(model)
     save_configurations(pipeline, folder / CONFIGURATIONS)
     try:
-        weights = original_weights(model.components)
+        own = latent_parts(model.components, "--to single-file")
+        weights = original_weights(own)
         whole = {name: weight.contiguous() for name, weight in weights.items()}
         safetensors.torch.save_file(whole, folder / SINGLE)
         with slow("reading the file back"):
             found = read_single_file(folder / SINGLE, str(folder / CONFIGURATIONS), {}, ())
-        own = model.components
         pairs = [
             (own.unet, found.unet),
             (own.vae, found.vae),
