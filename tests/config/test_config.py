@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from cu_runner.config.compose import parse
 from cu_runner.config.targets import Node
-from cu_runner.runtime.paths import config_dir
+from cu_runner.runtime.paths import PACKAGE, config_dir
 from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.settings import TrainSettings
 
@@ -38,6 +38,7 @@ def choose(file: str) -> list[str]:
 
 PARTS = "package:shapecanvas/weights"
 EMBEDDED = {
+    "method.checkpoint": str(PACKAGE / "shapecanvas/weights/pipeline"),
     "model.path": f"{PARTS}/pipeline",
     "evaluator.paths.style": f"{PARTS}/style_classifier",
     "evaluator.paths.object": f"{PARTS}/object_classifier",
