@@ -99,11 +99,12 @@ def evaluate(
         pictured={cells.index(cell) for cell in set(cells)},  # what the grid shows
     )
     table, thumbnails = [], {}
+    domains = {concept.name: concept.domain for concept in concepts}
     for place, shown in enumerate(wanted):
         row: dict[str, str | int | float] = {
             "step": step,
             "prompt": shown.prompt,
-            **columns_of(sequence, shown),
+            **columns_of(sequence, shown, domains[shown.concept]),
             "seed": shown.seed,
         }
         table.append(row | only_own_faces(seen[place].row, row))
@@ -112,16 +113,15 @@ def evaluate(
     return Evaluation(pd.DataFrame(table), thumbnails)
 
 
-def columns_of(sequence: Sequence, shown: ImagePrompt) -> dict[str, str]:
-    """Return what an image shows, by domain; of a mixed sequence also which it is an image of."""
+def columns_of(sequence: Sequence, shown: ImagePrompt, domain: str) -> dict[str, str]:
+    """Return what an image of a concept of a domain shows, by domain.
+
+    Of a mixed sequence also which domain that is.
+    """
     if not sequence.parts:
         return {sequence.domain: shown.concept, sequence.cross_domain: shown.cross}
-    every = {kept.name: each for each in sequence.by_domain for kept in each.retain}
-    every |= {target.name: each for each in sequence.by_domain for target in each.targets}
-    own = every[shown.concept]
-    named = {own.domain: shown.concept, own.cross_domain: shown.cross}
-    columns = {domain: named.get(domain, "") for domain in sequence.columns}
-    return {MEASURES: own.domain, **columns}
+    named = {domain: shown.concept, sequence.parts[domain].cross_domain: shown.cross}
+    return {MEASURES: domain, **{each: named.get(each, "") for each in sequence.columns}}
 
 
 def only_own_faces(seen: Row, row: Row) -> Row:

@@ -91,7 +91,10 @@ class Rehearsal(Runner):
                 retain=each.retain[:TRIED],
                 cross_retain=each.cross_retain[:crosses],
                 seeds=each.seeds[:1],
-                parts={name: small(own, own.targets) for name, own in each.parts.items()},
+                parts={
+                    name: small(own, tuple(one for one in own.targets if one in targets))
+                    for name, own in each.parts.items()
+                },
             )
 
         return small(whole, targets)

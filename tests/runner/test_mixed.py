@@ -1,14 +1,18 @@
 """A run of targets of two domains: what it writes, and all that reads it."""
 
+import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from conftest import SMOKE, run_directory
 
 from cu_runner.cli import doctor, report
 from cu_runner.config.compose import compose
+from cu_runner.runner.rehearsal import Rehearsal
 from cu_runner.store.proof import require_true
 from cu_runner.store.run_record import read_run
 
@@ -73,6 +77,21 @@ def test_what_a_mixed_sequence_does_not_go_with_is_one_line(in_process):
         status, _, err = in_process(*SMALL, *words)
         assert (status, err.count("\n")) == (2, 1)
         assert message in err
+
+
+def test_the_doctor_rehearses_requests_of_both_domains():
+    plan = compose([*SMALL, "reg=gate"])
+    sequence = plan.sequence.build()
+    parts = SimpleNamespace(sequence=sequence, model=SimpleNamespace(device=torch.device("cpu")))
+    small = Rehearsal._small(SimpleNamespace(parts=parts, _together=lambda: 1))
+    assert [target.name for target in small.targets] == ["blaze", "ball", "glacier"]
+    found = {each.domain: [one.name for one in each.targets] for each in small.by_domain}
+    assert found == {"style": ["blaze", "glacier"], "object": ["ball"]}
+    more = dataclasses.replace(sequence, targets=sequence.targets[:1])
+    parts.sequence = more
+    few = Rehearsal._small(SimpleNamespace(parts=parts, _together=lambda: 1))
+    assert [len(each.targets) for each in few.by_domain] == [1, 0]
+    assert len(few.seeds) == 1
 
 
 def test_zero_shot_labels_are_the_concepts_of_every_domain():
