@@ -28,7 +28,7 @@ CARD = "README.md"
 MARK = "<!-- written by cu-export -->"  # by which an export is known as one
 PACKAGED = "package:"
 EMBEDDED = "the embedded model of cu_runner"
-# of the models in conf/model, as their pages on the hub say (July 2025)
+# of the models in conf/model, as far as known when this was written; their pages were not read
 LICENCES = {
     "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
