@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from cu_runner.api.model import Edit, Model, load_model
     from cu_runner.api.own_sequence import nearest_anchor, own_sequence
     from cu_runner.api.runs import RunRecord, read_run
-    from cu_runner.api.unlearn import Step, unlearn
+    from cu_runner.api.unlearn import unlearn
+    from cu_runner.api.unlearning import Step
     from cu_runner.concepts.requests import Request, plan_requests
     from cu_runner.concepts.sequence import Concept, Sequence
     from cu_runner.concepts.sequence_file import make_sequence
@@ -70,7 +71,8 @@ _MODULES = {
     "api.model": ("Edit", "Model", "load_model"),
     "api.own_sequence": ("nearest_anchor", "own_sequence"),
     "api.runs": ("RunRecord", "read_run"),
-    "api.unlearn": ("Step", "unlearn"),
+    "api.unlearn": ("unlearn",),
+    "api.unlearning": ("Step",),
     "concepts.requests": ("Request", "plan_requests"),
     "concepts.sequence": ("Concept", "Sequence"),
     "concepts.sequence_file": ("make_sequence",),

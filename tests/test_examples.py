@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-FEW = {"train.steps": 2, "train.batch_size": 2, "method.num_anchors": 2, "model.sampler.steps": 2}
+FEW = {"train.steps": 2, "train.batch_size": 2, "method.num_anchors": 2, "anchors.steps": 2}
 NAMES = {"reg.gradproj.contexts": ["{concept}"]}  # fewer prompts of names
 SMALL = {  # what stands in the cell of parameters, by notebook
     "first_steps": {

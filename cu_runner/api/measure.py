@@ -9,17 +9,24 @@ from dataclasses import dataclass
 from PIL import Image
 
 from cu_runner.api.model import Model
-from cu_runner.api.settings import UNTUNED, check_name, composed
+from cu_runner.api.settings import UNTUNED, check_name, composed, refuse_idle
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.evaluators.base import Evaluator
-from cu_runner.evaluators.metrics import read_predictions
+from cu_runner.evaluators.metrics import measured_by, read_predictions, shown_in
 from cu_runner.reporting.intervals import over_images
 from cu_runner.runner.measure import Instruments
+from cu_runner.runtime.devices import limit_threads
 from cu_runner.runtime.lazy import pd
 from cu_runner.runtime.progress import unseen
 from cu_runner.schema.errors import ConfigError
 from cu_runner.store.layout import GRID, PREDICTIONS
 
+IDLE = {
+    "model": "it belongs to load_model()",
+    "device": "it belongs to load_model()",
+    "sequence": "the sequence is an object: change it itself",
+    "evaluator": "the evaluator is an object: change it itself",
+}
 SHOWN = {"UA": "UA", "RA_I": "RA-I", "RA_C": "RA-C"}
 
 
@@ -75,6 +82,9 @@ def evaluate(
             not know a concept. SamplingError: an image is not finite.
     """
     named = isinstance(sequence, str)
+    own = {"evaluator"} if not isinstance(evaluator, Evaluator) else set()
+    own |= {"sequence"} if named else set()
+    refuse_idle(settings, sorted({"eval", "num_threads", *own}), IDLE)
     words = [*model.words, "wandb.mode=disabled"]
     words.append(f"sequence={check_name('sequence', str(sequence))}" if named else UNTUNED)
     if isinstance(evaluator, str):
@@ -82,25 +92,31 @@ def evaluate(
     with unseen(not progress):
         plan = composed(words, settings)
         chosen = sequence if isinstance(sequence, Sequence) else plan.sequence.build()
-        if not chosen.retain or not chosen.cross_retain:
+        if not chosen.retained or not chosen.cross_retain:
             raise ConfigError(
                 f"evaluate: sequence {chosen.name} has no retained concepts or no other domain: "
                 "nothing says what was kept; give a file of conf/sequence, or make_sequence(...)"
             )
         device = str(model.diffusion.device)
+        limit_threads(plan.spine.num_threads)
         judge = (
             evaluator if isinstance(evaluator, Evaluator) else plan.evaluator.build(device=device)
         )
         told = (judge, chosen, None, plan.spine.eval, model.untouched.cache)
         instruments = Instruments.begin(model.diffusion, *told)
-        own = {edit.concept.name for edit in model.edits}
-        unlearned = [concept for concept in chosen.targets if concept.name in own]
+        gone = set(model.unlearned)
+        unlearned = [concept for concept in chosen.targets if concept.name in gone]
         order = {name: place for place, name in enumerate(model.unlearned)}
         unlearned.sort(key=lambda concept: order[concept.name])
         if model.edits and not unlearned:
             raise ConfigError(
                 f"evaluate: the model has unlearned {', '.join(model.unlearned)}, none of which is "
                 f"a target of sequence {chosen.name}; choose another sequence"
+            )
+        for lacking in chosen.lacks(unlearned or chosen.targets):
+            raise ConfigError(
+                f"evaluate: no image shows {chosen.cross_domain} {lacking!r}, and RA-C needs every "
+                "entry of cross_retain; add rows to sequence.prompts"
             )
         label = unlearned[-1].name if unlearned else ""
         files, metrics = instruments.measure(len(unlearned), unlearned, label)
@@ -121,11 +137,13 @@ def intervals(
     sequence: Sequence,
 ) -> dict[str, tuple[float, float]]:
     """Return the 95% interval over images of every one of UA, RA_I and RA_C that was measured."""
-    domain = table[sequence.domain]
+    shown = shown_in(table, measured_by(sequence))[0]
+    domains = {concept.domain for concept in erased}
+    kept = [concept.name for concept in sequence.retained if concept.domain in domains]
     numbers = {
-        "UA": int(domain.isin([concept.name for concept in erased]).sum()),
-        "RA_I": int(domain.isin([concept.name for concept in sequence.retain]).sum()),
-        "RA_C": len(table),
+        "UA": int(shown.isin([concept.name for concept in erased]).sum()),
+        "RA_I": int(shown.isin(kept).sum()),
+        "RA_C": int(shown.isin([*kept, *(concept.name for concept in erased)]).sum()),
     }
     return {
         name: over_images(value, numbers[name])

@@ -10,11 +10,13 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 from PIL import Image
+from pydantic import PositiveInt
 
 from cu_runner.api.settings import UNTUNED, composed, word
 from cu_runner.concepts.sequence import Concept
@@ -31,6 +33,7 @@ from cu_runner.runtime.progress import unseen
 from cu_runner.runtime.quiet import quiet_loading
 from cu_runner.schema.errors import ConfigError, ModelError
 from cu_runner.schema.settings import Sampler
+from cu_runner.schema.validate import validate
 from cu_runner.store.cache import MemoryCache
 
 if TYPE_CHECKING:
@@ -68,17 +71,18 @@ class Model:
 
     diffusion: its networks, with its weights. words: the choices of conf/ that load it. origin: the
     untouched model; None of that itself. delta: theta - theta_base by name, on the model's device.
-    edits: the requests that made it, in order. targets: of all sequences that these came from, in
-    the order of gates.
+    edits: the requests that made it, in order. targets: of all sequences that these came from.
+    gates: (concept, words) that each of its gates is for, in their order; none without gates.
     """
 
     diffusion: DiffusionModel
     words: tuple[str, ...]
-    origin: Model | None = None
-    delta: dict[str, Tensor] = field(default_factory=dict)
-    edits: tuple[Edit, ...] = ()
-    targets: tuple[Concept, ...] = ()
-    cache: MemoryCache = field(default_factory=MemoryCache)
+    origin: Model | None = field(default=None, repr=False)
+    delta: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    edits: tuple[Edit, ...] = field(default=(), repr=False)
+    targets: tuple[Concept, ...] = field(default=(), repr=False)
+    gates: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    cache: MemoryCache = field(default_factory=MemoryCache, repr=False)
 
     @property
     def untouched(self) -> Model:
@@ -130,7 +134,8 @@ class Model:
             ConfigError: another number of seeds than of prompts, or no prompt.
         """
         asked = [prompts] if isinstance(prompts, str) else list(prompts)
-        numbers = [seeds] * len(asked) if isinstance(seeds, int) else list(seeds)
+        one = isinstance(seeds, Integral)
+        numbers = [int(each) for each in ([seeds] * len(asked) if one else seeds)]  # type: ignore[union-attr, arg-type]
         if not asked or len(numbers) != len(asked):
             raise ConfigError(
                 f"generate: {len(asked)} prompts and {len(numbers)} seeds; give one seed for all, "
@@ -139,7 +144,8 @@ class Model:
         own = self.diffusion.sampler
         given = {"steps": steps, "guidance": guidance, "scheduler": scheduler}
         chosen = {name: value for name, value in given.items() if value is not None}
-        sampler = Sampler(**{**dataclasses.asdict(own), **chosen})
+        sampler = validate(Sampler, {**dataclasses.asdict(own), **chosen}, "generate")
+        validate(PositiveInt, batch_size, "generate.batch_size")
         pictures: list[Image.Image] = []
         with unseen(not progress):
             for images in generate(
@@ -158,7 +164,9 @@ class Model:
         """
         from cu_runner.models.pipeline import make_pipeline
 
-        return make_pipeline(with_own_unet(self.diffusion))
+        whole = self.fresh()  # in fp32; what this model draws with may hold weights in bf16
+        add_change(whole, self.delta)
+        return make_pipeline(whole)
 
     def fresh(self) -> DiffusionModel:
         """Return the untouched networks with a UNet of their own, whose weights may be changed."""
@@ -209,7 +217,8 @@ def load_model(
         name: "shapecanvas" (embedded) or another file of conf/model; the id of a repository of the
             Hugging Face hub; a diffusers directory; a single .safetensors file.
         preset: the file of conf/model whose settings are taken (image side, sampler, training);
-            None chooses by the files: SDXL, Stable Diffusion 2 by its text width of 1024, else 1.5.
+            None chooses by the files: SDXL, Stable Diffusion 2 by its text width of 1024, a pixel
+            model with classes by its lack of an autoencoder, else 1.5.
         device: auto, cpu, cuda or cuda:1 and so on.
         precision: of forward passes: fp32, bf16 or fp16; None is the preset's on a GPU, else fp32.
         settings: more of conf/model, by key: {"resolution": 256, "sampler.steps": 20}.
@@ -258,6 +267,8 @@ def kind_of(name: str) -> tuple[str, int | None]:
     place = Path(locate(name, None))
     if not place.is_dir():
         return "sd15", None
+    if (place / "unet/config.json").is_file() and not (place / "vae").exists():
+        return "class_conditional", None  # pixels, and names of classes
     try:
         unet, vae = (
             json.loads((place / part / "config.json").read_text(encoding="utf-8"))

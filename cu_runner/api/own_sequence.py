@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from cu_runner.api.model import Model
+from cu_runner.api.settings import listed
 from cu_runner.concepts.entries import comparable, read_shipped
 from cu_runner.concepts.sequence import Concept, Sequence
-from cu_runner.concepts.templates import check_template
+from cu_runner.concepts.templates import check_template, replace_word
 from cu_runner.request.nearest_anchor import Distance, nearest_by_prediction
 from cu_runner.runtime.progress import note
 from cu_runner.schema.errors import ConfigError
@@ -58,14 +59,14 @@ def kind_of(concept: str) -> str:
 
 def own_sequence(
     model: Model,
-    concepts: Iterable[str],
+    concepts: str | Iterable[str],
     *,
     kind: str | None = None,
     anchors: Mapping[str, str] | None = None,
-    prompts: Iterable[str] | None = None,
-    captions: Iterable[str] | None = None,
-    vocabulary: Iterable[str] | None = None,
-    retain: tuple[str, ...] = (),
+    prompts: str | Iterable[str] | None = None,
+    captions: str | Iterable[str] | None = None,
+    vocabulary: str | Iterable[str] | None = None,
+    retain: str | Iterable[str] = (),
     seed: int = 0,
 ) -> Sequence:
     """Return a sequence of a person's own concepts.
@@ -86,7 +87,7 @@ def own_sequence(
     Raises:
         ConfigError: no concept, one twice, an unknown kind, prompts without {concept}.
     """
-    names = [concept.strip() for concept in concepts]
+    names, kept_names = listed(concepts), listed(retain)
     if not names or not all(names) or len({comparable(name) for name in names}) < len(names):
         raise ConfigError(f"concepts: {names} is empty, or names one twice; name each once")
     if len(kinds := {kind or kind_of(name) for name in names}) > 1:
@@ -100,25 +101,26 @@ def own_sequence(
     if strange := sorted(set(given) - set(names)):
         raise ConfigError(f"anchors: names {strange[0]!r}, which is not among the concepts")
     shipped = words_of(model)
-    every = list(vocabulary) if vocabulary is not None else read_shipped(shipped.names[kind])
-    banned = {comparable(name) for name in (*names, *retain, *model.unlearned)}
+    every = listed(vocabulary) if vocabulary is not None else read_shipped(shipped.names[kind])
+    banned = {comparable(name) for name in (*names, *kept_names, *model.unlearned)}
     known = [name for name in every if comparable(name) not in banned]
-    kept = tuple(Concept(name, kind) for name in retain)
+    kept = tuple(Concept(name, kind) for name in kept_names)
     if kind == "style" and not given and prompts is None:
-        said = list(captions) if captions is not None else read_shipped(shipped.captions)
+        said = listed(captions) if captions is not None else read_shipped(shipped.captions)
         ends = {name: comparable(name).split()[-1] == "style" for name in names}
         if len(set(ends.values())) > 1:
             raise ConfigError("concepts: name all of them with the word style at the end, or none")
         form = f"{shipped.caption}, in {{concept}}" + ("" if ends[names[0]] else " style")
         targets = tuple(Concept(name, kind) for name in names)
         return sequence_of(targets, kept, known, tuple(said), (form, shipped.caption), {})
-    forms = tuple(prompts) if prompts is not None else PROMPTS
+    forms = tuple(listed(prompts)) if prompts is not None else PROMPTS
     for form in forms:
         check_template(form, "prompts", ("concept",), ())
     for name in names:
         if name not in given:
+            among = None if kind == "person" else known
             found = nearest_anchor(
-                model, name, prompts=forms, candidates=known, kind=kind, seed=seed
+                model, name, prompts=forms, candidates=among, kind=kind, seed=seed
             )
             given[name] = found[0].text
             more = ", ".join(f"{each.text} {each.squared:.4g}" for each in found[1:4])
@@ -126,6 +128,13 @@ def own_sequence(
                 f"anchor of {name}: {given[name]} (distance {found[0].squared:.4g}; next: "
                 f"{more or 'none'}); anchors={{...}} names another"
             )
+    for anchor in given.values():
+        for form in forms:
+            if replace_word(form.replace("{concept}", ""), anchor, "") is not None:
+                raise ConfigError(
+                    f"anchors: {anchor!r} is a word of the prompt {form!r} too, and could not be "
+                    "told from the concept there; give other prompts=[...] or another anchor"
+                )
     by_anchor = {
         anchor: tuple(form.replace("{concept}", anchor) for form in forms)
         for anchor in given.values()
@@ -165,8 +174,8 @@ def nearest_anchor(
     model: Model,
     concept: str,
     *,
-    prompts: Iterable[str] = PROMPTS,
-    candidates: Iterable[str] | None = None,
+    prompts: str | Iterable[str] = PROMPTS,
+    candidates: str | Iterable[str] | None = None,
     kind: str | None = None,
     seed: int = 0,
 ) -> list[Distance]:
@@ -183,12 +192,11 @@ def nearest_anchor(
         ValueError: there is no candidate beside the concept itself.
     """
     kind = kind or kind_of(concept)
-    names = list(candidates) if candidates is not None else []
-    if kind == "person":
-        names = list(PEOPLE)
-    elif not names:
-        names = read_shipped(words_of(model).names[kind])
-    forms = list(prompts)
+    if candidates is not None:
+        names = listed(candidates)
+    else:
+        names = list(PEOPLE) if kind == "person" else read_shipped(words_of(model).names[kind])
+    forms = listed(prompts)
     others = {
         name: [form.replace("{concept}", name) for form in forms]
         for name in names

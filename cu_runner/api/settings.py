@@ -48,6 +48,32 @@ def check_name(group: str, name: str) -> str:
     return name
 
 
+def listed(value: str | Iterable[str]) -> list[str]:
+    """Return names as a list; a text alone is one name."""
+    names = [value] if isinstance(value, str) else list(value)
+    return [name.strip() for name in names]
+
+
+def refuse_idle(
+    settings: Mapping[str, object] | None, taken: Iterable[str], idle: Mapping[str, str]
+) -> None:
+    """Raise ConfigError for a setting that would change nothing here.
+
+    Args:
+        settings: of a call.
+        taken: the first parts of keys that do.
+        idle: what to do about others, by the first part of their keys.
+    """
+    known = list(taken)
+    for key in settings or {}:
+        first = re.split(r"[./@]", key.lstrip("+~"))[0]
+        if first not in known:
+            advice = idle.get(first, "it belongs to a run of cu-run")
+            raise ConfigError(
+                f"settings: {key} changes nothing here ({advice}); allowed: {', '.join(known)}"
+            )
+
+
 def composed(words: Iterable[str], settings: Mapping[str, object] | None) -> RunConfig:
     """Return the checked configuration of some words and of a person's own settings.
 

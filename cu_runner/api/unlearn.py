@@ -2,56 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cu_runner.api.model import Edit, Model, add_change
+from cu_runner.api.model import Model
 from cu_runner.api.own_sequence import own_sequence
-from cu_runner.api.settings import UNTUNED, check_name, composed
-from cu_runner.concepts.requests import PlanName, Request
+from cu_runner.api.settings import UNTUNED, check_name, composed, listed, refuse_idle
+from cu_runner.api.unlearning import Step, Unlearning
+from cu_runner.concepts.requests import PlanName
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.config.run_config import RunConfig
-from cu_runner.evaluators.base import Evaluator
-from cu_runner.evaluators.evaluate import check_labels, evaluate
-from cu_runner.evaluators.metrics import unlearning_accuracy
 from cu_runner.methods.base import Method
-from cu_runner.models.diffusion import DiffusionModel
-from cu_runner.models.parameters import snapshot, subtract
 from cu_runner.regularizers.base import Regularizer
-from cu_runner.request.anchors import AnchorImages
-from cu_runner.request.scope import Scope
-from cu_runner.request.token_limit import check_prompts
-from cu_runner.runner.early_stop import EarlyStop, LossLeft
-from cu_runner.runner.recheck import train_again
-from cu_runner.runner.training import Training, check_composition, erase
-from cu_runner.runner.weights import TrainedWeights
-from cu_runner.runtime.lazy import torch
+from cu_runner.runtime.devices import limit_threads
 from cu_runner.runtime.paths import config_dir
-from cu_runner.runtime.progress import unseen
-from cu_runner.runtime.seeding import RandomSource
-from cu_runner.runtime.signals import StopSignals
+from cu_runner.runtime.progress import note, unseen
 from cu_runner.schema.errors import ConfigError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a callback is told after each training step.
-
-    request: its number, from 1. concept: its name. step: from 1. steps: how many there will be at
-    most. loss: with the penalties. logs: everything that the step logged.
-    """
-
-    request: int
-    concept: str
-    step: int
-    steps: int
-    loss: float
-    logs: dict[str, float]
+TAKEN = {"train", "anchors", "eval", "setting", "reg", "speed", "evaluator", "num_threads"}
+IDLE = {
+    "model": "it belongs to load_model()",
+    "device": "it belongs to load_model()",
+    "seed": "give seed=",
+    "method": "the method is an object: make it with them",
+    "sequence": "prompts are those of your own concepts, or of the Sequence given",
+    "retention": "nothing is measured; evaluate() does that",
+    "recovery": "nothing is measured; cu-eval does that",
+}
 
 
 def unlearn(
@@ -64,10 +41,10 @@ def unlearn(
     setting: PlanName = "sequential",
     kind: str | None = None,
     anchors: Mapping[str, str] | None = None,
-    prompts: Iterable[str] | None = None,
-    captions: Iterable[str] | None = None,
-    vocabulary: Iterable[str] | None = None,
-    retain: Iterable[str] = (),
+    prompts: str | Iterable[str] | None = None,
+    captions: str | Iterable[str] | None = None,
+    vocabulary: str | Iterable[str] | None = None,
+    retain: str | Iterable[str] = (),
     seed: int = 0,
     settings: Mapping[str, object] | None = None,
     on_step: Callable[[Step], None] | None = None,
@@ -91,8 +68,8 @@ def unlearn(
             independent is what merging regularizers take by themselves.
         kind, anchors, prompts, captions, vocabulary, retain: as of own_sequence().
         seed: decides everything that is drawn.
-        settings: what else a command line may set: {"train.steps": 100, "method.teacher": "base",
-            "reg.l2.weight": 10}.
+        settings: what else a command line may set of the training: {"train.steps": 100,
+            "method.teacher": "base", "reg.l2.weight": 10}. What would change nothing is refused.
         on_step: is called after each training step. What it raises ends the call.
         progress: whether bars, and what was chosen, are shown on stderr.
 
@@ -100,7 +77,7 @@ def unlearn(
         ConfigError, ValueError: choices that are unknown or do not go together. TrainingError: the
             loss is not finite.
     """
-    names = [concepts] if isinstance(concepts, str) else concepts
+    names = None if concepts is None else listed(concepts)
     chosen = [regularizers] if isinstance(regularizers, str | Regularizer) else list(regularizers)
     with unseen(not progress):
         plan = compose_plan(model, method, chosen, sequence, setting, seed, settings)
@@ -108,12 +85,15 @@ def unlearn(
             if names is None:
                 raise ConfigError("unlearn: names no concept; give concepts=[...] or sequence=NAME")
             about = {"kind": kind, "anchors": anchors, "prompts": prompts, "captions": captions}
-            about |= {"vocabulary": vocabulary, "retain": tuple(retain)}
+            about |= {"vocabulary": vocabulary, "retain": retain}
             own = own_sequence(model, names, **about, seed=seed)  # type: ignore[arg-type]
         else:
             own = sequence if isinstance(sequence, Sequence) else plan.sequence.build()
         new = targets_of(own, names, model)
-        return Unlearning(model, plan, method, chosen, own, new, on_step).run(setting)
+        for line in plan.notes:
+            note(line.replace(f"sequence={UNTUNED.partition('=')[2]}", "concepts of your own"))
+        limit_threads(plan.spine.num_threads)
+        return Unlearning(model, plan, method, chosen, own, new, on_step).run()
 
 
 def compose_plan(
@@ -127,14 +107,17 @@ def compose_plan(
 ) -> RunConfig:
     """Return the settings that `cu-run` would have with these choices. Raises ConfigError."""
     names = [each for each in regularizers if isinstance(each, str)]
+    own = {"method"} if isinstance(method, str) else set()
+    own |= {"sequence"} if isinstance(sequence, str) else set()
+    refuse_idle(settings, sorted(TAKEN | own), IDLE)
     check_name("setting", setting)
     words = [*model.words, f"setting={setting}", f"seed={seed}", "wandb.mode=disabled"]
     named = isinstance(sequence, str)
     words.append(f"sequence={check_name('sequence', str(sequence))}" if named else UNTUNED)
     if isinstance(method, str):
         words.append(f"method={check_name('method', method)}")
-    listed = ",".join(check_name("reg", name) for name in names)
-    words.append(f"reg=[{listed}]" if len(names) > 1 else f"reg={listed or 'none'}")
+    chosen = ",".join(check_name("reg", name) for name in names)
+    words.append(f"reg=[{chosen}]" if len(names) > 1 else f"reg={chosen or 'none'}")
     if setting == "simultaneous":
         words.append("setting.last_only=true")
     by_name = isinstance(method, str) and len(names) == len(regularizers)
@@ -157,180 +140,3 @@ def targets_of(sequence: Sequence, names: Iterable[str] | None, model: Model) ->
     if not wanted or len(set(wanted)) < len(wanted):
         raise ConfigError(f"concepts: {wanted} is empty, or names one twice; name each once")
     return [known[name] for name in wanted]
-
-
-class Unlearning:
-    """One call of unlearn(): its weights, and the requests that change them."""
-
-    def __init__(
-        self,
-        model: Model,
-        plan: RunConfig,
-        method: str | Method[Any],
-        regularizers: list[str | Regularizer],
-        sequence: Sequence,
-        new: list[Concept],
-        on_step: Callable[[Step], None] | None,
-    ) -> None:
-        """Build what is asked for and copy the UNet. Raises ValueError for what does not fit."""
-        self.model, self.plan, self.new, self.on_step = model, plan, new, on_step
-        self.method = plan.method.build() if isinstance(method, str) else method
-        self.method_name = plan.method_name if isinstance(method, str) else type(method).__name__
-        made = {name: node.build() for name, node in plan.regularizers.items()}
-        self.regularizers = dict(made)
-        if any(not isinstance(each, str) for each in regularizers):
-            self.regularizers = {}
-            for each in regularizers:
-                named = isinstance(each, str)
-                name = str(each) if named else type(each).__name__.lower()
-                self.regularizers[name] = made[name] if isinstance(each, str) else each
-        check_composition(self.method, self.regularizers)
-        known = {concept.name for concept in model.targets}
-        later = tuple(concept for concept in sequence.targets if concept.name not in known)
-        self.sequence = dataclasses.replace(sequence, targets=(*model.targets, *later))
-        self.diffusion: DiffusionModel = model.fresh()
-        self.diffusion.speed_up(plan.spine.speed)
-        if plan.spine.train.gradient_checkpointing:
-            self.diffusion.checkpoint_gradients()
-        check_prompts(self.diffusion, dataclasses.replace(sequence, targets=tuple(new)))
-        own = self.regularizers.values()
-        self.weights = TrainedWeights.of(self.diffusion, self.method, own, self.sequence)
-        self.merges = any(each.independent_starts for each in own)
-
-    def run(self, setting: PlanName) -> Model:
-        """Serve the requests; return the model that has unlearned them."""
-        if setting == "independent" and not self.merges:
-            raise ConfigError(
-                "setting='independent': every request starts from the untouched model, so that one "
-                "model has only the last; choose sequential, or reg merge"
-            )
-        earlier = [edit.concept for edit in self.model.edits]
-        listed = (*earlier, *self.new)
-        plan: PlanName = "independent" if self.merges else setting
-        if plan == "simultaneous":
-            requests = [Request(1, plan, listed, is_only=len(listed) > 1)]
-        else:
-            numbers = range(len(earlier) + 1, len(listed) + 1)
-            requests = [Request(number, plan, listed) for number in numbers]
-        delta, edits = dict(self.model.delta), list(self.model.edits)
-        if plan == "simultaneous":
-            delta, edits = {}, []
-        if self.merges and any(edit.own is None for edit in edits):
-            raise ConfigError(
-                "reg=merge merges requests that each start from the untouched model, and those "
-                "before were not made so; begin with load_model()"
-            )
-        others = {name: change for name, change in delta.items() if name not in self.weights.params}
-        add_change(self.diffusion, others)
-        delta = {name: delta[name] for name in delta.keys() - others.keys()}
-        for request in requests:
-            delta, found = self.serve(request, delta, edits)
-            edits += found
-        self.weights.set(delta)
-        for parameter in self.weights.params.values():
-            parameter.requires_grad_(False)
-        return dataclasses.replace(
-            self.model,
-            diffusion=self.diffusion,
-            origin=self.model.untouched,
-            delta={**others, **delta},
-            edits=tuple(edits),
-            targets=self.sequence.targets,
-        )
-
-    def serve(
-        self, request: Request, delta: dict[str, Tensor], edits: list[Edit]
-    ) -> tuple[dict[str, Tensor], list[Edit]]:
-        """Serve one request; return the change from the untouched weights, and what was done."""
-        weights = self.weights
-        weights.set(None)
-        if request.start == "previous" and delta:
-            add_change(self.diffusion, delta)
-        scope = self.scope(request)
-        setting = self.plan.setting
-        early_stop = EarlyStop(setting, self.judge(request), (), LossLeft(scope, self.method))
-
-        def after_step(training: Training) -> None:
-            training.ended = early_stop(training.done)
-            if self.on_step is not None:
-                logs = dict(training.last)
-                place = (request.index, request.label, training.done, training.steps)
-                self.on_step(Step(*place, logs["loss"], logs))
-
-        train = self.plan.spine.train
-        report = erase(scope, self.method, self.regularizers, train, after_step)
-        told = (self.plan, self.method, self.regularizers)
-        again = train_again(request, *told, self.scope, StopSignals())
-        own = subtract(weights.params, weights.base)
-        merged = self.merge(scope, own, edits)
-        record = {"method": report.method, "regularizers": report.regularizers, "again": again}
-        names = tuple(self.regularizers)
-        made = [
-            Edit(
-                concept,
-                self.method_name,
-                names,
-                len(report.logs),
-                report.logs,
-                record,
-                {name: change.cpu() for name, change in own.items()} if self.merges else None,
-            )
-            for concept in (request.targets if request.is_only else request.targets[-1:])
-        ]
-        return (own if merged is None else merged), made
-
-    def merge(
-        self, scope: Scope, own: dict[str, Tensor], edits: list[Edit]
-    ) -> dict[str, Tensor] | None:
-        """Return what a regularizer makes of this change and earlier ones; None if none does."""
-
-        def deltas(name: str) -> Tensor:
-            rows = [edit.own[name].to(own[name]) for edit in edits if edit.own is not None]
-            return torch.stack([*rows, own[name]]).cpu()
-
-        for regularizer in self.regularizers.values():
-            if (merged := regularizer.post_request(list(own), deltas, scope)) is not None:
-                return self.weights.place(merged)
-        return None
-
-    def scope(self, request: Request) -> Scope:
-        """Return what methods and regularizers see of a request that starts with the weights."""
-        return Scope(
-            model=self.diffusion,
-            sequence=self.sequence,
-            request=request,
-            params=self.weights.params,
-            start=snapshot(self.weights.params),
-            base=self.weights.base,
-            rng=RandomSource(self.plan.spine.seed, request.number),
-            train=self.plan.spine.train,
-            anchors=self.anchors,
-        )
-
-    def anchors(self, prompts: list[str], number: int, *, mirrored: bool = False) -> Tensor:
-        """Return latents of the untouched model's images of prompts, as Scope.anchors says."""
-        untouched, spine = self.model.untouched, self.plan.spine
-        # the cache is that of the untouched model alone, which its key need not name
-        told = (spine.anchors, untouched.cache, spine.eval.batch_size)
-        images = AnchorImages(untouched.diffusion, "", {}, {}, *told)
-        return images.latents(prompts, number, mirrored=mirrored)
-
-    def judge(self, request: Request) -> Callable[[], float]:
-        """Return what measures UA for setting.stop_at, which alone needs a judge."""
-        made: list[Evaluator] = []
-
-        def measure() -> float:
-            if not self.sequence.cross_retain:
-                raise ConfigError(
-                    "setting.stop_at measures UA, and concepts of your own have no judge; give "
-                    "settings={'setting.stop_at': None}"
-                )
-            if not made:
-                made.append(self.plan.evaluator.build(device=str(self.diffusion.device)))
-                check_labels(self.sequence, made[0])
-            told = (self.sequence, list(request.erased), request.index, self.plan.spine.eval)
-            seen = evaluate(self.diffusion, made[0], *told)
-            names = [concept.name for concept in request.erased]
-            return unlearning_accuracy(seen.predictions, self.sequence.domain, names) or 0.0
-
-        return measure

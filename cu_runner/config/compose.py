@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
-from hydra.version import setbase
+from hydra.version import VersionBase, setbase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -66,7 +66,7 @@ def compose_apart(words: list[str]) -> RunConfig:
         ConfigError: it cannot be composed, or not be run.
     """
     kept = Singleton._instances
-    own = (GlobalHydra, HydraConfig)
+    own = (GlobalHydra, HydraConfig, VersionBase)
     Singleton._instances = {kind: made for kind, made in kept.items() if kind not in own}
     try:
         return compose(words)

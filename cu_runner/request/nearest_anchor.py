@@ -60,10 +60,14 @@ def nearest_by_prediction(
         batch_size: rows of a forward pass.
 
     Raises:
-        ValueError: there is no candidate.
+        ValueError: there is no candidate, or the model reads no words.
     """
     if not candidates:
         raise ValueError("anchors: there is no candidate to choose from; name an anchor")
+    if not model.prompts.reads_words:
+        raise ValueError(
+            "anchors: are chosen by text, and the model reads the names of classes; name an anchor"
+        )
     chosen = nearest_texts(model, wanted, candidates, shortlist)
     device = model.device
     generator = torch.Generator().manual_seed(derive_seed("nearest anchor", seed))

@@ -38,6 +38,13 @@ def test_seeds_and_prompts_must_go_together(untouched, prompts, seeds):
         untouched.generate(prompts, seeds)
 
 
+@pytest.mark.parametrize("chosen", [{"steps": 0}, {"guidance": "x"}, {"batch_size": 0}])
+def test_a_sampler_is_checked(untouched, chosen):
+    with pytest.raises(ConfigError, match="generate") as raised:
+        untouched.generate("a ball", **chosen)
+    assert "\n" not in str(raised.value)
+
+
 def test_which_preset_a_checkpoint_takes(pipelines):
     assert chosen_by("sdxl", None) == ["model=sdxl"]
     assert chosen_by("stable-diffusion-v1-5/stable-diffusion-v1-5", None) == ["model=sd15"]

@@ -9,12 +9,14 @@ import torch
 from doubles import Pull
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.version import VersionBase
 from safetensors.torch import load_file
 
 import cu_runner
 from cu_runner.api import own_sequence
 from cu_runner.evaluators.metrics import read_predictions
 from cu_runner.regularizers.l2 import L2
+from cu_runner.reporting.intervals import over_images
 from cu_runner.request import nearest_anchor
 from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import ConfigError, ModelError, StoreError
@@ -74,6 +76,22 @@ def test_one_call_or_two_is_the_same(untouched, reg):
     assert not same(both, unlearn(untouched, regularizers=reg, seed=1))
     assert second.unlearned == both.unlearned == ("torch light", "snow drift")
     assert second.drift == both.drift != first.drift
+
+
+def test_a_mixed_sequence(untouched):
+    """Each request faces its target's domain, in one call as in two; both domains are measured."""
+    both = unlearn(untouched, ["blaze", "ball"], sequence="shapecanvas_mixed")
+    first = unlearn(untouched, "blaze", sequence="shapecanvas_mixed")
+    assert same(both, unlearn(first, "ball", sequence="shapecanvas_mixed"))
+    assert [edit.concept.domain for edit in both.edits] == ["style", "object"]
+    found = cu_runner.evaluate(
+        first, "shapecanvas_mixed", settings={"eval.steps": 2}, progress=False
+    )
+    shown = found.predictions
+    styles = shown[shown["measures"] == "style"]
+    low, high = over_images(found.metrics["RA_I"], int((styles["style"] != "blaze").sum()))
+    assert found.intervals["RA_I"] == (low, high)  # over styles alone: no object is unlearned yet
+    assert low <= found.metrics["RA_I"] <= high
 
 
 def test_gates_go_on_in_another_sequence(untouched):
@@ -154,10 +172,11 @@ def test_a_callback_sees_every_step_and_may_end_the_call(untouched):
 def test_nothing_is_written_and_hydra_is_left_alone(untouched, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        mine = GlobalHydra.instance().hydra
+    with initialize_config_dir(str(config_dir()), version_base="1.1"):
+        mine, version = GlobalHydra.instance().hydra, VersionBase.instance().getbase()
         unlearn(untouched, "snow drift")
         assert GlobalHydra.instance().hydra is mine
+        assert VersionBase.instance().getbase() is version
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "")
 
@@ -210,6 +229,15 @@ def test_the_prompts_of_own_concepts(untouched):
         ({"concepts": ["snow drift", "snow drift"]}, "names one twice"),
         ({"settings": {"train.step": 3}}, "unknown setting train.step"),
         ({"settings": {"train.steps": "many"}}, "train.steps"),
+        ({"settings": {"model.precision": "bf16"}}, "model.precision changes nothing here"),
+        ({"settings": {"+retention.clip": 1}}, "retention.clip changes nothing here"),
+        ({"method": Pull(), "settings": {"method.teacher": "base"}}, "the method is an object"),
+        ({"regularizers": ["l2", L2(weight=1.0)]}, "two are called l2"),
+        ({"method": "imported"}, "trains nothing"),
+        ({"sequence": "shapecanvas_mixed", "setting": "simultaneous"}, "several domains"),
+        ({"sequence": None, "concepts": "ball", "vocabulary": []}, "name an anchor"),
+        ({"sequence": None, "concepts": "ball", "anchors": {"ball": "photo"}}, "is a word of"),
+        ({"sequence": None, "concepts": "a style", "settings": {"sequence.seeds": [1]}}, "own"),
         ({"settings": {"train.steps": object()}}, "is no text, number, list or mapping"),
         ({"setting": "at once"}, "setting='at once': no such name"),
         ({"sequence": None}, "names no concept"),
@@ -267,3 +295,77 @@ def test_a_run_with_another_base_is_refused(run_copy, pipeline_copy):
     config.write_text(json.dumps(values | {"scaling_factor": 2 * values["scaling_factor"]}))
     with pytest.raises(StoreError, match="another model"):
         cu_runner.read_run(run_copy).model(1, path=str(pipeline_copy))
+
+
+class Watching(Pull):
+    """Keeps the scope that it is given."""
+
+    def begin_request(self, scope):
+        self.scope = scope
+
+
+def test_what_was_trained_before_stays_beside_other_weights(untouched):
+    """Values first, then keys: both changes count, and the base is the untouched model's."""
+    first = unlearn(untouched, "snow drift", settings=FEW | {"method.params": "v_xattn"})
+    watching = Watching()
+    watching.params = "k_xattn"
+    second = unlearn(first, "torch light", method=watching, settings={"train.steps": 1})
+    assert second.delta.keys() > first.delta.keys()
+    weights = dict(second.diffusion.unet.named_parameters())
+    base = dict(untouched.diffusion.unet.named_parameters())
+    for name, change in second.delta.items():
+        assert torch.equal(weights[name], base[name] + change)
+    for name in first.delta:
+        assert torch.equal(second.delta[name], first.delta[name])
+        assert torch.equal(watching.scope.base[name], base[name])
+
+
+def test_bf16_loses_nothing_of_what_was_trained_before():
+    model = cu_runner.load_model("shapecanvas", device="cpu", precision="bf16")
+    few = FEW | {"anchors.steps": 2}
+    first = unlearn(model, "snow drift", settings=few | {"method.params": "v_xattn"})
+    second = unlearn(first, "torch light", settings=few | {"method.params": "k_xattn"})
+    weights = dict(second.diffusion.unet.named_parameters())
+    base = dict(model.diffusion.unet.named_parameters())
+    for name, change in second.delta.items():
+        assert torch.equal(weights[name], (base[name] + change).to(weights[name].dtype))
+    plain = second.pipeline()  # for others, in fp32
+    assert {each.dtype for each in plain.unet.parameters()} == {torch.float32}
+    for name, change in second.delta.items():
+        assert torch.equal(plain.unet.get_parameter(name), base[name] + change)
+
+
+def test_gates_for_other_words_are_not_mixed_up(untouched, tmp_path):
+    first = unlearn(untouched, "snow drift", regularizers="gate")
+    assert first.gates == (("torch light", "torch light"), ("snow drift", "snow drift"))
+    words = tmp_path / "words.csv"
+    words.write_text("concept,words\ntorch light,lamp\nsnow drift,ice\n")
+    called = FEW | {"method.also_called": str(words)}
+    with pytest.raises(ConfigError, match="same method.also_called"):
+        unlearn(first, "torch light", regularizers="gate", settings=called)
+    own = dict(sequence=None, captions=["ball"], vocabulary=["key"], kind="style")
+    with pytest.raises(ConfigError, match="another spelling"):
+        unlearn(first, "torch  light", regularizers="gate", **own)
+
+
+def test_other_prompts_are_not_trained_on_again(untouched):
+    """Closed forms and simultaneous training need the prompts of every earlier concept."""
+    first = unlearn(untouched, "sunset style", sequence=None, captions=["ball"])
+    for chosen in ({"method": "uce", "settings": {}}, {"setting": "simultaneous"}):
+        with pytest.raises(ConfigError, match="was unlearned in other prompts"):
+            unlearn(first, "snow drift", **chosen)
+
+
+def test_names_in_any_form(untouched):
+    """A text is one name, also of what is retained; a generator is read once; blanks do not
+    count.
+    """
+    one = unlearn(untouched, (name for name in [" snow drift"]))
+    assert one.unlearned == ("snow drift",)
+    own = cu_runner.own_sequence(
+        untouched, "a cat", kind="style", captions="a house", vocabulary="dog", retain="moss"
+    )
+    assert [concept.name for concept in own.targets] == ["a cat"]
+    assert [concept.name for concept in own.retain] == ["moss"]
+    assert (own.captions, own.vocabulary) == (("a house",), ("dog",))
+    assert len(repr(one)) < 500
