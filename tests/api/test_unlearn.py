@@ -233,7 +233,13 @@ def test_the_prompts_of_own_concepts(untouched):
         ({"settings": {"+retention.clip": 1}}, "retention.clip changes nothing here"),
         ({"method": Pull(), "settings": {"method.teacher": "base"}}, "the method is an object"),
         ({"regularizers": ["l2", L2(weight=1.0)]}, "two are called l2"),
-        ({"method": "imported"}, "trains nothing"),
+        (
+            {
+                "method": "imported",
+                "settings": {"method.checkpoint": "x", "method.sha256": "0" * 64},
+            },
+            "trains nothing",
+        ),
         ({"sequence": "shapecanvas_mixed", "setting": "simultaneous"}, "several domains"),
         ({"sequence": None, "concepts": "ball", "vocabulary": []}, "name an anchor"),
         ({"sequence": None, "concepts": "ball", "anchors": {"ball": "photo"}}, "is a word of"),
@@ -341,11 +347,16 @@ def test_gates_for_other_words_are_not_mixed_up(untouched, tmp_path):
     words = tmp_path / "words.csv"
     words.write_text("concept,words\ntorch light,lamp\nsnow drift,ice\n")
     called = FEW | {"method.also_called": str(words)}
-    with pytest.raises(ConfigError, match="same method.also_called"):
+    with pytest.raises(ConfigError, match="same method"):
         unlearn(first, "torch light", regularizers="gate", settings=called)
-    own = dict(sequence=None, captions=["ball"], vocabulary=["key"], kind="style")
+    names = conf("sequence/smoke.yaml") | {"prompt_names": {"torch light": "torchlight"}}
     with pytest.raises(ConfigError, match="another spelling"):
-        unlearn(first, "torch  light", regularizers="gate", **own)
+        unlearn(
+            first,
+            "torch light",
+            regularizers="gate",
+            sequence=cu_runner.make_sequence(**names),
+        )
 
 
 def test_other_prompts_are_not_trained_on_again(untouched):
