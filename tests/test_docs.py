@@ -68,7 +68,8 @@ RUNS = sorted(
         line.removeprefix("PYTHONPATH=. ")
         for page in SHOWN
         for line in commands_in(page)
-        if "cu-run " in line and not any(mark in line for mark in ("my_", "$PARTS", "=...", "DIR"))
+        if "cu-run " in line
+        and not any(mark in line for mark in ("my_", "$PARTS", "=...", "DIR", "mine/", "name=kept"))
     }
 )
 

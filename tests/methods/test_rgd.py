@@ -5,11 +5,10 @@ import re
 import pytest
 import torch
 from conftest import SMOKE, compose
-from omegaconf import OmegaConf
 from test_baselines import SMALL, diffusion, first_batch, recording, scope  # noqa: F401
 
 from cu_runner.concepts.entries import read_shipped
-from cu_runner.concepts.sequence_file import make_sequence
+from cu_runner.config.compose import parse
 from cu_runner.methods._forgetting import flat_gradient, split
 from cu_runner.methods.rgd import RGD, restricted_gradient, without_concept
 from cu_runner.models.parameters import snapshot
@@ -237,15 +236,12 @@ def words(texts: list[str]) -> set[str]:
     "name", sorted(path.stem for path in (config_dir() / "sequence").glob("*.yaml"))
 )
 def test_evaluation_prompts_share_no_word_with_the_shipped_templates(name):
-    arguments = OmegaConf.to_container(compose(f"sequence={name}").sequence, resolve=True)
-    sequence = make_sequence(
-        **{key: value for key, value in arguments.items() if key != "_target_"}
-    )
-    concepts = [*sequence.targets, *sequence.retain]
+    sequence = parse(compose(f"sequence={name}")).sequence.build()
     evaluated = [
-        sequence.evaluation_prompt(concept, cross)
-        for concept in concepts
-        for cross in sequence.cross_retain
+        part.evaluation_prompt(concept, cross)
+        for part in sequence.by_domain
+        for concept in (*part.targets, *part.retain)
+        for cross in part.cross_retain
     ]
     for shipped in SHIPPED:
         assert not words(evaluated) & words(read_shipped(shipped))

@@ -216,7 +216,8 @@ def scope(model, settings):
 
 
 @pytest.mark.parametrize(
-    "method", [name for name in names("method") if name not in WORDS["method"]]
+    "method",
+    [name for name in names("method") if name not in (*WORDS["method"], "imported")],
 )
 def test_methods_that_compare_predictions_train_it(scope, method):
     chosen, _ = parts_of(method, "none")

@@ -153,7 +153,8 @@ def test_a_run_goes_on_with_the_model_that_it_began_with_alone(in_process, tmp_p
     assert (status, err) == (
         1,
         f"cu-run: {run.relative_to(tmp_path)}: was begun with another model; "
-        "restore it or move the run away\n",
+        "restore it or move the run away; "
+        f"{run.relative_to(tmp_path)}/run.log holds the traceback\n",
     )
     assert in_process(*wanted, "seed=1")[0] == 0
     for kind in ("base_eval", "anchors"):

@@ -80,7 +80,8 @@ def test_edited_code_is_trained_again_beside_the_old_run(in_process, package, tm
         assert (status, err) == (
             1,
             f"cu-run: outputs/runs/smoke/{last}: was made by other code (changed: {name}); "
-            "fresh=true makes a new run beside it, allow_other_code=true goes on with this one\n",
+            "fresh=true makes a new run beside it, allow_other_code=true goes on with this one; "
+            f"outputs/runs/smoke/{last}/run.log holds the traceback\n",
         )
         assert in_process(*INDEPENDENT, "dry_run=true")[0] == 1
         status, out, err = in_process(*INDEPENDENT, "fresh=true")
@@ -182,7 +183,8 @@ def test_the_state_of_an_unfinished_request_is_of_one_code(
     assert err == (
         f"cu-run: {place.relative_to(tmp_path)}/checkpoint.pt: the state of request 2 after step 2 "
         "was made by other code (changed: methods/conabl.py); fresh=true begins the request anew, "
-        "allow_other_code=true goes on with it\n"
+        "allow_other_code=true goes on with it; "
+        f"{place.relative_to(tmp_path)}/run.log holds the traceback\n"
     )
     assert (place / "checkpoint.pt").read_bytes() == kept
     status, out, _ = run(before, allowed)

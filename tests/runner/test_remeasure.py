@@ -128,8 +128,8 @@ def test_an_evaluation_moves_with_its_run(cu_eval, run_copy, tmp_path, monkeypat
         (
             "evaluator=nix",
             (
-                "evaluator=nix: no such file; allowed: celebrity, classifier, imagenet, "
-                "open_clip, shapecanvas, "
+                "evaluator=nix: no such file; allowed: celebrity, classifier, copy_detection, "
+                "imagenet, open_clip, shapecanvas, "
             ),
         ),
         ("evaluator=unlearncanvas", "not set, and without a default: evaluator.paths.style"),
