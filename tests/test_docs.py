@@ -94,6 +94,22 @@ def test_every_run_composes(line):
     compose_apart(words)
 
 
+README_RUNS = [
+    line
+    for line in commands_in(ROOT / "README.md")
+    if line.startswith("cu-run ") and not any(mark in line for mark in (" -m ", "...", "/models/"))
+]
+
+
+@pytest.mark.parametrize("line", README_RUNS)
+def test_every_run_of_the_readme_can_be_planned(in_process, line):
+    """As it stands there, with dry_run: its parts are built, and the plan is printed."""
+    words = [word for word in shlex.split(line)[1:] if word != "dry_run=true"]
+    status, out, err = in_process(*words, "dry_run=true")
+    assert (status, err) == (0, "")
+    assert out.startswith("plan: ")
+
+
 OTHERS = sorted(
     {
         (shlex.split(line)[0], word.partition("=")[0])

@@ -227,7 +227,9 @@ def load_model(
         ConfigError: an unknown name or setting. ModelError: files that are missing or do not fit.
     """
     more = {f"model.{key}": value for key, value in (settings or {}).items()}
-    words = [*chosen_by(str(name), preset), *(word(key, value) for key, value in more.items())]
+    revision = (settings or {}).get("revision")
+    chosen = chosen_by(str(name), preset, None if revision is None else str(revision))
+    words = [*chosen, *(word(key, value) for key, value in more.items())]
     if precision is not None:
         words.append(word("model.precision", precision))
     plan = composed([*words, UNTUNED, f"device={device}"], None)
@@ -241,7 +243,7 @@ def load_model(
     return Model(diffusion, tuple(words))
 
 
-def chosen_by(name: str, preset: str | None) -> list[str]:
+def chosen_by(name: str, preset: str | None, revision: str | None = None) -> list[str]:
     """Return the words that choose a model: its preset, and its path where that is another."""
     files = (config_dir() / "model").glob("*.yaml")
     presets = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in files}
@@ -254,17 +256,17 @@ def chosen_by(name: str, preset: str | None) -> list[str]:
     for own, content in sorted(presets.items()):
         if content.get("path") == name and preset in (None, own):
             return [f"model={own}"]
-    chosen, side = (preset, None) if preset else kind_of(name)
+    chosen, side = (preset, None) if preset else kind_of(name, revision)
     words = [f"model={chosen}", word("model.path", name)]
     return [*words, word("model.resolution", side)] if side else words
 
 
-def kind_of(name: str) -> tuple[str, int | None]:
+def kind_of(name: str, revision: str | None = None) -> tuple[str, int | None]:
     """Return the preset of a directory or hub repository, and its image side.
 
     A single file says neither: it is taken for Stable Diffusion 1.5.
     """
-    place = Path(locate(name, None))
+    place = Path(locate(name, revision))
     if not place.is_dir():
         return "sd15", None
     if (place / "unet/config.json").is_file() and not (place / "vae").exists():
