@@ -31,7 +31,7 @@ run: setup  ## the main job: 12 styles unlearned one after another on the embedd
 	@echo "run: cu-run $(RUN)"
 	@$(BIN)/cu-run $(RUN)
 
-test: setup  ## the tests, without network, a worker per core; 22 minutes on two slow cores, a third of it on fast ones
+test: setup  ## the tests, without network, a worker per core; 22 minutes on two slow cores
 	@echo "test: pytest"
 	@$(TESTS)
 
