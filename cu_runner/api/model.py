@@ -29,7 +29,7 @@ from cu_runner.models.sampling import generate
 from cu_runner.runtime.devices import choose_device
 from cu_runner.runtime.lazy import without_gradients
 from cu_runner.runtime.paths import config_dir
-from cu_runner.runtime.progress import unseen
+from cu_runner.runtime.progress import note, unseen
 from cu_runner.runtime.quiet import quiet_loading
 from cu_runner.schema.errors import ConfigError, ModelError
 from cu_runner.schema.settings import Sampler
@@ -264,10 +264,11 @@ def chosen_by(name: str, preset: str | None, revision: str | None = None) -> lis
 def kind_of(name: str, revision: str | None = None) -> tuple[str, int | None]:
     """Return the preset of a directory or hub repository, and its image side.
 
-    A single file says neither: it is taken for Stable Diffusion 1.5.
+    A single file says neither: it is taken for Stable Diffusion 1.5, and that is said.
     """
     place = Path(locate(name, revision))
     if not place.is_dir():
+        note(f"{name}: a file does not say its kind; taken for sd15, preset=... names another")
         return "sd15", None
     if (place / "unet/config.json").is_file() and not (place / "vae").exists():
         return "class_conditional", None  # pixels, and names of classes

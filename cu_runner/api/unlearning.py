@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -249,9 +250,15 @@ class Unlearning:
         images = AnchorImages(untouched.diffusion, "", {}, {}, *told)
         return images.latents(prompts, number, mirrored=mirrored)
 
+    @functools.cached_property
+    def evaluator(self) -> Evaluator:
+        """Return what names the content of images, loaded once for all requests."""
+        made = self.plan.evaluator.build(device=str(self.diffusion.device))
+        check_labels(self.sequence, made)
+        return made
+
     def judge(self, request: Request) -> Callable[[], float]:
         """Return what measures UA for setting.stop_at, which alone needs a judge."""
-        made: list[Evaluator] = []
 
         def measure() -> float:
             if not self.sequence.cross_retain:
@@ -259,11 +266,8 @@ class Unlearning:
                     "setting.stop_at measures UA, and concepts of your own have no judge; give "
                     "settings={'setting.stop_at': None}"
                 )
-            if not made:
-                made.append(self.plan.evaluator.build(device=str(self.diffusion.device)))
-                check_labels(self.sequence, made[0])
             told = (self.sequence, list(request.erased), request.index, self.plan.spine.eval)
-            seen = evaluate(self.diffusion, made[0], *told)
+            seen = evaluate(self.diffusion, self.evaluator, *told)
             names = [concept.name for concept in request.erased]
             return forgotten_of(seen.predictions, measured_by(self.sequence), names) or 0.0
 

@@ -58,6 +58,12 @@ def test_which_preset_a_checkpoint_takes(pipelines):
     assert kind_of(str(pipelines["sdxl"]))[0] == "sdxl"
 
 
+def test_a_single_file_is_taken_for_stable_diffusion_1_5_and_that_is_said(tmp_path, capsys):
+    (tmp_path / "model.safetensors").touch()
+    assert kind_of(str(tmp_path / "model.safetensors")) == ("sd15", None)
+    assert "taken for sd15, preset=... names another" in capsys.readouterr().err
+
+
 def test_a_directory_brings_its_image_side(pipelines, random_pipeline):
     model = cu_runner.load_model(pipelines["sd15"], device="cpu")
     assert model.preset == "sd15"
