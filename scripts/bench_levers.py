@@ -74,7 +74,7 @@ def bench_levers(overrides: list[str], device: str) -> None:
             steps,
             "steps/s",
         )
-        model.unet.disable_gradient_checkpointing()
+        model.denoiser.disable_gradient_checkpointing()
     if cuda:
         model.speed_up(replace(speed, channels_last=False))
         say("sampling", "channels_last", rate, bench.images_per_second(), "images/s")
@@ -117,11 +117,11 @@ def say(what: str, lever: str, rate: float, without: float, unit: str) -> None:
 @contextmanager
 def every_gradient(model: DiffusionModel) -> Iterator[None]:
     """Gradients of all weights of the UNet, back to the first layer."""
-    model.unet.requires_grad_(True)
+    model.denoiser.requires_grad_(True)
     try:
         yield
     finally:
-        model.unet.requires_grad_(False).zero_grad(set_to_none=True)
+        model.denoiser.requires_grad_(False).zero_grad(set_to_none=True)
 
 
 @contextmanager

@@ -148,7 +148,7 @@ class Bench:
             self.model.encode_prompts(["a tree"]),
         )
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.model.unet_output(latents, torch.tensor(500, device=self.model.device), text)
+            self.model.output(latents, torch.tensor(500, device=self.model.device), text)
         return counter.get_total_flops()
 
     def train(self, steps: int) -> tuple[float, int]:
@@ -212,7 +212,7 @@ def load(overrides: list[str], device: str) -> Bench:
     """Load the model of a run, untouched."""
     plan = compose(overrides)
     method, model = plan.method.build(), plan.model.build(device=device)
-    params = select_parameters(model.unet, method.params)
+    params = select_parameters(model.denoiser, method.params)
     return Bench(plan, model, method, params, snapshot(params))
 
 
@@ -287,7 +287,7 @@ def plain_rate(model: DiffusionModel, prompts: list[str], sampler: Sampler) -> f
     do it.
     """
     parts = model.components
-    common = {"unet": parts.unet, "vae": parts.vae, "scheduler": make_scheduler(model, sampler)}
+    common = {"unet": parts.denoiser, "vae": parts.vae, "scheduler": make_scheduler(model, sampler)}
     if len(parts.tokenizers) == 2:
         (first, second), (encoder, larger) = parts.tokenizers, parts.text_encoders
         more = {

@@ -32,7 +32,7 @@ from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.config.command import key_of
 from cu_runner.evaluators.classifier import Classifier
 from cu_runner.models.checkpoint_files import locate
-from cu_runner.models.diffusion import load_model
+from cu_runner.models.loading import load_model
 from cu_runner.models.parameters import select_parameters, snapshot
 from cu_runner.request.scope import Scope
 from cu_runner.runtime import progress
@@ -113,10 +113,10 @@ def loaded_model():
 @pytest.fixture
 def model(loaded_model):
     """The embedded model; what a test does to its UNet is undone."""
-    before = snapshot(dict(loaded_model.unet.named_parameters()))
+    before = snapshot(dict(loaded_model.denoiser.named_parameters()))
     yield loaded_model
     with torch.no_grad():
-        for name, parameter in loaded_model.unet.named_parameters():
+        for name, parameter in loaded_model.denoiser.named_parameters():
             parameter.copy_(before[name])
             parameter.grad = None
             parameter.requires_grad_(False)
@@ -159,7 +159,7 @@ def make_scope(model, sequence, settings):
         batch_size: int = 2,
         steps: int = 3,
     ) -> Scope:
-        params = select_parameters(model.unet, group)
+        params = select_parameters(model.denoiser, group)
         latents = torch.randn(64, *model.latent_shape, generator=torch.Generator().manual_seed(1))
         return Scope(
             model=model,

@@ -170,13 +170,13 @@ class Model:
 
     def fresh(self) -> DiffusionModel:
         """Return the untouched networks with a UNet of their own, whose weights may be changed."""
-        return with_own_unet(self.untouched.diffusion)
+        return with_own_denoiser(self.untouched.diffusion)
 
 
 @without_gradients
-def with_own_unet(source: DiffusionModel) -> DiffusionModel:
+def with_own_denoiser(source: DiffusionModel) -> DiffusionModel:
     """Return the same model with a copy of its UNet; the two share everything else."""
-    parts = source.components.with_unet(copy.deepcopy(source.unet))
+    parts = source.components.with_denoiser(copy.deepcopy(source.denoiser))
     return DiffusionModel(
         parts,
         resolution=source.resolution,
@@ -194,10 +194,10 @@ def add_change(diffusion: DiffusionModel, delta: Mapping[str, Tensor]) -> None:
     Of gates [N, ...] a model may have more by now: the first N are set.
     """
     gates = [change for name, change in delta.items() if name.endswith(DIRECTIONS)]
-    weights = dict(diffusion.unet.named_parameters())
+    weights = dict(diffusion.denoiser.named_parameters())
     if gates and not any(map(is_gate, weights)):
-        add_gates(diffusion.unet, len(gates[0]))
-        weights = dict(diffusion.unet.named_parameters())
+        add_gates(diffusion.denoiser, len(gates[0]))
+        weights = dict(diffusion.denoiser.named_parameters())
     for name, change in delta.items():
         place = weights[name][tuple(slice(side) for side in change.shape)]
         place.add_(change) if not is_gate(name) else place.copy_(change)

@@ -25,7 +25,7 @@ from cu_runner.request.scope import Scope
 from cu_runner.request.token_limit import check_prompts
 from cu_runner.runner.early_stop import EarlyStop, LossLeft
 from cu_runner.runner.own_images import check_pictured
-from cu_runner.runner.parts import check_words, named, prepare
+from cu_runner.runner.parts import check_linear, check_words, named, prepare
 from cu_runner.runner.recheck import train_again
 from cu_runner.runner.training import Training, check_composition, erase
 from cu_runner.runner.weights import TrainedWeights, choose
@@ -78,7 +78,9 @@ class Unlearning:
         check_composition(self.method, self.regularizers)
         self.method.check(sequence)
         check_pictured(self.method_name, self.method, sequence)
-        check_words(model.diffusion, named(self.method_name, self.method, self.regularizers))
+        chosen = named(self.method_name, self.method, self.regularizers)
+        check_words(model.diffusion, chosen)
+        check_linear(model.diffusion, self.method, chosen)
         known = {concept.name for concept in model.targets}
         later = tuple(concept for concept in sequence.targets if concept.name not in known)
         self.sequence = dataclasses.replace(sequence, targets=(*model.targets, *later))
@@ -298,7 +300,7 @@ def by_name(
 
 def untouched_values(model: Model, names: Iterable[str]) -> dict[str, Tensor]:
     """Return weights of the untouched UNet, by name; gates, which it has not, are shut there."""
-    own = dict(model.untouched.diffusion.unet.named_parameters())
+    own = dict(model.untouched.diffusion.denoiser.named_parameters())
     return {
         name: own[name].detach() if name in own else torch.zeros_like(model.delta[name])
         for name in names

@@ -24,6 +24,7 @@ from cu_runner.concepts.requests import Request
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.methods.base import Method
 from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.text import Text
 from cu_runner.request.images import RetainSet
 from cu_runner.request.name_sources import earlier_concepts, mention, spellings
 from cu_runner.request.scope import Scope
@@ -65,6 +66,7 @@ class ClosedForm(Method[TextPairs]):
     """One step that sets the weights to what solve() returns."""
 
     closed_form = True
+    linear = "all"
     reads_words = "solves for keys and values, which are linear in the text of a prompt"
     holds_context = False  # whether what stands before the concept is edited to itself
 
@@ -186,10 +188,24 @@ def prompt_pairs(scope: Scope, concept: Concept, tokens: Tokens) -> list[PromptP
         return [PromptPair(last_tokens(model, [own]), last_tokens(model, [anchor]), 0)]
     pairs = []
     for prompts in scope.sequence.training_pairs(concept):
-        first = model.token_span(concept.prompt_name, prompts[0]).start
-        own, anchor = model.encode_prompts(list(prompts)).hidden
-        pairs.append(PromptPair(own, anchor, first))
+        both = model.encode_prompts(list(prompts))
+        for part in model.prompts.parts:
+            first = part.span(concept.prompt_name, prompts[0]).start
+            pairs.append(PromptPair(*read_rows(part.of(both)), first))
     return pairs
+
+
+def read_rows(text: Text) -> tuple[Tensor, Tensor]:
+    """Return the positions that are read of the first of two prompts, and as many of the second.
+
+    Where padding is masked and the second is shorter, its last position stands for the rest.
+    """
+    own, anchor = text.hidden
+    if text.mask is None:
+        return own, anchor
+    lengths = text.mask.sum(1).tolist()
+    places = torch.arange(lengths[0], device=anchor.device).clamp(max=lengths[1] - 1)
+    return own[: lengths[0]], anchor[places]
 
 
 def edited_rows(pairs: list[PromptPair], holds_context: bool) -> tuple[Tensor, Tensor]:
@@ -250,7 +266,7 @@ def preserved_rows(scope: Scope, retain: RetainSet, tokens: Tokens) -> Tensor:
     ]
     if tokens == "last":
         return last_tokens(scope.model, prompts)
-    return scope.model.encode_prompts(prompts).hidden.flatten(0, 1)
+    return scope.model.encode_prompts(prompts).positions()
 
 
 # --------------------------------------------------------------------------------------------- sums

@@ -68,8 +68,8 @@ def matching_loss(
     """
     own, other = batch.texts
     with torch.no_grad():
-        wanted = model.predict_noise(batch.noisy, batch.timesteps, other, weights)
-    return F.mse_loss(model.predict_noise(batch.noisy, batch.timesteps, own, weights), wanted)
+        wanted = model.predict(batch.noisy, batch.timesteps, other, weights)
+    return F.mse_loss(model.predict(batch.noisy, batch.timesteps, own, weights), wanted)
 
 
 def add_retained(

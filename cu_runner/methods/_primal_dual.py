@@ -63,17 +63,17 @@ def group_means(values: Tensor, groups: list[int], number: int) -> Tensor:
     return sums / torch.bincount(index, minlength=number)
 
 
-def snr_weights(alphas_cumprod: Tensor) -> Tensor:
-    """Return w_t = 1/2 log(SNR_{t-1} / SNR_t) with SNR = ab / (1 - ab); [T] to [T].
+def snr_weights(log_snr: Tensor) -> Tensor:
+    """Return w_t = 1/2 log(SNR_{t-1} / SNR_t) of log SNR in float64; [T] to [T] in fp32.
 
-    KL between the paths of two models is sum_t w_t ||e_p - e_q||^2, the squared norm summed over C,
-    H, W. The first timestep has none before it, and one without any signal shows nothing of a
-    prediction: both weigh 0.
+    KL between the paths of two models is sum_t w_t ||e_p - e_q||^2, the squared norm of predicted
+    noise summed over C, H, W. SNR is ab / (1 - ab), of rectified flow ((1 - s) / s)^2. The first
+    level has none before it, and one without any signal shows nothing of a prediction: both weigh
+    0.
     """
-    log_snr = alphas_cumprod.double().logit()
     weights = torch.zeros_like(log_snr)
     weights[1:] = (log_snr[:-1] - log_snr[1:]) / 2
-    return torch.where(weights.isfinite(), weights, 0).to(alphas_cumprod.dtype)
+    return torch.where(weights.isfinite(), weights, 0).float()
 
 
 def squared_error(a: Tensor, b: Tensor) -> Tensor:
@@ -302,11 +302,11 @@ def retain_loss(
     Both are on kept images with their own captions.
     """
     (texts,) = batch.texts
-    wanted = batch.noise
+    wanted = batch.wanted
     if kind == "teacher":
         with torch.no_grad():
-            wanted = scope.model.predict_noise(batch.noisy, batch.timesteps, texts, weights)
-    return F.mse_loss(scope.model.predict_noise(batch.noisy, batch.timesteps, texts), wanted)
+            wanted = scope.model.predict(batch.noisy, batch.timesteps, texts, weights)
+    return F.mse_loss(scope.model.predict(batch.noisy, batch.timesteps, texts), wanted)
 
 
 def concept_predictions(
@@ -318,7 +318,7 @@ def concept_predictions(
     """
     return torch.stack(
         [
-            scope.model.predict_noise(
+            scope.model.predict(
                 noisy,
                 timesteps,
                 scope.model.encode_prompts(own_prompts(scope, [i] * len(captions), captions)),

@@ -43,6 +43,9 @@ class Method(Resumable, ABC, Generic[Batch]):
     # what it does with the words of a prompt, or their encoding, which classes do not have; "" is
     # nothing: then it also runs on a class-conditional model
     reads_words: str = ""
+    # whether it needs all or any of the trained weights to be linear in the text encoder's output
+    linear: Literal["all", "any"] | None = None
+    one_text: bool = False  # True: it hears a name in one place of a prompt's text
     ascends: bool = False  # True: its ascent is measured by the gradient on retained images
     # whose images it trains on, and pictures of the user's may be; None: it takes none
     pictured: Literal["targets", "anchors"] | None = None
@@ -58,7 +61,7 @@ class Method(Resumable, ABC, Generic[Batch]):
         Raises:
             ValueError: the UNet has none of them.
         """
-        return select_parameters(model.unet, self.params)
+        return select_parameters(model.denoiser, self.params)
 
     def check(self, sequence: Sequence) -> None:
         """Raise ValueError for a sequence that it does not go with, before anything is loaded."""

@@ -135,16 +135,16 @@ class ConAbl(Method[NoisyBatch]):
     def loss(self, scope: Scope, batch: NoisyBatch) -> tuple[Tensor, dict[str, float]]:
         """Return E ||e(x_t, c*) - sg e(x_t, c)||^2   (eq. 3), + w L_diffusion(anchor).
 
-        With loss="noise" the true noise stands in place of the teacher   (eq. 4), with "output" the
-        UNet's output in place of e. L_diffusion is a mean whatever loss_sum and border are, as
-        released.
+        With loss="noise" the truth stands in place of the teacher   (eq. 4), with "output" the
+        network's output in place of e. Of rectified flow e is the velocity. L_diffusion is a mean
+        whatever loss_sum and border are, as released.
         """
         model, (anchor, target) = scope.model, batch.texts
-        predict = model.unet_output if self.target_of == "output" else model.predict_noise
+        predict = model.output if self.target_of == "output" else model.predict
         with self.trained_pass(model):
             predicted = predict(batch.noisy, batch.timesteps, target)
         if self.target_of == "noise":
-            wanted = batch.noise
+            wanted = batch.wanted
         else:
             weights = {"current": None, "previous": scope.start, "base": scope.base}[self.teacher]
             with torch.no_grad():

@@ -44,7 +44,7 @@ class DP(ClosedForm):
         tokens: Tokens = "last",
         cumulative: bool = True,
         retain: RetainSet = RetainSet("names", prompts=200),
-        params: Literal["kv_xattn", "k_xattn", "v_xattn"] = "kv_xattn",
+        params: Literal["kv_xattn", "k_xattn", "v_xattn", "text_linear"] = "kv_xattn",
     ) -> None:
         """
         Args:

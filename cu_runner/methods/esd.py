@@ -115,8 +115,8 @@ class ESD(Method[Trajectories]):
         teacher = placed(scope.params, self._teacher_weights(scope))
         with teacher if self.trajectories == "teacher" else contextlib.nullcontext():
             noisy, timestep = sample_partly(scope.model, chosen, seeds, sampler, stop)
-        # some schedulers stop between two training timesteps
-        return Trajectories(noisy, timestep.round().long().expand(scope.batch_size), chosen)
+        trained = scope.model.process.as_trained(timestep)
+        return Trajectories(noisy, trained.expand(scope.batch_size), chosen)
 
     def _teacher_weights(self, scope: Scope) -> dict[str, Tensor]:
         return {"previous": scope.start, "base": scope.base}[self.teacher]
@@ -137,12 +137,12 @@ class ESD(Method[Trajectories]):
         text = model.encode_prompts(batch.prompts)
         both = model.encode_prompts([""] * len(text) + batch.prompts)
         with torch.no_grad():
-            taught = model.predict_noise(
+            taught = model.predict(
                 torch.cat([batch.noisy] * 2), torch.cat([batch.timesteps] * 2), both, weights
             )
         empty, concept = taught.chunk(2)
         loss = F.mse_loss(
-            model.predict_noise(batch.noisy, batch.timesteps, text),
+            model.predict(batch.noisy, batch.timesteps, text),
             erasing_target(empty, concept, self.eta),
         )
         return loss, {"unlearn_loss": loss.item(), "timestep": batch.timesteps[0].item()}

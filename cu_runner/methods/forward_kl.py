@@ -157,9 +157,9 @@ class ForwardKL(PrimalDual[DataBatch]):
         """
         number, forget = len(self._groups), batch.forget
         arguments = (forget.noisy, forget.timesteps, forget.texts[0])
-        losses = squared_error(scope.model.predict_noise(*arguments), forget.noise)
+        losses = squared_error(scope.model.predict(*arguments), forget.wanted)
         with torch.no_grad():
-            before = squared_error(scope.model.predict_noise(*arguments, scope.start), forget.noise)
+            before = squared_error(scope.model.predict(*arguments, scope.start), forget.wanted)
         growth = (
             group_means(losses, batch.groups, number) / group_means(before, batch.groups, number)
             - 1
@@ -209,17 +209,17 @@ class ForwardKL(PrimalDual[DataBatch]):
             after, before = [], []
             for n in range(self.dual.rounds):
                 generator = scope.rng.generator(f"final {i}", n)
-                timesteps = torch.randint(
-                    model.num_train_timesteps, (self.num_fresh,), generator=generator
-                ).to(model.device)
+                timesteps = model.draw_timesteps(generator, self.num_fresh).to(model.device)
                 noise = torch.randn(latents.shape, generator=generator).to(model.device)
-                noisy = model.add_noise(latents.to(model.device), noise, timesteps)
+                clean = latents.to(model.device)
+                noisy = model.add_noise(clean, noise, timesteps)
+                wanted = model.target(clean, noise)
                 for start in range(0, self.num_fresh, scope.batch_size):
                     rows = slice(start, start + scope.batch_size)
                     arguments = (noisy[rows], timesteps[rows], model.encode_prompts(captions[rows]))
-                    after.append(squared_error(model.predict_noise(*arguments), noise[rows]))
+                    after.append(squared_error(model.predict(*arguments), wanted[rows]))
                     before.append(
-                        squared_error(model.predict_noise(*arguments, scope.start), noise[rows])
+                        squared_error(model.predict(*arguments, scope.start), wanted[rows])
                     )
             values.append(
                 (torch.cat(after).double().mean() / torch.cat(before).double().mean() - 1).cpu()
@@ -230,8 +230,8 @@ class ForwardKL(PrimalDual[DataBatch]):
 def join(parts: list[NoisyBatch]) -> NoisyBatch:
     """Return one batch of the rows of several."""
     texts = tuple(Text.cat(texts) for texts in zip(*(part.texts for part in parts), strict=True))
-    noisy, noise, timesteps = (
+    noisy, wanted, timesteps = (
         torch.cat([getattr(part, name) for part in parts])
-        for name in ("noisy", "noise", "timesteps")
+        for name in ("noisy", "wanted", "timesteps")
     )
-    return NoisyBatch(noisy, noise, timesteps, texts)
+    return NoisyBatch(noisy, wanted, timesteps, texts)

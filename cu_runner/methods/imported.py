@@ -66,11 +66,11 @@ class Imported(Method[dict[str, "Tensor"]]):
         if not self._change:
             raise ModelError(f"{self.checkpoint}: its UNet is that of the base model")
         if not any(map(is_gate, self._change)):
-            params = dict(model.unet.named_parameters())
+            params = dict(model.denoiser.named_parameters())
             self._change = {name: self._change[name] for name in params if name in self._change}
             return {name: params[name] for name in self._change}
         number = next(len(each) for name, each in found.change.items() if name.endswith(DIRECTIONS))
-        gates = add_gates(model.unet, number)
+        gates = add_gates(model.denoiser, number)
         if gates.keys() != found.change.keys():
             raise ModelError(f"{self.checkpoint}: holds gates of another UNet")
         self._change = found.change

@@ -70,13 +70,12 @@ def repelled_target(reference: Tensor, null: Tensor, concepts: Tensor, push: Ten
     return reference - torch.einsum("mb,mbchw->bchw", push.to(null), concepts - null)
 
 
-def spread_timesteps(generator: Generator, images: int, draws: int, number: int) -> Tensor:
-    """Draw timesteps [images, S] out of `number`.
+def spread_shares(generator: Generator, images: int, draws: int) -> Tensor:
+    """Draw shares [images, S] of the training timesteps.
 
     Draw s of an image falls uniformly into the s-th of S equal parts.
     """
-    position = (torch.arange(draws) + torch.rand(images, draws, generator=generator)) / draws
-    return (position * number).long().clamp(max=number - 1)
+    return (torch.arange(draws) + torch.rand(images, draws, generator=generator)) / draws
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class SampledBatch:
     """
 
     noisy: Tensor  # [B, C, H, W]
-    noise: Tensor  # [B, C, H, W]
+    wanted: Tensor  # [B, C, H, W], what a perfect model predicts
     timesteps: Tensor  # [B]
     concepts: list[int]  # of each image, as indices
     captions: list[int]
@@ -174,15 +173,13 @@ class Likelihood(PrimalDual[SampledBatch]):
             reference = null
             if self.reference == "anchor":
                 anchors = reference_prompts(scope, self.reference, concepts, captions)
-                reference = model.predict_noise(*arguments, model.encode_prompts(anchors), weights)
+                reference = model.predict(*arguments, model.encode_prompts(anchors), weights)
             push = lam.to(ratios)[:, None] * ratios
             target = repelled_target(
                 reference, null, of_concepts, push.repeat_interleave(self.draws, dim=1)
             )
         loss = F.mse_loss(
-            model.predict_noise(
-                *arguments, model.encode_prompts(own_prompts(scope, concepts, captions))
-            ),
+            model.predict(*arguments, model.encode_prompts(own_prompts(scope, concepts, captions))),
             target,
         )
         own = ratios[batch.concepts, range(len(batch.concepts))]
@@ -229,31 +226,34 @@ class Likelihood(PrimalDual[SampledBatch]):
     ) -> SampledBatch:
         """Sample images of the model as it is, and put them under noise."""
         model, images = scope.model, len(concepts)
-        timesteps = (
-            spread_timesteps(generator, images, self.draws, model.num_train_timesteps)
-            .flatten()
-            .to(model.device)
-        )
+        shares = spread_shares(generator, images, self.draws)
+        timesteps = model.process.at(shares).flatten().to(model.device)
         noise = torch.randn((images * self.draws, *model.latent_shape), generator=generator).to(
             model.device
         )
         sampler = replace(model.sampler, steps=self.sampling_steps, guidance=self.guidance)
         clean = sample_latents(model, own_prompts(scope, concepts, captions), seeds, sampler)
-        noisy = model.add_noise(clean.repeat_interleave(self.draws, dim=0), noise, timesteps)
-        return SampledBatch(noisy, noise, timesteps, concepts, captions, retain)
+        clean = clean.repeat_interleave(self.draws, dim=0)
+        noisy, wanted = model.add_noise(clean, noise, timesteps), model.target(clean, noise)
+        return SampledBatch(noisy, wanted, timesteps, concepts, captions, retain)
 
     def _ratios(self, scope: Scope, batch: SampledBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return e_null [B, C, H, W], e_{c_i} [m, B, C, H, W], r_i [m, images] by the teacher."""
-        model, elements = scope.model, batch.noise[0].numel()
+        model = scope.model
+        # squared differences of predictions as those of predicted noise, summed over elements
+        scale = batch.wanted[0].numel() * model.process.noise_error(batch.timesteps) ** 2
         weights = teacher_weights(scope, self.teacher)
         captions = [caption for caption in batch.captions for _ in range(self.draws)]
         empty = model.encode_prompts([""] * len(captions))
-        null = model.predict_noise(batch.noisy, batch.timesteps, empty, weights)
+        null = model.predict(batch.noisy, batch.timesteps, empty, weights)
         concepts = concept_predictions(scope, batch.noisy, batch.timesteps, captions, weights)
-        null_errors = elements * squared_error(batch.noise, null).view(-1, self.draws)
-        concept_errors = torch.stack(
-            [elements * squared_error(batch.noise, each).view(-1, self.draws) for each in concepts]
-        )
+
+        def errors(predicted: Tensor) -> Tensor:
+            """Return ||eps - e||^2 of the draws of each image, [images, S]."""
+            return (scale * squared_error(batch.wanted, predicted)).view(-1, self.draws)
+
+        null_errors = errors(null)
+        concept_errors = torch.stack([errors(each) for each in concepts])
         return (
             null,
             concepts,

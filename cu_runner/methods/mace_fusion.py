@@ -29,6 +29,7 @@ from cu_runner.methods._closed_form import (
     TextPairs,
     at_inputs,
     edit_sums,
+    read_rows,
 )
 from cu_runner.request.images import RetainSet
 from cu_runner.request.scope import Scope
@@ -49,7 +50,7 @@ class MACEFusion(ClosedForm):
         ridge: PositiveFloat = 0.5,
         cumulative: bool = True,
         retain: RetainSet = RetainSet("both", prompts=200),
-        params: Literal["kv_xattn"] = "kv_xattn",
+        params: Literal["kv_xattn", "text_linear"] = "kv_xattn",
     ) -> None:
         """
         Args:
@@ -71,13 +72,15 @@ class MACEFusion(ClosedForm):
         beside, own = [], []
         texts = []
         for prompts in scope.sequence.training_pairs(concept):
-            hidden = model.encode_prompts(list(prompts)).hidden
-            ids = [model.tokenizer(prompt, truncation=True).input_ids for prompt in prompts]
-            places = shared_places(*ids, length=model.num_tokens)
-            beside.append([row[found] for row, found in zip(hidden, places, strict=True)])
-            span = model.token_span(concept.prompt_name, prompts[0])
-            own.append(hidden[:, span])
-            texts.append(hidden[0].double())
+            both = model.encode_prompts(list(prompts))
+            for part in model.prompts.parts:
+                hidden = torch.stack(read_rows(part.of(both)))
+                ids = [part.row(prompt)[: part.length] for prompt in prompts]
+                places = shared_places(*ids, length=hidden.shape[1])
+                beside.append([row[found] for row, found in zip(hidden, places, strict=True)])
+                span = part.span(concept.prompt_name, prompts[0])
+                own.append(hidden[:, span])
+                texts.append(hidden[0].double())
         refined = edit_sums(*(torch.cat(rows) for rows in zip(*beside, strict=True)))
         moved = edit_sums(*(torch.cat(rows) for rows in zip(*own, strict=True)))
         text = torch.cat(texts)

@@ -52,7 +52,7 @@ class OCE(ClosedForm):
         cumulative: bool = True,
         retain: RetainSet = RetainSet("names", prompts=200),
         captions: RetainSet = RetainSet("list", "general_captions"),
-        params: Literal["kv_xattn", "k_xattn", "v_xattn"] = "v_xattn",
+        params: Literal["kv_xattn", "k_xattn", "v_xattn", "text_linear"] = "v_xattn",
     ) -> None:
         """
         Args:
@@ -121,11 +121,12 @@ class OCE(ClosedForm):
     def _mean_of_captions(self, scope: Scope) -> Tensor:
         """Return the mean of c c^T over the tokens of the captions, padding left out; [D, D]."""
         model, prompts = scope.model, read_prompts(scope, self.captions)
-        hidden = model.encode_prompts(prompts).hidden.double()
+        text = model.encode_prompts(prompts)
         rows = torch.cat(
             [
-                row[: len(model.tokenizer(prompt, truncation=True).input_ids)]
-                for row, prompt in zip(hidden, prompts, strict=True)
+                row[: len(part.row(prompt))]
+                for part in model.prompts.parts
+                for row, prompt in zip(part.of(text).hidden.double(), prompts, strict=True)
             ]
         )
         return rows.T @ rows / len(rows)

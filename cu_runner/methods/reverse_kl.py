@@ -133,7 +133,8 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
     def begin_request(self, scope: Scope) -> None:
         """Make the kept images, and set b_i from KL(q||q_i) on samples of q."""
         self._images = self.retain.images_of(scope) if self.retain_weight else None
-        self._level_weights = snr_weights(scope.model.alphas_cumprod)
+        self._process = scope.model.process
+        self._level_weights = snr_weights(scope.model.process.log_snr()).to(scope.model.device)
         with placed(scope.params, teacher_weights(scope, self.teacher)):
             initial = self._measure(scope, "initial")
         self.duals = Duals(
@@ -170,11 +171,11 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
                 scope, batch.noisy, batch.timesteps, batch.captions, weights
             )
             target = combined_target(
-                model.predict_noise(batch.noisy, batch.timesteps, reference, weights),
+                model.predict(batch.noisy, batch.timesteps, reference, weights),
                 concepts,
                 alpha_from_lambda(self.duals.lam),
             )
-        predicted = model.predict_noise(batch.noisy, batch.timesteps, own)
+        predicted = model.predict(batch.noisy, batch.timesteps, own)
         loss = F.mse_loss(predicted, target)
         divergence = self._divergence(
             predicted.detach(), concepts[batch.concepts, range(len(own))], batch.timesteps
@@ -199,20 +200,20 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
         """Sample x_t [B, C, H, W] from the model as it is, and return it with its timesteps [B]."""
         sampler = replace(scope.model.sampler, steps=self.sampling_steps, guidance=self.guidance)
         noisy, timestep = sample_partly(scope.model, prompts, seeds, sampler, stop)
-        # some schedulers stop between two training timesteps
-        return noisy, timestep.round().long().expand(len(prompts))
+        return noisy, scope.model.process.as_trained(timestep).expand(len(prompts))
 
     def _divergence(self, predicted: Tensor, reference: Tensor, timesteps: Tensor) -> Tensor:
         """Return each row's share [B] of the path KL.
 
-        That is ||e_p - e_q||^2 as a mean over elements, or as T w_t times the sum.
+        That is ||e_p - e_q||^2 of predicted noise as a mean over elements, or as T w_t times the
+        sum; of velocities it is (1 - s)^2 ||v_p - v_q||^2.
         """
-        error = squared_error(predicted, reference)
+        process = self._process
+        error = squared_error(predicted, reference) * process.noise_error(timesteps) ** 2
         if self.weighting == "mse":
             return error
-        return (
-            error * predicted[0].numel() * len(self._level_weights) * self._level_weights[timesteps]
-        )
+        weights = self._level_weights[process.level(timesteps)]
+        return error * predicted[0].numel() * len(self._level_weights) * weights
 
     @without_gradients
     def _measure(self, scope: Scope, purpose: Literal["initial", "final"]) -> Tensor:
@@ -235,11 +236,9 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
                     else own
                 )
                 noisy, timesteps = self._sample(scope, prompts, seeds, n % self.sampling_steps)
-                predicted = model.predict_noise(noisy, timesteps, model.encode_prompts(prompts))
+                predicted = model.predict(noisy, timesteps, model.encode_prompts(prompts))
                 weights = teacher_weights(scope, self.teacher)
-                reference = model.predict_noise(
-                    noisy, timesteps, model.encode_prompts(own), weights
-                )
+                reference = model.predict(noisy, timesteps, model.encode_prompts(own), weights)
                 shares.append(self._divergence(predicted, reference, timesteps).double().mean())
             values.append(torch.stack(shares).mean().cpu())
         return torch.stack(values)

@@ -53,7 +53,7 @@ class SPEED(ClosedForm):
         tokens: Tokens = "last",
         cumulative: bool = True,
         retain: RetainSet = RetainSet("names", prompts=200),
-        params: Literal["kv_xattn", "k_xattn", "v_xattn"] = "v_xattn",
+        params: Literal["kv_xattn", "k_xattn", "v_xattn", "text_linear"] = "v_xattn",
     ) -> None:
         """
         Args:
@@ -190,8 +190,10 @@ def empty_prompt(model: DiffusionModel, centres: int) -> Tensor:
     [1 + centres, D]. The centres start evenly spaced over the positions, so that no random number
     is in them.
     """
-    hidden = model.encode_empty().hidden[0].double()
-    return torch.cat([hidden[:1], k_means(hidden[1:], centres)])
+    rows = model.encode_empty().positions().double()
+    # of a masked text there may be fewer
+    rest = rows[1:]
+    return torch.cat([rows[:1], k_means(rest, centres) if len(rest) > centres else rest])
 
 
 def k_means(rows: Tensor, centres: int) -> Tensor:

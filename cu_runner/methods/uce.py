@@ -52,7 +52,7 @@ class UCE(ClosedForm):
         ridge: NonNegativeFloat = 0.5,
         cumulative: bool = False,
         retain: RetainSet = RetainSet(),
-        params: Literal["kv_xattn"] = "kv_xattn",
+        params: Literal["kv_xattn", "text_linear"] = "kv_xattn",
     ) -> None:
         """
         Args:

@@ -13,6 +13,9 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import TYPE_CHECKING
 
+from cu_runner.models.architectures import architecture_of
+from cu_runner.models.process import is_flow
+from cu_runner.runtime.lazy import diffusers
 from cu_runner.schema.errors import ModelError
 from cu_runner.schema.json_files import parse_json
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from cu_runner.models.components import Checkpoint, ClassComponents, Components
+    from cu_runner.models.transformers import TransformerComponents
 
 CLASSES = {  # component -> classes that are known
     "unet": ("UNet2DConditionModel",),
@@ -63,7 +67,7 @@ def check_classes(root: Path, classes: Mapping[str, str]) -> None:
 
 def mismatches(parts: Components) -> Iterator[str]:
     """Yield why components do not work together, or not with this program."""
-    unet, vae = parts.unet.config, parts.vae.config
+    unet, vae = parts.denoiser.config, parts.vae.config
     num_encoders = len(parts.text_encoders)
     names = ["text_encoder", "text_encoder_2"][:num_encoders]
     for key, wanted in UNET_INPUTS.items():
@@ -107,9 +111,79 @@ def mismatches(parts: Components) -> Iterator[str]:
     yield from mismatches_of_noise(parts)
 
 
+ENCODERS = {  # by the class of the transformer: that of each of its text encoders, in order
+    "SD3Transformer2DModel": ("CLIPTextModelWithProjection",) * 2 + ("T5EncoderModel",),
+    "FluxTransformer2DModel": ("CLIPTextModel", "T5EncoderModel"),
+    "PixArtTransformer2DModel": ("T5EncoderModel",),
+    "SanaTransformer2DModel": ("Gemma2Model",),
+}
+LEFT_OUT = {"SD3Transformer2DModel": 1}  # how many of the last may be left out: T5
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
+
+
+def check_encoders(root: Path, kind: str, found: Mapping[str, str]) -> None:
+    """Raise ModelError for text encoders that a transformer's pipeline does not have.
+
+    Args:
+        kind: the class of the transformer. found: classes by folder, in order.
+    """
+    wanted, classes = ENCODERS[kind], tuple(found.values())
+    least = len(wanted) - LEFT_OUT.get(kind, 0)
+    if len(classes) < least or classes != wanted[: len(classes)]:
+        raise ModelError(
+            f"{root}: the text encoders of {kind} are {', '.join(wanted)}"
+            f"{', of which the last may be missing' * (least < len(wanted))}; found "
+            f"{', '.join(classes) or 'none'}"
+        )
+
+
+def autoencoder_class(root: Path, name: str) -> type[diffusers.ModelMixin]:
+    """Return the class of an autoencoder. Raises ModelError for one that is not known."""
+    if name not in AUTOENCODERS:
+        raise ModelError(f"{root}: its vae is a {name}; known are {', '.join(AUTOENCODERS)}")
+    kind: type[diffusers.ModelMixin] = getattr(diffusers, name)
+    return kind
+
+
+def transformer_mismatches(parts: TransformerComponents) -> Iterator[str]:
+    """Yield why the parts of a pipeline with a transformer do not work with this program."""
+    denoiser, vae = parts.denoiser.config, parts.vae.config
+    channels = architecture_of(parts.denoiser).channels(denoiser)
+    if vae.latent_channels != channels:
+        yield (
+            f"transformer denoises {channels} latent channels, vae has {vae.latent_channels}; "
+            "they must match"
+        )
+    factor = vae.scaling_factor
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        yield f"vae has scaling_factor={factor!r}; it must be a number above 0"
+    if shifts := [key for key in ("latents_mean", "latents_std") if vae.get(key)]:
+        yield f"vae normalises its latents ({', '.join(shifts)}), which is not known"
+    for number, tokenizer in enumerate(parts.tokenizers):
+        if unread := unread_letters(tokenizer):
+            yield (
+                f"tokenizer {number + 1} has no token of {unread}: words would all read as its "
+                "unknown token; its vocabulary is not whole"
+            )
+        size = parts.text_encoders[number].config.vocab_size
+        if max(tokenizer.get_vocab().values()) >= size:
+            yield (
+                f"tokenizer {number + 1} has tokens up to number "
+                f"{max(tokenizer.get_vocab().values())}, and its text encoder {size} of them"
+            )
+    if is_flow(parts.scheduler):
+        if parts.scheduler.config.get("stochastic_sampling"):
+            yield (
+                "the scheduler draws noise that an image's seed does not fix "
+                "(stochastic_sampling); set it to false"
+            )
+        return
+    yield from mismatches_of_noise(parts)
+
+
 def class_mismatches(parts: ClassComponents) -> Iterator[str]:
     """Yield why a UNet with classes and its scheduler do not work with this program."""
-    unet, names = parts.unet.config, len(parts.classes)
+    unet, names = parts.denoiser.config, len(parts.classes)
     embeddings = unet.num_class_embeds
     if unet.class_embed_type is not None:
         yield (

@@ -18,6 +18,8 @@ WEIGHTS = re.compile(
 )
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SECOND = ("text_encoder_2", "tokenizer_2")  # SDXL has them
+TRANSFORMER = "transformer"  # in the place of a UNet
+THIRD = ("text_encoder_3", "tokenizer_3")  # Stable Diffusion 3 has them
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def fetch(repository: str, revision: str | None, download: bool) -> Path:
                 f"({type(error).__name__}); give model.path a local diffusers directory or file"
             ) from error
         parts = [config.parent for config in root.glob("*/config.json")]
-        if all(find_weights(part) for part in parts if part.name in COMPONENTS + SECOND):
+        known = (*COMPONENTS, *SECOND, *THIRD, TRANSFORMER)
+        if all(find_weights(part) for part in parts if part.name in known):
             break
     return root
 
@@ -98,7 +101,9 @@ def wanted_files(variant: str) -> list[str]:
     ]
     configurations = ["model_index.json", "scheduler/*", "tokenizer*/*", "*/config.json"]
     return configurations + [
-        f"{part}/{name}" for part in ("unet", "vae", "text_encoder*") for name in weights
+        f"{part}/{name}"
+        for part in ("unet", TRANSFORMER, "vae", "text_encoder*")
+        for name in weights
     ]
 
 

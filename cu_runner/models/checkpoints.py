@@ -13,11 +13,26 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from cu_runner.concepts.entries import comparable, read_entries
-from cu_runner.models.checkpoint_checks import check_classes, class_mismatches, mismatches
-from cu_runner.models.checkpoint_files import COMPONENTS, SECOND, WeightFiles, find_weights
+from cu_runner.models.architectures import ARCHITECTURES
+from cu_runner.models.checkpoint_checks import (
+    autoencoder_class,
+    check_classes,
+    check_encoders,
+    class_mismatches,
+    mismatches,
+    transformer_mismatches,
+)
+from cu_runner.models.checkpoint_files import (
+    COMPONENTS,
+    SECOND,
+    TRANSFORMER,
+    WeightFiles,
+    find_weights,
+)
 from cu_runner.models.components import Checkpoint, ClassComponents, Components
 from cu_runner.models.schedulers import build_scheduler, find_scheduler
 from cu_runner.models.single_file import read_single_file
+from cu_runner.models.transformers import TransformerComponents
 from cu_runner.models.weight_files import (
     check_finite,
     check_pickle,
@@ -44,6 +59,7 @@ def read_components(
     config: str | None,
     prediction_type: PredictionType | None,
     classes: str | list[str] | None = None,
+    tokens: int | None = None,
     allow_pickle: Sequence[str],
 ) -> Checkpoint:
     """Read a checkpoint's components, in fp32 on the CPU, and check them against each other.
@@ -54,6 +70,7 @@ def read_components(
             and tokenizers; None is the one that diffusers takes it for, from the hub.
         prediction_type: in place of the scheduler's own.
         classes: of a model with classes, their names or where these are listed.
+        tokens: of a model with T5 or Gemma, how many of a prompt it reads.
         allow_pickle: files that may be read although they are pickles.
 
     Raises:
@@ -66,6 +83,13 @@ def read_components(
     if classes is not None:
         raise ModelError(
             f"model.classes: {root} reads prompts and has no classes by name; use classes=null"
+        )
+    if TRANSFORMER in classes_in(index):
+        return read_transformer(root, index, asked, tokens, allow_pickle)
+    if tokens is not None:
+        raise ModelError(
+            f"model.tokens={tokens}: {root} has neither T5 nor Gemma; CLIP reads as many as its "
+            "tokenizer says; use tokens=null"
         )
     parts = (
         read_single_file(root, config, asked, allow_pickle)
@@ -182,14 +206,11 @@ def read_directory(
         load_weights(getattr(transformers, classes[name]), root / name, allow_pickle)
         for name in encoders
     )
-    try:
-        tokenizers = tuple(
-            getattr(transformers, classes[name]).from_pretrained(root / name)
-            for name in ("tokenizer", "tokenizer_2")
-            if name in needed
-        )
-    except Exception as error:  # of files that are damaged or no tokenizer's, many types
-        raise ModelError(f"{root}: tokenizer cannot be read: {first_line(error)}") from error
+    tokenizers = tuple(
+        read_tokenizer(root, classes[name], name)
+        for name in ("tokenizer", "tokenizer_2")
+        if name in needed
+    )
     return Components(
         unet,
         vae,
@@ -198,6 +219,83 @@ def read_directory(
         scheduler,
         bool(second and index.get("force_zeros_for_empty_prompt", True)),
     )
+
+
+def denoiser_in(root: Path) -> tuple[str, Path]:
+    """Return the class of a diffusers directory's denoiser, and the folder of its weights.
+
+    Raises:
+        ModelError: there is no model_index.json, or it names no known class.
+    """
+    classes = classes_in(read_index(root))
+    part = TRANSFORMER if TRANSFORMER in classes else "unet"
+    kind = classes.get(part, "")
+    if kind not in ARCHITECTURES:
+        raise ModelError(
+            f"{root}: its {part} is of the class {kind or 'of no name'}; known are "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    return kind, root / part
+
+
+def read_transformer(
+    root: Path,
+    index: Mapping[str, object],
+    asked: Mapping[str, object],
+    tokens: int | None,
+    allow_pickle: Sequence[str],
+) -> TransformerComponents:
+    """Read a diffusers directory with a transformer in the place of a UNet. Raises ModelError.
+
+    Args:
+        index: its model_index.json.
+        asked: what replaces values of the scheduler's configuration.
+        tokens: how many of a prompt T5 or Gemma reads.
+    """
+    if asked:
+        raise ModelError(
+            f"model.prediction_type: the scheduler of {root} says what its transformer predicts; "
+            "use prediction_type=null"
+        )
+    classes = classes_in(index)
+    kind, folder = denoiser_in(root)
+    names = [name for name in classes if name.startswith("text_encoder")]
+    names = sorted(name for name in names if (root / name).is_dir())
+    needed = (TRANSFORMER, "vae", "scheduler", *names, *map(tokenizer_of, names))
+    missing = [part for part in needed if part not in classes or not (root / part).is_dir()]
+    if missing:
+        raise ModelError(f"{root}: the component {missing[0]} is missing")
+    check_encoders(root, kind, {name: classes[name] for name in names})
+    scheduler = read_scheduler(root / "scheduler", classes["scheduler"], asked)
+    parts = TransformerComponents(
+        load_weights(getattr(diffusers, kind), folder, allow_pickle),
+        load_weights(autoencoder_class(root, classes["vae"]), root / "vae", allow_pickle),
+        tuple(
+            load_weights(getattr(transformers, classes[name]), root / name, allow_pickle)
+            for name in names
+        ),
+        tuple(
+            read_tokenizer(root, classes[tokenizer_of(name)], tokenizer_of(name)) for name in names
+        ),
+        scheduler,
+        tokens=tokens,
+    )
+    for mismatch in transformer_mismatches(parts):
+        raise ModelError(f"{root}: {mismatch}")
+    return parts
+
+
+def tokenizer_of(encoder: str) -> str:
+    """Return the folder of the tokenizer that belongs to that of a text encoder."""
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+def read_tokenizer(root: Path, kind: str, name: str) -> transformers.PreTrainedTokenizerBase:
+    """Read a tokenizer of a diffusers directory. Raises ModelError."""
+    try:
+        return getattr(transformers, kind).from_pretrained(root / name)
+    except Exception as error:  # of files that are damaged or no tokenizer's, many types
+        raise ModelError(f"{root}: {name} cannot be read: {first_line(error)}") from error
 
 
 def read_scheduler(

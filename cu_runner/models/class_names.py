@@ -5,15 +5,10 @@ Shapes: B batch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from cu_runner.concepts.entries import comparable
 from cu_runner.models.text import Text, TextSource
 from cu_runner.runtime.lazy import torch
 from cu_runner.schema.errors import ModelError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SHOWN = 10  # classes that a line names
 
@@ -68,10 +63,6 @@ class ClassNames(TextSource):
     def encode_empty(self) -> Text:
         """Return the null class."""
         return self([""])
-
-    def arguments(self, text: Text, noisy: Tensor, resolution: int) -> dict[str, object]:
-        """Return the UNet's class labels."""
-        return {"class_labels": text.hidden}
 
     def cut(self, prompts: list[str]) -> set[str]:
         """Return nothing: a name is read whole. Raises ModelError for what names no class."""

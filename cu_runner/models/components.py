@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from cu_runner.models.architectures import architecture_of
 from cu_runner.models.class_names import ClassNames
 from cu_runner.models.hashing import describe, describe_tokenizer
 from cu_runner.models.image_space import Autoencoder, ImageSpace, Pixels
+from cu_runner.models.prompt_encoders import ClipText
 from cu_runner.models.schedulers import DEFAULTED
-from cu_runner.models.text import PromptEncoder, TextSource
+from cu_runner.models.text import TextSource
 from cu_runner.runtime.lazy import diffusers, nn, torch, transformers
 from cu_runner.schema.errors import ModelError
 
@@ -23,15 +25,15 @@ class Checkpoint(Protocol):
     """What a model is made of, whatever its kind."""
 
     @property
-    def unet(self) -> diffusers.ModelMixin:
-        """Return the UNet."""
+    def denoiser(self) -> diffusers.ModelMixin:
+        """Return the network that denoises: a UNet or a transformer."""
 
     @property
     def scheduler(self) -> diffusers.SchedulerMixin:
         """Return the scheduler of the checkpoint."""
 
-    def with_unet(self, unet: nn.Module) -> Checkpoint:
-        """Return the same parts with another UNet."""
+    def with_denoiser(self, denoiser: nn.Module) -> Checkpoint:
+        """Return the same parts with another denoiser."""
 
     def text_source(self, device: torch.device) -> TextSource:
         """Make what turns prompts into what the UNet reads."""
@@ -42,6 +44,15 @@ class Checkpoint(Protocol):
     def scheduler_changes(self, config: Mapping[str, Any]) -> dict[str, object]:
         """Return what is changed of a scheduler's configuration before images are sampled."""
 
+    def set_timesteps(
+        self,
+        scheduler: diffusers.SchedulerMixin,
+        steps: int,
+        latent_side: int,
+        device: torch.device,
+    ) -> None:
+        """Set a scheduler's denoising steps, for latents of that side."""
+
     def configuration(self) -> dict[str, object]:
         """Return what of the components is no weight and changes images."""
 
@@ -51,28 +62,30 @@ class Components:
     """The parts of a latent model that reads prompts: Stable Diffusion 1 and 2, SDXL.
 
     text_encoders, tokenizers: one of each, or SDXL's two. zero_empty_prompt: the text of the empty
-    prompt is zeros (force_zeros_for_empty_prompt of SDXL's model_index.json).
+    prompt is zeros (force_zeros_for_empty_prompt of SDXL's model_index.json). tokens: how many of a
+    prompt T5 or Gemma reads; None is as many as diffusers' pipeline lets them.
     """
 
-    unet: diffusers.UNet2DConditionModel
+    denoiser: diffusers.ModelMixin
     vae: diffusers.AutoencoderKL
     text_encoders: tuple[transformers.PreTrainedModel, ...]
     tokenizers: tuple[transformers.PreTrainedTokenizerBase, ...]
     scheduler: diffusers.SchedulerMixin
     zero_empty_prompt: bool = False
+    tokens: int | None = None
 
     @property
     def is_sdxl(self) -> bool:
         """Tell whether there are SDXL's two text encoders."""
         return len(self.text_encoders) == 2
 
-    def with_unet(self, unet: nn.Module) -> Components:
-        """Return the same parts with another UNet."""
-        return replace(self, unet=unet)
+    def with_denoiser(self, denoiser: nn.Module) -> Components:
+        """Return the same parts with another denoiser."""
+        return replace(self, denoiser=denoiser)
 
     def text_source(self, device: torch.device) -> TextSource:
         """Return the text encoders with their tokenizers."""
-        return PromptEncoder(self, device)
+        return ClipText(self, device)
 
     def image_space(self, *, slicing: bool) -> ImageSpace:
         """Return the autoencoder.
@@ -96,10 +109,20 @@ class Components:
             changes["clip_sample"] = False
         return changes if self.is_sdxl else changes | {"steps_offset": 1}
 
+    def set_timesteps(
+        self,
+        scheduler: diffusers.SchedulerMixin,
+        steps: int,
+        latent_side: int,
+        device: torch.device,
+    ) -> None:
+        """Set a scheduler's denoising steps."""
+        scheduler.set_timesteps(steps, device=device)
+
     def configuration(self) -> dict[str, object]:
         """Return the configurations of all parts."""
         return {
-            "unet": describe(self.unet, self.unet.config),
+            architecture_of(self.denoiser).folder: describe(self.denoiser, self.denoiser.config),
             "vae": describe(self.vae, self.vae.config),
             "text_encoders": [
                 describe(encoder, encoder.config.to_dict()) for encoder in self.text_encoders
@@ -107,6 +130,7 @@ class Components:
             "tokenizers": [describe_tokenizer(tokenizer) for tokenizer in self.tokenizers],
             "scheduler": describe(self.scheduler, self.scheduler.config),
             "zero_empty_prompt": self.zero_empty_prompt,
+            **({} if self.tokens is None else {"tokens": self.tokens}),
         }
 
 
@@ -118,14 +142,14 @@ class ClassComponents:
     more, the null class.
     """
 
-    unet: diffusers.UNet2DModel
+    denoiser: diffusers.UNet2DModel
     scheduler: diffusers.SchedulerMixin
     classes: tuple[str, ...]
     null: bool
 
-    def with_unet(self, unet: nn.Module) -> ClassComponents:
+    def with_denoiser(self, denoiser: nn.Module) -> ClassComponents:
         """Return the same parts with another UNet."""
-        return replace(self, unet=unet)
+        return replace(self, denoiser=denoiser)
 
     def text_source(self, device: torch.device) -> TextSource:
         """Return the names of the classes."""
@@ -133,16 +157,26 @@ class ClassComponents:
 
     def image_space(self, *, slicing: bool) -> ImageSpace:
         """Return the pixels; there is nothing to be sliced."""
-        return Pixels(self.unet)
+        return Pixels(self.denoiser)
 
     def scheduler_changes(self, config: Mapping[str, Any]) -> dict[str, object]:
         """Return no changes: pixels are clipped, and timesteps spaced, as the checkpoint says."""
         return {}
 
+    def set_timesteps(
+        self,
+        scheduler: diffusers.SchedulerMixin,
+        steps: int,
+        latent_side: int,
+        device: torch.device,
+    ) -> None:
+        """Set a scheduler's denoising steps."""
+        scheduler.set_timesteps(steps, device=device)
+
     def configuration(self) -> dict[str, object]:
         """Return the configurations of both parts, and the classes."""
         return {
-            "unet": describe(self.unet, self.unet.config),
+            "unet": describe(self.denoiser, self.denoiser.config),
             "scheduler": describe(self.scheduler, self.scheduler.config),
             "classes": list(self.classes),
             "null": self.null,

@@ -14,13 +14,11 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
-from pydantic import PositiveInt
-
-from cu_runner.models.checkpoint_files import locate
-from cu_runner.models.checkpoints import PredictionType, read_components
+from cu_runner.models.architectures import architecture_of
 from cu_runner.models.components import Checkpoint
 from cu_runner.models.hashing import hash_weights, to_bytes
-from cu_runner.models.text import Text, token_span
+from cu_runner.models.process import process_of
+from cu_runner.models.text import Text
 from cu_runner.models.text_readers import TextReaders
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import nn, torch, without_gradients
@@ -29,7 +27,7 @@ from cu_runner.schema.settings import Precision, Sampler, Speed
 
 if TYPE_CHECKING:
     import diffusers
-    from torch import Tensor
+    from torch import Generator, Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # names in torch
@@ -57,7 +55,8 @@ class DiffusionModel:
         vae_slicing: bool = False,
     ) -> None:
         self.components = components
-        self.unet, self.scheduler = components.unet, components.scheduler
+        self.denoiser, self.scheduler = components.denoiser, components.scheduler
+        self.architecture = architecture_of(self.denoiser)
         self.prompts = components.text_source(device)
         self.space = components.image_space(slicing=vae_slicing)
         for part in self.networks:
@@ -66,17 +65,18 @@ class DiffusionModel:
         self.resolution, self.vae_slicing = resolution, vae_slicing
         self.dtype, self.precision = dtype_of(precision), precision
         side = self.space.side(resolution)
-        self.latent_shape: tuple[int, int, int] = (self.unet.config.in_channels, side, side)
-        self.alphas_cumprod: Tensor = self.scheduler.alphas_cumprod.to(device)
+        channels = self.architecture.channels(self.denoiser.config)
+        self.latent_shape: tuple[int, int, int] = (channels, side, side)
+        self.process = process_of(self.scheduler, device)
         # the most images of a batch, once more of them did not fit into GPU memory
         self.batch_limit: int | None = None
-        self._forward: Callable[..., Any] = self.unet
-        self._caches_text, self._readers = False, TextReaders(self.unet)
+        self._forward: Callable[..., Any] = self.denoiser
+        self._caches_text, self._readers = False, TextReaders(self.denoiser)
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
         """Return every network, the UNet first."""
-        return (self.unet, *self.space.networks, *self.prompts.networks)
+        return (self.denoiser, *self.space.networks, *self.prompts.networks)
 
     @property
     def vae(self) -> diffusers.AutoencoderKL:
@@ -101,11 +101,13 @@ class DiffusionModel:
         self._caches_text = speed.kv_cache and not speed.compile
         last = speed.channels_last and self.device.type == "cuda"
         layout = torch.channels_last if last else torch.contiguous_format
-        for part in (self.unet, *self.space.networks):
+        for part in (self.denoiser, *self.space.networks):
             part.to(memory_format=layout)
         # only keys and values change between requests, and in place: one compilation per shape and
         # process
-        self._forward = torch.compile(self.unet, dynamic=False) if speed.compile else self.unet
+        self._forward = (
+            torch.compile(self.denoiser, dynamic=False) if speed.compile else self.denoiser
+        )
 
     @contextlib.contextmanager
     def constant_text(self) -> Iterator[None]:
@@ -113,7 +115,7 @@ class DiffusionModel:
 
         It runs without gradients here, on one text.
         """
-        if not self._caches_text:
+        if not (self._caches_text and self.architecture.remembers_text):
             yield
             return
         with self._readers.remembering():
@@ -126,19 +128,19 @@ class DiffusionModel:
         Passes inside are not compiled, also with speed.compile.
 
         Raises:
-            ModelError: the model reads no text, which would have such a token.
+            ModelError: the model has no cross-attention to such a token.
         """
-        if detached and not self.prompts.reads_words:
+        if detached and not self.architecture.remembers_text:
             raise ModelError(
-                "method.begin_token=detached: the model reads the names of classes, without a "
-                "begin token; use begin_token=trained"
+                f"method.begin_token=detached: {type(self.denoiser).__name__} makes no keys and "
+                "values of a begin token alone; use begin_token=trained"
             )
         return self._readers.begin_token_detached(detached)
 
     @property
     def num_train_timesteps(self) -> int:
         """Return the number of steps of the noise schedule."""
-        return len(self.alphas_cumprod)
+        return self.process.num_train_timesteps
 
     def autocast(self) -> torch.autocast:
         """Set the precision of forward passes.
@@ -162,29 +164,58 @@ class DiffusionModel:
     @property
     def num_tokens(self) -> int:
         """Return how many tokens of a prompt are read, its begin and its end among them."""
-        return int(self.tokenizer.model_max_length)
+        return sum(part.length for part in self.prompts.parts)
 
     def token_span(
         self, text: str, inside: str, before: str = "", *, partly: bool = False
     ) -> slice:
-        """Return the token positions of `text` in the prompt `inside`, as text.token_span does."""
-        return token_span(self.tokenizer, text, inside, before, partly=partly)
+        """Return the positions of `text` in the prompt `inside`, in the first part of its text.
+
+        As TextPart.span() does.
+        """
+        return self.prompts.parts[0].span(text, inside, before, partly=partly)
+
+    def reads_linearly(self, name: str) -> bool:
+        """Tell whether a weight of this name is linear in what the text encoder puts out.
+
+        Keys and values of cross-attention are, in a UNet; in a transformer the layer by which the
+        text enters.
+        """
+        return self.architecture.roles.linear.search(name) is not None
+
+    @property
+    def guides_itself(self) -> bool:
+        """Tell whether guidance is an input of the denoiser, and no second pass (FLUX.1-dev)."""
+        return self.architecture.guides_itself(self.denoiser.config)
+
+    def draw_timesteps(self, generator: Generator, count: int) -> Tensor:
+        """Draw timesteps [count], on the CPU, as models of this process are trained on them."""
+        return self.process.draw(generator, count)
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noise clean latents x_0 to x_t, all [B, C, H, W], at timesteps [B]."""
-        # x_t = sqrt(ab_t) x_0 + sqrt(1 - ab_t) eps   (Ho et al. 2020, eq. 4)
-        alpha_bar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        return alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
+        return self.process.add_noise(clean, noise, timesteps)
 
-    def unet_output(
-        self, noisy: Tensor, timesteps: Tensor, text: Text, weights: dict[str, Tensor] | None = None
+    def target(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """Return what predict() should say of x_t, all [B, C, H, W]: the noise, or the velocity."""
+        return self.process.target(clean, noise)
+
+    def output(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Text,
+        weights: dict[str, Tensor] | None = None,
+        *,
+        guidance: float = 1.0,
     ) -> Tensor:
-        """Run the UNet.
+        """Run the denoiser.
 
         Args:
             noisy: [B, C, H, W]. timesteps: [B], or one for all.
-            weights: values to use in place of some UNet parameters (a frozen teacher); the UNet
-                itself is not changed.
+            weights: values to use in place of some of its parameters (a frozen teacher); the
+                denoiser itself is not changed.
+            guidance: of a denoiser that guides itself; training leaves it at 1.
 
         Returns:
             [B, C, H, W], fp32, as the scheduler's prediction type means it.
@@ -192,35 +223,45 @@ class DiffusionModel:
         rows = distributed.share(len(noisy))
         if rows is not None:  # several processes: each runs its share
             timesteps = timesteps[rows] if timesteps.ndim else timesteps
-            own = self._run_unet(noisy[rows], timesteps, text[rows], weights)
+            own = self._run(noisy[rows], timesteps, text[rows], weights, guidance)
             return distributed.gather(own, len(noisy))
-        return self._run_unet(noisy, timesteps, text, weights)
+        return self._run(noisy, timesteps, text, weights, guidance)
 
-    def _run_unet(
-        self, noisy: Tensor, timesteps: Tensor, text: Text, weights: dict[str, Tensor] | None
+    def _run(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Text,
+        weights: dict[str, Tensor] | None,
+        guidance: float,
     ) -> Tensor:
-        more = self.prompts.arguments(text, noisy, self.resolution)
-        arguments = (noisy, timesteps)
+        arguments, more = self.architecture.arguments(
+            self.denoiser.config,
+            noisy,
+            timesteps,
+            text,
+            resolution=self.resolution,
+            guidance=guidance,
+        )
         with self.autocast():
             if weights is None:
                 # a compiled UNet does not see hooks that came after its compilation
-                forward = self.unet if self._readers.detaches_begin else self._forward
+                forward = self.denoiser if self._readers.detaches_begin else self._forward
                 output = forward(*arguments, **more).sample
             else:
-                output = torch.func.functional_call(self.unet, weights, arguments, more).sample
-        return output.float()
+                output = torch.func.functional_call(self.denoiser, weights, arguments, more).sample
+        return self.architecture.latents(output, noisy).float()
 
-    def predict_noise(
+    def predict(
         self, noisy: Tensor, timesteps: Tensor, text: Text, weights: dict[str, Tensor] | None = None
     ) -> Tensor:
-        """Predict the noise e(x_t, t, c) [B, C, H, W]; arguments as of unet_output()."""
-        output = self.unet_output(noisy, timesteps, text, weights)
-        if self.scheduler.config.prediction_type == "epsilon":
-            return output
-        # v = sqrt(ab) eps - sqrt(1 - ab) x_0   =>   eps = sqrt(ab) v + sqrt(1 - ab) x_t
-        # (Salimans & Ho 2022, App. D)
-        alpha_bar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        return alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * noisy
+        """Predict what target() is of images that are known, [B, C, H, W].
+
+        That is the noise e(x_t, t, c) of Stable Diffusion 1, 2, XL and PixArt, and the velocity
+        v(x_t, t, c) of rectified flow. Arguments as of output().
+        """
+        output = self.output(noisy, timesteps, text, weights)
+        return self.process.prediction(output, noisy, timesteps)
 
     @without_gradients
     def encode_images(self, images: Tensor) -> Tensor:
@@ -250,8 +291,8 @@ class DiffusionModel:
         if self.precision != "bf16":
             return
         # not by name alone: gates share a weight, which has a name in every layer
-        kept = {id(weight) for name, weight in self.unet.named_parameters() if name in trained}
-        for module in self.unet.modules():
+        kept = {id(weight) for name, weight in self.denoiser.named_parameters() if name in trained}
+        for module in self.denoiser.modules():
             # what autocast would cast at every forward pass
             if isinstance(module, nn.Linear | nn.Conv2d):
                 for parameter in module.parameters(recurse=False):
@@ -277,7 +318,7 @@ class DiffusionModel:
 
             return checkpoint(call, *arguments, use_reentrant=False)
 
-        self.unet.enable_gradient_checkpointing(run)
+        self.denoiser.enable_gradient_checkpointing(run)
 
     def fingerprint(self) -> str:
         """Return the sha256 over configurations, tokenizers and weights.
@@ -289,62 +330,3 @@ class DiffusionModel:
         for part in self.networks:
             hash_weights(digest, part)
         return digest.hexdigest()
-
-
-def load_model(
-    path: str,
-    resolution: PositiveInt,
-    sampler: Sampler,
-    precision: Precision = "fp32",
-    *,
-    revision: str | None = None,
-    config: str | None = None,
-    prediction_type: PredictionType | None = None,
-    vae_slicing: bool = False,
-    classes: str | list[str] | None = None,
-    allow_pickle: tuple[str, ...] = (),
-    device: str = "cpu",
-) -> DiffusionModel:
-    """Load Stable Diffusion 1 or 2, SDXL, a model that is built like them, or one with classes.
-
-    Args:
-        path: a diffusers directory, a single file in the original layout, or the id of a diffusers
-            repository on the Hugging Face hub; `package:...` is inside the installed package.
-        resolution: image side in pixels.
-        sampler: default denoising steps and guidance.
-        precision: of the forward passes. bf16 holds what is not trained in it too; fp16 is for
-            passes without gradients, those with gradients are fp32.
-        revision: branch, tag or commit of a hub repository.
-        config: for a single file, a diffusers directory (or hub id) of the same kind: its
-            configurations and tokenizers are read.
-        prediction_type: what the UNet predicts, where the checkpoint's scheduler says it wrongly.
-        vae_slicing: encode and decode images one by one: less memory.
-        classes: of a UNet2DModel with num_class_embeds, their names in its order, a shipped list,
-            or a text file with one a line. One class more in the UNet is the null class.
-        allow_pickle: files that may be read although they are pickles; as weights only, whatever
-            they hold.
-        device: as torch names it.
-
-    Raises:
-        ModelError: missing checkpoint or component, weights that are incomplete or of a wrong
-            shape, a precision that the device does not have.
-    """
-    target = torch.device(device)
-    on_gpu = target.type == "cuda"
-    if precision == "bf16" and on_gpu and torch.cuda.get_device_capability(target) < (8, 0):
-        raise ModelError("model.precision=bf16: this GPU does not have it; use fp16 or fp32")
-    components = read_components(
-        locate(path, revision),
-        config=config,
-        prediction_type=prediction_type,
-        classes=classes,
-        allow_pickle=allow_pickle,
-    )
-    return DiffusionModel(
-        components,
-        resolution=resolution,
-        sampler=sampler,
-        precision=precision,
-        device=target,
-        vae_slicing=vae_slicing,
-    )

@@ -48,11 +48,9 @@ def add_gates(unet: nn.Module, number: int) -> dict[str, nn.Parameter]:
     """
     layers = [layer for layer in TextReaders(unet).layers() if isinstance(layer, nn.Linear)]
     if not layers:
-        raise ModelError(
-            "gates: the UNet has no cross-attention layers of plain linear maps (attn2)"
-        )
+        raise ModelError("gates: the denoiser has no plain linear layers by which a text enters")
     if len(layers) < len(TextReaders(unet).layers()):
-        raise ModelError("gates: keys and values of the UNet are no plain linear layers")
+        raise ModelError("gates: layers by which the text enters are not plain linear ones")
     first = layers[0]
     if isinstance(first, GatedLinear):
         if (there := len(first.gate_directions)) != number:

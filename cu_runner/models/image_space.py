@@ -45,18 +45,29 @@ class ImageSpace(ABC):
 
 
 class Autoencoder(ImageSpace):
-    """Latents of an AutoencoderKL, scaled."""
+    """Latents of an AutoencoderKL, scaled, and of Stable Diffusion 3 and FLUX shifted before."""
 
-    def __init__(self, vae: diffusers.AutoencoderKL, *, slicing: bool, fp32: bool) -> None:
+    def __init__(
+        self, vae: diffusers.AutoencoderKL, *, slicing: bool, fp32: bool, multiple: int = 1
+    ) -> None:
         """Take the autoencoder.
 
         Args:
             slicing: encode and decode images one by one: less memory.
             fp32: it must decode in fp32 where the rest runs in fp16.
+            multiple: what the denoiser needs the side of the latents to be one of.
         """
         self._vae, self.networks, self.overflows_in_fp16 = vae, (vae,), fp32
         vae.use_slicing = slicing
-        self._factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self._factor = self.factor(vae) * multiple
+        self._multiple = multiple
+        self._scale = vae.config.scaling_factor
+        self._shift: float | None = vae.config.get("shift_factor")
+
+    @staticmethod
+    def factor(vae: diffusers.ModelMixin) -> int:
+        """Return how many pixels a side become one latent."""
+        return int(2 ** (len(vae.config.block_out_channels) - 1))
 
     @property
     def vae(self) -> diffusers.AutoencoderKL:
@@ -68,19 +79,39 @@ class Autoencoder(ImageSpace):
         if resolution % self._factor:
             raise ModelError(
                 f"model.resolution={resolution}: not a multiple of {self._factor}, "
-                "the autoencoder's factor"
+                "the autoencoder's factor" + " times the denoiser's patch" * (self._multiple > 1)
             )
-        return resolution // self._factor
+        return resolution // self._factor * self._multiple
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the posterior mean, scaled."""
-        latents: Tensor = self._vae.encode(images * 2 - 1).latent_dist.mean
-        return latents * self._vae.config.scaling_factor
+        """Return the posterior mean, shifted and scaled."""
+        latents: Tensor = self._encoded(images * 2 - 1)
+        return (latents if self._shift is None else latents - self._shift) * self._scale
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        mean: Tensor = self._vae.encode(images).latent_dist.mean
+        return mean
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return the images of scaled latents."""
-        images: Tensor = self._vae.decode(latents / self._vae.config.scaling_factor).sample
+        """Return the images of shifted and scaled latents."""
+        plain = latents / self._scale
+        images: Tensor = self._vae.decode(
+            plain if self._shift is None else plain + self._shift
+        ).sample
         return images.float() / 2 + 0.5
+
+
+class DeepAutoencoder(Autoencoder):
+    """Latents of an AutoencoderDC, of Sana, scaled: it has no distribution."""
+
+    @staticmethod
+    def factor(vae: diffusers.ModelMixin) -> int:
+        """Return how many pixels a side become one latent."""
+        return int(2 ** (len(vae.config.encoder_block_out_channels) - 1))
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        latents: Tensor = self._vae.encode(images).latent
+        return latents
 
 
 class Pixels(ImageSpace):

@@ -174,7 +174,7 @@ def original_weights(parts: Components) -> dict[str, Tensor]:
     Raises:
         ValueError: the layout knows no such UNet.
     """
-    names, weights = unet_names(parts.unet), parts.unet.state_dict()
+    names, weights = unet_names(parts.denoiser), parts.denoiser.state_dict()
     found = {names[name]: weight for name, weight in weights.items()}
     found |= vae_weights(parts.vae)
     several = len(parts.text_encoders) > 1

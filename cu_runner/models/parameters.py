@@ -1,6 +1,6 @@
 """Parameter groups, snapshots, deltas and drift norms.
 
-Pure functions on dicts of tensors keyed by UNet parameter name.
+Pure functions on dicts of tensors keyed by parameter name.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cu_runner.models.architectures import Roles, architecture_of
 from cu_runner.runtime.lazy import nn, torch, without_gradients
 from cu_runner.schema.settings import ParameterGroup
 
@@ -19,13 +20,8 @@ if TYPE_CHECKING:
 # A weight counts as moved when it differs from the base by more than this (released code of Lee et
 # al. 2026).
 MOVED = 6e-5
-# The groups whose weights all read the text.
-TEXT_WEIGHTS: tuple[ParameterGroup, ...] = ("kv_xattn", "k_xattn", "v_xattn")
-
-
-def is_cross_attention_kv(name: str) -> bool:
-    """Tell whether these are weights that read the prompt: `attn2.to_k`, `attn2.to_v`, [out, D]."""
-    return name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))
+# The groups whose weights all read the text, and may be linear in it.
+TEXT_WEIGHTS: tuple[ParameterGroup, ...] = ("kv_xattn", "k_xattn", "v_xattn", "text_linear")
 
 
 def is_gate(name: str) -> bool:
@@ -33,17 +29,22 @@ def is_gate(name: str) -> bool:
     return ".gate_" in name
 
 
-def belongs(name: str, group: ParameterGroup) -> bool:
-    """Tell whether a UNet parameter of this name is in the group."""
+def belongs(name: str, group: ParameterGroup, roles: Roles) -> bool:
+    """Tell whether a denoiser's parameter of this name is in the group, by what its weights do."""
     if is_gate(name):
         return False
-    in_cross_attention = ".attn2." in name
-    # a UNet's layers are linear ones, convolutions, and normalisations, which are named so
+    keys, values, in_cross_attention, text, linear = (
+        pattern.search(name) is not None
+        for pattern in (roles.keys, roles.values, roles.attention, roles.text, roles.linear)
+    )
+    # layers are linear ones, convolutions, and normalisations, which are named so
     normalises = "norm" in name.rpartition(".")[0].rpartition(".")[2]
     return {
-        "kv_xattn": is_cross_attention_kv(name),
-        "k_xattn": name.endswith(".attn2.to_k.weight"),
-        "v_xattn": name.endswith(".attn2.to_v.weight"),
+        "kv_xattn": keys or values,
+        "k_xattn": keys,
+        "v_xattn": values,
+        "reads_text": text,
+        "text_linear": linear,
         "xattn": in_cross_attention,
         "non_xattn": not in_cross_attention,
         "full": True,
@@ -52,20 +53,26 @@ def belongs(name: str, group: ParameterGroup) -> bool:
     }[group]
 
 
-def select_parameters(unet: nn.Module, group: ParameterGroup) -> dict[str, nn.Parameter]:
-    """Return the UNet parameters of a group, in the order of the module.
+def select_parameters(denoiser: nn.Module, group: ParameterGroup) -> dict[str, nn.Parameter]:
+    """Return the parameters of a group, in the order of the module.
 
-    kv_xattn: keys and values of cross-attention; k_xattn, v_xattn: one of the two. xattn: all of
-    cross-attention. non_xattn: all the rest. full: every parameter. non_xattn_layers and layers:
-    the same as the two before, without normalisation layers.
+    kv_xattn: keys and values of attention to the text; k_xattn, v_xattn: one of the two. xattn: all
+    of attention to the text. reads_text: whatever reads nothing but the text. text_linear: weights
+    that are linear in what the text encoder puts out: keys and values of a UNet, and of a
+    transformer the layer by which the text enters. non_xattn: all but xattn. full: every parameter.
+    non_xattn_layers and layers: the same as the two before, without normalisation layers.
     """
+    roles = architecture_of(denoiser).roles
     chosen = {
-        name: parameter for name, parameter in unet.named_parameters() if belongs(name, group)
+        name: parameter
+        for name, parameter in denoiser.named_parameters()
+        if belongs(name, group, roles)
     }
     if not chosen:
         raise ValueError(
-            f"method.params={group}: the UNet has no such parameters; it needs cross-attention "
-            "layers (attn2). method.params=full trains all weights, layers all but normalisations"
+            f"method.params={group}: {type(denoiser).__name__} has no such parameters; it needs "
+            "attention to a text. method.params=full trains all weights, layers all but "
+            "normalisations"
         )
     return chosen
 

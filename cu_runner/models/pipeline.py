@@ -33,13 +33,13 @@ def make_pipeline(model: DiffusionModel) -> diffusers.DiffusionPipeline:
             "know; put the gates into a pipeline by cu_runner.models.gates.load_gates"
         )
     if isinstance(model.components, ClassComponents):
-        return diffusers.DDPMPipeline(model.unet, plain_scheduler(model))
+        return diffusers.DDPMPipeline(model.denoiser, plain_scheduler(model))
     parts = latent_parts(model.components, "a pipeline")
     shared = {
         "vae": parts.vae,
         "text_encoder": parts.text_encoders[0],
         "tokenizer": parts.tokenizers[0],
-        "unet": parts.unet,
+        "unet": parts.denoiser,
         "scheduler": plain_scheduler(model),
         "feature_extractor": None,
         "image_encoder": None,
@@ -72,7 +72,7 @@ def plain_scheduler(model: DiffusionModel) -> diffusers.SchedulerMixin:
 
 def has_gates(model: DiffusionModel) -> bool:
     """Tell whether gates stand before keys and values (cu_runner.models.gates)."""
-    return any(isinstance(layer, GatedLinear) for layer in model.unet.modules())
+    return any(isinstance(layer, GatedLinear) for layer in model.denoiser.modules())
 
 
 def save_configurations(pipeline: diffusers.DiffusionPipeline, directory: Path) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from cu_runner.models.diffusion import DiffusionModel
-from cu_runner.models.schedulers import build_scheduler, find_scheduler
+from cu_runner.models.process import is_flow
+from cu_runner.models.schedulers import build_scheduler, find_scheduler, scaled
 from cu_runner.models.trajectory import Trajectory
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import torch, without_gradients
@@ -190,7 +191,12 @@ def make_scheduler(
         scheduler: Any = build_scheduler(find_scheduler(name) if name else kind, config, changes)
     except ValueError as error:
         raise ValueError(f"scheduler={name or kind.__name__}: {error}") from None
-    scheduler.set_timesteps(sampler.steps, device=model.device)
+    if is_flow(scheduler) != is_flow(model.scheduler):
+        raise ValueError(
+            f"scheduler={name}: samples no {'flow' if is_flow(model.scheduler) else 'diffusion'}, "
+            f"which the model is; give one such as {kind.__name__}"
+        )
+    model.components.set_timesteps(scheduler, sampler.steps, model.latent_shape[-1], model.device)
     return scheduler
 
 
@@ -226,7 +232,7 @@ def sample_partly(
     scheduler = make_scheduler(model, sampler, steps_offset=steps_offset)
     latents = denoise(model, scheduler, prompts, seeds, sampler.guidance, stop)
     timestep = scheduler.timesteps[stop]
-    return scheduler.scale_model_input(latents, timestep), timestep
+    return scaled(scheduler, latents, timestep), timestep
 
 
 def denoise(

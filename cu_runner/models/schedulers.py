@@ -6,13 +6,18 @@ import functools
 import inspect
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from cu_runner.models.process import is_flow
 from cu_runner.runtime.lazy import diffusers, torch
 from cu_runner.schema.errors import first_line
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 NO_DIFFUSION = (
-    "has no noise schedule of a diffusion model (alphas_cumprod); give one such as DDIMScheduler"
+    "has no noise schedule of a diffusion model (alphas_cumprod) or of a flow; give one such as "
+    "DDIMScheduler or FlowMatchEulerDiscreteScheduler"
 )
 LONGEST = 100_000  # steps of a noise schedule; published ones have 1000
 DEFAULTED = "_use_default_values"  # in a configuration: the keys that its file left out
@@ -65,6 +70,26 @@ def build_scheduler(
     return library.from_config(config)
 
 
+def wrong_levels(scheduler: diffusers.SchedulerMixin) -> str | None:
+    """Say what is wrong with the noise levels of a scheduler; None if nothing is."""
+    if not hasattr(scheduler, "alphas_cumprod"):
+        return None if is_flow(scheduler) else NO_DIFFUSION
+    levels = scheduler.alphas_cumprod
+    if not (levels.isfinite().all() and (levels >= 0).all() and (levels < 1).all()):
+        return "its noise levels are not between 0 and 1"
+    if len(levels) != scheduler.config.num_train_timesteps:
+        return f"it has {len(levels)} noise levels"
+    return None
+
+
+def scaled(scheduler: diffusers.SchedulerMixin, latents: Tensor, timestep: Tensor) -> Tensor:
+    """Return latents [B, C, H, W] as the denoiser reads them; those of FlowMatch... as they are."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return latents
+    found: Tensor = scheduler.scale_model_input(latents, timestep)
+    return found
+
+
 @functools.cache
 def failure(kind: type[diffusers.SchedulerMixin], config: str) -> str | None:
     """Say why a scheduler of a configuration, as JSON, cannot take two steps; None if it can."""
@@ -75,19 +100,15 @@ def failure(kind: type[diffusers.SchedulerMixin], config: str) -> str | None:
         return f"allowed: whole numbers from 1 to {LONGEST}"
     try:
         scheduler = library.from_config(settings)
-        if not hasattr(scheduler, "alphas_cumprod"):
-            return NO_DIFFUSION
-        levels = scheduler.alphas_cumprod
-        if not (levels.isfinite().all() and (levels >= 0).all() and (levels < 1).all()):
-            return "its noise levels are not between 0 and 1"
-        if len(levels) != scheduler.config.num_train_timesteps:
-            return f"it has {len(levels)} noise levels"
-        scheduler.set_timesteps(2)
+        if (reason := wrong_levels(scheduler)) is not None:
+            return reason
+        shifted = {"mu": 0.5} if scheduler.config.get("use_dynamic_shifting") else {}
+        scheduler.set_timesteps(2, **shifted)
         latents = torch.ones(1, 1, 8, 8)
         with torch.random.fork_rng(devices=[]):  # some draw noise of their own
             for timestep in scheduler.timesteps:
-                scaled = scheduler.scale_model_input(latents, timestep)
-                latents = scheduler.step(torch.ones_like(scaled), timestep, latents).prev_sample
+                noisy = scaled(scheduler, latents, timestep)
+                latents = scheduler.step(torch.ones_like(noisy), timestep, latents).prev_sample
     except Exception as error:  # what a configuration breaks raises many types
         return first_line(error)[:150]
     return None if latents.isfinite().all() else "what it denoises is not finite"

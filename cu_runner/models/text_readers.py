@@ -1,4 +1,6 @@
-"""The layers of a UNet that make keys and values of a text, and what is done to them for a while.
+"""The layers of a denoiser that the text enters by, and what is done to them for a while.
+
+Those of a UNet make keys and values of cross-attention.
 
 Shapes: B batch, L tokens, out attention width.
 """
@@ -10,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from cu_runner.models.architectures import architecture_of
 from cu_runner.runtime.lazy import nn, torch
 
 if TYPE_CHECKING:
@@ -35,19 +38,20 @@ def detach_first_token(layer: nn.Module, inputs: object, output: Tensor) -> Tens
 
 
 class TextReaders:
-    """Those of one UNet. detaches_begin: whether it runs inside begin_token_detached()."""
+    """Those of one denoiser. detaches_begin: whether it runs inside begin_token_detached()."""
 
-    def __init__(self, unet: nn.Module) -> None:
-        self._unet = unet
+    def __init__(self, denoiser: nn.Module) -> None:
+        self._denoiser = denoiser
+        self._linear = architecture_of(denoiser).roles.linear
         self.detaches_begin = False
 
     def layers(self) -> list[nn.Module]:
         """Return the layers, in the order of the network."""
-        modules = self._unet.named_modules()
-        return [layer for name, layer in modules if name.endswith(("attn2.to_k", "attn2.to_v"))]
+        modules = self._denoiser.named_modules()
+        return [layer for name, layer in modules if self._linear.search(f"{name}.weight")]
 
     def digests(self, text: Tensor) -> list[str]:
-        """Return, for each row of a text [B, L, D], the sha256 of all its keys and values."""
+        """Return, for each row of a text [B, L, D], the sha256 of what all layers make of it."""
         found = [hashlib.sha256() for _ in text]
         for layer in self.layers():
             for digest, row in zip(found, layer(text).float().cpu(), strict=True):

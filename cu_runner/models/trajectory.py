@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.schedulers import scaled
 from cu_runner.models.text import Text
 from cu_runner.runtime.lazy import torch, without_gradients
 from cu_runner.runtime.seeding import derive_seed, image_noise
@@ -61,9 +62,10 @@ class Trajectory:
         """
         self._model, self._scheduler, self._guidance = model, scheduler, guidance
         noise = noise_scale * image_noise(prompts, seeds, model.latent_shape).to(model.device)
-        self.latents: Tensor = noise * scheduler.init_noise_sigma
+        self.latents: Tensor = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+        self._second_pass = guidance != 1 and not model.guides_itself
         text = model.encode_prompts(prompts) if text is None else text
-        if guidance != 1:
+        if self._second_pass:
             text = Text.cat([model.encode_prompts([""] * len(prompts)), text])
         self._text = text
         self.done = 0  # steps
@@ -99,10 +101,10 @@ class Trajectory:
         return self.latents
 
     def _step(self, timestep: Tensor) -> Tensor:
-        guided = self._guidance != 1
+        guided = self._second_pass
         rows = torch.cat([self.latents, self.latents]) if guided else self.latents
-        scaled = self._scheduler.scale_model_input(rows, timestep)
-        output = self._model.unet_output(scaled, timestep, self._text)
+        noisy = scaled(self._scheduler, rows, timestep)
+        output = self._model.output(noisy, timestep, self._text, guidance=self._guidance)
         if guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + self._guidance * (conditional - unconditional)

@@ -117,7 +117,7 @@ def read_unlearned(
     if any(map(is_gate, names)):
         return Unlearned({name: each.float() for name, each in weights.items()}, "gates")
     if is_lora(names):
-        return Unlearned(lora_change(path, weights, settings_in(path), base.unet), "LoRA")
+        return Unlearned(lora_change(path, weights, settings_in(path), base.denoiser), "LoRA")
     return read_named(path, weights, base, holds)
 
 
@@ -142,14 +142,16 @@ def read_whole(path: Path, base: DiffusionModel, allow_pickle: Sequence[str]) ->
         describe_tokenizer(each) for each in own.tokenizers
     ]:
         raise ModelError(other_part(path, "tokenizer"))
-    if describe(parts.unet, parts.unet.config) != describe(own.unet, own.unet.config):
+    if describe(parts.denoiser, parts.denoiser.config) != describe(
+        own.denoiser, own.denoiser.config
+    ):
         raise ModelError(f"{path}: its UNet has another configuration than the base model's")
     if parts.scheduler.config.prediction_type != own.scheduler.config.prediction_type:
         raise ModelError(
             f"{path}: its UNet predicts {parts.scheduler.config.prediction_type}, the base "
             f"model's {own.scheduler.config.prediction_type}"
         )
-    return Unlearned(minus_base(path, parts.unet.state_dict(), base), "diffusers directory")
+    return Unlearned(minus_base(path, parts.denoiser.state_dict(), base), "diffusers directory")
 
 
 def read_original_layout(
@@ -157,7 +159,7 @@ def read_original_layout(
 ) -> Unlearned:
     """Read a single file by the names that the base model's weights have there."""
     own = latent_parts(base.components, "--model")
-    names = unet_names(own.unet)
+    names = unet_names(own.denoiser)
     if lacking := [old for old in names.values() if old not in weights]:
         raise ModelError(f"{path}: weights of the unet are missing, e.g. {lacking[0]}")
     several = len(own.text_encoders) > 1
@@ -208,7 +210,7 @@ def minus_base(
     Raises:
         ModelError: one of them is not there, has another shape, or is not finite.
     """
-    params = dict(base.unet.named_parameters())
+    params = dict(base.denoiser.named_parameters())
     change = {}
     for name, weight in weights.items():
         if name not in params:

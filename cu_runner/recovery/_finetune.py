@@ -53,28 +53,31 @@ def batch_loss(
         generator: draws images, timesteps and noise.
     """
     rows = torch.randint(len(latents), (batch_size,), generator=generator)
-    timesteps = torch.randint(model.num_train_timesteps, (batch_size,), generator=generator)
+    timesteps = model.draw_timesteps(generator, batch_size)
     noise = torch.randn((batch_size, *model.latent_shape), generator=generator).to(model.device)
     timesteps = timesteps.to(model.device)
-    noisy = model.add_noise(latents[rows].to(model.device), noise, timesteps)
-    predicted = model.predict_noise(noisy, timesteps, text[rows.tolist()])
-    return F.mse_loss(predicted, noise)
+    clean = latents[rows].to(model.device)
+    noisy = model.add_noise(clean, noise, timesteps)
+    predicted = model.predict(noisy, timesteps, text[rows.tolist()])
+    return F.mse_loss(predicted, model.target(clean, noise))
 
 
 def free_word(model: DiffusionModel, prompts: list[str]) -> str:
     """Return a word of one token that is in none of the prompts. Raises ModelError."""
     words = {word for prompt in prompts for word in prompt.casefold().split()}
-    unknown = model.tokenizer.unk_token_id
     for word in WORDS.split():
-        ids = model.tokenizer(word).input_ids[1:-1]
-        if len(ids) == 1 and ids[0] != unknown and word not in words:
+        found = [
+            (tokenizer(word, add_special_tokens=False).input_ids, tokenizer.unk_token_id)
+            for tokenizer in model.prompts.tokenizers
+        ]
+        if word not in words and all(len(ids) == 1 and ids[0] != no for ids, no in found):
             return word
     raise ModelError(
-        "recovery: the tokenizer has no single token for any of "
-        f"{', '.join(WORDS.split())}, and a search needs one"
+        "recovery: no one token stands for any of "
+        f"{', '.join(WORDS.split())} in every tokenizer of the model, and a search needs one"
     )
 
 
 def first_token(model: DiffusionModel, word: str) -> int:
     """Return the id of a word of one token."""
-    return int(model.tokenizer(word).input_ids[1])
+    return int(model.tokenizer(word, add_special_tokens=False).input_ids[0])

@@ -52,7 +52,7 @@ class Precision(Probe):
     def measure(self, lab: Lab, concepts: list[Concept]) -> list[Seen | Number]:
         """Return what is seen in the images of the rounded weights."""
         found: list[Seen | Number] = []
-        weights = dict(lab.model.unet.named_parameters())
+        weights = dict(lab.model.denoiser.named_parameters())
         for kind in self._kinds:
             with lab.changed(), restored(weights):
                 with torch.no_grad():

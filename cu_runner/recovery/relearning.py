@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveInt
 
 from cu_runner.concepts.sequence import Concept, Sequence
-from cu_runner.models.parameters import is_cross_attention_kv, is_gate
+from cu_runner.models.parameters import is_gate
 from cu_runner.recovery._finetune import batch_loss, own_prompts, spread_over, unrelated_prompts
 from cu_runner.recovery.base import (
     Cost,
@@ -120,8 +120,8 @@ def trainable(lab: Lab) -> Iterator[list[nn.Parameter]]:
     """Give the weights to train, with gradients, in fp32; they are put back afterwards."""
     own = lab.params
     if all(map(is_gate, own)):  # a fine-tuning knows nothing of gates
-        unet = lab.model.unet.named_parameters()
-        own = {name: weight for name, weight in unet if is_cross_attention_kv(name)}
+        weights = lab.model.denoiser.named_parameters()
+        own = {name: weight for name, weight in weights if lab.model.reads_linearly(name)}
     dtypes = [weight.dtype for weight in own.values()]
     with restored(own):
         for weight in own.values():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import PositiveFloat, PositiveInt
 
 from cu_runner.concepts.sequence import Concept, Sequence
-from cu_runner.models.parameters import is_cross_attention_kv, is_gate
+from cu_runner.models.parameters import is_gate
 from cu_runner.recovery.base import Cost, Every, Lab, Number, Probe, Seen
 from cu_runner.request.text_subspace import concept_vectors
 from cu_runner.runtime.lazy import torch, without_gradients
@@ -51,14 +51,16 @@ class Residual(Probe):
             return []
         names = [concept.prompt_name for concept in concepts]
         texts = concept_vectors(lab.model, names, self._context).to(lab.model.device)
-        weights = dict(lab.model.unet.named_parameters())
-        text_weights = [name for name in weights if is_cross_attention_kv(name)]
+        weights = dict(lab.model.denoiser.named_parameters())
+        text_weights = [name for name in weights if lab.model.reads_linearly(name)]
         now = [weights[name].detach() for name in text_weights]
         base = [
             (lab.base[name] if name in lab.base else weights[name]).detach()
             for name in text_weights
         ]
-        left = residual(base, now, texts, self._ridge)
+        # the mean over the parts of a text
+        parts = residual(base, now, texts, self._ridge).view(-1, len(concepts))
+        left = parts.mean(0) if len(parts) > 1 else parts[0]
         return [
             Number(concept.name, 100 * (1 - value))
             for concept, value in zip(concepts, left.tolist(), strict=True)

@@ -74,7 +74,7 @@ class UnlearnDiffAtk(Probe):
         if len(model.text_encoders) > 1:
             raise ModelError(
                 "recovery.unlearndiffatk: searches the tokens of one text encoder, and this model "
-                "has two; leave it out"
+                f"has {len(model.text_encoders)}; leave it out"
             )
         for concept in (*sequence.targets, *self.on_retained(sequence)):
             free_word(model, own_prompts(sequence, concept))

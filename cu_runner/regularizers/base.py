@@ -33,6 +33,9 @@ class Regularizer(Resumable):
 
     # what it does with the words of a prompt, as Method.reads_words
     reads_words: str = ""
+    # whether it needs all or any of the trained weights to be linear in the text encoder's output
+    linear: Literal["all", "any"] | None = None
+    one_text: bool = False  # True: it hears a name in one place of a prompt's text
 
     def check(self, method: Method[Batch]) -> None:
         """Raise ValueError for a method that it does not go with, before anything is measured."""

@@ -67,11 +67,11 @@ class Gate(MinVar):
 
     def check(self, method: Method[Batch]) -> None:
         """Refuse methods that do not train, or other weights than keys and values together."""
-        if method.params != "kv_xattn":
+        if method.params not in ("kv_xattn", "text_linear"):
             raise ValueError(
                 "reg=gate puts gates before keys and values, and "
                 f"method.params={method.params} trains other weights; choose "
-                "method.params=kv_xattn"
+                "method.params=text_linear"
             )
         if method.ascends:
             raise ValueError(
@@ -93,7 +93,7 @@ class Gate(MinVar):
         """
         from cu_runner.models.gates import add_gates
 
-        return add_gates(model.unet, len(words_of(sequence.targets, method)))
+        return add_gates(model.denoiser, len(words_of(sequence.targets, method)))
 
     def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Set the directions of the request's gates, and return what they hear of the rest."""
@@ -107,7 +107,7 @@ class Gate(MinVar):
         )
         # a gate opens at OPEN: with s d for d it opens where d^T x > threshold
         self._scale = OPEN / self.threshold
-        weights = dict(scope.model.unet.named_parameters())
+        weights = dict(scope.model.denoiser.named_parameters())
         self._values = [name for name in scope.params if name.endswith(VALUES)]
         layers = {
             name: weights[name.removesuffix(VALUES) + "weight"].detach().float()

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from cu_runner.concepts.templates import fill_caption
 from cu_runner.methods.base import Batch, Method
-from cu_runner.models.parameters import gradients, is_cross_attention_kv
+from cu_runner.models.parameters import gradients
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.name_sources import NameSource, kept_names, normalized, spellings
 from cu_runner.request.scope import Scope
@@ -82,6 +82,7 @@ class GradProj(Regularizer):
     """
 
     reads_words = "projects on what the texts of other prompts do not span"
+    linear = "any"
 
     def __init__(
         self,
@@ -124,6 +125,7 @@ class GradProj(Regularizer):
     def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
         """Choose the names, build P, and report the names used."""
         check_projected(scope, "reg.gradproj")
+        self._linear = {name for name in scope.params if scope.model.reads_linearly(name)}
         targets = [concept.prompt_name for concept in scope.request.targets]
         joining = scope.request.earlier if self.earlier else ()
         earlier = [concept.prompt_name for concept in joining]
@@ -174,7 +176,7 @@ class GradProj(Regularizer):
         """Project the gradients with apply=gradient."""
         if self.apply == "gradient":
             for name, gradient in gradients(params).items():
-                if is_cross_attention_kv(name):
+                if name in self._linear:
                     params[name].grad = gradient @ self._projector
 
     @without_gradients
@@ -182,5 +184,5 @@ class GradProj(Regularizer):
         """Project the step with apply=update."""
         if self.apply == "update":
             for name, parameter in params.items():
-                if is_cross_attention_kv(name):
+                if name in self._linear:
                     parameter.copy_(before[name] + (parameter - before[name]) @ self._projector)

@@ -146,6 +146,7 @@ class Merge(Regularizer):
         """
         self.rule, self.lam, self.topk, self.how = rule, lam, topk, how
         self.reads_words = "merges by the text that a weight reads" * (rule == "regression")
+        self.linear = "all" if rule == "regression" else None
         self.keep, self.ridge, self.retain = keep, ridge, retain
         self._sums = ConceptSums(functools.partial(pair_sums, tokens="all"))
 
@@ -155,7 +156,7 @@ class Merge(Regularizer):
             raise ValueError(
                 "reg.merge.rule=regression merges by the text that a weight reads, and "
                 f"method.params={method.params} trains weights that read none; choose "
-                "method.params=kv_xattn or another rule"
+                "method.params=text_linear or another rule"
             )
 
     def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:

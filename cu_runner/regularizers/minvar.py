@@ -57,6 +57,8 @@ class MinVar(Regularizer):
     """
 
     reads_words = "changes keys and values in the direction of a name's tokens"
+    linear = "all"
+    one_text = True
     name = "minvar"  # in the configuration
     acts_on = ("step",)
     makes_step = True
@@ -99,7 +101,8 @@ class MinVar(Regularizer):
         if method.params not in TEXT_WEIGHTS:
             raise ValueError(
                 "reg=minvar changes keys and values along one direction of the text, and "
-                f"method.params={method.params} trains other weights; choose method.params=kv_xattn"
+                f"method.params={method.params} trains other weights; choose "
+                "method.params=text_linear"
             )
 
     def begin_request(self, scope: Scope, method: Method[Batch]) -> dict[str, object]:
@@ -131,7 +134,7 @@ class MinVar(Regularizer):
                 f"reg.{self.name}.names: no name is left beside the target and the retained "
                 "concepts; give more names"
             )
-        kept = KeptText(scope.model.encode_empty().hidden[0], self.context)
+        kept = KeptText(scope.model.encode_empty().positions(), self.context)
         own = [name_texts(scope.model, self.placed(scope, name)) for name in targets]
         for texts in own:
             kept.add_target(texts)

@@ -24,7 +24,6 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from cu_runner.concepts.entries import read_file, spread
 from cu_runner.concepts.templates import fill, fill_caption
 from cu_runner.methods.base import Batch, Method
-from cu_runner.models.parameters import is_cross_attention_kv
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.name_sources import NameSource, earlier_targets, kept_names
 from cu_runner.request.scope import Scope
@@ -94,6 +93,7 @@ class NullSpace(Regularizer):
     """Project the optimiser's step S [out, D] of every cross-attention key and value to S P."""
 
     reads_words = "lets keys and values change on the texts of other prompts least"
+    linear = "any"
     acts_on = ("step",)
 
     def __init__(
@@ -155,6 +155,7 @@ class NullSpace(Regularizer):
         Return the names used and the sizes.
         """
         check_projected(scope, "reg.nullspace")
+        self._linear = {name for name in scope.params if scope.model.reads_linearly(name)}
         names, kept = self.kept_prompts(scope)
         if not kept:
             raise ValueError(
@@ -257,7 +258,7 @@ class NullSpace(Regularizer):
     def on_step(self, params: dict[str, nn.Parameter], before: dict[str, Tensor]) -> None:
         """Project the step."""
         for name, parameter in params.items():
-            if is_cross_attention_kv(name):
+            if name in self._linear:
                 parameter.copy_(before[name] + (parameter - before[name]) @ self._projector)
 
 

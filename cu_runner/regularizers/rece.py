@@ -83,7 +83,7 @@ class RECE(Regularizer):
             concept.name: self._sums.of(scope, concept).matrices[0]
             for concept in scope.request.targets
         }
-        empty = scope.model.encode_empty().hidden[0].double()
+        empty = scope.model.encode_empty().positions().double()
         self._preserved = empty.T @ empty
         self.unreached: dict[str, list[float]] = {name: [] for name in self._grams}
         return {"unreached": self.unreached}

@@ -58,8 +58,8 @@ class Replay(Regularizer):
         )
         self._step += 1
         arguments = (batch.noisy, batch.timesteps, batch.texts[0])
-        wanted = batch.noise
+        wanted = batch.wanted
         if self.target_of == "model":
             with torch.no_grad():
-                wanted = model.predict_noise(*arguments, scope.base)
-        return self.weight * F.mse_loss(model.predict_noise(*arguments), wanted)
+                wanted = model.predict(*arguments, scope.base)
+        return self.weight * F.mse_loss(model.predict(*arguments), wanted)

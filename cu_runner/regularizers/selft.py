@@ -90,9 +90,9 @@ def score_trajectory(
             arguments = (noisy, timestep.expand(1))
             other = anchor if method.scored_against == "anchor" else ""
             with torch.no_grad():
-                wanted = model.predict_noise(*arguments, model.encode_prompts([other]))
+                wanted = model.predict(*arguments, model.encode_prompts([other]))
             with method.trained_pass(model):
-                predicted = model.predict_noise(*arguments, model.encode_prompts([target]))
+                predicted = model.predict(*arguments, model.encode_prompts([target]))
             method.scored_loss(predicted, wanted).backward()
 
 

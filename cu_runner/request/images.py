@@ -31,10 +31,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """Images under noise. texts: of B prompts, one for each list of captions."""
+    """Images under noise. texts: of B prompts, one for each list of captions.
+
+    wanted: what a perfect model predicts of them: the noise, or of rectified flow the velocity.
+    """
 
     noisy: Tensor  # [B, C, H, W]
-    noise: Tensor  # [B, C, H, W]
+    wanted: Tensor  # [B, C, H, W]
     timesteps: Tensor  # [B]
     texts: tuple[Text, ...]
 
@@ -113,16 +116,15 @@ class CaptionedImages:
         model, device = self._model, self._model.device
         concepts = torch.randint(len(self.latents), (batch_size,), generator=generator).tolist()
         images = self._choose(generator, concepts)
-        timesteps = torch.randint(model.num_train_timesteps, (batch_size,), generator=generator).to(
-            device
-        )
+        timesteps = model.draw_timesteps(generator, batch_size).to(device)
         noise = torch.randn((batch_size, *model.latent_shape), generator=generator).to(device)
         clean = self.latents[concepts, images]
         if self.flip:
             chosen = (torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5).to(device)
             clean = torch.where(chosen, self.mirrored[concepts, images], clean)
         texts = tuple(self._texts_of(groups, concepts, images, generator) for groups in self.texts)
-        return NoisyBatch(model.add_noise(clean, noise, timesteps), noise, timesteps, texts)
+        noisy, wanted = model.add_noise(clean, noise, timesteps), model.target(clean, noise)
+        return NoisyBatch(noisy, wanted, timesteps, texts)
 
     def _texts_of(
         self, groups: list[list[Text]], concepts: list[int], images: list[int], generator: Generator
@@ -145,11 +147,9 @@ def as_tuple(prompts: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def diffusion_loss(model: DiffusionModel, batch: NoisyBatch) -> Tensor:
     """Return E ||e(x_t, c) - eps||^2 with the prompts that the images were made from   (Ho et al.
-    2020, eq. 14).
+    2020, eq. 14); of rectified flow E ||v(x_s, c) - (eps - x_0)||^2   (Esser et al. 2024, eq. 2).
     """
-    return F.mse_loss(
-        model.predict_noise(batch.noisy, batch.timesteps, batch.texts[0]), batch.noise
-    )
+    return F.mse_loss(model.predict(batch.noisy, batch.timesteps, batch.texts[0]), batch.wanted)
 
 
 PICTURED = "retain.name"  # the setting that names a folder of what is to be kept

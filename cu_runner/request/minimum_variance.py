@@ -70,17 +70,20 @@ def name_texts(model: DiffusionModel, placed: list[tuple[str, str, str]]) -> Nam
 
     Of a name that is longer than some prompt has room for, the tokens that every prompt has count.
     """
-    hidden = model.encode_prompts([prompt for prompt, *_ in placed]).hidden.double()  # [P, L, D]
-    spans = [model.token_span(name, prompt, before, partly=True) for prompt, name, before in placed]
+    (part,) = model.prompts.parts  # preflight refuses a text of several
+    text = model.encode_prompts([prompt for prompt, *_ in placed])
+    hidden = text.hidden.double()  # [P, L, D]
+    spans = [part.span(name, prompt, before, partly=True) for prompt, name, before in placed]
+    read = [len(text[row : row + 1].positions()) for row in range(len(text))]  # without masked ones
     tokens = min(span.stop - span.start for span in spans)
     own = torch.cat(
         [row[span][:tokens] for row, span in zip(hidden, spans, strict=True)]
     )  # [P * n, D]
     rest = torch.cat(
         [
-            part
-            for row, span in zip(hidden, spans, strict=True)
-            for part in (row[: span.start], row[span.stop :])
+            rows
+            for row, span, length in zip(hidden, spans, read, strict=True)
+            for rows in (row[: span.start], row[span.stop : length])
         ]
     )
     each = own.unflatten(0, (-1, tokens))

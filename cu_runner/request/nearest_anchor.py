@@ -73,7 +73,7 @@ def nearest_by_prediction(
     generator = torch.Generator().manual_seed(derive_seed("nearest anchor", seed))
     prompts = [wanted[k % len(wanted)] for k in range(draws)]
     seeds = [derive_seed("nearest anchor", seed, k) for k in range(draws)]
-    timesteps = torch.randint(model.num_train_timesteps, (draws,), generator=generator)
+    timesteps = model.draw_timesteps(generator, draws)
     noise = torch.randn((draws, *model.latent_shape), generator=generator)
     parts = [slice(i, i + batch_size) for i in range(0, draws, batch_size)]
     noisy = []
@@ -85,7 +85,7 @@ def nearest_by_prediction(
         """Return the predicted noise [K, C, H, W] of the draws under M prompts."""
         rows = [texts[k % len(texts)] for k in range(draws)]
         made = [
-            model.predict_noise(x, timesteps[part].to(device), model.encode_prompts(rows[part]))
+            model.predict(x, timesteps[part].to(device), model.encode_prompts(rows[part]))
             for x, part in zip(noisy, parts, strict=True)
         ]
         return torch.cat(made)

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Literal
 from cu_runner.concepts.sequence import KNOWN
 from cu_runner.concepts.templates import check_template, fill
 from cu_runner.models.diffusion import DiffusionModel
-from cu_runner.models.parameters import is_cross_attention_kv
-from cu_runner.models.text import find_tokens
 from cu_runner.request.scope import Scope
 from cu_runner.runtime.lazy import F, torch
 
@@ -59,21 +57,31 @@ def concept_vectors(
 ) -> Tensor:
     """Return a text-encoder output of each name, [D, K]; the names stand in `context`.
 
+    Of a model whose text has several parts it is [D, parts x K], all names of the first part first.
+
     tokens: "own" is the mean over the name's own tokens, "last" the last token of the prompt before
     its end. A list may hold auxiliary names that are longer than the model reads: they are read as
     far as they go.
     """
     placed = [in_context(name, context) for name in names]
     prompts = [prompt for prompt, *_ in placed]
-    hidden = model.encode_prompts(prompts).hidden
+    text = model.encode_prompts(prompts)
     if tokens == "last":
         check_begin(model, placed)
-        lengths = [len(model.tokenizer(prompt).input_ids) for prompt in prompts]
-        # a prompt that is cut ends with the end of text too
-        last = [min(length, hidden.shape[1]) - 2 for length in lengths]
-        return hidden[range(len(last)), last].T
-    spans = [model.token_span(part, prompt, before, partly=True) for prompt, part, before in placed]
-    return torch.stack([hidden[row, span].mean(0) for row, span in enumerate(spans)], dim=1)
+    columns = []
+    for part in model.prompts.parts:
+        hidden = part.of(text).hidden
+        if tokens == "last":
+            # a prompt that is cut ends with the end of text too
+            last = [max(part.end(prompt) - 1, 0) for prompt in prompts]
+            columns.append(hidden[range(len(last)), last].T)
+        else:
+            spans = [
+                part.span(name, prompt, before, partly=True) for prompt, name, before in placed
+            ]
+            means = [hidden[row, span].mean(0) for row, span in enumerate(spans)]
+            columns.append(torch.stack(means, dim=1))
+    return torch.cat(columns, dim=1)
 
 
 def text_vectors(model: DiffusionModel, prompts: list[str]) -> Tensor:
@@ -81,11 +89,14 @@ def text_vectors(model: DiffusionModel, prompts: list[str]) -> Tensor:
 
     Those of the end and the padding are averaged into one.
     """
-    hidden = model.encode_prompts(prompts).hidden
+    text = model.encode_prompts(prompts)
     columns = []
-    for row, prompt in zip(hidden, prompts, strict=True):
-        end = min(len(model.tokenizer(prompt).input_ids), len(row)) - 1
-        columns += [*row[:end], row[end:].mean(0)]
+    for part in model.prompts.parts:
+        own = part.of(text)
+        for place, prompt in enumerate(prompts):
+            row = own[place : place + 1].positions()  # without what is masked
+            end = part.end(prompt)
+            columns += [*row[:end], *([row[end:].mean(0)] if len(row) > end else [])]
     return torch.stack(columns, dim=1)
 
 
@@ -101,10 +112,11 @@ def check_begin(model: DiffusionModel, placed: list[tuple[str, str, str]]) -> No
 
     Whole captions that stand for names may be cut at their end.
     """
-    for prompt, part, before in placed:
-        span = find_tokens(model.tokenizer, part, prompt, before)
-        if span is not None and span.start >= model.num_tokens - 1:
-            model.token_span(part, prompt, before)
+    for prompt, name, before in placed:
+        for part in model.prompts.parts:
+            span = part.find(name, prompt, before)
+            if span is not None and span.start >= part.length - part.ends:
+                part.span(name, prompt, before)
 
 
 def nearest_names(
@@ -121,24 +133,28 @@ def nearest_names(
     """
     if not names:
         return []
-    units = [
-        F.normalize(concept_vectors(model, names, context, tokens), dim=0),
-        F.normalize(concept_vectors(model, targets, context), dim=0),
-    ]
-    nearness = (units[0].T @ units[1]).amax(1)
+    parts = len(model.prompts.parts)
+    own = F.normalize(concept_vectors(model, names, context, tokens), dim=0).chunk(parts, dim=1)
+    wanted = F.normalize(concept_vectors(model, targets, context), dim=0).chunk(parts, dim=1)
+    # a mean over the parts of the text
+    cosines = sum(one.T @ other for one, other in zip(own, wanted, strict=True)) / parts
+    nearness = torch.as_tensor(cosines).amax(1)
     return [names[i] for i in nearness.argsort(descending=True, stable=True)[:number].tolist()]
 
 
 def check_projected(scope: Scope, key: str) -> None:
     """Raise ValueError when no trained weight can be projected; warn, once a run, of the rest."""
-    free = [name for name in scope.params if not is_cross_attention_kv(name)]
+    free = [name for name in scope.params if not scope.model.reads_linearly(name)]
     if len(free) == len(scope.params):
         raise ValueError(
-            f"{key} projects cross-attention keys and values, and method.params trains none of them"
+            f"{key} projects weights that are linear in the text encoder's output, and "
+            "method.params trains none of them; choose method.params=text_linear"
         )
     if free and scope.request.index == 1:
         logger.warning(
-            "%s projects keys and values only: %d other trained weights move freely", key, len(free)
+            "%s projects weights that read the text linearly: %d other trained weights move freely",
+            key,
+            len(free),
         )
 
 

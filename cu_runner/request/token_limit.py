@@ -9,7 +9,6 @@ from collections.abc import Iterable
 
 from cu_runner.concepts.sequence import Sequence
 from cu_runner.models.diffusion import DiffusionModel
-from cu_runner.models.text import find_tokens
 
 
 def check_prompts(model: DiffusionModel, sequence: Sequence) -> None:
@@ -56,8 +55,11 @@ def check_read(model: DiffusionModel, named: Iterable[tuple[str, str]]) -> None:
     distinct = list(dict.fromkeys(named))
     cut = longer(model, [prompt for _, prompt in distinct])
     for name, prompt in distinct:
-        if prompt in cut and find_tokens(model.tokenizer, name, prompt) is not None:
-            model.token_span(name, prompt)
+        if prompt in cut:
+            # the part that reads most
+            part = max(model.prompts.parts, key=lambda each: each.length)
+            if part.find(name, prompt) is not None:
+                part.span(name, prompt)
 
 
 def longer(model: DiffusionModel, prompts: list[str]) -> set[str]:

@@ -68,7 +68,7 @@ class Before:
 @without_gradients
 def readings(model: DiffusionModel, prompts: list[str]) -> dict[str, str]:
     """Return, by prompt, a digest of all keys and values of its text; of the empty prompt too."""
-    readers = TextReaders(model.unet)
+    readers = TextReaders(model.denoiser)
     with model.autocast():
         return {
             prompt: readers.digests(model.encode_prompts([prompt]).hidden)[0]

@@ -86,7 +86,7 @@ def write_single_file(model: DiffusionModel, folder: Path) -> Exported:
         with slow("reading the file back"):
             found = read_single_file(folder / SINGLE, str(folder / CONFIGURATIONS), {}, ())
         pairs = [
-            (own.unet, found.unet),
+            (own.denoiser, found.denoiser),
             (own.vae, found.vae),
             *zip(own.text_encoders, found.text_encoders, strict=True),
         ]
@@ -124,7 +124,7 @@ def write_lora(
         model: of the step. rank, keep: as of low_rank().
     """
     change = from_safetensors(trained_run(run).weights(index).read_bytes())
-    weights = dict(model.unet.named_parameters())
+    weights = dict(model.denoiser.named_parameters())
     found = low_rank(change, weights, rank=rank, keep=keep)
     (folder / LORA).write_bytes(to_safetensors(found.state_dict()))
     return Exported("lora", LORA, type(make_pipeline(model)).__name__, lora=found)

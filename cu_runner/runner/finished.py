@@ -119,9 +119,9 @@ def set_change(model: DiffusionModel, path: Path) -> None:
     except DAMAGED as error:
         raise StoreError(unreadable(path, error)) from None
     if any(map(is_gate, names)):
-        load_gates(model.unet, str(path))
+        load_gates(model.denoiser, str(path))
         return
-    own = dict(model.unet.named_parameters())
+    own = dict(model.denoiser.named_parameters())
     params = {name: own[name] for name in names if name in own}
     change = read_delta(path, params)
     where = {name: each.to(model.device) for name, each in change.items()}

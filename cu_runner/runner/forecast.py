@@ -18,7 +18,9 @@ import safetensors
 from cu_runner.concepts.requests import Request
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.config.run_config import RunConfig
+from cu_runner.models.architectures import ARCHITECTURES
 from cu_runner.models.checkpoint_files import HUB_ID, find_weights, locate
+from cu_runner.models.checkpoints import denoiser_in
 from cu_runner.models.parameters import belongs
 from cu_runner.recovery.base import Cost
 from cu_runner.recovery.battery import battery_cost
@@ -289,17 +291,20 @@ def delta_bytes(path: str, revision: str | None, group: ParameterGroup) -> int |
         if HUB_ID.fullmatch(path):
             return None
         raise
-    weights = find_weights(root / "unet")
-    paths, prefix = (weights.paths if weights else []), ""
+    kind = "UNet2DConditionModel"
     if root.is_file():
         paths, prefix = [root], "model.diffusion_model."
+    else:
+        kind, folder = denoiser_in(root)
+        weights = find_weights(folder)
+        paths, prefix = (weights.paths if weights else []), ""
     if not paths or paths[0].suffix != ".safetensors":
         return None
-    total = 0
+    total, roles = 0, ARCHITECTURES[kind].roles
     for file in paths:
         with safetensors.safe_open(file, framework="np") as content:
             for name in content.keys():  # noqa: SIM118, safe_open is no mapping
-                if name.startswith(prefix) and belongs(name, group):
+                if name.startswith(prefix) and belongs(name, group, roles):
                     total += 4 * math.prod(content.get_slice(name).get_shape())
     return total
 

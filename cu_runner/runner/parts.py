@@ -70,7 +70,9 @@ def build_parts(plan: RunConfig, device: str) -> RunParts:
     prepare(model, plan.spine.speed, plan.spine.train)
     with slow("loading the evaluator"):
         evaluator = plan.evaluator.build(device=device)
-    check_words(model, named(plan.method_name, method, regularizers))
+    chosen = named(plan.method_name, method, regularizers)
+    check_words(model, chosen)
+    check_linear(model, method, chosen)
     check_words(model, {f"recovery={name}": probe for name, probe in probes.items()})
     check_labels(sequence, evaluator)
     check_prompts(model, sequence)
@@ -96,9 +98,38 @@ def check_words(model: DiffusionModel, parts: Mapping[str, Reader]) -> None:
             )
 
 
+def check_linear(
+    model: DiffusionModel, method: Method[Any], parts: Mapping[str, Method[Any] | Regularizer]
+) -> None:
+    """Raise ValueError for a part that needs weights linear in the text, where others are trained.
+
+    Args:
+        method: whose weights are trained.
+        parts: it and the regularizers, by what chooses them.
+    """
+    wanting = {name: part for name, part in parts.items() if part.linear}
+    if not wanting:
+        return
+    trained = list(method.weights(model))
+    linear = [name for name in trained if model.reads_linearly(name)]
+    kind = type(model.denoiser).__name__
+    for name, part in wanting.items():
+        if not linear or (part.linear == "all" and len(linear) < len(trained)):
+            raise ValueError(
+                f"{name} {part.reads_words}, by weights that are linear in the text encoder's "
+                f"output; of {kind} method.params={method.params} trains others; choose "
+                "method.params=text_linear"
+            )
+        if part.one_text and len(model.prompts.parts) > 1:
+            raise ValueError(
+                f"{name} {part.reads_words}, and the text of {kind} names a concept once in the "
+                "positions of each of its encoders; choose reg=gradproj or reg=nullspace"
+            )
+
+
 def named(
     method_name: str, method: Method[Any], regularizers: Mapping[str, Regularizer]
-) -> Mapping[str, Reader]:
+) -> dict[str, Method[Any] | Regularizer]:
     """Return a method and regularizers by what chooses them."""
     return {f"method={method_name}": method} | {
         f"reg={name}": each for name, each in regularizers.items()

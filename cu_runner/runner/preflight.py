@@ -33,7 +33,7 @@ from cu_runner.runner.own_images import (
     picture_folders,
     read_whole,
 )
-from cu_runner.runner.parts import RunParts, check_words, named, prepare
+from cu_runner.runner.parts import RunParts, check_linear, check_words, named, prepare
 from cu_runner.runner.probing import build_probes
 from cu_runner.runner.rehearsal import Rehearsal, rehearse
 from cu_runner.runner.training import check_composition
@@ -184,7 +184,9 @@ def check_composed(
         method.check(plan.sequence.build())
         check_pictured(plan.method_name, method, plan.sequence.build())
         if model is not None:
-            check_words(model, named(plan.method_name, method, regularizers))
+            chosen = named(plan.method_name, method, regularizers)
+            check_words(model, chosen)
+            check_linear(model, method, chosen)
             choose(model, method, regularizers.values(), plan.sequence.build())
     except (ValueError, OSError) as error:
         yield Finding("composition", False, said_where(error))

@@ -20,6 +20,8 @@ ParameterGroup = Literal[
     "kv_xattn",
     "k_xattn",
     "v_xattn",
+    "reads_text",
+    "text_linear",
     "xattn",
     "non_xattn",
     "full",

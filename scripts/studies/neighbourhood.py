@@ -178,7 +178,7 @@ def main(study: Study) -> None:
     concepts = names_of(sequence)
     spellings = [concept.prompt_name for concept in concepts]
     text = concept_vectors(model, spellings, sequence.bare_prompt).T
-    base = snapshot(select_parameters(model.unet, "kv_xattn"))
+    base = snapshot(select_parameters(model.denoiser, "kv_xattn"))
     targets = {concept.name for concept in sequence.targets}
     others = [place for place, concept in enumerate(concepts) if concept.name not in targets]
     groups = {"all": np.arange(len(concepts)), "never unlearned": np.array(others)}

@@ -63,7 +63,7 @@ def cells(study: Study, sequence: Sequence, known: list[str]) -> dict[str, list[
 
 def per_concept(model: DiffusionModel, runs: dict[str, RunRecord]) -> pd.DataFrame:
     """One row per run and measured concept: COLUMNS, accuracies in percent."""
-    base = select_parameters(model.unet, "kv_xattn")
+    base = select_parameters(model.denoiser, "kv_xattn")
     rows = []
     for label, run in runs.items():
         sequence = run.config["sequence"]

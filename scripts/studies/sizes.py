@@ -50,9 +50,11 @@ def names_of(places: list[str]) -> dict[str, str]:
 
 def size_of(model: DiffusionModel) -> dict[str, int]:
     """Return how large the UNet is, how many cross-attention layers it has, and the text width."""
-    keys = [module for name, module in model.unet.named_modules() if name.endswith("attn2.to_k")]
+    keys = [
+        module for name, module in model.denoiser.named_modules() if name.endswith("attn2.to_k")
+    ]
     return {
-        "UNet, thousand weights": sum(each.numel() for each in model.unet.parameters()) // 1000,
+        "UNet, thousand weights": sum(each.numel() for each in model.denoiser.parameters()) // 1000,
         "cross-attention layers": len(keys),
         "text width": keys[0].in_features,
     }

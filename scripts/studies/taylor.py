@@ -84,7 +84,7 @@ class RetentionLoss:
         with sdpa_kernel(SDPBackend.MATH):
             for start in range(0, len(self.noisy), self.batch_size):
                 rows = slice(start, start + self.batch_size)
-                predicted = self.model.predict_noise(
+                predicted = self.model.predict(
                     self.noisy[rows], self.timesteps[rows], self.text[rows]
                 )
                 error = F.mse_loss(predicted, self.noise[rows], reduction="none")

@@ -67,7 +67,7 @@ def test_a_single_file_is_taken_for_stable_diffusion_1_5_and_that_is_said(tmp_pa
 def test_a_directory_brings_its_image_side(pipelines, random_pipeline):
     model = cu_runner.load_model(pipelines["sd15"], device="cpu")
     assert model.preset == "sd15"
-    unet, vae = model.diffusion.unet.config, model.diffusion.vae.config
+    unet, vae = model.diffusion.denoiser.config, model.diffusion.vae.config
     side = unet.sample_size * 2 ** (len(vae.block_out_channels) - 1)
     assert model.diffusion.resolution == side
     assert model.diffusion.precision == "fp32"  # the preset's fp16 is for a GPU
@@ -99,14 +99,14 @@ def test_stable_diffusion_in_miniature(pipelines):
     assert edited.drift.l2 > 0
     assert model.drift.l2 == 0
     plain, name = edited.pipeline(), next(iter(edited.delta))
-    changed = edited.diffusion.unet.get_parameter(name)
-    assert torch.equal(plain.unet.get_parameter(name), changed)
-    plain.unet.get_parameter(name).data.zero_()  # its weights are its own
+    changed = edited.diffusion.denoiser.get_parameter(name)
+    assert torch.equal(plain.denoiser.get_parameter(name), changed)
+    plain.denoiser.get_parameter(name).data.zero_()  # its weights are its own
     assert changed.any()
     assert all(
         torch.equal(one, two)
         for one, two in zip(
-            model.diffusion.unet.parameters(), model.fresh().unet.parameters(), strict=True
+            model.diffusion.denoiser.parameters(), model.fresh().denoiser.parameters(), strict=True
         )
     )
 

@@ -52,8 +52,8 @@ def test_it_is_the_run_of_cu_run_to_the_last_bit(untouched, finished_run):
     assert edited.unlearned == ("torch light", "snow drift")
     assert untouched.diffusion.fingerprint() == before
     assert edited.untouched is untouched
-    weights = dict(edited.diffusion.unet.named_parameters())
-    base = dict(untouched.diffusion.unet.named_parameters())
+    weights = dict(edited.diffusion.denoiser.named_parameters())
+    base = dict(untouched.diffusion.denoiser.named_parameters())
     for name, change in stored.items():
         assert torch.equal(weights[name], base[name] + change)
     found = cu_runner.evaluate(edited, "smoke", progress=False)
@@ -109,7 +109,7 @@ def test_gates_go_on_in_another_sequence(untouched):
     after = unlearn(second, "plum style", sequence=None, **few)  # keys and values beside the gates
     assert after.delta[name].equal(second.delta[name])
     assert len(after.delta) > len(second.delta)
-    assert after.diffusion.unet.get_parameter(name).equal(second.delta[name])
+    assert after.diffusion.denoiser.get_parameter(name).equal(second.delta[name])
 
 
 def test_together(untouched):
@@ -317,8 +317,8 @@ def test_what_was_trained_before_stays_beside_other_weights(untouched):
     watching.params = "k_xattn"
     second = unlearn(first, "torch light", method=watching, settings={"train.steps": 1})
     assert second.delta.keys() > first.delta.keys()
-    weights = dict(second.diffusion.unet.named_parameters())
-    base = dict(untouched.diffusion.unet.named_parameters())
+    weights = dict(second.diffusion.denoiser.named_parameters())
+    base = dict(untouched.diffusion.denoiser.named_parameters())
     for name, change in second.delta.items():
         assert torch.equal(weights[name], base[name] + change)
     for name in first.delta:
@@ -331,14 +331,14 @@ def test_bf16_loses_nothing_of_what_was_trained_before():
     few = FEW | {"anchors.steps": 2}
     first = unlearn(model, "snow drift", settings=few | {"method.params": "v_xattn"})
     second = unlearn(first, "torch light", settings=few | {"method.params": "k_xattn"})
-    weights = dict(second.diffusion.unet.named_parameters())
-    base = dict(model.diffusion.unet.named_parameters())
+    weights = dict(second.diffusion.denoiser.named_parameters())
+    base = dict(model.diffusion.denoiser.named_parameters())
     for name, change in second.delta.items():
         assert torch.equal(weights[name], (base[name] + change).to(weights[name].dtype))
     plain = second.pipeline()  # for others, in fp32
-    assert {each.dtype for each in plain.unet.parameters()} == {torch.float32}
+    assert {each.dtype for each in plain.denoiser.parameters()} == {torch.float32}
     for name, change in second.delta.items():
-        assert torch.equal(plain.unet.get_parameter(name), base[name] + change)
+        assert torch.equal(plain.denoiser.get_parameter(name), base[name] + change)
 
 
 def test_gates_for_other_words_are_not_mixed_up(untouched, tmp_path):

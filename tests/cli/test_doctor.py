@@ -374,7 +374,7 @@ def test_a_plan_with_everything_is_well(check, monkeypatch):
 
     def watched(training):
         scope = training._scope
-        unet = scope.model.unet
+        unet = scope.model.denoiser
         names = {"trained": next(iter(scope.params)), "frozen": "conv_in.weight"}
         kinds = [dict(unet.named_parameters())[name].dtype for name in names.values()]
         seen.append((scope.request.index, scope.steps, training.done))

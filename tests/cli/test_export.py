@@ -20,8 +20,8 @@ from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 from cu_runner.cli import evaluate, export
 from cu_runner.models.checkpoint_files import locate
-from cu_runner.models.diffusion import load_model
 from cu_runner.models.gates import add_gates
+from cu_runner.models.loading import load_model
 from cu_runner.models.sampling import generate
 from cu_runner.reporting.intervals import over_images
 from cu_runner.reporting.model_card import model_card
@@ -103,7 +103,7 @@ def gated(finished_run, tmp_path_factory):
     model = load_model(BASE, 64, SAMPLER)
     # the gate hears the difference of two prompts: it opens for one and not for the other
     one, other = model.encode_prompts(PROMPTS).hidden.mean(dim=1)
-    weights = add_gates(model.unet, 1)
+    weights = add_gates(model.denoiser, 1)
     rng = torch.Generator().manual_seed(0)
     for name, weight in weights.items():
         direction = (one - other) / (one - other).square().sum() * 2
@@ -159,7 +159,7 @@ def test_a_plain_pipeline_makes_our_images(exports, plain_images, drawn, form):
     held = load_model(BASE, 64, SAMPLER)
     weights = safetensors.torch.load_file(exports[0] / "lora/pytorch_lora_weights.safetensors")
     with torch.no_grad():
-        for name, weight in held.unet.named_parameters():
+        for name, weight in held.denoiser.named_parameters():
             module = f"unet.{name.removesuffix('.weight')}"
             if f"{module}.lora_A.weight" in weights:
                 up, down = (weights[f"{module}.lora_{side}.weight"] for side in "BA")

@@ -50,7 +50,7 @@ def first_batch(method, scope):
 def diffusion(scope, batch):
     """The diffusion loss of a batch under its images' own prompts."""
     return (
-        (scope.model.predict_noise(batch.noisy, batch.timesteps, batch.texts[0]) - batch.noise)
+        (scope.model.predict(batch.noisy, batch.timesteps, batch.texts[0]) - batch.wanted)
         .pow(2)
         .mean()
     )
@@ -219,8 +219,8 @@ def test_random_label_loss_closed_form_and_no_gradient_reaches_the_label(scope):
     assert batch.retain is None
     own, label = batch.forget.texts
     arguments = (batch.forget.noisy, batch.forget.timesteps)
-    target = scope.model.predict_noise(*arguments, label).detach()
-    predicted = scope.model.predict_noise(*arguments, own)
+    target = scope.model.predict(*arguments, label).detach()
+    predicted = scope.model.predict(*arguments, own)
     loss, _ = method.loss(scope, batch)
     assert loss.item() == pytest.approx((predicted - target).pow(2).mean().item(), rel=1e-5)
     expected = flat_gradient(F.mse_loss(predicted, target), scope.params)

@@ -1,4 +1,4 @@
-"""Concept ablation: its loss worked out from predict_noise, its teachers, its batches; the released
+"""Concept ablation: its loss worked out from predict, its teachers, its batches; the released
 loss and its detached begin token.
 """
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from cu_runner.concepts.requests import plan_requests
 from cu_runner.methods.conabl import ConAbl, squared_error
-from cu_runner.models.diffusion import load_model
+from cu_runner.models.loading import load_model
 from cu_runner.models.parameters import select_parameters
 from cu_runner.models.text_readers import TextReaders
 from cu_runner.schema.settings import Sampler
@@ -48,14 +48,14 @@ def first_batch(method: ConAbl, scope):
 def by_hand(scope, batch, wanted: str) -> torch.Tensor:
     """mean ||e(x_t, c*) - target||^2, the teacher's weights put into the UNet itself."""
     arguments = (batch.noisy, batch.timesteps)
-    predicted = scope.model.predict_noise(*arguments, batch.texts[1])
+    predicted = scope.model.predict(*arguments, batch.texts[1])
     if wanted == "noise":
-        return (predicted - batch.noise).pow(2).mean()
+        return (predicted - batch.wanted).pow(2).mean()
     weights = {"current": dict(scope.params), "previous": scope.start, "base": scope.base}[wanted]
     now = {name: parameter.clone() for name, parameter in scope.params.items()}
     for name, parameter in scope.params.items():
         parameter.copy_(weights[name])
-    target = scope.model.predict_noise(*arguments, batch.texts[0])
+    target = scope.model.predict(*arguments, batch.texts[0])
     for name, parameter in scope.params.items():
         parameter.copy_(now[name])
     return (predicted - target).pow(2).mean()
@@ -95,7 +95,7 @@ def test_preservation_adds_the_diffusion_loss_of_the_anchor(scope, loss):
     total, logs = keeping.loss(scope, batch)
     with torch.no_grad():
         kept = F.mse_loss(
-            scope.model.predict_noise(batch.noisy, batch.timesteps, batch.texts[0]), batch.noise
+            scope.model.predict(batch.noisy, batch.timesteps, batch.texts[0]), batch.wanted
         )
     assert total.item() == pytest.approx(
         plain.loss(scope, batch)[0].item() + 0.75 * kept.item(), rel=1e-5
@@ -113,8 +113,8 @@ def test_no_gradient_reaches_the_teacher(scope):
     params = list(scope.params.values())
     found = torch.autograd.grad(method.loss(scope, batch)[0], params)
     arguments = (batch.noisy, batch.timesteps)
-    target = scope.model.predict_noise(*arguments, batch.texts[0])
-    predicted = scope.model.predict_noise(*arguments, batch.texts[1])
+    target = scope.model.predict(*arguments, batch.texts[0])
+    predicted = scope.model.predict(*arguments, batch.texts[1])
     stopped = torch.autograd.grad(F.mse_loss(predicted, target.detach()), params, retain_graph=True)
     flowing = torch.autograd.grad(F.mse_loss(predicted, target), params)
     for gradient, expected in zip(found, stopped, strict=True):
@@ -178,10 +178,10 @@ def test_the_preservation_term_stays_a_plain_mean(scope, loss):
     total, logs = method.loss(scope, batch)
     with torch.no_grad():
         anchor, predicted = (
-            scope.model.predict_noise(batch.noisy, batch.timesteps, text) for text in batch.texts
+            scope.model.predict(batch.noisy, batch.timesteps, text) for text in batch.texts
         )
-    forgotten = released_error(predicted, anchor if loss == "model" else batch.noise, "masked")
-    kept = (anchor - batch.noise).square().mean()
+    forgotten = released_error(predicted, anchor if loss == "model" else batch.wanted, "masked")
+    kept = (anchor - batch.wanted).square().mean()
     assert logs["unlearn_loss"] == pytest.approx(forgotten.item(), rel=1e-5)
     assert logs["preservation_loss"] == pytest.approx(kept.item(), rel=1e-5)
     assert total.item() == pytest.approx((forgotten + 0.75 * kept).item(), rel=1e-5)
@@ -237,12 +237,12 @@ def test_an_attention_layer_with_a_detached_begin_token_by_hand(model, monkeypat
 def test_nothing_of_a_detached_block_is_left_also_after_an_error(model):
     readers = [
         layer
-        for name, layer in model.unet.named_modules()
+        for name, layer in model.denoiser.named_modules()
         if name.endswith(("attn2.to_k", "attn2.to_v"))
     ]
 
     def hooked() -> list[nn.Module]:
-        return [layer for layer in model.unet.modules() if layer._forward_hooks]
+        return [layer for layer in model.denoiser.modules() if layer._forward_hooks]
 
     def fail() -> None:
         with model.begin_token_detached():
@@ -269,7 +269,7 @@ def constant_first_row(model):
 
     layers = [
         layer
-        for name, layer in model.unet.named_modules()
+        for name, layer in model.denoiser.named_modules()
         if name.endswith(("attn2.to_k", "attn2.to_v"))
     ]
     for layer in layers:
@@ -294,11 +294,11 @@ def detached_by_hand(scope, batch, preservation: float) -> torch.Tensor:
     """The gradient of mse(e(c*), sg e(c)) + w mse(e(c), noise) without that through token 0."""
     arguments = (batch.noisy, batch.timesteps)
     with torch.no_grad():
-        target = scope.model.predict_noise(*arguments, batch.texts[0])
+        target = scope.model.predict(*arguments, batch.texts[0])
     with constant_first_row(scope.model):
-        anchor, predicted = (scope.model.predict_noise(*arguments, text) for text in batch.texts)
+        anchor, predicted = (scope.model.predict(*arguments, text) for text in batch.texts)
         loss = (predicted - target).square().mean()
-        loss = loss + preservation * (anchor - batch.noise).square().mean()
+        loss = loss + preservation * (anchor - batch.wanted).square().mean()
         return flat(torch.autograd.grad(loss, list(scope.params.values())))
 
 
@@ -322,11 +322,11 @@ def test_the_detached_gradient_survives_gradient_checkpointing(make_scope):
         parameter.requires_grad_(True)
     saving = load_model("package:shapecanvas/weights/pipeline", 64, Sampler(2, 2.5))
     saving.checkpoint_gradients()
-    params = select_parameters(saving.unet, "kv_xattn")
+    params = select_parameters(saving.denoiser, "kv_xattn")
     for parameter in params.values():
         parameter.requires_grad_(True)
     calls = []
-    reader = next(layer for name, layer in saving.unet.named_modules() if "attn2.to_k" in name)
+    reader = next(layer for name, layer in saving.denoiser.named_modules() if "attn2.to_k" in name)
     reader.register_forward_pre_hook(lambda *_: calls.append(1))
     scope = dataclasses.replace(plain, model=saving, params=params)
     found = {}
@@ -341,7 +341,7 @@ def test_the_detached_gradient_survives_gradient_checkpointing(make_scope):
             found[begin_token], expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
         )
     assert (found["detached"] - found["trained"]).norm() > 0.1 * found["trained"].norm()
-    assert not any(hooks for layer in saving.unet.modules() if (hooks := layer._forward_hooks))
+    assert not any(hooks for layer in saving.denoiser.modules() if (hooks := layer._forward_hooks))
 
 
 def test_a_detached_pass_does_not_go_through_a_compiled_unet(scope, monkeypatch):
@@ -360,7 +360,7 @@ def test_a_detached_pass_does_not_go_through_a_compiled_unet(scope, monkeypatch)
     with pytest.raises(Compiled):
         gradient_of(ConAbl(teacher="base", num_anchors=1), scope, batch)
     with pytest.raises(Compiled):  # nor do other passes avoid it afterwards
-        model.predict_noise(batch.noisy, batch.timesteps, batch.texts[0])
+        model.predict(batch.noisy, batch.timesteps, batch.texts[0])
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -395,16 +395,16 @@ def test_a_batch_is_an_anchor_image_under_noise_with_both_prompts_of_its_caption
     pairs = sequence.training_pairs(scope.request.targets[0])
     assert pairs[0] == ("a ball in the style of torch light", "a ball")
     (batch,) = stream(scope, 1)
-    assert batch.noisy.shape == batch.noise.shape == (8, 6, 16, 16)
+    assert batch.noisy.shape == batch.wanted.shape == (8, 6, 16, 16)
     assert batch.timesteps.shape == (8,)
     ab = model.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
-    clean = (batch.noisy - (1 - ab).sqrt() * batch.noise) / ab.sqrt()
+    clean = (batch.noisy - (1 - ab).sqrt() * batch.wanted) / ab.sqrt()
     seen = set()
     for row in range(8):
         image = (clean[row] - latents).flatten(1).norm(dim=1).argmin().item()
         torch.testing.assert_close(
             batch.noisy[row],
-            ab[row].sqrt() * latents[image] + (1 - ab[row]).sqrt() * batch.noise[row],
+            ab[row].sqrt() * latents[image] + (1 - ab[row]).sqrt() * batch.wanted[row],
         )
         target, anchor = pairs[image % len(pairs)]
         assert torch.equal(batch.texts[1].hidden[row], model.encode_prompts([target]).hidden[0])
@@ -422,7 +422,7 @@ def test_flip_mirrors_some_images(make_scope):
     for row in range(16):
         known = (
             torch.cat([latents, latents.flip(-1)]) * ab[row].sqrt()
-            + (1 - ab[row]).sqrt() * batch.noise[row]
+            + (1 - ab[row]).sqrt() * batch.wanted[row]
         )
         distance = (known - batch.noisy[row]).flatten(1).norm(dim=1)
         assert distance.min() < 1e-5

@@ -1,4 +1,4 @@
-"""Constrained unlearning on the embedded model: losses worked out from predict_noise, samples,
+"""Constrained unlearning on the embedded model: losses worked out from predict, samples,
 duals through a request, runs.
 """
 
@@ -86,8 +86,8 @@ def gradients(scope) -> list[torch.Tensor]:
 
 def retained(scope, batch, weights) -> torch.Tensor:
     arguments = (batch.noisy, batch.timesteps, batch.texts[0])
-    wanted = batch.noise if weights is None else scope.model.predict_noise(*arguments, weights)
-    return F.mse_loss(scope.model.predict_noise(*arguments), wanted)
+    wanted = batch.wanted if weights is None else scope.model.predict(*arguments, weights)
+    return F.mse_loss(scope.model.predict(*arguments), wanted)
 
 
 # --------------------------------------------------------------------------------------- reverse KL
@@ -112,13 +112,13 @@ def test_reverse_kl_loss(scope, teacher, reference, kind):
     empty = scope.model.encode_prompts([""] * 4)
     with torch.no_grad():
         arguments = (batch.noisy, batch.timesteps)
-        q = scope.model.predict_noise(
+        q = scope.model.predict(
             *arguments,
             empty if reference == "empty" else prompts_of(scope, 0, batch.captions, 1),
             weights,
         )
-        concept = scope.model.predict_noise(*arguments, own, weights)
-        predicted = scope.model.predict_noise(*arguments, own)
+        concept = scope.model.predict(*arguments, own, weights)
+        predicted = scope.model.predict(*arguments, own)
         kept = retained(scope, batch.retain, weights if kind == "teacher" else None)
     esd = F.mse_loss(predicted, q - (concept - q))
     assert logs["unlearn_loss"] == pytest.approx(esd.item(), rel=1e-5)
@@ -143,7 +143,7 @@ def test_reverse_kl_bound_is_a_multiple_of_the_divergence_at_the_start(scope):
             texts = (scope.model.encode_prompts([""] * 4), prompts_of(scope, 0, captions, 0))
             with torch.no_grad():
                 null, concept = (
-                    scope.model.predict_noise(noisy, timestep.expand(4), text) for text in texts
+                    scope.model.predict(noisy, timestep.expand(4), text) for text in texts
                 )
             expected.append((null - concept).pow(2).mean().item())
         assign(scope.params, now)
@@ -164,8 +164,7 @@ def test_reverse_kl_in_nats_weighs_noise_levels(scope):
         with torch.no_grad():
             arguments = (batch.noisy, batch.timesteps, own)
             error = (
-                scope.model.predict_noise(*arguments)
-                - scope.model.predict_noise(*arguments, scope.start)
+                scope.model.predict(*arguments) - scope.model.predict(*arguments, scope.start)
             ).pow(2)
         nats = 1000 * weight.item() * error.sum().item() / 4
         assert method.loss(scope, batch)[1]["constraint"] == pytest.approx(nats, rel=2e-2)
@@ -194,7 +193,7 @@ def forget_terms(scope, batch) -> tuple[torch.Tensor, torch.Tensor]:
     forget = batch.forget
     arguments = (forget.noisy, forget.timesteps, forget.texts[0])
     return tuple(
-        (scope.model.predict_noise(*arguments, weights) - forget.noise).pow(2).flatten(1).mean(1)
+        (scope.model.predict(*arguments, weights) - forget.wanted).pow(2).flatten(1).mean(1)
         for weights in (None, scope.start)
     )
 
@@ -267,7 +266,7 @@ def test_forward_kl_ends_on_images_that_were_not_trained_on(scope):
     )
     with torch.no_grad():
         now, before = (
-            F.mse_loss(scope.model.predict_noise(noisy, timesteps, texts, w), noise)
+            F.mse_loss(scope.model.predict(noisy, timesteps, texts, w), noise)
             for w in (None, scope.start)
         )
         assert method.final_constraint(scope).item() == pytest.approx(
@@ -291,15 +290,13 @@ def test_likelihood_loss(scope, teacher, reference):
     own, empty = prompts_of(scope, 0, captions, 0), scope.model.encode_prompts([""] * 4)
     with torch.no_grad():
         arguments = (batch.noisy, batch.timesteps)
-        null, concept = (
-            scope.model.predict_noise(*arguments, text, weights) for text in (empty, own)
-        )
-        anchor = scope.model.predict_noise(*arguments, prompts_of(scope, 0, captions, 1), weights)
-        errors = [(batch.noise - e).pow(2).sum((1, 2, 3)).view(2, 2) for e in (null, concept)]
+        null, concept = (scope.model.predict(*arguments, text, weights) for text in (empty, own))
+        anchor = scope.model.predict(*arguments, prompts_of(scope, 0, captions, 1), weights)
+        errors = [(batch.wanted - e).pow(2).sum((1, 2, 3)).view(2, 2) for e in (null, concept)]
         ratio = density_ratio(*errors, 0.01, 1.02)
         q = null if reference == "empty" else anchor
         target = q - 0.4 * ratio.repeat_interleave(2).view(4, 1, 1, 1) * (concept - null)
-        expected = F.mse_loss(scope.model.predict_noise(*arguments, own), target)
+        expected = F.mse_loss(scope.model.predict(*arguments, own), target)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     assert logs["constraint"] == pytest.approx(ratio.mean().item(), rel=1e-4)
     assert logs["push"] == pytest.approx(0.4 * ratio.max().item(), rel=1e-4)
@@ -317,7 +314,7 @@ def test_likelihood_trains_on_the_models_own_images_at_several_levels(scope):
     ]
     clean = sample_latents(scope.model, prompts, seeds, Sampler(2, 1.0))
     torch.testing.assert_close(
-        batch.noisy, scope.model.add_noise(clean[[0, 0, 1, 1]], batch.noise, batch.timesteps)
+        batch.noisy, scope.model.add_noise(clean[[0, 0, 1, 1]], batch.wanted, batch.timesteps)
     )
     assert [t // 500 for t in batch.timesteps.tolist()] == [0, 1, 0, 1]
 

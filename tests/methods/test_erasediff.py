@@ -14,8 +14,8 @@ from cu_runner.models.parameters import assign, snapshot
 def match(scope, batch):  # noqa: F811
     """L_f with the UNet as it is."""
     own, unrelated = batch.texts
-    wanted = scope.model.predict_noise(batch.noisy, batch.timesteps, unrelated).detach()
-    return F.mse_loss(scope.model.predict_noise(batch.noisy, batch.timesteps, own), wanted)
+    wanted = scope.model.predict(batch.noisy, batch.timesteps, unrelated).detach()
+    return F.mse_loss(scope.model.predict(batch.noisy, batch.timesteps, own), wanted)
 
 
 def gradients(scope):  # noqa: F811

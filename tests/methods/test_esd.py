@@ -81,12 +81,10 @@ def test_loss_closed_form(scope, teacher):
     model, arguments = scope.model, (batch.noisy, batch.timesteps)
     null, text = model.encode_prompts(["", ""]), model.encode_prompts(batch.prompts)
     with torch.no_grad():
-        predicted = model.predict_noise(*arguments, text)
+        predicted = model.predict(*arguments, text)
         now = snapshot(scope.params)
         assign(scope.params, {"previous": scope.start, "base": scope.base}[teacher])
-        empty, concept = (
-            model.predict_noise(*arguments, embeddings) for embeddings in (null, text)
-        )
+        empty, concept = (model.predict(*arguments, embeddings) for embeddings in (null, text))
         assign(scope.params, now)
     assert (empty - concept).abs().max() > 0.01
     torch.testing.assert_close(
@@ -218,16 +216,16 @@ def test_a_prompt_that_cannot_be_filled_in_is_refused(prompt):
 def test_a_variant_trains_its_group_and_nothing_else(make_scope, settings, model, variant, group):
     method = ESD(variant, sampler_steps=STEPS)
     scope = make_scope(group=method.params)
-    assert set(scope.params) == set(select_parameters(model.unet, group))
-    before = snapshot(dict(model.unet.named_parameters()))
+    assert set(scope.params) == set(select_parameters(model.denoiser, group))
+    before = snapshot(dict(model.denoiser.named_parameters()))
     erase(scope, method, {}, settings(steps=2))
     moved = {
         name
-        for name, weight in model.unet.named_parameters()
+        for name, weight in model.denoiser.named_parameters()
         if not torch.equal(weight, before[name])
     }
     assert moved == set(scope.params)
-    assert all(weight.grad is None for weight in model.unet.parameters())
+    assert all(weight.grad is None for weight in model.denoiser.parameters())
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sd21_base", "sdxl", "shapecanvas"])
@@ -236,7 +234,7 @@ def test_linear_layers_and_convolutions_are_trained_and_no_norms(
     pipelines, model, kind, variant, in_attn2
 ):
     """By a walk over the modules, as released."""
-    unet = model.unet
+    unet = model.denoiser
     if kind != "shapecanvas":
         config = diffusers.UNet2DConditionModel.load_config(pipelines[kind] / "unet")
         with torch.device("meta"):

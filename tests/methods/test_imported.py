@@ -13,8 +13,8 @@ from conftest import SMOKE
 from cu_runner.cli import doctor, evaluate, table
 from cu_runner.config.compose import compose
 from cu_runner.methods.imported import Imported
-from cu_runner.models.diffusion import load_model
 from cu_runner.models.gates import add_gates
+from cu_runner.models.loading import load_model
 from cu_runner.models.low_rank import low_rank
 from cu_runner.models.original_layout import original_weights
 from cu_runner.models.parameters import select_parameters
@@ -41,7 +41,7 @@ def change(base):
     """A change of rank 1 of keys and values."""
     rng = torch.Generator().manual_seed(0)
     found = {}
-    for name, weight in select_parameters(base.unet, "kv_xattn").items():
+    for name, weight in select_parameters(base.denoiser, "kv_xattn").items():
         out, width = weight.shape
         found[name] = (
             0.01 * torch.randn(out, 1, generator=rng) @ torch.randn(1, width, generator=rng)
@@ -54,7 +54,7 @@ def changed(pipelines, change):
     """The model with the change."""
     model = load(pipelines["sd15"])
     with torch.no_grad():
-        for name, weight in model.unet.named_parameters():
+        for name, weight in model.denoiser.named_parameters():
             if name in change:
                 weight += change[name]
     return model
@@ -65,7 +65,7 @@ def checkpoints(base, change, changed, tmp_path_factory):
     """The changed model in every form, by its name."""
     root = tmp_path_factory.mktemp("checkpoints")
     make_pipeline(changed).save_pretrained(root / "directory")
-    own = dict(changed.unet.named_parameters())
+    own = dict(changed.denoiser.named_parameters())
     kept = {name: weight.detach().contiguous() for name, weight in own.items()}
     (root / "lora").mkdir()
     files = {
@@ -102,21 +102,21 @@ def test_every_form_is_read_as_the_change(checkpoints, base, change, name):
     for key, each in moved.items():
         torch.testing.assert_close(each, change[key], atol=1e-6, rtol=0)
     params = Imported(str(checkpoints / name)).weights(base)
-    assert list(params) == [key for key, _ in base.unet.named_parameters() if key in change]
+    assert list(params) == [key for key, _ in base.denoiser.named_parameters() if key in change]
 
 
 def test_a_checkpoint_in_half_precision_is_measured_as_it_is(checkpoints, base, change, pipelines):
     """Its other parts are the base model's up to rounding; its UNet is what it is."""
     found = read_unlearned(str(checkpoints / "half"), load(pipelines["sd15"]), None, ())
     name = next(iter(change))
-    weight = dict(base.unet.named_parameters())[name].detach()
+    weight = dict(base.denoiser.named_parameters())[name].detach()
     expected = (weight + change[name]).half().float() - weight
     torch.testing.assert_close(found.change[name], expected, atol=1e-7, rtol=0)
 
 
 def test_gates_are_taken_as_gates(pipelines, tmp_path):
     model = load(pipelines["sd15"])
-    weights = add_gates(model.unet, 2)
+    weights = add_gates(model.denoiser, 2)
     drawn = {name: torch.randn(each.shape) for name, each in weights.items()}
     safetensors.torch.save_file(drawn, tmp_path / "delta.safetensors")
     other = load(pipelines["sd15"])
@@ -128,7 +128,7 @@ def test_gates_are_taken_as_gates(pipelines, tmp_path):
 def test_what_a_file_holds_can_be_said(checkpoints, base, change):
     place = str(checkpoints / "delta.safetensors")
     name = next(iter(change))
-    weight = dict(base.unet.named_parameters())[name].detach()
+    weight = dict(base.denoiser.named_parameters())[name].detach()
     found = read_unlearned(place, base, "weights", ())
     torch.testing.assert_close(found.change[name], change[name] - weight)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cu_runner.methods.oce import OCE, procrustes_objective, rotation, value_subspace
-from cu_runner.models.parameters import is_cross_attention_kv
+from cu_runner.models.architectures import ARCHITECTURES
 from cu_runner.request.images import RetainSet
 
 OUT, WIDTH = 5, 8
@@ -104,7 +104,7 @@ def test_weights_of_a_request_are_turned(make_scope):
     found = method.solve(method.solved(scope), method.batch(scope, 0))
     assert found.keys() == scope.base.keys()
     for name, weight in found.items():
-        assert is_cross_attention_kv(name)
+        assert ARCHITECTURES["UNet2DConditionModel"].roles.linear.search(name)
         old, new = scope.base[name].double(), weight.double()
         assert (new - old).norm() > 0.01 * old.norm()
         torch.testing.assert_close(new.T @ new, old.T @ old, rtol=0, atol=1e-5)

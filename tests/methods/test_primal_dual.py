@@ -16,8 +16,9 @@ from cu_runner.methods._primal_dual import (
     snr_weights,
 )
 from cu_runner.methods.forward_kl import ForwardKL, forget_weights, shorten
-from cu_runner.methods.likelihood import density_ratio, repelled_target, spread_timesteps
+from cu_runner.methods.likelihood import density_ratio, repelled_target, spread_shares
 from cu_runner.methods.reverse_kl import alpha_from_lambda, combined_target, limit_lambda
+from cu_runner.models.process import VariancePreserving
 
 NAN = float("nan")
 
@@ -169,7 +170,7 @@ def test_alpha_one_and_the_empty_prompt_is_esd():
 
 def test_snr_weights_sum_to_half_the_range_of_log_snr():
     alphas = torch.linspace(0.999, 0.01, 50, dtype=torch.float64)
-    weights = snr_weights(alphas)
+    weights = snr_weights(alphas.logit())
     assert weights[0] == 0
     assert (weights[1:] > 0).all()
     assert weights.sum().item() == pytest.approx(
@@ -177,7 +178,7 @@ def test_snr_weights_sum_to_half_the_range_of_log_snr():
     )
     ratio = (alphas[9] / (1 - alphas[9])) / (alphas[10] / (1 - alphas[10]))
     assert weights[10].item() == pytest.approx(0.5 * math.log(ratio))
-    dark = snr_weights(torch.tensor([0.9, 0.5, 0.0]))
+    dark = snr_weights(torch.tensor([0.9, 0.5, 0.0]).logit())
     assert dark.tolist() == pytest.approx([0, math.log(9) / 2, 0])
 
 
@@ -186,7 +187,7 @@ def test_snr_weighted_errors_add_up_to_the_divergence_of_gaussians():
     alphas, shift = torch.linspace(14, -14, 4001, dtype=torch.float64).sigmoid(), 0.7
     # x_t is N(sqrt(ab) m, 1) under p and N(0, 1) under q, and e = -sqrt(1 - ab) score
     difference = -(1 - alphas).sqrt() * alphas.sqrt() * shift
-    assert (snr_weights(alphas) * difference**2).sum().item() == pytest.approx(
+    assert (snr_weights(alphas.logit()) * difference**2).sum().item() == pytest.approx(
         shift**2 / 2, rel=1e-3
     )
 
@@ -278,7 +279,8 @@ def test_first_order_error_of_the_likelihood_target(lam, error):
 
 
 def test_timesteps_of_an_image_fall_into_equal_parts():
-    found = spread_timesteps(torch.Generator().manual_seed(0), 50, 4, 1000)
+    shares = spread_shares(torch.Generator().manual_seed(0), 50, 4)
+    found = VariancePreserving(torch.ones(1000), "epsilon").at(shares)
     assert found.shape == (50, 4)
     assert torch.equal(found // 250, torch.arange(4).expand(50, 4))
     assert found.unique().numel() > 150

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cu_runner.concepts.requests import plan_requests
 from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.methods.conabl import ConAbl
-from cu_runner.models.diffusion import load_model
+from cu_runner.models.loading import load_model
 from cu_runner.models.parameters import select_parameters, snapshot
 from cu_runner.regularizers.gradproj import GradProj
 from cu_runner.regularizers.l1 import L1
@@ -37,7 +37,7 @@ def scope(pipelines, settings):
     """
     model = load_model(str(pipelines["sd15"]), 64, Sampler(2, 5.0))
     with torch.no_grad():
-        model.unet.conv_out.weight.mul_(4)
+        model.denoiser.conv_out.weight.mul_(4)
     sequence = make_sequence(
         name="released",
         domain="style",
@@ -53,7 +53,7 @@ def scope(pipelines, settings):
         seeds=[1],
     )
     latents = torch.randn(6, *model.latent_shape, generator=torch.Generator().manual_seed(1))
-    params = select_parameters(model.unet, "kv_xattn")
+    params = select_parameters(model.denoiser, "kv_xattn")
     return Scope(
         model=model,
         sequence=sequence,
@@ -117,7 +117,7 @@ def prediction(scope: Scope, noisy, timesteps, hidden, detached: bool) -> Tensor
 
         return read
 
-    unet = scope.model.unet
+    unet = scope.model.denoiser
     layers = [unet.get_submodule(name.removesuffix(".weight")) for name in scope.params]
     for layer in layers if detached else ():
         layer.forward = reader(layer)

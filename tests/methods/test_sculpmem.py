@@ -425,8 +425,8 @@ def test_the_options_of_conabl_reach_its_loss(make_scope, loss_sum, border, begi
         parameter.requires_grad_(True)
     batch, inner = method.batch(scope, 0), slice(1, -1) if border == "masked" else slice(None)
     loss, _ = method.loss(scope, batch)
-    predicted = scope.model.predict_noise(batch.noisy, batch.timesteps, batch.texts[1])
-    error = (predicted - batch.noise).square()[:, :, inner, inner]
+    predicted = scope.model.predict(batch.noisy, batch.timesteps, batch.texts[1])
+    error = (predicted - batch.wanted).square()[:, :, inner, inner]
     expected = error.sum(1).mean() if loss_sum == "channels" else error.mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     pairs = zip(

@@ -164,13 +164,13 @@ def test_an_exact_fit_makes_the_concept_act_like_its_anchor(make_scope, settings
         model.encode_prompts([prompt] * 2) for prompt in ("a tree torch light", "a tree")
     )
     wanted, before = (
-        model.predict_noise(noisy, timesteps, anchor),
-        model.predict_noise(noisy, timesteps, concept),
+        model.predict(noisy, timesteps, anchor),
+        model.predict(noisy, timesteps, concept),
     )
     report = erase(
         scope, UCE(preserve=0.0, ridge=1e-9, retain=RetainSet("anchors")), {}, settings(steps=50)
     )
-    after = model.predict_noise(noisy, timesteps, concept)
+    after = model.predict(noisy, timesteps, concept)
     assert (after - wanted).norm() < 1e-2 * (before - wanted).norm()
     assert len(report.logs) == 1
     assert report.logs[0]["loss"] < 1e-6 * report.logs[0]["before"]

@@ -15,7 +15,8 @@ from huggingface_hub.utils import filter_repo_objects
 from single_file import original_weights
 
 from cu_runner.models.checkpoint_files import find_weights, locate, wanted_files
-from cu_runner.models.diffusion import DiffusionModel, load_model
+from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.loading import load_model
 from cu_runner.models.parameters import select_parameters
 from cu_runner.runner.forecast import delta_bytes
 from cu_runner.schema.errors import ModelError, WeightFileError
@@ -54,15 +55,15 @@ def test_fp16_files_are_read_where_there_are_no_others(pipelines, pipeline_of):
         to_fp16(weights_of(directory, part))
     model = load(directory)
     for mine, theirs in zip(
-        (model.unet, model.vae, *model.text_encoders),
-        (plain.unet, plain.vae, *plain.text_encoders),
+        (model.denoiser, model.vae, *model.text_encoders),
+        (plain.denoiser, plain.vae, *plain.text_encoders),
         strict=True,
     ):
         for (name, tensor), expected in zip(
             mine.named_parameters(), theirs.parameters(), strict=True
         ):
             assert torch.equal(tensor, expected.half().float()), name
-    assert {parameter.dtype for parameter in model.unet.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.denoiser.parameters()} == {torch.float32}
     assert model.fingerprint() != plain.fingerprint()
 
 
@@ -72,7 +73,7 @@ def test_full_precision_goes_before_fp16_and_shards_are_one_model(pipelines, pip
         weights_of(directory, "unet"), directory / "unet/diffusion_pytorch_model.fp16.safetensors"
     )
     Path(halves).write_bytes(b"not read")
-    plain.unet.save_pretrained(directory / "unet", max_shard_size="200KB")
+    plain.denoiser.save_pretrained(directory / "unet", max_shard_size="200KB")
     (directory / "unet/diffusion_pytorch_model.safetensors").unlink(missing_ok=True)
     assert len(find_weights(directory / "unet").paths) > 2
     assert load(directory).fingerprint() == plain.fingerprint()
@@ -206,7 +207,9 @@ def test_a_single_file_is_the_same_model_as_its_directory(pipelines, original, t
     assert allowed.scheduler.config.prediction_type == "v_prediction"
     assert all(
         mine.equal(theirs)
-        for mine, theirs in zip(allowed.unet.parameters(), plain.unet.parameters(), strict=True)
+        for mine, theirs in zip(
+            allowed.denoiser.parameters(), plain.denoiser.parameters(), strict=True
+        )
     )
 
 
@@ -359,11 +362,11 @@ def test_a_hub_id_without_network_is_one_line(in_process, hub):
 
 
 def test_a_plan_knows_its_disk_where_the_weights_can_be_read(hub, pipelines, original, pipeline_of):
-    unet = select_parameters(load(pipelines["sd15"]).unet, "kv_xattn")
+    unet = select_parameters(load(pipelines["sd15"]).denoiser, "kv_xattn")
     size = sum(4 * parameter.numel() for parameter in unet.values())
     for path in (pipelines["sd15"], "some/model", original):
         assert delta_bytes(str(path), None, "kv_xattn") == size
-    full = sum(4 * parameter.numel() for parameter in load(pipelines["sd15"]).unet.parameters())
+    full = sum(4 * parameter.numel() for parameter in load(pipelines["sd15"]).denoiser.parameters())
     assert delta_bytes(str(original), None, "full") == full
     assert delta_bytes("some/other", None, "kv_xattn") is None  # not on this machine
     directory = pipeline_of("sd15")

@@ -17,7 +17,7 @@ from small_runs import names, overrides
 from cu_runner.concepts.requests import plan_requests
 from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.config.compose import parse
-from cu_runner.models.diffusion import load_model
+from cu_runner.models.loading import load_model
 from cu_runner.models.parameters import select_parameters, snapshot
 from cu_runner.models.sampling import generate
 from cu_runner.request.scope import Scope
@@ -74,9 +74,9 @@ def shared_model(directories):
 @pytest.fixture
 def model(shared_model):
     """The model with a null class; its weights are put back."""
-    before = snapshot(dict(shared_model.unet.named_parameters()))
+    before = snapshot(dict(shared_model.denoiser.named_parameters()))
     yield shared_model
-    for name, parameter in shared_model.unet.named_parameters():
+    for name, parameter in shared_model.denoiser.named_parameters():
         parameter.requires_grad_(False).copy_(before[name])
 
 
@@ -121,7 +121,7 @@ def test_images_are_those_of_diffusers_bit_by_bit(directories, model, scheduler,
 
 def test_pixels_are_the_latents(model):
     assert model.latent_shape == (3, 8, 8)
-    assert model.networks == (model.unet,)
+    assert model.networks == (model.denoiser,)
     images = torch.rand(2, 3, 8, 8)
     latents = model.encode_images(images)
     assert torch.equal(latents, images * 2 - 1)
@@ -200,7 +200,7 @@ def parts_of(method: str, reg: str):
 @pytest.fixture
 def scope(model, settings):
     sequence = make_sequence(**SEQUENCE)
-    params = select_parameters(model.unet, "full")
+    params = select_parameters(model.denoiser, "full")
     latents = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return Scope(
         model=model,

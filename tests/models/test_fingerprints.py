@@ -17,8 +17,9 @@ from cu_runner.evaluators.classifier import Classifier
 from cu_runner.evaluators.faces import FaceDetector, FaceSettings
 from cu_runner.evaluators.open_clip import OpenClip
 from cu_runner.models.checkpoint_files import locate
-from cu_runner.models.diffusion import DiffusionModel, load_model
+from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.hashing import WITHOUT_EFFECT, describe_timm, describe_tokenizer
+from cu_runner.models.loading import load_model
 from cu_runner.retention.features import FeatureExtractor, FeatureSource
 from cu_runner.schema.settings import Sampler
 
@@ -73,7 +74,7 @@ def parts_of(model: DiffusionModel) -> dict[str, object]:
         f"text_encoder{suffix}": part
         for suffix, part in zip(("", "_2"), model.text_encoders, strict=False)
     }
-    return {"unet": model.unet, "vae": model.vae, "scheduler": model.scheduler, **encoders}
+    return {"unet": model.denoiser, "vae": model.vae, "scheduler": model.scheduler, **encoders}
 
 
 @pytest.mark.parametrize("kind", KINDS)

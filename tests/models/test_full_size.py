@@ -10,7 +10,7 @@ from filelock import FileLock
 from cu_runner.concepts.requests import plan_requests
 from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.methods.conabl import ConAbl
-from cu_runner.models.diffusion import load_model
+from cu_runner.models.loading import load_model
 from cu_runner.models.parameters import select_parameters, snapshot
 from cu_runner.models.sampling import generate
 from cu_runner.request.scope import Scope
@@ -42,8 +42,8 @@ def test_one_training_step_and_one_image_in_bf16(
     random_pipeline.make_pipeline(kind, tmp_path / kind, dtype=torch.float16)
     side = read_conf(f"model/{kind}.yaml")["resolution"]
     model = load_model(str(tmp_path / kind), side, Sampler(1, 1.0), "bf16", vae_slicing=True)
-    assert sum(parameter.numel() for parameter in model.unet.parameters()) == PARAMETERS[kind]
-    params = select_parameters(model.unet, "kv_xattn")
+    assert sum(parameter.numel() for parameter in model.denoiser.parameters()) == PARAMETERS[kind]
+    params = select_parameters(model.denoiser, "kv_xattn")
     base = snapshot(params)
     model.lower_frozen(params)
     model.checkpoint_gradients()

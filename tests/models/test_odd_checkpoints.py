@@ -14,7 +14,8 @@ import transformers
 from single_file import original_weights
 
 from cu_runner.models.checkpoint_files import find_weights
-from cu_runner.models.diffusion import DiffusionModel, load_model
+from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.loading import load_model
 from cu_runner.models.sampling import make_scheduler
 from cu_runner.models.schedulers import failure
 from cu_runner.models.single_file import mark_scheduler

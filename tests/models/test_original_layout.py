@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 from single_file import original_weights as by_hand
 
-from cu_runner.models.diffusion import load_model
+from cu_runner.models.loading import load_model
 from cu_runner.models.original_layout import markers, original_weights, unet_names
 from cu_runner.models.pipeline import make_pipeline, save_configurations
 from cu_runner.runner.export import same_weights
@@ -34,12 +34,12 @@ def test_what_is_written_is_read_back_as_the_same_model(pipelines, kind, tmp_pat
     )
     assert found.fingerprint() == model.fingerprint()
     with torch.no_grad():
-        next(model.unet.parameters()).flatten()[0] += 1
-    assert not same_weights(found.unet, model.unet)
+        next(model.denoiser.parameters()).flatten()[0] += 1
+    assert not same_weights(found.denoiser, model.denoiser)
 
 
 def test_a_unet_of_another_build_has_no_such_names(pipelines):
-    unet = load_model(str(pipelines["sd15"]), 64, Sampler(2, 2.5)).unet
+    unet = load_model(str(pipelines["sd15"]), 64, Sampler(2, 2.5)).denoiser
     unet.register_to_config(layers_per_block=[1, 2, 1, 1])
     with pytest.raises(ValueError, match="not all as deep"):
         unet_names(unet)

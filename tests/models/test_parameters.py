@@ -11,24 +11,24 @@ from cu_runner.models.parameters import MOVED, assign, drift, select_parameters,
 
 def test_groups_of_the_embedded_unet(model):
     kv, xattn, full = (
-        select_parameters(model.unet, group) for group in ("kv_xattn", "xattn", "full")
+        select_parameters(model.denoiser, group) for group in ("kv_xattn", "xattn", "full")
     )
     assert all(name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) for name in kv)
     assert all(
-        parameter.shape[1] == model.unet.config.cross_attention_dim for parameter in kv.values()
+        parameter.shape[1] == model.denoiser.config.cross_attention_dim for parameter in kv.values()
     )
     layers = {name.rpartition(".to_")[0] for name in kv}
     assert len(kv) == 2 * len(layers) > 0
     # to_q, to_k, to_v, and to_out with its bias
     assert len(xattn) == 5 * len(layers)
-    assert len(full) == len(list(model.unet.parameters()))
+    assert len(full) == len(list(model.denoiser.parameters()))
     assert set(kv) < set(xattn) < set(full)
     assert list(kv) == [name for name in full if name in kv]
 
 
 def test_keys_and_values_are_groups_of_their_own(model):
     kv, keys, values = (
-        select_parameters(model.unet, group) for group in ("kv_xattn", "k_xattn", "v_xattn")
+        select_parameters(model.denoiser, group) for group in ("kv_xattn", "k_xattn", "v_xattn")
     )
     assert list(keys) == [name for name in kv if name.endswith("attn2.to_k.weight")]
     assert list(values) == [name for name in kv if name.endswith("attn2.to_v.weight")]
@@ -37,7 +37,7 @@ def test_keys_and_values_are_groups_of_their_own(model):
 
 def test_cross_attention_and_the_rest_are_the_whole_unet(model):
     xattn, rest, full = (
-        select_parameters(model.unet, group) for group in ("xattn", "non_xattn", "full")
+        select_parameters(model.denoiser, group) for group in ("xattn", "non_xattn", "full")
     )
     assert len(rest) == len(full) - len(xattn) > 0
     assert list(rest) == [name for name in full if name not in xattn]

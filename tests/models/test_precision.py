@@ -10,7 +10,7 @@ from conftest import SMOKE, run_directory
 
 from cu_runner.config.compose import compose
 from cu_runner.methods.conabl import ConAbl
-from cu_runner.models.diffusion import load_model
+from cu_runner.models.loading import load_model
 from cu_runner.models.parameters import select_parameters, snapshot
 from cu_runner.models.sampling import generate
 from cu_runner.runner.training import erase
@@ -25,7 +25,7 @@ def load(path, **more):
 
 def trained(model, group, settings, scope) -> dict[str, torch.Tensor]:
     """The weights after two steps of ConAbl."""
-    params = select_parameters(model.unet, group)
+    params = select_parameters(model.denoiser, group)
     latents = torch.randn(4, *model.latent_shape, generator=torch.Generator().manual_seed(1))
     scope = dataclasses.replace(
         scope,
@@ -45,11 +45,11 @@ def test_frozen_weights_in_bf16_give_bitwise_the_same(pipelines, settings, make_
     plain, lowered = (load(pipelines["sdxl"], precision="bf16") for _ in range(2))
     before = lowered.fingerprint()
     assert before == plain.fingerprint() == load(pipelines["sdxl"]).fingerprint()
-    params = select_parameters(lowered.unet, group)
+    params = select_parameters(lowered.denoiser, group)
     lowered.lower_frozen(params)
     assert {parameter.dtype for parameter in params.values()} == {torch.float32}
     frozen = [
-        parameter for name, parameter in lowered.unet.named_parameters() if name not in params
+        parameter for name, parameter in lowered.denoiser.named_parameters() if name not in params
     ]
     if group == "kv_xattn":
         low = sum(parameter.numel() for parameter in frozen if parameter.dtype == torch.bfloat16)
@@ -64,7 +64,7 @@ def test_frozen_weights_in_bf16_give_bitwise_the_same(pipelines, settings, make_
     assert all(one[name].equal(two[name]) for name in one)
     assert any(
         not one[name].equal(parameter)
-        for name, parameter in load(pipelines["sdxl"]).unet.named_parameters()
+        for name, parameter in load(pipelines["sdxl"]).denoiser.named_parameters()
         if name in one
     )
 
@@ -73,7 +73,7 @@ def test_frozen_weights_in_bf16_give_bitwise_the_same(pipelines, settings, make_
 def test_other_precisions_keep_every_weight(pipelines, precision):
     model = load(pipelines["sd15"], precision=precision)
     model.lower_frozen({})
-    assert {parameter.dtype for parameter in model.unet.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.denoiser.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -81,7 +81,7 @@ def test_recomputed_activations_give_bitwise_the_same(pipelines, settings, make_
     plain, saving = (load(pipelines["sdxl"], precision=precision) for _ in range(2))
     saving.checkpoint_gradients()
     calls = []
-    block = saving.unet.down_blocks[1].attentions[0].transformer_blocks[0]
+    block = saving.denoiser.down_blocks[1].attentions[0].transformer_blocks[0]
     handle = block.norm1.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     scope = make_scope()
     one, two = (trained(model, "kv_xattn", settings, scope) for model in (plain, saving))
@@ -92,7 +92,7 @@ def test_recomputed_activations_give_bitwise_the_same(pipelines, settings, make_
 
 def test_recomputed_activations_use_the_weights_that_were_given(model):
     """A gradient with respect to weights in place of the UNet's own is theirs, not the UNet's."""
-    params = select_parameters(model.unet, "kv_xattn")
+    params = select_parameters(model.denoiser, "kv_xattn")
     noisy, timesteps, text = (
         torch.ones(2, *model.latent_shape),
         torch.tensor([100, 800]),
@@ -105,9 +105,9 @@ def test_recomputed_activations_use_the_weights_that_were_given(model):
         other = {
             name: (parameter.detach() * 1.5).requires_grad_() for name, parameter in params.items()
         }
-        loss = model.predict_noise(noisy, timesteps, text, other).square().mean()
+        loss = model.predict(noisy, timesteps, text, other).square().mean()
         found.append(torch.autograd.grad(loss, list(other.values())))
-    model.unet.disable_gradient_checkpointing()
+    model.denoiser.disable_gradient_checkpointing()
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
     assert sum(gradient.abs().sum() for gradient in found[0]) > 0
 
@@ -171,7 +171,7 @@ def test_a_precision_that_the_gpu_lacks(monkeypatch, pipelines):
 def output_of(model) -> torch.Tensor:
     noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return model.predict_noise(noise, torch.tensor([10, 900]), model.encode_prompts(PROMPTS))
+        return model.predict(noise, torch.tensor([10, 900]), model.encode_prompts(PROMPTS))
 
 
 def test_a_compiled_unet_says_the_same_follows_its_weights_and_is_left_again(monkeypatch):
@@ -184,7 +184,7 @@ def test_a_compiled_unet_says_the_same_follows_its_weights_and_is_left_again(mon
     monkeypatch.setattr(
         torch, "compile", lambda module, **more: real(module, backend=backend, **more)
     )
-    weight = model.unet.conv_in.weight
+    weight = model.denoiser.conv_in.weight
     outputs = []
     for compiled in (True, False):
         model.speed_up(Speed(compile=compiled))
@@ -204,7 +204,7 @@ def test_a_compiled_unet_says_the_same_follows_its_weights_and_is_left_again(mon
 
 def test_the_layout_of_a_gpus_convolutions_says_the_same_and_is_left_again(pipelines, monkeypatch):
     model = load(pipelines["sd15"])
-    weights = [part.conv_in.weight for part in (model.unet, model.vae.encoder)]
+    weights = [part.conv_in.weight for part in (model.denoiser, model.vae.encoder)]
     plain, cpu = output_of(model), model.device
     for speed, last in ((Speed(), True), (Speed(channels_last=False), False)):
         monkeypatch.setattr(model, "device", torch.device("cuda"))

@@ -13,7 +13,8 @@ import torch
 from single_file import original_open_clip, original_weights
 
 from cu_runner.models.checkpoint_files import find_weights
-from cu_runner.models.diffusion import DiffusionModel, load_model
+from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.loading import load_model
 from cu_runner.models.sampling import sample_images
 from cu_runner.runtime.seeding import image_noise
 from cu_runner.schema.errors import WeightFileError

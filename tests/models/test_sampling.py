@@ -13,7 +13,8 @@ from scipy.stats import binomtest
 
 from cu_runner.evaluators.evaluate import evaluate
 from cu_runner.models import sampling
-from cu_runner.models.diffusion import DiffusionModel, load_model
+from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.loading import load_model
 from cu_runner.models.parameters import select_parameters, snapshot
 from cu_runner.models.sampling import generate, sample_latents, sample_partly
 from cu_runner.request.anchors import AnchorImages, sampler_key
@@ -112,7 +113,7 @@ def test_batches_come_in_the_order_of_the_prompts(model):
 def rows(model):
     """The number of rows of every forward pass of the UNet."""
     seen: list[int] = []
-    handle = model.unet.register_forward_hook(
+    handle = model.denoiser.register_forward_hook(
         lambda module, arguments, output: seen.append(len(arguments[0]))
     )
     yield seen
@@ -158,7 +159,7 @@ def test_a_partly_denoised_sample_goes_on_to_the_whole(model, scheduler):
     assert timestep < first
     text, at = model.encode_prompts(PROMPTS[:2]), timestep.long().expand(2)
     with torch.no_grad():
-        eps = model.predict_noise(partly, at, text)
+        eps = model.predict(partly, at, text)
     alpha_bar = model.alphas_cumprod[at].view(-1, 1, 1, 1)
     clean = (partly - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
     whole = sample_latents(model, PROMPTS[:2], SEEDS[:2], sampler)
@@ -216,8 +217,8 @@ def test_v_prediction_identity(model):
     text = model.encode_prompts(PROMPTS[:4])
     with torch.no_grad():
         v, eps = (
-            model.unet_output(noisy, timesteps, text),
-            other.predict_noise(noisy, timesteps, text),
+            model.output(noisy, timesteps, text),
+            other.predict(noisy, timesteps, text),
         )
     ab = other.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     x_0 = ab.sqrt() * noisy - (1 - ab).sqrt() * v
@@ -235,7 +236,7 @@ def test_epsilon_is_what_the_unet_says(model):
     text = model.encode_prompts(PROMPTS[:2])
     with torch.no_grad():
         assert torch.equal(
-            other.predict_noise(noisy, timesteps, text), model.unet_output(noisy, timesteps, text)
+            other.predict(noisy, timesteps, text), model.output(noisy, timesteps, text)
         )
 
 
@@ -248,18 +249,18 @@ def test_a_stochastic_sampler_draws_per_image_too(model):
 
 def test_weights_given_for_a_prediction_do_not_stay(model):
     name = next(
-        name for name, _ in model.unet.named_parameters() if name.endswith("attn2.to_k.weight")
+        name for name, _ in model.denoiser.named_parameters() if name.endswith("attn2.to_k.weight")
     )
-    weight = dict(model.unet.named_parameters())[name]
+    weight = dict(model.denoiser.named_parameters())[name]
     before = weight.clone()
     arguments = (torch.ones(1, 6, 16, 16), torch.tensor([500]), model.encode_prompts(PROMPTS[:1]))
     with torch.no_grad():
-        plain = model.predict_noise(*arguments)
-        changed = model.predict_noise(*arguments, {name: before + 1})
+        plain = model.predict(*arguments)
+        changed = model.predict(*arguments, {name: before + 1})
         assert torch.equal(weight, before)
-        assert torch.equal(model.predict_noise(*arguments), plain)
+        assert torch.equal(model.predict(*arguments), plain)
         weight.add_(1)
-        assert torch.equal(model.predict_noise(*arguments), changed)
+        assert torch.equal(model.predict(*arguments), changed)
     assert (changed - plain).abs().max() > 1e-5
 
 
@@ -340,7 +341,7 @@ def test_images_that_are_not_finite(
 
 
 def test_anchor_images_that_are_not_finite_are_not_kept(model, tmp_path):
-    params = select_parameters(model.unet, "kv_xattn")
+    params = select_parameters(model.denoiser, "kv_xattn")
     cache = Cache(tmp_path / "cache", identify())
     anchors = AnchorImages(model, "", params, snapshot(params), Sampler(1, 1.0), cache, 2)
     handle = model.vae.decoder.register_forward_hook(lambda *_: _[2] / 0)
@@ -391,7 +392,7 @@ def test_what_is_made_of_images_may_run_out_of_memory_too(any_batch):
 
 
 def test_anchor_images_go_on_with_half_the_batch(any_batch, monkeypatch, tmp_path):
-    params = select_parameters(any_batch.unet, "kv_xattn")
+    params = select_parameters(any_batch.denoiser, "kv_xattn")
     arguments = (any_batch, "", params, snapshot(params), Sampler(2, 2.5))
     whole = AnchorImages(*arguments, Cache(tmp_path / "one", identify()), 2).latents(PROMPTS[:4], 6)
     sizes, _ = scarce_memory(monkeypatch, any_batch, 2)
@@ -462,7 +463,9 @@ def test_remembered_keys_and_values_give_the_same_bits(model, guidance):
     sampler = Sampler(3, guidance)
     plain = sample_latents(model, PROMPTS, SEEDS, sampler)
     calls = []
-    layer = next(layer for name, layer in model.unet.named_modules() if name.endswith("attn2.to_k"))
+    layer = next(
+        layer for name, layer in model.denoiser.named_modules() if name.endswith("attn2.to_k")
+    )
     handle = layer.register_forward_pre_hook(lambda *_: calls.append(1))
     model.speed_up(Speed(kv_cache=True))
     try:

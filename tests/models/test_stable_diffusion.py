@@ -18,7 +18,8 @@ from conftest import read_conf
 from small_runs import overrides, run
 
 from cu_runner.evaluators.classifier import Classifier
-from cu_runner.models.diffusion import DiffusionModel, load_model
+from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.loading import load_model
 from cu_runner.models.parameters import select_parameters
 from cu_runner.models.sampling import generate
 from cu_runner.models.schedulers import build_scheduler, find_scheduler
@@ -286,11 +287,11 @@ def test_the_second_pooled_text_and_the_size_reach_the_unet(pipelines):
     model = load(pipelines["sdxl"])
     noisy, timesteps, text = batch_of(model)
     with torch.no_grad():
-        plain = model.predict_noise(noisy, timesteps, text)
-        other = model.predict_noise(
+        plain = model.predict(noisy, timesteps, text)
+        other = model.predict(
             noisy, timesteps, dataclasses.replace(text, pooled=text.pooled.flip(0))
         )
-        larger = load_model(str(pipelines["sdxl"]), 128, Sampler(3, 5.0)).predict_noise(
+        larger = load_model(str(pipelines["sdxl"]), 128, Sampler(3, 5.0)).predict(
             noisy, timesteps, text
         )
     assert (plain - other).abs().max() > 1e-4
@@ -390,7 +391,7 @@ def test_requests_through_cu_run(in_process, tmp_path, pipelines, kind, method, 
         tmp_path,
         [*overrides(method, reg), *chosen, "train.gradient_checkpointing=true", "train.steps=2"],
     )
-    params = select_parameters(load(pipelines[kind]).unet, "kv_xattn")
+    params = select_parameters(load(pipelines[kind]).denoiser, "kv_xattn")
     assert {name: tensor.shape for name, tensor in delta.items() if name in params} == {
         name: p.shape for name, p in params.items()
     }

@@ -46,7 +46,7 @@ def bench(model, evaluator, sequence, tmp_path) -> Callable[..., SimpleNamespace
     """Returns make(change=0.0, **probes): a battery, its lab of the changed weights and of the
     untouched ones, and the first two targets as unlearned; change: how much noise the weights get.
     """
-    params = select_parameters(model.unet, "kv_xattn")
+    params = select_parameters(model.denoiser, "kv_xattn")
     base = snapshot(params)
     unlearned = list(sequence.targets[:2])
 
@@ -150,8 +150,8 @@ def test_the_first_steps_are_the_untouched_models_and_drawn_once(bench, monkeypa
     assert torch.equal(images[0], by_hand)
     assert len(made.battery.heads) == 2
     runs = []
-    unet_output = model.unet_output
-    monkeypatch.setattr(model, "unet_output", lambda *words: runs.append(1) or unet_output(*words))
+    output = model.output
+    monkeypatch.setattr(model, "output", lambda *words: runs.append(1) or output(*words))
     later = made.battery._lab(3, made.unlearned, lambda step: made.seen[2], untouched=False)
     later.look(wanted)
     assert len(runs) == 2  # of four steps; the first two are kept
@@ -213,7 +213,7 @@ def test_weights_of_fewer_bits():
 
 def test_rounding_is_undone_and_every_weight_has_it(bench):
     made = bench(change=0.3)
-    unet = dict(made.lab.model.unet.named_parameters())
+    unet = dict(made.lab.model.denoiser.named_parameters())
     before = {name: weight.clone() for name, weight in unet.items()}
     during = []
     look = made.lab.look

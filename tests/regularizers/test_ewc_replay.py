@@ -63,7 +63,7 @@ def test_the_fisher_is_the_mean_of_squared_gradients(make_scope):
     squares = []
     for batch in drawn:  # by backward, one image at a time
         loss = F.mse_loss(
-            scope.model.predict_noise(batch.noisy, batch.timesteps, batch.texts[0]), batch.noise
+            scope.model.predict(batch.noisy, batch.timesteps, batch.texts[0]), batch.wanted
         )
         loss.backward()
         squares.append({name: parameter.grad.square() for name, parameter in scope.params.items()})
@@ -138,9 +138,9 @@ def test_replay_closed_form(make_scope, loss):
     for batch in batches(scope, "replay", 2, 3):
         arguments = (batch.noisy, batch.timesteps, batch.texts[0])
         with torch.no_grad():
-            predicted = scope.model.predict_noise(*arguments)
+            predicted = scope.model.predict(*arguments)
             assign(scope.params, scope.base)
-            wanted = {"model": scope.model.predict_noise(*arguments), "noise": batch.noise}[loss]
+            wanted = {"model": scope.model.predict(*arguments), "noise": batch.wanted}[loss]
             assign(scope.params, now)
         penalty = regularizer.penalty(scope.params)
         assert penalty.item() == pytest.approx(

@@ -74,7 +74,7 @@ def begin(gated, sequence, settings):
 def noise_of(model, prompt: str) -> torch.Tensor:
     noisy = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        return model.predict_noise(noisy, torch.tensor([500]), model.encode_prompts([prompt]))
+        return model.predict(noisy, torch.tensor([500]), model.encode_prompts([prompt]))
 
 
 # ---------------------------------------------------------------------------------- the layer
@@ -90,25 +90,25 @@ def test_a_gate_adds_its_values_where_it_hears_more_than_half():
 
 def test_new_gates_change_no_bit(gated):
     prompt = "a ball in the style of blaze"
-    before, names = noise_of(gated, prompt), set(dict(gated.unet.named_parameters()))
-    added = add_gates(gated.unet, 5)
+    before, names = noise_of(gated, prompt), set(dict(gated.denoiser.named_parameters()))
+    added = add_gates(gated.denoiser, 5)
     assert torch.equal(noise_of(gated, prompt), before)
-    assert added.keys() == set(dict(gated.unet.named_parameters())) - names
-    assert add_gates(gated.unet, 5).keys() == added.keys()
+    assert added.keys() == set(dict(gated.denoiser.named_parameters())) - names
+    assert add_gates(gated.denoiser, 5).keys() == added.keys()
     assert not any(belongs(name, group) for name in added for group in ("kv_xattn", "full"))
     with pytest.raises(ModelError, match=r"^gates: the UNet has 5 of them, not 6$"):
-        add_gates(gated.unet, 6)
+        add_gates(gated.denoiser, 6)
 
 
 def test_what_gates_cannot_be_put_before_is_refused(gated):
     with pytest.raises(ModelError, match="has no cross-attention layers"):
         add_gates(nn.Sequential(nn.Linear(2, 2)), 1)
     attention = next(
-        module for name, module in gated.unet.named_modules() if name.endswith("attn2")
+        module for name, module in gated.denoiser.named_modules() if name.endswith("attn2")
     )
     attention.to_k = nn.Sequential(attention.to_k)
     with pytest.raises(ModelError, match="no plain linear layers"):
-        add_gates(gated.unet, 1)
+        add_gates(gated.denoiser, 1)
 
 
 # ---------------------------------------------------------------------------------- a request
@@ -131,7 +131,7 @@ def test_other_texts_are_as_they_were_to_the_last_bit(begin, gated, settings):
 def test_a_request_moves_its_own_gate_alone(begin, gated, settings):
     first = begin(steps=2, lr=0.1)
     erase(first, Pull(), {"gate": Gate()}, first.train)
-    between = snapshot(gate_weights(gated.unet))
+    between = snapshot(gate_weights(gated.denoiser))
     second = begin(request=2, steps=2, lr=0.1)
     erase(second, Pull(), {"gate": Gate()}, second.train)
     for name, change in subtract(second.params, between).items():
@@ -146,7 +146,7 @@ def test_values_are_moved_by_the_optimiser_of_train(begin, gated, settings):
     """v = a / k with a a leaf of its own, one step of Adam by hand; the directions stay."""
     scope, regularizer = begin(steps=1, lr=0.2, optimizer="adam"), Gate(threshold=0.8, settle=1.0)
     erase(scope, Pull(), {"gate": regularizer}, scope.train)
-    (target,), weights = regularizer._T, dict(gated.unet.named_parameters())
+    (target,), weights = regularizer._T, dict(gated.denoiser.named_parameters())
     for name, found in scope.params.items():
         if name.endswith("directions"):
             torch.testing.assert_close(found[0], 0.5 / 0.8 * regularizer._D[0])
@@ -213,8 +213,8 @@ def test_a_word_that_is_another_concepts_is_not_left_alone(begin, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gates_in_a_unet_of_half_precision(gated, dtype, tmp_path):
-    save_file(add_gates(gated.unet, 2), tmp_path / "delta.safetensors")
-    plain = copy.deepcopy(gated.unet).to(dtype)
+    save_file(add_gates(gated.denoiser, 2), tmp_path / "delta.safetensors")
+    plain = copy.deepcopy(gated.denoiser).to(dtype)
     load_gates(plain, str(tmp_path / "delta.safetensors"))
     text = torch.zeros(1, 4, 512, dtype=dtype)
     with torch.no_grad():
@@ -248,10 +248,10 @@ def test_what_does_not_go_with_gates_is_refused(method, others, said):
 def test_a_file_of_other_weights_is_refused(gated, tmp_path):
     save_file({"conv_in.weight": torch.zeros(2)}, tmp_path / "delta.safetensors")
     with pytest.raises(ModelError, match=r"delta\.safetensors: holds no gates; give"):
-        load_gates(gated.unet, str(tmp_path / "delta.safetensors"))
+        load_gates(gated.denoiser, str(tmp_path / "delta.safetensors"))
     save_file({"attn2.to_k.gate_directions": torch.zeros(2, 512)}, tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match=r"other\.safetensors: holds gates of another UNet"):
-        load_gates(gated.unet, str(tmp_path / "other.safetensors"))
+        load_gates(gated.denoiser, str(tmp_path / "other.safetensors"))
 
 
 # ---------------------------------------------------------------------------------- commands
@@ -264,8 +264,8 @@ def test_a_run_its_weights_in_plain_diffusers_and_its_second_evaluation(
     step = json.loads((run / "steps/02/step.json").read_text())
     (entry,) = step["training"]["regularizers"]["gate"]["targets"]
     assert entry["target"] == "snow drift"
-    load_gates(gated.unet, str(run / "steps/02/delta.safetensors"))
-    size = sum(weight.double().square().sum() for weight in gate_weights(gated.unet).values())
+    load_gates(gated.denoiser, str(run / "steps/02/delta.safetensors"))
+    size = sum(weight.double().square().sum() for weight in gate_weights(gated.denoiser).values())
     assert size.sqrt().item() == pytest.approx(step["row"]["drift_l2"], rel=1e-5)
     prompt = "a ball in the style of snow drift"
     wanted = noise_of(gated, prompt)
@@ -273,7 +273,7 @@ def test_a_run_its_weights_in_plain_diffusers_and_its_second_evaluation(
     code = re.search(r"```python\n(def hook_gates.*?)```", PAGE.read_text(), re.DOTALL)[1]
     exec(code, found := {})  # what the page gives to those who have no cu_runner
     plain = copy.deepcopy(model)
-    found["hook_gates"](plain.unet, str(run / "steps/02/delta.safetensors"))
+    found["hook_gates"](plain.denoiser, str(run / "steps/02/delta.safetensors"))
     torch.testing.assert_close(noise_of(plain, prompt), wanted, rtol=1e-4, atol=1e-5)
     status, out, err = call_command(evaluate.main, "cu-eval", run, "eval.steps=1")
     assert (status, err) == (0, "")
@@ -319,7 +319,7 @@ def test_another_device_or_code_draws_everything_again(gated, tmp_path):
 
 
 def test_relearning_trains_what_the_gates_stand_before_and_puts_it_back(begin, gated):
-    weights = select_parameters(gated.unet, "kv_xattn")
+    weights = select_parameters(gated.denoiser, "kv_xattn")
     before, lab = snapshot(weights), SimpleNamespace(params=begin().params, model=gated)
     with trainable(lab) as trained:
         assert [id(weight) for weight in trained] == [id(weight) for weight in weights.values()]

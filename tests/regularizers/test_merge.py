@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from cu_runner.concepts.requests import plan_requests
 from cu_runner.methods.conabl import ConAbl
-from cu_runner.models.parameters import is_cross_attention_kv
+from cu_runner.models.architectures import ARCHITECTURES
 from cu_runner.regularizers.merge import Merge, regression, ties
 from cu_runner.request.images import RetainSet
 from cu_runner.runner.training import check_composition
@@ -321,7 +321,7 @@ def test_merging_and_independent_runs_share_their_training(in_process, tmp_path)
     tau = [load_file(merging / f"steps/0{request}/delta.safetensors") for request in (1, 2)]
     merged = load_file(merging / "steps/02/merged.safetensors")
     assert merged.keys() == tau[0].keys()
-    assert all(is_cross_attention_kv(name) for name in merged)
+    assert all(ARCHITECTURES["UNet2DConditionModel"].roles.linear.search(name) for name in merged)
     for name, weights in merged.items():
         expected = ties(torch.stack([each[name].flatten() for each in tau]), 0.4)
         assert torch.equal(weights, expected.view(weights.shape))

@@ -333,7 +333,7 @@ def test_bad_settings_are_refused(make_scope, tmp_path):
         with pytest.raises(ValueError, match=message):
             begun(NullSpace(**arguments), make_scope())
     scope = make_scope()
-    outside = {"conv_in.weight": scope.model.unet.conv_in.weight}
+    outside = {"conv_in.weight": scope.model.denoiser.conv_in.weight}
     with pytest.raises(
         ValueError, match=r"^reg.nullspace projects cross-attention keys and values"
     ):

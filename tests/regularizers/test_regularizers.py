@@ -12,7 +12,7 @@ from cu_runner.concepts.entries import read_shipped
 from cu_runner.concepts.requests import plan_requests
 from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.methods.conabl import ConAbl
-from cu_runner.models.diffusion import load_model
+from cu_runner.models.loading import load_model
 from cu_runner.models.parameters import assign, subtract
 from cu_runner.regularizers.gradproj import GradProj, kept_columns, orthogonal_projector
 from cu_runner.regularizers.l1 import L1
@@ -311,7 +311,7 @@ def test_weights_that_are_not_projected_are_warned_of_once(make_scope, caplog):
 
 def test_a_group_without_keys_and_values_is_refused(make_scope):
     scope = make_scope()
-    outside = {"conv_in.weight": scope.model.unet.conv_in.weight}
+    outside = {"conv_in.weight": scope.model.denoiser.conv_in.weight}
     with pytest.raises(
         ValueError,
         match=(

@@ -19,7 +19,7 @@ from cu_runner.methods.base import Method
 from cu_runner.methods.conabl import ConAbl
 from cu_runner.methods.esd import ESD
 from cu_runner.methods.sculpmem import SculpMem
-from cu_runner.models.diffusion import load_model
+from cu_runner.models.loading import load_model
 from cu_runner.models.parameters import assign, select_parameters, snapshot, subtract
 from cu_runner.models.sampling import sample_partly
 from cu_runner.regularizers.gradproj import GradProj
@@ -164,10 +164,10 @@ def test_trajectory_scoring_by_hand(make_scope):
         noisy, at = sample_partly(model, [target], [seed], Sampler(3, 3.0, "DDIMScheduler"), step)
         assert at.item() == timestep
         with torch.no_grad():
-            wanted = model.predict_noise(noisy, at[None], model.encode_prompts([anchor]))
+            wanted = model.predict(noisy, at[None], model.encode_prompts([anchor]))
         total = (
             total
-            + (model.predict_noise(noisy, at[None], model.encode_prompts([target])) - wanted)
+            + (model.predict(noisy, at[None], model.encode_prompts([target])) - wanted)
             .square()
             .sum()
         )
@@ -219,7 +219,7 @@ def released_scope(small_pipelines, settings):
             bare_prompt="{concept} Style",
         )
         model = small_pipelines[kind]
-        params = select_parameters(model.unet, "kv_xattn")
+        params = select_parameters(model.denoiser, "kv_xattn")
         for parameter in params.values():
             parameter.requires_grad_(True)
             parameter.grad = None
@@ -240,7 +240,7 @@ def released_scope(small_pipelines, settings):
 
 def scored_by_hand(scope, steps: int, pairs, loss, offset: int = 0, detached: bool = False):
     """The gradient along DDIM's trajectory with guidance 3, by UNet and diffusers' scheduler."""
-    model, unet = scope.model, scope.model.unet
+    model, unet = scope.model, scope.model.denoiser
     readers = [
         layer for name, layer in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))
     ]

@@ -214,10 +214,10 @@ def test_the_page_takes_the_weights_that_were_measured(model, tmp_path):
     """Of a step with merge merged.safetensors, of every other one delta.safetensors."""
     text = (Path(__file__).parents[2] / "docs/run_directory.md").read_text(encoding="utf-8")
     (code,) = re.findall(r'(    weights = step / "merged.*?)\n\n', text, flags=re.DOTALL)
-    name, base = next((name, each.clone()) for name, each in model.unet.named_parameters())
+    name, base = next((name, each.clone()) for name, each in model.denoiser.named_parameters())
     place = {"step": tmp_path, "pipeline": model, "safetensors": safetensors}
     for file, change in (("delta.safetensors", 1.0), ("merged.safetensors", 2.0)):
         safetensors.torch.save_file({name: torch.full_like(base, change)}, tmp_path / file)
-        before = model.unet.get_parameter(name).clone()
+        before = model.denoiser.get_parameter(name).clone()
         exec(textwrap.dedent(code), dict(place))
-        assert torch.equal(model.unet.get_parameter(name), before + change)
+        assert torch.equal(model.denoiser.get_parameter(name), before + change)

@@ -15,7 +15,7 @@ from cu_runner.store.cache import Cache
 
 def test_mirrored_anchors_are_encoded_mirror_images(model, tmp_path):
     """Not mirrored latents: the autoencoder does not commute with a reflection."""
-    params = select_parameters(model.unet, "kv_xattn")
+    params = select_parameters(model.denoiser, "kv_xattn")
     anchors = AnchorImages(
         model,
         "fingerprint",
@@ -145,7 +145,7 @@ def test_one_template_draws_what_was_drawn_before_there_were_several(make_scope,
         clean = torch.where(mirrored, clean.flip(-1), clean)
     for drawn in (batch, of_several):  # the choice of a template comes last
         assert torch.equal(drawn.timesteps, timesteps)
-        assert torch.equal(drawn.noise, noise)
+        assert torch.equal(drawn.wanted, noise)
         assert torch.equal(drawn.noisy, model.add_noise(clean, noise, timesteps))
         captions = model.encode_prompts([MADE[i % 2] for i in chosen.tolist()])
         assert torch.equal(drawn.texts[0].hidden, captions.hidden)

@@ -47,7 +47,7 @@ def test_the_distance_by_hand(model, monkeypatch):
         lambda model, prompts, *rest: torch.zeros(len(prompts), *model.latent_shape),
     )
     monkeypatch.setattr(model, "encode_prompts", encode)
-    monkeypatch.setattr(model, "predict_noise", predict)
+    monkeypatch.setattr(model, "predict", predict)
     found = nearest_by_prediction(model, ["p"], {"one": ["q"], "other": ["r", "q"]}, draws=4)
     assert [(each.text, each.squared) for each in found] == [("other", 2.5), ("one", 4.0)]
 

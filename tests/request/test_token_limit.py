@@ -8,7 +8,6 @@ from conftest import read_conf
 
 from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.methods.uce import UCE
-from cu_runner.models.text import find_tokens
 from cu_runner.regularizers.gradproj import GradProj
 from cu_runner.regularizers.nullspace import NullSpace
 from cu_runner.request.text_subspace import concept_vectors, prompt_vectors
@@ -29,14 +28,14 @@ def refused(call, message: str) -> None:
 
 def test_the_span_of_a_concept_is_within_the_tokens_that_are_read(model):
     assert model.num_tokens == 20
-    span = find_tokens(model.tokenizer, "torch light", f"{LONG} torch light")
+    span = model.prompts.parts[0].find("torch light", f"{LONG} torch light")
     assert span.start > 19
     refused(
         lambda: model.token_span("torch light", f"{LONG} torch light"),
         r"^'torch light' lies beyond the 20 tokens that the model reads of the prompt 'a fish "
         r"and .*torch light'; shorten the prompt, or name it earlier$",
     )
-    own = find_tokens(model.tokenizer, "torch light", "torch light")
+    own = model.prompts.parts[0].find("torch light", "torch light")
     room = 19 - (own.stop - own.start) - 1  # tokens before it, so that it ends as the last one
     words = " ".join(["tree"] * room)
     assert len(model.tokenizer(words).input_ids) == room + 2

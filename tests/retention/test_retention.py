@@ -364,7 +364,7 @@ def test_the_numbers_are_those_of_the_images(model, tmp_path):
         "kid": None,
     }
     with torch.no_grad():
-        for parameter in model.unet.parameters():
+        for parameter in model.denoiser.parameters():
             parameter.mul_(0.9)
     after, found = vectors(), retention.measure(1)
     assert found["clip_score"] == pytest.approx(

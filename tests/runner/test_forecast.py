@@ -55,7 +55,7 @@ def test_work_of_the_three_settings():
 def test_size_of_the_weights_without_loading_them(model):
     for group in ("kv_xattn", "xattn", "full"):
         expected = 4 * sum(
-            parameter.numel() for parameter in select_parameters(model.unet, group).values()
+            parameter.numel() for parameter in select_parameters(model.denoiser, group).values()
         )
         assert delta_bytes("package:shapecanvas/weights/pipeline", None, group) == expected
 

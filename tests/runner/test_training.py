@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cu_runner.methods._forgetting import add_gradient
 from cu_runner.methods.base import Method
-from cu_runner.models.diffusion import load_model
+from cu_runner.models.loading import load_model
 from cu_runner.models.parameters import assign, select_parameters, snapshot, subtract
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.regularizers.gradproj import orthogonal_projector
@@ -295,10 +295,14 @@ def test_a_closed_form_has_no_loss_for_a_penalty():
 def test_only_the_weights_in_scope_change_and_no_gradient_is_left(make_scope, settings, model):
     scope = make_scope()
     others = snapshot(
-        {name: weight for name, weight in model.unet.named_parameters() if name not in scope.params}
+        {
+            name: weight
+            for name, weight in model.denoiser.named_parameters()
+            if name not in scope.params
+        }
     )
     erase(scope, Pull(), {}, settings(steps=2))
-    now = dict(model.unet.named_parameters())
+    now = dict(model.denoiser.named_parameters())
     assert all(torch.equal(now[name], before) for name, before in others.items())
     assert all(not torch.equal(now[name], before) for name, before in scope.base.items())
     assert not any(weight.requires_grad for weight in now.values())
@@ -391,8 +395,8 @@ def channels_last(make_scope):
     in.
     """
     model = load_model("package:shapecanvas/weights/pipeline", 64, Sampler(2, 2.5))
-    model.unet.to(memory_format=torch.channels_last)
-    params = select_parameters(model.unet, "full")
+    model.denoiser.to(memory_format=torch.channels_last)
+    params = select_parameters(model.denoiser, "full")
     assert any(not parameter.is_contiguous() for parameter in params.values())
     return dataclasses.replace(
         make_scope(), model=model, params=params, start=snapshot(params), base=snapshot(params)

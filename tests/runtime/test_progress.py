@@ -60,13 +60,13 @@ def test_work_that_goes_on_counts_what_was_done_before_but_not_as_fast(clock, li
 
 def test_sampling_counts_every_denoising_step(model, clock, lines, monkeypatch):
     """A batch of large images takes minutes; half of it done is half of its images."""
-    real = type(model).unet_output
+    real = type(model).output
 
     def slowly(self, *arguments):
         clock(6)
         return real(self, *arguments)
 
-    monkeypatch.setattr(type(model), "unet_output", slowly)
+    monkeypatch.setattr(type(model), "output", slowly)
     list(generate(model, ["a"] * 4, [0, 1, 2, 3], Sampler(4, 1), batch_size=4, label="evaluate"))
     assert lines()[0] == "   evaluate: 2 of 4 images, about 12 s left"
 

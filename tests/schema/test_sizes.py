@@ -18,7 +18,7 @@ from cu_runner.concepts.entries import read_file
 from cu_runner.concepts.prompt_csv import read_prompts
 from cu_runner.concepts.requests import plan_requests
 from cu_runner.concepts.sequence_file import make_sequence
-from cu_runner.models.diffusion import load_model
+from cu_runner.models.loading import load_model
 from cu_runner.reporting.table_spec import read_table
 from cu_runner.runner.forecast import plan_work
 from cu_runner.schema.errors import ConfigError, ModelError, StoreError, SweepError

@@ -144,7 +144,7 @@ def test_output_change_by_hand():
 
 
 def test_output_change_of_the_model(model):
-    base = select_parameters(model.unet, "kv_xattn")
+    base = select_parameters(model.denoiser, "kv_xattn")
     doubled = {name: weight.detach() for name, weight in base.items()}
     assert output_change(
         base, doubled, model.encode_prompts(["a tree image"]).hidden

@@ -50,7 +50,7 @@ class Scale:
         self.weight = nn.Parameter(torch.tensor(weights), requires_grad=False)
         self.power = power
 
-    def predict_noise(self, noisy, timesteps, text):
+    def predict(self, noisy, timesteps, text):
         return noisy * (self.weight**self.power).view(1, -1, 1, 1)
 
 

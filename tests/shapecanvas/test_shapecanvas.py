@@ -199,7 +199,7 @@ def test_the_judges_are_right_on_fresh_images(evaluator):
 
 
 def test_the_text_encoder_leaves_room_beside_the_auxiliary_names(loaded_model):
-    assert loaded_model.unet.config.cross_attention_dim == 512
+    assert loaded_model.denoiser.config.cross_attention_dim == 512
 
 
 def test_the_saved_base_accuracy():

@@ -1,0 +1,106 @@
+"""The parts of a pipeline with a transformer: Stable Diffusion 3, FLUX, PixArt, Sana."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from cu_runner.models.architectures import architecture_of
+from cu_runner.models.components import Components
+from cu_runner.models.image_space import Autoencoder, DeepAutoencoder, ImageSpace
+from cu_runner.models.process import is_flow
+from cu_runner.models.prompt_encoders import (
+    FluxText,
+    GemmaText,
+    JointText,
+    MaskedText,
+    PromptEncoder,
+)
+from cu_runner.models.text import TextSource
+from cu_runner.runtime.lazy import diffusers, nn, torch
+
+# Pipelines of diffusers, by the class of their denoiser.
+TEXTS: dict[str, type[PromptEncoder]] = {
+    "SD3Transformer2DModel": JointText,
+    "FluxTransformer2DModel": FluxText,
+    "PixArtTransformer2DModel": MaskedText,
+    "SanaTransformer2DModel": GemmaText,
+}
+PIPELINES = {
+    "SD3Transformer2DModel": "StableDiffusion3Pipeline",
+    "FluxTransformer2DModel": "FluxPipeline",
+    "PixArtTransformer2DModel": "PixArtSigmaPipeline",
+    "SanaTransformer2DModel": "SanaPipeline",
+}
+# The largest shift of sampling, where the scheduler names none; of the pipelines.
+MAX_SHIFT = {"SD3Transformer2DModel": 1.16, "FluxTransformer2DModel": 1.15}
+
+
+@dataclass(frozen=True)
+class TransformerComponents(Components):
+    """As Components, of a latent model with a transformer.
+
+    text_encoders, tokenizers: those that there are, in the order of their names in a directory.
+    """
+
+    @property
+    def kind(self) -> str:
+        """Return the class of the denoiser, by name."""
+        return type(self.denoiser).__name__
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Return False: two text encoders are not SDXL's."""
+        return False
+
+    def with_denoiser(self, denoiser: nn.Module) -> TransformerComponents:
+        """Return the same parts with another denoiser."""
+        return replace(self, denoiser=denoiser)
+
+    def text_source(self, device: torch.device) -> TextSource:
+        """Return the text encoders with their tokenizers."""
+        return TEXTS[self.kind](self, device)
+
+    def image_space(self, *, slicing: bool) -> ImageSpace:
+        """Return the autoencoder, which decodes in fp32 where its file says so."""
+        deep = isinstance(self.vae, diffusers.AutoencoderDC)
+        made = DeepAutoencoder if deep else Autoencoder
+        fp32 = bool(self.vae.config.get("force_upcast", False))
+        multiple = architecture_of(self.denoiser).multiple
+        return made(self.vae, slicing=slicing, fp32=fp32, multiple=multiple)
+
+    def scheduler_changes(self, config: Mapping[str, Any]) -> dict[str, object]:
+        """Return no changes: these pipelines believe their checkpoint."""
+        return {}
+
+    def set_timesteps(
+        self,
+        scheduler: diffusers.SchedulerMixin,
+        steps: int,
+        latent_side: int,
+        device: torch.device,
+    ) -> None:
+        """Set denoising steps as the pipelines do, shifted by the number of patches where asked.
+
+        FLUX's start at a noise level of 1 and end at 1 / steps, before they are shifted.
+        """
+        config = scheduler.config
+        more: dict[str, object] = {}
+        taken = inspect.signature(scheduler.set_timesteps).parameters
+        if is_flow(scheduler) and config.get("use_dynamic_shifting") and "mu" in taken:
+            more["mu"] = shift_of(config, (latent_side // 2) ** 2, MAX_SHIFT.get(self.kind, 1.15))
+        if self.kind == "FluxTransformer2DModel" and "sigmas" in taken:
+            more["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+        scheduler.set_timesteps(steps, device=device, **more)
+
+
+def shift_of(config: Mapping[str, Any], patches: int, largest: float) -> float:
+    """Return mu, linear in the number of patches   (Esser et al. 2024, Sec. 5.3.2)."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, most = config.get("base_shift", 0.5), config.get("max_shift", largest)
+    slope = (most - base) / (high - low)
+    return float(patches * slope + (base - slope * low))
