@@ -297,8 +297,10 @@ def t5_config(tiny: bool) -> transformers.T5Config:
 
 def gemma_config(tiny: bool) -> transformers.Gemma2Config:
     """Return the configuration of Gemma 2 2B, which is the default one."""
-    small = dict(
-        vocab_size=len(gemma_pieces()[0]) if tiny else 0,
+    if not tiny:
+        return transformers.Gemma2Config()
+    return transformers.Gemma2Config(
+        vocab_size=len(gemma_pieces()[0]),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -308,7 +310,6 @@ def gemma_config(tiny: bool) -> transformers.Gemma2Config:
         query_pre_attn_scalar=8,
         max_position_embeddings=1024,
     )
-    return transformers.Gemma2Config(**(small if tiny else {}))
 
 
 def scheduler_of(kind: str) -> diffusers.SchedulerMixin:
