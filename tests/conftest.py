@@ -207,6 +207,19 @@ def pipelines(random_pipeline, shared):
     return {kind: root / kind for kind in kinds}
 
 
+@pytest.fixture(scope="session")
+def transformers_on_disk(random_pipeline, shared):
+    """A small diffusers directory of every kind with a transformer, with random weights."""
+
+    def make(root: Path) -> list[str]:
+        for kind in random_pipeline.TRANSFORMERS:
+            random_pipeline.make_transformer_pipeline(kind, root / kind, tiny=True)
+        return list(random_pipeline.TRANSFORMERS)
+
+    kinds, root = shared("transformers", make)
+    return {kind: root / kind for kind in kinds}
+
+
 @pytest.fixture
 def pipeline_of(pipelines, tmp_path):
     """Returns copy(kind) -> a copy of its directory, to be damaged."""

@@ -53,6 +53,9 @@ class Checkpoint(Protocol):
     ) -> None:
         """Set a scheduler's denoising steps, for latents of that side."""
 
+    def pipeline(self, scheduler: diffusers.SchedulerMixin) -> diffusers.DiffusionPipeline:
+        """Return the pipeline of diffusers that shares the parts, with this scheduler."""
+
     def configuration(self) -> dict[str, object]:
         """Return what of the components is no weight and changes images."""
 
@@ -119,6 +122,29 @@ class Components:
         """Set a scheduler's denoising steps."""
         scheduler.set_timesteps(steps, device=device)
 
+    def pipeline(self, scheduler: diffusers.SchedulerMixin) -> diffusers.DiffusionPipeline:
+        """Return a StableDiffusionPipeline, or of two text encoders that of SDXL."""
+        shared = {
+            "vae": self.vae,
+            "text_encoder": self.text_encoders[0],
+            "tokenizer": self.tokenizers[0],
+            "unet": self.denoiser,
+            "scheduler": scheduler,
+            "feature_extractor": None,
+            "image_encoder": None,
+        }
+        if self.is_sdxl:
+            return diffusers.StableDiffusionXLPipeline(
+                **shared,
+                text_encoder_2=self.text_encoders[1],
+                tokenizer_2=self.tokenizers[1],
+                force_zeros_for_empty_prompt=self.zero_empty_prompt,
+                add_watermarker=False,
+            )
+        return diffusers.StableDiffusionPipeline(
+            **shared, safety_checker=None, requires_safety_checker=False
+        )
+
     def configuration(self) -> dict[str, object]:
         """Return the configurations of all parts."""
         return {
@@ -172,6 +198,10 @@ class ClassComponents:
     ) -> None:
         """Set a scheduler's denoising steps."""
         scheduler.set_timesteps(steps, device=device)
+
+    def pipeline(self, scheduler: diffusers.SchedulerMixin) -> diffusers.DiffusionPipeline:
+        """Return a DDPMPipeline, which asks for no class: it is for saving."""
+        return diffusers.DDPMPipeline(self.denoiser, scheduler)
 
     def configuration(self) -> dict[str, object]:
         """Return the configurations of both parts, and the classes."""

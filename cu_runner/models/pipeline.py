@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-from cu_runner.models.components import ClassComponents, latent_parts
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.gates import GatedLinear
 from cu_runner.models.sampling import make_scheduler
@@ -17,8 +16,9 @@ from cu_runner.schema.errors import ModelError
 
 
 def make_pipeline(model: DiffusionModel) -> diffusers.DiffusionPipeline:
-    """Return a StableDiffusionPipeline, or a StableDiffusionXLPipeline of two text encoders; of a
-    pixel model with classes a DDPMPipeline, which is for saving: it asks for no class.
+    """Return the pipeline of the model's kind: a StableDiffusionPipeline, -XLPipeline, -3Pipeline,
+    FluxPipeline, PixArtSigmaPipeline or SanaPipeline; of a pixel model with classes a DDPMPipeline,
+    which is for saving: it asks for no class.
 
     It has no safety checker, the scheduler of the model's own sampler, and the weights as they are
     in the model. Called with the noise of an image (`latents`), and the sampler's steps and
@@ -32,29 +32,7 @@ def make_pipeline(model: DiffusionModel) -> diffusers.DiffusionPipeline:
             "the model has gates before its keys and values (reg=gate), which diffusers does not "
             "know; put the gates into a pipeline by cu_runner.models.gates.load_gates"
         )
-    if isinstance(model.components, ClassComponents):
-        return diffusers.DDPMPipeline(model.denoiser, plain_scheduler(model))
-    parts = latent_parts(model.components, "a pipeline")
-    shared = {
-        "vae": parts.vae,
-        "text_encoder": parts.text_encoders[0],
-        "tokenizer": parts.tokenizers[0],
-        "unet": parts.denoiser,
-        "scheduler": plain_scheduler(model),
-        "feature_extractor": None,
-        "image_encoder": None,
-    }
-    if len(parts.text_encoders) == 2:
-        return diffusers.StableDiffusionXLPipeline(
-            **shared,
-            text_encoder_2=parts.text_encoders[1],
-            tokenizer_2=parts.tokenizers[1],
-            force_zeros_for_empty_prompt=parts.zero_empty_prompt,
-            add_watermarker=False,
-        )
-    return diffusers.StableDiffusionPipeline(
-        **shared, safety_checker=None, requires_safety_checker=False
-    )
+    return model.components.pipeline(plain_scheduler(model))
 
 
 def plain_scheduler(model: DiffusionModel) -> diffusers.SchedulerMixin:

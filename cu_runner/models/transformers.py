@@ -97,6 +97,24 @@ class TransformerComponents(Components):
             more["sigmas"] = np.linspace(1.0, 1 / steps, steps)
         scheduler.set_timesteps(steps, device=device, **more)
 
+    def pipeline(self, scheduler: diffusers.SchedulerMixin) -> diffusers.DiffusionPipeline:
+        """Return the pipeline of its denoiser; what this model lacks is None in it."""
+        made = getattr(diffusers, PIPELINES[self.kind])
+        parts: dict[str, object] = {
+            "transformer": self.denoiser,
+            "vae": self.vae,
+            "scheduler": scheduler,
+        }
+        for number, suffix in enumerate(("", "_2", "_3")):
+            here = number < len(self.text_encoders)
+            parts[f"text_encoder{suffix}"] = self.text_encoders[number] if here else None
+            parts[f"tokenizer{suffix}"] = self.tokenizers[number] if here else None
+        taken = inspect.signature(made.__init__).parameters
+        pipeline: diffusers.DiffusionPipeline = made(
+            **{name: part for name, part in parts.items() if name in taken}
+        )
+        return pipeline
+
 
 def shift_of(config: Mapping[str, Any], patches: int, largest: float) -> float:
     """Return mu, linear in the number of patches   (Esser et al. 2024, Sec. 5.3.2)."""

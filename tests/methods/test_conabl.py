@@ -372,7 +372,7 @@ def stream(scope, number: int, **options) -> list:
 
 def equal(a, b) -> bool:
     tensors = [
-        (one.noisy, one.noise, one.timesteps, *(text.hidden for text in one.texts))
+        (one.noisy, one.wanted, one.timesteps, *(text.hidden for text in one.texts))
         for one in (a, b)
     ]
     return all(torch.equal(x, y) for x, y in zip(*tensors, strict=True))
@@ -381,9 +381,9 @@ def equal(a, b) -> bool:
 def test_batches_depend_on_seed_request_and_step_alone(make_scope):
     first, again = stream(make_scope(), 3), stream(make_scope(), 3)
     assert all(equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not any(torch.equal(a.noise, b.noise) for a, b in itertools.combinations(first, 2))
+    assert not any(torch.equal(a.wanted, b.wanted) for a, b in itertools.combinations(first, 2))
     for other in (make_scope(seed=1), make_scope(request=2)):
-        assert not torch.equal(stream(other, 1)[0].noise, first[0].noise)
+        assert not torch.equal(stream(other, 1)[0].wanted, first[0].wanted)
     torch.manual_seed(123)
     assert equal(stream(make_scope(), 1)[0], first[0])
 
@@ -397,7 +397,7 @@ def test_a_batch_is_an_anchor_image_under_noise_with_both_prompts_of_its_caption
     (batch,) = stream(scope, 1)
     assert batch.noisy.shape == batch.wanted.shape == (8, 6, 16, 16)
     assert batch.timesteps.shape == (8,)
-    ab = model.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+    ab = model.process.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
     clean = (batch.noisy - (1 - ab).sqrt() * batch.wanted) / ab.sqrt()
     seen = set()
     for row in range(8):
@@ -417,7 +417,7 @@ def test_flip_mirrors_some_images(make_scope):
     scope = make_scope(batch_size=16)
     latents = scope.anchors([], NUM_ANCHORS)
     (batch,) = stream(scope, 1, flip=True)
-    ab = scope.model.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+    ab = scope.model.process.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
     flipped = 0
     for row in range(16):
         known = (

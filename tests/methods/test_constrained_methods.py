@@ -154,7 +154,7 @@ def test_reverse_kl_bound_is_a_multiple_of_the_divergence_at_the_start(scope):
 def test_reverse_kl_in_nats_weighs_noise_levels(scope):
     method = begin(MAKE["reverse_kl"](weighting="snr"), scope)
     batches = [method.batch(scope, step) for step in range(3)]
-    alphas = scope.model.alphas_cumprod.double()
+    alphas = scope.model.process.alphas_cumprod.double()
     for batch in batches:
         t = batch.timesteps[0].item()
         weight = (

@@ -126,7 +126,7 @@ def test_qhat_by_hand(scope, inner_optimizer):  # noqa: F811
     gradients(scope)
     assert len(batch.inner) == 3
     assert not any(
-        torch.equal(a.noise, b.noise)
+        torch.equal(a.wanted, b.wanted)
         for a, b in itertools.combinations([*batch.inner, batch.outer.forget], 2)
     )
     before, weights = snapshot(scope.params), list(scope.params.values())

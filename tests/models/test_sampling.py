@@ -160,7 +160,7 @@ def test_a_partly_denoised_sample_goes_on_to_the_whole(model, scheduler):
     text, at = model.encode_prompts(PROMPTS[:2]), timestep.long().expand(2)
     with torch.no_grad():
         eps = model.predict(partly, at, text)
-    alpha_bar = model.alphas_cumprod[at].view(-1, 1, 1, 1)
+    alpha_bar = model.process.alphas_cumprod[at].view(-1, 1, 1, 1)
     clean = (partly - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
     whole = sample_latents(model, PROMPTS[:2], SEEDS[:2], sampler)
     assert (clean - whole).pow(2).mean() < 0.1 * whole.pow(2).mean()
@@ -220,7 +220,7 @@ def test_v_prediction_identity(model):
             model.output(noisy, timesteps, text),
             other.predict(noisy, timesteps, text),
         )
-    ab = other.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    ab = other.process.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     x_0 = ab.sqrt() * noisy - (1 - ab).sqrt() * v
     torch.testing.assert_close(scheduler.get_velocity(x_0, eps, timesteps), v, atol=1e-5, rtol=0)
     torch.testing.assert_close(scheduler.add_noise(x_0, eps, timesteps), noisy, atol=1e-5, rtol=0)

@@ -104,7 +104,7 @@ def test_the_pictures_of_the_target_are_what_is_trained_on(make_scope, of, tmp_p
     batch = images.draw(torch.Generator().manual_seed(0), 20)
     clean = (
         batch.noisy - scope.model.add_noise(0 * batch.noisy, batch.wanted, batch.timesteps)
-    ) / (scope.model.alphas_cumprod[batch.timesteps].sqrt().view(-1, 1, 1, 1))
+    ) / (scope.model.process.alphas_cumprod[batch.timesteps].sqrt().view(-1, 1, 1, 1))
     texts = scope.model.encode_prompts(prompts).hidden
     seen = set()
     # a clean latent is told from the noised one only where there is little noise
