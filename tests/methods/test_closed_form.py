@@ -28,7 +28,7 @@ from cu_runner.methods.oce import OCE
 from cu_runner.methods.speed import SPEED
 from cu_runner.methods.uce import UCE
 from cu_runner.models.parameters import assign, snapshot
-from cu_runner.models.text import PromptEncoder
+from cu_runner.models.prompt_encoders import PromptEncoder
 from cu_runner.regularizers.gradproj import GradProj
 from cu_runner.regularizers.minvar import MinVar
 from cu_runner.regularizers.nullspace import NullSpace
