@@ -28,7 +28,7 @@ from cu_runner.methods.oce import OCE
 from cu_runner.methods.speed import SPEED
 from cu_runner.methods.uce import UCE
 from cu_runner.models.parameters import assign, snapshot
-from cu_runner.models.prompt_encoders import PromptEncoder
+from cu_runner.models.prompt_encoders import ClipText
 from cu_runner.regularizers.gradproj import GradProj
 from cu_runner.regularizers.minvar import MinVar
 from cu_runner.regularizers.nullspace import NullSpace
@@ -164,7 +164,7 @@ def test_a_cumulative_request_has_all_targets_by_name_and_no_earlier_ones(make_s
 def test_text_is_bitwise_the_same_whatever_it_is_encoded_with(loaded_model, sequence):
     """A process that begins later encodes prompts together that another encoded apart."""
     prompts = [prompt for name in sequence.vocabulary for prompt in sequence.prompts_naming(name)]
-    encoders = [PromptEncoder(loaded_model.components, loaded_model.device) for _ in range(2)]
+    encoders = [ClipText(loaded_model.components, loaded_model.device) for _ in range(2)]
     whole = encoders[0](prompts).hidden
     for start, stop in ((3, 4), (50, 67), (0, len(prompts))):
         assert torch.equal(encoders[1](prompts[start:stop]).hidden, whole[start:stop])
