@@ -164,9 +164,11 @@ class TextPart:
 
     @functools.cached_property
     def begin(self) -> int:
-        """Return the position of a prompt's first own token; what is left of a prefix has one."""
-        begins = self.tokenizer("a").input_ids[0] != self.tokens("a")[0]
-        return begins + bool(self.skipped)
+        """Return the first position that may be a prompt's own token, behind a token of its begin.
+
+        The last token of a prefix is there, or the first of the prompt, where the two are one.
+        """
+        return int(self.tokenizer("a").input_ids[0] != self.tokens("a")[0])
 
     def end(self, prompt: str) -> int:
         """Return the position of a prompt's end, which is the number of those before it."""
