@@ -336,9 +336,9 @@ def test_bf16_loses_nothing_of_what_was_trained_before():
     for name, change in second.delta.items():
         assert torch.equal(weights[name], (base[name] + change).to(weights[name].dtype))
     plain = second.pipeline()  # for others, in fp32
-    assert {each.dtype for each in plain.denoiser.parameters()} == {torch.float32}
+    assert {each.dtype for each in plain.unet.parameters()} == {torch.float32}
     for name, change in second.delta.items():
-        assert torch.equal(plain.denoiser.get_parameter(name), base[name] + change)
+        assert torch.equal(plain.unet.get_parameter(name), base[name] + change)
 
 
 def test_gates_for_other_words_are_not_mixed_up(untouched, tmp_path):
