@@ -274,6 +274,13 @@ def unread_letters(tokenizer: PreTrainedTokenizerBase) -> str:
 def mismatches_of_noise(parts: Checkpoint) -> Iterator[str]:
     """Yield why the UNet's predictions cannot be read by the scheduler's noise levels."""
     scheduler = parts.scheduler.config
+    if is_flow(parts.scheduler):
+        yield (
+            f"the scheduler {type(parts.scheduler).__name__} samples a rectified flow, and "
+            f"{type(parts.denoiser).__name__} is known to predict noise or v; give one such as "
+            "DDIMScheduler"
+        )
+        return
     predicted = scheduler.prediction_type
     if predicted not in ("epsilon", "v_prediction"):
         yield f"prediction type {predicted!r}; epsilon and v_prediction are known"
