@@ -304,12 +304,11 @@ def base_name(model: ConfigTree) -> str:
 
 
 def base_remark(model: ConfigTree) -> str:
-    """Return a comment where the base model is not on the hub, or is not whole."""
-    path, shared = str(model["path"]), str(model.get("shared") or "").removeprefix(PACKAGED)
-    lent = f"; what it lacks is in {shared}: give it by name" if shared else ""
+    """Return a comment where the base model is not on the hub."""
+    path = str(model["path"])
     if path.startswith(PACKAGED):
-        return f"  # {path.removeprefix(PACKAGED)} in the installed package cu_runner{lent}"
-    return f"  # the base model{lent}; its sha256 is below" if lent or not hub_id(model) else ""
+        return f"  # {path.removeprefix(PACKAGED)} in the installed package cu_runner"
+    return "" if hub_id(model) else "  # the base model; its sha256 is below"
 
 
 def is_single_file(model: ConfigTree) -> bool:
