@@ -449,7 +449,7 @@ COCO = (
         (
             ("method=esd", "method.variant=esd-u", "reg=gradproj"),
             "reg.gradproj",
-            "reg.gradproj projects cross-attention keys",
+            "reg=gradproj projects on what the texts of other prompts do not span, by weights",
         ),
         (
             ("reg=merge", "reg.merge.lam=[]"),

@@ -148,8 +148,8 @@ def test_a_pickle_that_would_run_code_does_not(pipeline_of, tmp_path):
             "model_index.json",
             {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]},
             (
-                "the scheduler FlowMatchEulerDiscreteScheduler: has no noise schedule of a "
-                "diffusion model"
+                "the scheduler FlowMatchEulerDiscreteScheduler samples a rectified flow, and "
+                "UNet2DConditionModel is known to predict noise or v"
             ),
         ),
     ],

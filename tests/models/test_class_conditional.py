@@ -254,7 +254,7 @@ def test_prompts_of_a_sequence_must_be_classes(model):
     sequence = make_sequence(**SEQUENCE | {"target_prompt": "a {concept}"})
     with pytest.raises(ModelError, match="no class 'a tree'"):
         check_prompts(model, sequence)
-    with pytest.raises(ValueError, match="begin_token=detached: the model reads the names"):
+    with pytest.raises(ValueError, match="begin_token=detached: UNet2DModel makes no keys"):
         model.begin_token_detached()
 
 
@@ -324,7 +324,7 @@ def test_a_run_that_cannot_be_is_refused_in_a_line(run_on_it):
         (["method=uce"], "method=uce solves for keys and values, which are linear in the text"),
         ([*RGD, "reg=gradproj"], "reg=gradproj projects on what the texts of other prompts"),
         ([*RGD, "recovery=inversion"], "recovery=inversion trains the embedding of a word"),
-        (RGD[:1], "method.params=kv_xattn: the UNet has no such parameters"),
+        (RGD[:1], "method.params=kv_xattn: UNet2DModel has no such parameters"),
         ([*RGD, "sequence.anchors.tree=bush"], "the model has no class 'bush'"),
     ):
         status, _, err = run_on_it(*words)

@@ -2,11 +2,15 @@
 
 import math
 
+import diffusers
 import pytest
 import torch
 from torch import nn
 
+from cu_runner.models.loading import load_model
 from cu_runner.models.parameters import MOVED, assign, drift, select_parameters, snapshot, subtract
+from cu_runner.schema.errors import ModelError
+from cu_runner.schema.settings import Sampler
 
 
 def test_groups_of_the_embedded_unet(model):
@@ -17,6 +21,7 @@ def test_groups_of_the_embedded_unet(model):
     assert all(
         parameter.shape[1] == model.denoiser.config.cross_attention_dim for parameter in kv.values()
     )
+    assert list(select_parameters(model.denoiser, "text_linear")) == list(kv)
     layers = {name.rpartition(".to_")[0] for name in kv}
     assert len(kv) == 2 * len(layers) > 0
     # to_q, to_k, to_v, and to_out with its bias
@@ -47,12 +52,48 @@ def test_cross_attention_and_the_rest_are_the_whole_unet(model):
 
 
 def test_a_unet_without_cross_attention_is_refused():
+    unet = diffusers.UNet2DModel(
+        8,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
     message = (
-        r"^method.params=kv_xattn: the UNet has no such parameters; it needs cross-attention "
-        r"layers \(attn2\). method.params=full trains all weights, layers all but normalisations$"
+        r"^method.params=kv_xattn: UNet2DModel has no such parameters; it needs attention to a "
+        r"text. method.params=full trains all weights, layers all but normalisations$"
     )
     with pytest.raises(ValueError, match=message):
+        select_parameters(unet, "kv_xattn")
+    with pytest.raises(ModelError, match="^Linear is no known denoiser; known are UNet2DCond"):
         select_parameters(nn.Linear(2, 2), "kv_xattn")
+
+
+@pytest.mark.parametrize(
+    ("kind", "linear", "keys", "both"),
+    [
+        ("sd3_medium", ["context_embedder.weight"], "attn.add_k_proj.weight", 3),
+        ("flux_dev", ["context_embedder.weight"], "attn.add_k_proj.weight", 2),
+        ("pixart_sigma", ["caption_projection.linear_1.weight"], "attn2.to_k.weight", 2),
+        ("sana", ["caption_projection.linear_1.weight"], "attn2.to_k.weight", 2),
+    ],
+)
+def test_what_reads_the_text_of_a_transformer(transformers_on_disk, kind, linear, keys, both):
+    denoiser = load_model(str(transformers_on_disk[kind]), 64, Sampler(2, 1.0)).denoiser
+
+    def chosen(group: str) -> list[str]:
+        return list(select_parameters(denoiser, group))
+
+    assert chosen("text_linear") == linear
+    assert all(name.endswith(keys) for name in chosen("k_xattn"))
+    assert len(chosen("k_xattn")) == len(chosen("v_xattn")) == both
+    assert set(chosen("kv_xattn")) <= set(chosen("xattn")) < set(chosen("full"))
+    assert {*linear, *chosen("kv_xattn")} < set(chosen("reads_text"))
+    assert set(chosen("xattn")).isdisjoint(chosen("non_xattn"))
+    image = [name for name in chosen("full") if "x_embedder" in name or "patch_embed" in name]
+    assert image
+    assert set(image).isdisjoint(chosen("reads_text"))
 
 
 def test_subtract_and_assign_are_inverse():

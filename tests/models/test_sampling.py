@@ -195,12 +195,15 @@ def with_scheduler(model, scheduler) -> DiffusionModel:
     )
 
 
-@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "KarrasVeScheduler"])
-def test_a_scheduler_without_the_noise_of_a_diffusion_model_is_one_line(model, name):
-    with pytest.raises(
-        ValueError,
-        match=rf"^scheduler={name}: has no noise schedule .*; give one such as DDIMScheduler$",
-    ):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", "samples no diffusion, which the model is; give one"),
+        ("KarrasVeScheduler", "has no noise schedule .*; give one such as DDIMScheduler or Flow"),
+    ],
+)
+def test_a_scheduler_without_the_noise_of_a_diffusion_model_is_one_line(model, name, said):
+    with pytest.raises(ValueError, match=rf"^scheduler={name}: {said}"):
         sample_latents(model, PROMPTS[:1], SEEDS[:1], Sampler(2, 1, name))
 
 

@@ -335,7 +335,7 @@ def test_bad_settings_are_refused(make_scope, tmp_path):
     scope = make_scope()
     outside = {"conv_in.weight": scope.model.denoiser.conv_in.weight}
     with pytest.raises(
-        ValueError, match=r"^reg.nullspace projects cross-attention keys and values"
+        ValueError, match=r"^reg.nullspace projects weights that are linear in the text"
     ):
         begun(NullSpace(), dataclasses.replace(scope, params=outside))
 

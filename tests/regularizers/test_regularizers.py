@@ -315,8 +315,8 @@ def test_a_group_without_keys_and_values_is_refused(make_scope):
     with pytest.raises(
         ValueError,
         match=(
-            r"^reg.gradproj projects cross-attention keys and values, and method.params trains "
-            r"none"
+            r"^reg.gradproj projects weights that are linear in the text encoder's output, and "
+            r"method.params trains none .*text_linear"
         ),
     ):
         GradProj().begin_request(dataclasses.replace(scope, params=outside), METHOD)
