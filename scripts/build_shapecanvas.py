@@ -5,6 +5,7 @@
     python scripts/build_shapecanvas.py --only open_clip   # the image-text model alone
     python scripts/build_shapecanvas.py --only measure       # base accuracy, in other words too
     python scripts/build_shapecanvas.py --only measure_clip  # how well open_clip names images
+    python scripts/build_shapecanvas.py --only flow measure_flow  # the transformer, in --out/flow
 
 Other sizes of the UNet, or half of the training pairs, in the same world (for the study `sizes`):
 copy every checkpoint but unet.pt to another --work, and give it and another --out:
@@ -16,6 +17,9 @@ Stages: vae | text -> style, object, open_clip (beside the VAE) -> unet -> pack 
 saves a checkpoint every minute under --work and is skipped once it is finished. Results go to
 --out: an ordinary `StableDiffusionPipeline` directory, the two classifier directories, the
 open_clip directory and base_accuracy.json. Classifiers and open_clip see rendered images only.
+
+The stage `flow` is no part of the whole build. It needs --out/pipeline, whose text encoder and
+autoencoder the transformer is trained with and later shares (model.shared).
 
 Shapes: B batch, L tokens, D text width, N cached latents.
 """
@@ -41,26 +45,36 @@ import torch.nn.functional as F
 import yaml
 from diffusers import (
     AutoencoderKL,
-    DPMSolverMultistepScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from shapecanvas_parts import (
+    NUM_TOKENS,
+    TEXT_WIDTH,
+    clip_config,
+    make_classifier,
+    make_flow_scheduler,
+    make_scheduler,
+    make_text_encoder,
+    make_tokenizer,
+    make_transformer,
+    make_unet,
+    make_vae,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    ResNetConfig,
-    ResNetForImageClassification,
-)
+from transformers import CLIPTextModel, CLIPTokenizer, ResNetForImageClassification
 
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.evaluators.classifier import Classifier
 from cu_runner.evaluators.evaluate import evaluate
 from cu_runner.evaluators.open_clip import OpenClip
-from cu_runner.models.diffusion import DiffusionModel, load_model
+from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.loading import load_model
+from cu_runner.models.process import RectifiedFlow
 from cu_runner.models.sampling import generate
 from cu_runner.schema.settings import EvalSettings, Sampler
 from cu_runner.shapecanvas.captions import FORMS, SYNONYMS, draw_caption, first_caption
@@ -68,7 +82,6 @@ from cu_runner.shapecanvas.objects import OBJECTS
 from cu_runner.shapecanvas.render import IMAGE_SIZE, render
 from cu_runner.shapecanvas.styles import STYLE_PARTS, STYLES
 
-TEXT_WIDTH, NUM_TOKENS = 512, 20
 LATENTS_CHUNK = 240  # images rendered and encoded at once
 LATENTS_PER_PAIR = 12  # renders of each (object, style) pair whose latents the UNet trains on
 CAPTIONS_PER_PAIR = 7  # the first is the one that the model is judged by, the others are drawn
@@ -83,6 +96,15 @@ PEAK_RATE = {
     "unet": 8e-4,
     "open_clip": 2e-3,
 }
+# Of the transformer, untried: 7000 steps are under six minutes at 20 a second. Without convolutions
+# it needs more images than the UNet's 640,000, so that the batch is larger. The step size is 1e-4
+# at the width 1152 of DiT-XL (Peebles & Xie 2023), which grows as the width shrinks, to 256.
+STEPS["flow"], BATCH["flow"], PEAK_RATE["flow"] = 7000, 256, 5e-4
+# How often it sees pure noise, at which sampling begins. Logit-normal levels hardly ever come near
+# it, and below it the mean colour of a small latent shows: the palette would be read there.
+PURE_NOISE = 0.05
+FLOW_SAMPLER = Sampler(20, 2.5)  # of the transformer, untried; one step of Euler is one of its own
+SAMPLERS_TRIED = ((10, 2.5), (20, 1.5), (20, 2.5), (20, 4.0), (40, 2.5))  # steps and guidance
 TEXT_SCALE = 20.0  # inverse temperature of the contrastive loss
 WORDS_WEIGHT = 0.3  # of the loss that has a caption's end name the caption's words
 SEED = {name: 1000 + index for index, name in enumerate(STEPS)}
@@ -100,162 +122,6 @@ class Recipe:
 
 
 CONF = Path(__file__).parent.parent / "conf"
-
-
-# ------------------------------------------------------------
-# parts
-def make_vae() -> AutoencoderKL:
-    """64x64x3 images to 16x16x6 latents."""
-    return AutoencoderKL(
-        block_out_channels=(24, 48, 96),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        latent_channels=6,
-        norm_num_groups=8,
-        sample_size=IMAGE_SIZE,
-    )
-
-
-def make_tokenizer() -> CLIPTokenizer:
-    """Return a CLIP byte-pair tokenizer whose merges make every word of the world one token.
-
-    Other words fall into letters.
-    """
-    names = [*STYLES, *OBJECTS, *SYNONYMS.values()]
-    names += [style.description for style in STYLE_PARTS.values()]
-    names += [form.format(object="", style="") for forms in FORMS.values() for form in forms]
-    words = sorted({word for name in names for word in name.split()})
-    letters = [chr(code) for code in range(33, 127)]
-    vocabulary = letters + [letter + "</w>" for letter in letters]
-    merges: list[tuple[str, str]] = []
-    for word in words:
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        # what the merges of the earlier words already do to this one, in their order of priority
-        for merge in merges:
-            pieces = apply_merge(pieces, merge)
-        while len(pieces) > 1:
-            merges.append((pieces[0], pieces[1]))
-            vocabulary.append(pieces[0] + pieces[1])
-            pieces = [pieces[0] + pieces[1], *pieces[2:]]
-    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-    tokens = {token: index for index, token in enumerate(vocabulary)}
-    return CLIPTokenizer(vocab=tokens, merges=merges, model_max_length=NUM_TOKENS)
-
-
-def apply_merge(pieces: list[str], merge: tuple[str, str]) -> list[str]:
-    merged: list[str] = []
-    for piece in pieces:
-        if merged and (merged[-1], piece) == merge:
-            merged[-1] += piece
-        else:
-            merged.append(piece)
-    return merged
-
-
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=2 * TEXT_WIDTH,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        max_position_embeddings=NUM_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    encoder = CLIPTextModel(config)
-    # Words start at unit length per channel, so that training on images moves them together but
-    # each keeps a direction of its own, as the words of a large text encoder do. From the default
-    # of 0.02 all styles end up spanning few dimensions, and every style then lies in the span of
-    # the others, which no projection can tell apart.
-    embeddings = dict(encoder.named_parameters())
-    nn.init.normal_(
-        next(p for name, p in embeddings.items() if name.endswith("token_embedding.weight")),
-        std=1.0,
-    )
-    nn.init.normal_(
-        next(p for name, p in embeddings.items() if name.endswith("position_embedding.weight")),
-        std=0.3,
-    )
-    return encoder
-
-
-def make_unet(channels: tuple[int, ...]) -> UNet2DConditionModel:
-    """Return the layout of Stable Diffusion's UNet at 1/100 of its size.
-
-    Cross-attention at 8x8 and 4x4, in eleven layers. channels: of its levels, multiples of 16.
-    """
-    return UNet2DConditionModel(
-        sample_size=IMAGE_SIZE // 4,
-        in_channels=6,
-        out_channels=6,
-        block_out_channels=channels,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=2,
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=4,
-        norm_num_groups=16,
-    )
-
-
-def make_classifier(labels: tuple[str, ...]) -> ResNetForImageClassification:
-    config = ResNetConfig(
-        embedding_size=24,
-        hidden_sizes=[24, 48, 96, 160],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        id2label=dict(enumerate(labels)),
-        label2id={label: index for index, label in enumerate(labels)},
-    )
-    return ResNetForImageClassification(config)
-
-
-def clip_config(tokenizer: CLIPTokenizer) -> dict[str, object]:
-    """open_clip_config.json: an image-text model of a million weights.
-
-    Its tokenizer is the pipeline's, in the same directory.
-    """
-    text = {
-        "context_length": NUM_TOKENS,
-        "vocab_size": len(tokenizer),
-        "hf_tokenizer_name": "local",
-    }
-    model = {
-        "embed_dim": 96,
-        "vision_cfg": {
-            "image_size": IMAGE_SIZE,
-            "layers": [1, 1, 1, 1],
-            "width": 12,
-            "head_width": 16,
-        },
-        "text_cfg": text | {"width": 96, "heads": 4, "layers": 2, "mlp_ratio": 2.0},
-    }
-    return {
-        "model_cfg": model,
-        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"},
-    }
-
-
-def make_scheduler() -> DPMSolverMultistepScheduler:
-    """Stable Diffusion's noise levels with zero terminal SNR and v-prediction (Lin et al. 2023,
-    arXiv 2305.08891).
-
-    Without that the mean colour of a small latent is still visible at the last noise level: the
-    UNet reads the palette there instead of in the prompt, and draws any palette when it starts from
-    pure noise.
-    """
-    return DPMSolverMultistepScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        steps_offset=1,
-    )
 
 
 # ------------------------------------------------------------ training
@@ -279,7 +145,7 @@ def train(
 ) -> None:
     """Run the optimiser of one stage to its end, resuming from `work/<stage>.pt`.
 
-    `average` is an EMA of modules['unet'].
+    `average` is an EMA of modules[stage].
     """
     path, total = work / f"{stage}.pt", STEPS[stage]
     optimizer = torch.optim.AdamW(
@@ -317,7 +183,7 @@ def train(
             decay = min(0.999, (step + 1) / (step + 10))
             with torch.no_grad():
                 torch._foreach_lerp_(
-                    list(average.parameters()), list(modules["unet"].parameters()), 1 - decay
+                    list(average.parameters()), list(modules[stage].parameters()), 1 - decay
                 )
         if step % 20 == 0:
             smooth = loss.item() if smooth is None else 0.9 * smooth + 0.1 * loss.item()
@@ -510,7 +376,7 @@ def cache_latents(vae: AutoencoderKL, work: Path, device: str) -> Tensor:
 def encode_captions(
     text: CLIPTextModel, tokenizer: CLIPTokenizer, device: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the UNet reads in training.
+    """Return what the UNet and the transformer read in training.
 
     Half-precision states [objects + 1, styles + 1, CAPTIONS_PER_PAIR, L, D], index 0 where the
     object or the style is unsaid; the position of the end token of each [.., .., ..]; the states
@@ -546,6 +412,56 @@ def every_other(objects: Tensor, styles: Tensor) -> Tensor:
     return torch.where((objects + styles) % 2 == 0, styles, (styles + 1) % len(STYLES))
 
 
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """Latents and texts that denoisers are trained on, on the device.
+
+    latents: as cache_latents(), scaled. states, ends, empty: as encode_captions().
+    """
+
+    latents: Tensor
+    states: Tensor
+    ends: Tensor
+    empty: Tensor
+
+    def draw(
+        self, count: int, generator: torch.Generator, half_of_pairs: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return clean latents [B, 4, 16, 16], hidden states [B, L, D] and pooled text [B, D]."""
+        device = self.latents.device
+        objects = torch.randint(len(OBJECTS), (count,), generator=generator)
+        styles = torch.randint(len(STYLES), (count,), generator=generator)
+        if half_of_pairs:
+            styles = every_other(objects, styles)
+        copies = torch.randint(LATENTS_PER_PAIR, (count,), generator=generator)
+        clean = self.latents[objects.to(device), styles.to(device), copies.to(device)]
+        said = torch.rand(4, count, generator=generator)
+        form = torch.randint(1, CAPTIONS_PER_PAIR, (count,), generator=generator)
+        row = (
+            torch.where(said[0] < 0.1, 0, objects + 1).to(device),
+            torch.where(said[1] < 0.1, 0, styles + 1).to(device),
+            torch.where(said[2] < 0.4, 0, form).to(device),
+        )
+        context, end = self.states[row].float(), self.ends[row]
+        hidden = (said[3] < PADDING_HIDDEN).to(device)[:, None]
+        hidden = hidden & (torch.arange(NUM_TOKENS, device=device) >= end[:, None])
+        # the empty prompt as a whole, for classifier-free guidance
+        hidden |= (torch.rand(count, generator=generator) < 0.1).to(device)[:, None]
+        # the pooled text is the state at the end of a prompt, hidden with it; the empty prompt's
+        # end follows its begin
+        rows = torch.arange(count, device=device)
+        pooled = torch.where(hidden[rows, end][:, None], self.empty[1], context[rows, end])
+        return clean, torch.where(hidden[..., None], self.empty, context), pooled
+
+
+def cache(vae: AutoencoderKL, text: CLIPTextModel, work: Path, device: str) -> Cached:
+    """Render, encode and cache what denoisers are trained on: 0.7 GB of states."""
+    latents = cache_latents(vae, work, device)
+    states, ends, empty = encode_captions(text, make_tokenizer(), device)
+    scaled = (latents / latents.std()).to(device)
+    return Cached(scaled, states.to(device), ends.to(device), empty)
+
+
 class VelocityOf(nn.Module):
     """A UNet as a function of tensors alone, which is what a CUDA graph can hold."""
 
@@ -560,48 +476,25 @@ class VelocityOf(nn.Module):
 def train_unet(
     vae: AutoencoderKL, text: CLIPTextModel, work: Path, device: str, recipe: Recipe
 ) -> UNet2DConditionModel:
-    latents = cache_latents(vae, work, device)
-    latents = (latents / latents.std()).to(device)
-    tokenizer, scheduler = make_tokenizer(), make_scheduler()
-    states, ends, empty = encode_captions(text, tokenizer, device)
+    cached, scheduler = cache(vae, text, work, device), make_scheduler()
     unet = make_unet(recipe.channels).to(device)
     average = make_unet(recipe.channels).to(device)
     average.load_state_dict(unet.state_dict())
     count = BATCH["unet"]
-    # 0.7 GB of states: on a GPU beside the UNet
-    states, ends = states.to(device), ends.to(device)
     signals = scheduler.alphas_cumprod.sqrt().to(device)
     predict = VelocityOf(unet)
     if (
         torch.device(device).type == "cuda"
     ):  # a small UNet: launching its kernels is what takes time
         example = (
-            torch.randn(count, *latents.shape[3:], device=device),
+            torch.randn(count, *cached.latents.shape[3:], device=device),
             torch.ones(count, dtype=torch.long, device=device),
             torch.randn(count, NUM_TOKENS, TEXT_WIDTH, device=device),
         )
         predict = torch.cuda.make_graphed_callables(predict, example)
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        objects = torch.randint(len(OBJECTS), (count,), generator=generator)
-        styles = torch.randint(len(STYLES), (count,), generator=generator)
-        if recipe.half_of_pairs:
-            styles = every_other(objects, styles)
-        copies = torch.randint(LATENTS_PER_PAIR, (count,), generator=generator)
-        clean = latents[objects.to(device), styles.to(device), copies.to(device)]
-        said = torch.rand(4, count, generator=generator)
-        form = torch.randint(1, CAPTIONS_PER_PAIR, (count,), generator=generator)
-        row = (
-            torch.where(said[0] < 0.1, 0, objects + 1).to(device),
-            torch.where(said[1] < 0.1, 0, styles + 1).to(device),
-            torch.where(said[2] < 0.4, 0, form).to(device),
-        )
-        context, end = states[row].float(), ends[row]
-        hidden = (said[3] < PADDING_HIDDEN).to(device)[:, None]
-        hidden = hidden & (torch.arange(NUM_TOKENS, device=device) >= end[:, None])
-        # the empty prompt as a whole, for classifier-free guidance
-        hidden |= (torch.rand(count, generator=generator) < 0.1).to(device)[:, None]
-        context = torch.where(hidden[..., None], empty, context)
+        clean, context, _ = cached.draw(count, generator, recipe.half_of_pairs)
         noise = torch.randn(clean.shape, generator=generator).to(device)
         steps = torch.randint(1000, (count,), generator=generator).to(device)
         signal = signals[steps].view(-1, 1, 1, 1)
@@ -610,6 +503,58 @@ def train_unet(
         return F.mse_loss(predicted, signal * noise - sigma * clean)  # v, Salimans & Ho 2022
 
     train("unet", nn.ModuleDict({"unet": unet}), loss_of, work, average)
+    return average.eval()
+
+
+class FlowOf(nn.Module):
+    """A transformer as a function of tensors alone, in bf16 on a GPU.
+
+    Nothing of the autocast is kept from one pass to the next: a CUDA graph would replay it.
+    """
+
+    def __init__(self, transformer: SD3Transformer2DModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+        kind = noisy.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False):
+            output = self.transformer(
+                noisy,
+                encoder_hidden_states=context,
+                pooled_projections=pooled,
+                timestep=timesteps,
+                return_dict=False,
+            )
+        return output[0].float()
+
+
+def train_flow(cached: Cached, work: Path, device: str) -> SD3Transformer2DModel:
+    """Train the transformer on a rectified flow; returns the average of its weights."""
+    transformer, average = make_transformer().to(device), make_transformer().to(device)
+    average.load_state_dict(transformer.state_dict())
+    count = BATCH["flow"]
+    process = RectifiedFlow(make_flow_scheduler().config.num_train_timesteps)
+    predict = FlowOf(transformer)
+    if torch.device(device).type == "cuda":
+        example = (
+            torch.randn(count, *cached.latents.shape[3:], device=device),
+            torch.full((count,), 500.0, device=device),
+            torch.randn(count, NUM_TOKENS, TEXT_WIDTH, device=device),
+            torch.randn(count, TEXT_WIDTH, device=device),
+        )
+        predict = torch.cuda.make_graphed_callables(predict, example)
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        clean, context, pooled = cached.draw(count, generator)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        steps = process.draw(generator, count)
+        pure = torch.rand(count, generator=generator) < PURE_NOISE
+        steps = torch.where(pure, float(process.num_train_timesteps), steps).to(device)
+        predicted = predict(process.add_noise(clean, noise, steps), steps, context, pooled)
+        return F.mse_loss(predicted, process.target(clean, noise))
+
+    train("flow", nn.ModuleDict({"flow": transformer}), loss_of, work, average)
     return average.eval()
 
 
@@ -644,6 +589,25 @@ def pack(work: Path, out: Path, device: str, recipe: Recipe) -> None:
     pack_clip(work, out, device)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size / 2**20:.2f} MB")
+
+
+def pack_flow(work: Path, out: Path, device: str) -> None:
+    """Train the transformer with the shipped text encoder and autoencoder, and write it to
+    out/flow with its scheduler.
+    """
+    vae = AutoencoderKL.from_pretrained(out / "pipeline" / "vae").to(device).eval()
+    text = CLIPTextModel.from_pretrained(out / "pipeline" / "text_encoder").to(device).eval()
+    parts = {
+        "transformer": train_flow(cache(vae, text, work, device), work, device).half(),
+        "scheduler": make_flow_scheduler(),
+    }
+    shared = [f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")]
+    pipeline = StableDiffusion3Pipeline(**parts, vae=None, **dict.fromkeys(shared))
+    pipeline.save_config(out / "flow")
+    for name, part in parts.items():
+        part.save_pretrained(out / "flow" / name)
+    size = sum(file.stat().st_size for file in (out / "flow").rglob("*") if file.is_file())
+    print(f"{out / 'flow'}: {size / 1e6:.2f} MB")
 
 
 def pack_clip(work: Path, out: Path, device: str) -> None:
@@ -723,8 +687,13 @@ def measure_text(out: Path) -> dict[str, object]:
     return result
 
 
-def load_result(out: Path, device: str) -> tuple[DiffusionModel, Classifier, Sampler]:
-    """Return the model and the judges that were built, and the sampler of conf/model."""
+def load_result(
+    out: Path, device: str, flow: bool = False
+) -> tuple[DiffusionModel, Classifier, Sampler]:
+    """Return the model and the judges that were built, and the sampler of conf/model.
+
+    flow: the transformer, with FLOW_SAMPLER.
+    """
     read = {
         group: yaml.safe_load((CONF / group / "shapecanvas.yaml").read_text())
         for group in ("model", "evaluator")
@@ -732,9 +701,11 @@ def load_result(out: Path, device: str) -> tuple[DiffusionModel, Classifier, Sam
     for part in read.values():
         del part["_target_"]
     sampler = Sampler(**read["model"].pop("sampler"))
-    model = load_model(
-        **read["model"] | {"path": str(out / "pipeline")}, sampler=sampler, device=device
-    )
+    places = {"path": str(out / "pipeline")}
+    if flow:
+        sampler = FLOW_SAMPLER
+        places = {"path": str(out / "flow"), "shared": str(out / "pipeline")}
+    model = load_model(**read["model"] | places, sampler=sampler, device=device)
     judges = {domain: str(out / f"{domain}_classifier") for domain in ("style", "object")}
     return model, Classifier(**read["evaluator"] | {"paths": judges}, device=device), sampler
 
@@ -752,13 +723,45 @@ def measure(out: Path, device: str) -> None:
     It is printed, and saved as base_accuracy.json.
     """
     model, evaluator, sampler = load_result(out, device)
+    result = measure_names(model, evaluator, sampler)
+    result |= measure_words(model, evaluator, sampler)
+    result["text"] = measure_text(out)
+    (out / "base_accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measure_flow(out: Path, device: str) -> None:
+    """Measure the same of the transformer, and the benchmark's images at other samplers.
+
+    It is saved as flow/base_accuracy.json.
+    """
+    model, evaluator, sampler = load_result(out, device, flow=True)
+    result = measure_names(model, evaluator, sampler)
+    result |= measure_words(model, evaluator, sampler)
+    others = {}
+    for steps, guidance in SAMPLERS_TRIED:
+        label = f"{steps} steps, guidance {guidance:g}"
+        print(f"{label}:")
+        found = measure_names(model, evaluator, Sampler(steps, guidance), ("benchmark",))
+        others[label] = found["benchmark"]
+    result["other_samplers"] = others
+    (out / "flow/base_accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measure_names(
+    model: DiffusionModel,
+    evaluator: Classifier,
+    sampler: Sampler,
+    names: tuple[str, ...] = ("benchmark", "all_styles"),
+) -> dict[str, object]:
+    """Measure how often the judges see the style and the object that a prompt names."""
     sequence = read_sequence("shapecanvas_style")
     grids = {
         "benchmark": (list(sequence.targets + sequence.retain), OBJECTS, (1, 2)),
         "all_styles": ([Concept(style, "style") for style in STYLES], OBJECTS[:8], (1,)),
     }
     result: dict[str, object] = {"sampler": {"steps": sampler.steps, "guidance": sampler.guidance}}
-    for name, (concepts, objects, seeds) in grids.items():
+    for name in names:
+        concepts, objects, seeds = grids[name]
         cross = tuple(Concept(entry, "object") for entry in objects)
         grid = dataclasses.replace(sequence, cross_retain=cross, seeds=seeds)
         settings = EvalSettings(sampler.steps, sampler.guidance, sampler.scheduler, batch_size=96)
@@ -768,9 +771,7 @@ def measure(out: Path, device: str) -> None:
             for domain in ("style", "object")
         }
         result[name] = accuracy_line(f"base accuracy, {name}", len(rows), right)
-    result |= measure_words(model, evaluator, sampler)
-    result["text"] = measure_text(out)
-    (out / "base_accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
 
 
 def accuracy_line(label: str, images: int, percent: dict[str, float]) -> dict[str, float]:
@@ -896,7 +897,9 @@ def main() -> None:
         "style": lambda work, device: train_classifier("style", work, device),
         "object": lambda work, device: train_classifier("object", work, device),
         "open_clip": lambda work, device: pack_clip(work, arguments.out, device),
+        "flow": lambda work, device: pack_flow(work, arguments.out, device),
         "measure": lambda work, device: measure(arguments.out, device),
+        "measure_flow": lambda work, device: measure_flow(arguments.out, device),
         "measure_text": lambda work, device: measure_text(arguments.out),
         "measure_clip": lambda work, device: measure_clip(arguments.out, device),
         "unet": lambda work, device: train_unet(
@@ -904,7 +907,8 @@ def main() -> None:
         ),
     }
     if arguments.only:
-        torch.set_num_threads(arguments.threads if "unet" in arguments.only else 1)
+        denoiser = {"unet", "flow"} & set(arguments.only)
+        torch.set_num_threads(arguments.threads if denoiser else 1)
         for stage in arguments.only:
             stages[stage](arguments.work, arguments.device)
         return

@@ -29,6 +29,7 @@ class RunRecord(run_record.RunRecord):
         *,
         device: str = "auto",
         path: str | None = None,
+        shared: str | None = None,
         preset: str | None = None,
         allow_modules: tuple[str, ...] = (),
     ) -> Model:
@@ -38,6 +39,7 @@ class RunRecord(run_record.RunRecord):
             step: number of the request; 0 is the untouched model, None the last finished one.
             device: auto, cpu, cuda or cuda:1 and so on.
             path: where the base model lies now; None is where the run had it.
+            shared: where the parts lie now that the base model lacks (model.shared).
             preset: the file of conf/model whose training settings later calls of unlearn() take;
                 None is that of the recorded command, or what the files fit.
             allow_modules: modules of yours that the run was made with.
@@ -49,8 +51,9 @@ class RunRecord(run_record.RunRecord):
         step = len(self.records) - 1 if step is None else step
         prove_step(self, step)
         config: ConfigTree = {**self.config, "device": device}
-        if path is not None:
-            config["model"] = {**config["model"], "path": path}
+        moved = {"path": path, "shared": shared}
+        moved = {key: place for key, place in moved.items() if place is not None}
+        config["model"] = {**config["model"], **moved}
         plan = check_run(config, self.method, allowed=allow_modules)
         with quiet_loading():
             untouched = load_step(

@@ -38,7 +38,10 @@ if TYPE_CHECKING:
     from cu_runner.store.run_record import RunRecord
 
 FORMS = ("diffusers", "single-file", "lora", "delta")
-TAKEN = ("model.path", "model.revision", "model.config", "model.allow_pickle", "allow_modules")
+TAKEN = (
+    *("model.path", "model.revision", "model.config", "model.shared", "model.allow_pickle"),
+    "allow_modules",
+)
 
 
 @without_reader

@@ -23,7 +23,7 @@ CHANGEABLE = (
     "eval",
     *(f"sequence.{key}" for key in ("seeds", "retain", "cross_retain", "prompt", "prompts")),
     *("device", "num_threads", "model.path", "model.revision", "model.config"),
-    *("model.allow_pickle", "model.precision", "fresh", "allow_other_code"),
+    *("model.shared", "model.allow_pickle", "model.precision", "fresh", "allow_other_code"),
 )
 CODE = ("fresh", "allow_other_code")  # not as the run itself had them
 

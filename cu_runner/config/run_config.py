@@ -57,7 +57,8 @@ GROUPS = (
     "setting",
     "tracker",
 )
-PLACES = ("model.path", "model.revision", "model.config")  # the weights there have a fingerprint
+# The weights there have a fingerprint.
+PLACES = ("model.path", "model.revision", "model.config", "model.shared")
 # Characters of a run directory's name, which is also the id of its W&B run (128 at most); a number
 # may follow.
 LONGEST = 124

@@ -20,7 +20,7 @@ from cu_runner.evaluators.faces import FaceDetector, FaceSettings
 from cu_runner.evaluators.labels import check_label_maps, read_labels
 from cu_runner.evaluators.open_clip import OpenClip
 from cu_runner.models.checkpoint_files import locate
-from cu_runner.models.checkpoints import load_weights
+from cu_runner.models.component_files import load_weights
 from cu_runner.models.hashing import describe, describe_timm, hash_weights, to_bytes
 from cu_runner.models.preprocessing import Interpolation, Preprocessing, choose_preprocessing
 from cu_runner.models.weight_files import COMPUTED, check_finite, load_tensors, refuse_strangers

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from cu_runner.evaluators.labels import check_label_maps
 from cu_runner.models.checkpoint_files import locate
-from cu_runner.models.checkpoints import load_weights
+from cu_runner.models.component_files import load_weights
 from cu_runner.models.hashing import describe, hash_weights, to_bytes
 from cu_runner.runtime.lazy import transformers, without_gradients
 from cu_runner.schema.errors import ModelError, one_line

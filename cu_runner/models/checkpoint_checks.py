@@ -111,30 +111,20 @@ def mismatches(parts: Components) -> Iterator[str]:
     yield from mismatches_of_noise(parts)
 
 
-ENCODERS = {  # by the class of the transformer: that of each of its text encoders, in order
-    "SD3Transformer2DModel": ("CLIPTextModelWithProjection",) * 2 + ("T5EncoderModel",),
-    "FluxTransformer2DModel": ("CLIPTextModel", "T5EncoderModel"),
-    "PixArtTransformer2DModel": ("T5EncoderModel",),
-    "SanaTransformer2DModel": ("Gemma2Model",),
+PROJECTING = "CLIPTextModelWithProjection"
+# By the class of the transformer: those of its text encoders, in order. Stable Diffusion 3 may be
+# without T5; one that reads a single CLIP is built like it.
+ENCODERS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "SD3Transformer2DModel": (
+        (PROJECTING, PROJECTING, "T5EncoderModel"),
+        (PROJECTING, PROJECTING),
+        ("CLIPTextModel",),
+    ),
+    "FluxTransformer2DModel": (("CLIPTextModel", "T5EncoderModel"),),
+    "PixArtTransformer2DModel": (("T5EncoderModel",),),
+    "SanaTransformer2DModel": (("Gemma2Model",),),
 }
-LEFT_OUT = {"SD3Transformer2DModel": 1}  # how many of the last may be left out: T5
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
-
-
-def check_encoders(root: Path, kind: str, found: Mapping[str, str]) -> None:
-    """Raise ModelError for text encoders that a transformer's pipeline does not have.
-
-    Args:
-        kind: the class of the transformer. found: classes by folder, in order.
-    """
-    wanted, classes = ENCODERS[kind], tuple(found.values())
-    least = len(wanted) - LEFT_OUT.get(kind, 0)
-    if len(classes) < least or classes != wanted[: len(classes)]:
-        raise ModelError(
-            f"{root}: the text encoders of {kind} are {', '.join(wanted)}"
-            f"{', of which the last may be missing' * (least < len(wanted))}; found "
-            f"{', '.join(classes) or 'none'}"
-        )
 
 
 def autoencoder_class(root: Path, name: str) -> type[diffusers.ModelMixin]:
@@ -159,6 +149,7 @@ def transformer_mismatches(parts: TransformerComponents) -> Iterator[str]:
         yield f"vae has scaling_factor={factor!r}; it must be a number above 0"
     if shifts := [key for key in ("latents_mean", "latents_std") if vae.get(key)]:
         yield f"vae normalises its latents ({', '.join(shifts)}), which is not known"
+    yield from mismatches_of_width(parts)
     for number, tokenizer in enumerate(parts.tokenizers):
         if unread := unread_letters(tokenizer):
             yield (
@@ -179,6 +170,29 @@ def transformer_mismatches(parts: TransformerComponents) -> Iterator[str]:
             )
         return
     yield from mismatches_of_noise(parts)
+
+
+def mismatches_of_width(parts: TransformerComponents) -> Iterator[str]:
+    """Yield why a transformer cannot read the text encoders' outputs.
+
+    Stable Diffusion 3 fills two of CLIP up with zeros to the width of T5.
+    """
+    config = parts.denoiser.config
+    encoders = [encoder.config for encoder in parts.text_encoders]
+    read = config.get("joint_attention_dim") or config.get("caption_channels")
+    widths = {"text": (read, encoders[-1].hidden_size)}
+    pooled = config.get("pooled_projection_dim")
+    if parts.kind == "SD3Transformer2DModel" and len(encoders) > 1:
+        widths = widths if len(encoders) == 3 else {}
+        widths["pooled text"] = (pooled, sum(each.projection_dim for each in encoders[:2]))
+    elif pooled is not None:
+        widths["pooled text"] = (pooled, encoders[0].hidden_size)
+    for what, (wanted, made) in widths.items():
+        if wanted != made:
+            yield (
+                f"transformer reads {what} of width {wanted}, and the text encoders write {made}; "
+                "they must match"
+            )
 
 
 def class_mismatches(parts: ClassComponents) -> Iterator[str]:

@@ -19,6 +19,7 @@ WEIGHTS = re.compile(
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SECOND = ("text_encoder_2", "tokenizer_2")  # SDXL has them
 TRANSFORMER = "transformer"  # in the place of a UNet
+DENOISERS = ("unet", TRANSFORMER)
 THIRD = ("text_encoder_3", "tokenizer_3")  # Stable Diffusion 3 has them
 
 
@@ -34,7 +35,9 @@ class WeightFiles:
     kind: str
 
 
-def locate(path: str, revision: str | None = None, *, download: bool = True) -> Path:
+def locate(
+    path: str, revision: str | None = None, *, download: bool = True, denoiser: bool = True
+) -> Path:
     """Find where a checkpoint lies.
 
     Args:
@@ -42,6 +45,7 @@ def locate(path: str, revision: str | None = None, *, download: bool = True) -> 
             has the form ORGANISATION/NAME is a repository of the Hugging Face hub.
         revision: branch, tag or commit of the repository; None is its main branch.
         download: fetch from the hub what is not in its local cache.
+        denoiser: fetch the weights of the UNet or the transformer too.
 
     Raises:
         ModelError: it is not there, or a revision is asked of what is on this machine.
@@ -56,11 +60,11 @@ def locate(path: str, revision: str | None = None, *, download: bool = True) -> 
     if found.exists():
         return found
     if HUB_ID.fullmatch(path):
-        return fetch(path, revision, download)
+        return fetch(path, revision, download, denoiser)
     raise ModelError(f"{path}: no such file or directory; give a local diffusers directory or file")
 
 
-def fetch(repository: str, revision: str | None, download: bool) -> Path:
+def fetch(repository: str, revision: str | None, download: bool, denoiser: bool = True) -> Path:
     """Return the local copy of a repository.
 
     It holds configurations and safetensors, fp16 ones where there are no others.
@@ -73,7 +77,7 @@ def fetch(repository: str, revision: str | None, download: bool) -> Path:
         try:
             root = Path(
                 huggingface_hub.snapshot_download(
-                    repository, allow_patterns=wanted_files(variant), **place
+                    repository, allow_patterns=wanted_files(variant, denoiser), **place
                 )
             )
         # no network, no such repository or revision, no permission: the library has a type for each
@@ -83,17 +87,18 @@ def fetch(repository: str, revision: str | None, download: bool) -> Path:
                 f"({type(error).__name__}); give model.path a local diffusers directory or file"
             ) from error
         parts = [config.parent for config in root.glob("*/config.json")]
-        known = (*COMPONENTS, *SECOND, *THIRD, TRANSFORMER)
+        known = {*COMPONENTS, *SECOND, *THIRD, TRANSFORMER} - set(() if denoiser else DENOISERS)
         if all(find_weights(part) for part in parts if part.name in known):
             break
     return root
 
 
-def wanted_files(variant: str) -> list[str]:
+def wanted_files(variant: str, denoiser: bool = True) -> list[str]:
     """List patterns of the files of a hub repository that make up a model.
 
     Args:
         variant: "" or ".fp16".
+        denoiser: the weights of the UNet or the transformer too.
     """
     stems = [f"model{variant}", f"model{variant}-0*", f"model-0*-of-?????{variant}"]
     weights = [f"*{stem}.safetensors" for stem in stems] + [
@@ -102,7 +107,7 @@ def wanted_files(variant: str) -> list[str]:
     configurations = ["model_index.json", "scheduler/*", "tokenizer*/*", "*/config.json"]
     return configurations + [
         f"{part}/{name}"
-        for part in ("unet", TRANSFORMER, "vae", "text_encoder*")
+        for part in (*(DENOISERS if denoiser else ()), "vae", "text_encoder*")
         for name in weights
     ]
 

@@ -24,6 +24,7 @@ def load_model(
     vae_slicing: bool = False,
     classes: str | list[str] | None = None,
     tokens: PositiveInt | None = None,
+    shared: str | None = None,
     allow_pickle: tuple[str, ...] = (),
     device: str = "cpu",
 ) -> DiffusionModel:
@@ -47,6 +48,10 @@ def load_model(
             or a text file with one a line. One class more in the UNet is the null class.
         tokens: how many of a prompt T5 or Gemma reads; None is as many as diffusers' pipeline lets
             them (256 for Stable Diffusion 3, 512 for FLUX, 300 for PixArt and Sana).
+        shared: another directory, or hub id (its main branch), with the text encoders, their
+            tokenizers and the autoencoder that a directory with a transformer lacks: one T5 for
+            Stable Diffusion 3 and FLUX. A text encoder is found by its class. The transformer and
+            the scheduler are never taken from it.
         allow_pickle: files that may be read although they are pickles; as weights only, whatever
             they hold.
         device: as torch names it.
@@ -65,6 +70,7 @@ def load_model(
         prediction_type=prediction_type,
         classes=classes,
         tokens=tokens,
+        shared=shared,
         allow_pickle=allow_pickle,
     )
     return DiffusionModel(

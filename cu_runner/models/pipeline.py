@@ -20,6 +20,11 @@ def make_pipeline(model: DiffusionModel) -> diffusers.DiffusionPipeline:
     FluxPipeline, PixArtSigmaPipeline or SanaPipeline; of a pixel model with classes a DDPMPipeline,
     which is for saving: it asks for no class.
 
+    With the blocks of Stable Diffusion 3 and a single text encoder it is a pipeline that lacks the
+    others: it cannot encode prompts, and takes the model's encode_prompts() as prompt_embeds and
+    pooled_prompt_embeds, and that of the empty prompt as those of negative_prompt. diffusers reads
+    it back with text_encoder_2=None and so on, whatever stands in its model_index.json.
+
     It has no safety checker, the scheduler of the model's own sampler, and the weights as they are
     in the model. Called with the noise of an image (`latents`), and the sampler's steps and
     guidance, it makes the image that the model makes: on a CPU in fp32 to the last bit.

@@ -20,6 +20,7 @@ from cu_runner.runtime.lazy import F, diffusers, torch, without_gradients
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     from cu_runner.models.components import Components
 
@@ -176,15 +177,33 @@ class ClipText(PromptEncoder):
             rows.append(self._ids(part, prompts, told and not number))
         if len(rows) == 1:
             # as the pipeline of Stable Diffusion does; SDXL's never does
-            masked = getattr(encoders[0].config, "use_attention_mask", False)
-            ids, mask = rows[0]
-            return Text(encoders[0](ids, attention_mask=mask if masked else None)[0].float())
+            return Text(self._run(*rows[0])[0].float())
         outputs = [
             encoder(ids, output_hidden_states=True)
             for encoder, (ids, _) in zip(encoders, rows, strict=True)
         ]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         return Text(hidden.float(), outputs[1].text_embeds.float())
+
+    def _run(self, ids: Tensor, mask: Tensor) -> BaseModelOutputWithPooling:
+        """Run the one text encoder on tokens [B, L], which are masked if its configuration says."""
+        encoder = self._parts.text_encoders[0]
+        masked = getattr(encoder.config, "use_attention_mask", False)
+        output: BaseModelOutputWithPooling = encoder(ids, attention_mask=mask if masked else None)
+        return output
+
+
+class SingleText(ClipText):
+    """Blocks of Stable Diffusion 3 on one text encoder: its last hidden states, its pooled output.
+
+    diffusers' pipeline cannot encode such a text, and takes it as prompt_embeds and
+    pooled_prompt_embeds.
+    """
+
+    def _encode(self, prompts: list[str], told: bool = True) -> Text:
+        """Encode prompts."""
+        output = self._run(*self._ids(self.parts[0], prompts, told))
+        return Text(output.last_hidden_state.float(), output.pooler_output.float())
 
 
 class JointText(PromptEncoder):

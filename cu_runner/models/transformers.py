@@ -19,6 +19,7 @@ from cu_runner.models.prompt_encoders import (
     JointText,
     MaskedText,
     PromptEncoder,
+    SingleText,
 )
 from cu_runner.models.text import TextSource
 from cu_runner.runtime.lazy import diffusers, nn, torch
@@ -63,7 +64,8 @@ class TransformerComponents(Components):
 
     def text_source(self, device: torch.device) -> TextSource:
         """Return the text encoders with their tokenizers."""
-        return TEXTS[self.kind](self, device)
+        single = self.kind == "SD3Transformer2DModel" and len(self.text_encoders) == 1
+        return (SingleText if single else TEXTS[self.kind])(self, device)
 
     def image_space(self, *, slicing: bool) -> ImageSpace:
         """Return the autoencoder, which decodes in fp32 where its file says so."""

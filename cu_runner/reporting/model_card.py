@@ -287,8 +287,7 @@ def files(folder: Path) -> str:
 def hub_id(model: ConfigTree) -> str | None:
     """Return the base model's name on the hub; None of one that lies on this machine."""
     path = str(model["path"])
-    there = Path(path).expanduser().exists()
-    return path if HUB_ID.fullmatch(path) and not there else None
+    return path if HUB_ID.fullmatch(path) and not Path(path).expanduser().exists() else None
 
 
 def base_place(model: ConfigTree) -> str:
@@ -304,11 +303,12 @@ def base_name(model: ConfigTree) -> str:
 
 
 def base_remark(model: ConfigTree) -> str:
-    """Return a comment where the base model is not on the hub."""
-    path = str(model["path"])
+    """Return a comment where the base model is not on the hub, or is not whole."""
+    path, shared = str(model["path"]), model.get("shared")
+    lent = f"; what it lacks is in {base_place({'path': shared})}" if shared else ""
     if path.startswith(PACKAGED):
-        return f"  # {path.removeprefix(PACKAGED)} in the installed package cu_runner"
-    return "" if hub_id(model) else "  # the base model; its sha256 is below"
+        return f"  # {path.removeprefix(PACKAGED)} in the installed package cu_runner{lent}"
+    return f"  # the base model{lent}; its sha256 is below" if lent or not hub_id(model) else ""
 
 
 def is_single_file(model: ConfigTree) -> bool:

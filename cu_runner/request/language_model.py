@@ -8,7 +8,7 @@ import functools
 import re
 from pathlib import Path
 
-from cu_runner.models.checkpoints import load_weights
+from cu_runner.models.component_files import load_weights
 from cu_runner.runtime.lazy import torch, transformers
 from cu_runner.schema.errors import ModelError
 

@@ -20,8 +20,8 @@ from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.config.run_config import RunConfig
 from cu_runner.models.architectures import ARCHITECTURES
 from cu_runner.models.checkpoint_files import HUB_ID, find_weights, locate
-from cu_runner.models.checkpoints import denoiser_in
 from cu_runner.models.parameters import belongs
+from cu_runner.models.transformer_files import denoiser_in, locate_shared
 from cu_runner.recovery.base import Cost
 from cu_runner.recovery.battery import battery_cost
 from cu_runner.runner.own_images import check_pictured, describe_folders, picture_folders
@@ -108,9 +108,12 @@ def forecast(plan: RunConfig) -> str:
         )
     rates = measure_rates(plan, device)
     time = time_left(num_steps, num_images + retained + probing.images, rates, device, most)
-    path, revision = (plan.model.arguments.get(key) for key in ("path", "revision"))
-    revision = None if revision is None else str(revision)
-    weights, size = delta_bytes(str(path), revision, method.params), "unknown size"
+    place = plan.model.arguments
+    revision, shared = (
+        None if place.get(key) is None else str(place[key]) for key in ("revision", "shared")
+    )
+    weights = delta_bytes(str(place["path"]), revision, method.params, shared)
+    size = "unknown size"
     if weights is not None:
         size = f"{disk_copies(plan, left) * weights / 1e6:.1f} MB"
     free = shutil.disk_usage(existing_parent(plan.directory)).free / 1e9
@@ -276,15 +279,19 @@ def seconds_per_image(run: RunRecord, general: int) -> list[float]:
     ]
 
 
-def delta_bytes(path: str, revision: str | None, group: ParameterGroup) -> int | None:
+def delta_bytes(
+    path: str, revision: str | None, group: ParameterGroup, shared: str | None = None
+) -> int | None:
     """Return the size of the weights that a method trains, from headers of safetensors files.
 
     None where there are no such headers: a repository of the hub that is not on this machine has
-    none yet.
+    none yet. Of the parts that another directory shares none is trained.
 
     Raises:
-        ModelError: the path is not there.
+        ModelError: the path is not there, or that of the shared parts.
     """
+    if shared is not None and not HUB_ID.fullmatch(shared):
+        locate_shared(shared)
     try:
         root = locate(path, revision, download=False)
     except ModelError:

@@ -17,6 +17,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from cu_runner.config.compose import parse
+from cu_runner.config.revise import revise
 from cu_runner.config.targets import Node
 from cu_runner.runtime.paths import PACKAGE, config_dir
 from cu_runner.schema.errors import ConfigError
@@ -198,6 +199,18 @@ def test_where_and_how_fast_does_not_count(override):
 )
 def test_science_counts(override):
     assert signature(override) != signature()
+
+
+def test_where_shared_parts_lie_counts_as_the_path_of_the_model_does():
+    """The run is another one, its training is not: the weights there have a fingerprint."""
+    plain, lent, moved = (
+        parse(compose("sequence=smoke", "model=sd15", "model.path=/x", *more))
+        for more in ((), ["+model.shared=/y"], ["+model.shared=/z"])
+    )
+    assert len({plain.signature, lent.signature, moved.signature}) == 3
+    assert plain.training_key == lent.training_key == moved.training_key
+    assert lent.model.arguments["shared"] == "/y"
+    assert revise(lent.resolved, ["model.shared=/z"])["model"]["shared"] == "/z"
 
 
 def test_retention_that_is_off_is_no_part_of_a_run():

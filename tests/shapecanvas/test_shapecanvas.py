@@ -14,7 +14,9 @@ from cu_runner.concepts.entries import read_shipped
 from cu_runner.concepts.sequence_file import make_sequence
 from cu_runner.config.compose import parse
 from cu_runner.models.checkpoint_files import locate
+from cu_runner.models.sampling import generate
 from cu_runner.runtime.paths import config_dir
+from cu_runner.schema.settings import Sampler
 from cu_runner.shapecanvas.captions import FORMS, SYNONYMS, draw_caption, first_caption
 from cu_runner.shapecanvas.objects import OBJECTS
 from cu_runner.shapecanvas.render import render
@@ -153,6 +155,87 @@ def test_text_outside_a_span_and_its_entropy_rank_by_hand(build):
     corners = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     assert build.entropy_rank(corners) == pytest.approx(2.0)
     assert build.entropy_rank(torch.tensor([[1.0, 5.0], [-1.0, 5.0]])) == pytest.approx(1.0)
+
+
+def test_the_transformer_fits_and_begins_with_no_velocity(build):
+    transformer = build.make_transformer()
+    assert sum(2 * part.numel() for part in transformer.state_dict().values()) < 24e6
+    latents, text = torch.randn(2, 6, 16, 16), torch.randn(2, 20, 512)
+    with torch.no_grad():
+        velocity = build.FlowOf(transformer)(latents, torch.tensor([1.0, 900.0]), text, text[:, 0])
+    assert torch.equal(velocity, torch.zeros(2, 6, 16, 16))
+
+
+def test_what_denoisers_are_trained_on(build):
+    """Ten captions of one pair, whose end is at position 3; latents and states are numbers."""
+    states = torch.full((33, 145, 7, 20, 512), 2.0, dtype=torch.float16)
+    states[..., 3, :] = 3.0  # the end's
+    empty = torch.arange(20.0)[:, None].repeat(1, 512)
+    latents = torch.zeros(32, 144, 1, 6, 16, 16)
+    cached = build.Cached(latents, states, torch.full((33, 145, 7), 3), empty)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "LATENTS_PER_PAIR", 1)
+        clean, context, pooled = cached.draw(400, torch.Generator().manual_seed(0))
+    assert clean.shape == (400, 6, 16, 16)
+    rows, ends = context[:, :, 0], pooled[:, 0]
+    whole = torch.tensor([2.0] * 3 + [3.0] + [2.0] * 16)
+    kinds = {
+        "whole": ((rows == whole).all(1), 3.0),
+        "cut": ((rows == torch.cat([whole[:3], empty[3:, 0]])).all(1), 1.0),
+        "empty": ((rows == empty[:, 0]).all(1), 1.0),
+    }
+    shares = {name: (found.float().mean().item(), end) for name, (found, end) in kinds.items()}
+    for name, (found, end) in kinds.items():
+        assert (ends[found] == end).all(), name
+    assert sum(share for share, _ in shares.values()) == pytest.approx(1.0)
+    for name, expected in (("whole", 0.45), ("cut", 0.45), ("empty", 0.1)):
+        assert shares[name][0] == pytest.approx(expected, abs=0.08)  # over three deviations
+
+
+def test_a_small_transformer_is_trained_packed_and_draws(build, tmp_path, monkeypatch):
+    """The stage `flow` on two styles of two objects."""
+    out, work = tmp_path / "weights", tmp_path / "work"
+    work.mkdir()
+    out.mkdir()
+    for shipped in ("pipeline", "style_classifier", "object_classifier"):
+        (out / shipped).symlink_to(WEIGHTS / shipped)
+    sizes = {"OBJECTS": OBJECTS[:2], "STYLES": STYLES[:24:12], "LATENTS_PER_PAIR": 1}
+    for name, value in sizes.items():
+        monkeypatch.setattr(build, name, value)
+    for setting, value in ((build.STEPS, 120), (build.BATCH, 8), (build.PEAK_RATE, 5e-3)):
+        monkeypatch.setitem(setting, "flow", value)
+    small = build.make_transformer
+    monkeypatch.setattr(build, "make_transformer", lambda: small(1, 2, 16))
+    names = [(thing, style) for thing in build.OBJECTS for style in build.STYLES]
+    images = draw(*zip(*names, strict=True))
+    vae = diffusers.AutoencoderKL.from_pretrained(WEIGHTS / "pipeline/vae")
+    with torch.no_grad():
+        latents = vae.encode(images * 2 - 1).latent_dist.mean
+    torch.save(latents.view(2, 2, 1, 6, 16, 16), work / "latents.pt")
+    build.pack_flow(work, out, "cpu")
+    assert sorted(path.name for path in (out / "flow").iterdir()) == [
+        "model_index.json",
+        "scheduler",
+        "transformer",
+    ]
+    monkeypatch.setattr(build, "FLOW_SAMPLER", Sampler(4, 2.5))
+    model, _, sampler = build.load_result(out, "cpu", flow=True)
+    assert isinstance(model.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
+    captions = [first_caption(*name) for name in names]
+    clean, noise = model.encode_images(images), torch.randn(4, 6, 16, 16)
+    timesteps = torch.tensor([300.0, 500.0, 700.0, 1000.0])
+    noisy, target = model.add_noise(clean, noise, timesteps), model.target(clean, noise)
+    with torch.no_grad():
+        velocity = model.predict(noisy, timesteps, model.encode_prompts(captions))
+    # it began at no velocity
+    assert (velocity - target).square().mean() < 0.8 * target.square().mean()
+    drawn = next(generate(model, captions, [1] * 4, sampler, batch_size=4, label=""))
+    assert drawn.shape == images.shape
+    assert drawn.isfinite().all()
+    assert not torch.equal(drawn[0], drawn[1])
+    build.pack_flow(work, out, "cpu")  # finished: nothing is trained again
+    again, _, _ = build.load_result(out, "cpu", flow=True)
+    assert again.fingerprint() == model.fingerprint()
 
 
 # ---------------------------------------------------------------------------------- shipped weights
