@@ -75,7 +75,7 @@ class Unlearning:
         self.regularizers = dict(made)
         if any(not isinstance(each, str) for each in regularizers):
             self.regularizers = by_name(regularizers, made)
-        check_composition(self.method, self.regularizers)
+        check_composition(self.method, self.regularizers, plan.spine.train)
         self.method.check(sequence)
         check_pictured(self.method_name, self.method, sequence)
         chosen = named(self.method_name, self.method, self.regularizers)

@@ -106,7 +106,7 @@ def run_plan(plan: RunConfig, command: str, ending: str = "run") -> None:
         regularizers = {name: node.build() for name, node in plan.regularizers.items()}
         method = plan.method.build()
         method.check(plan.sequence.build())
-        check_composition(method, regularizers)
+        check_composition(method, regularizers, plan.spine.train)
         say(forecast(plan))
         return
     with (

@@ -180,7 +180,7 @@ def check_composed(
     try:
         method = plan.method.build()
         regularizers = {name: node.build() for name, node in plan.regularizers.items()}
-        check_composition(method, regularizers)
+        check_composition(method, regularizers, plan.spine.train)
         method.check(plan.sequence.build())
         check_pictured(plan.method_name, method, plan.sequence.build())
         if model is not None:

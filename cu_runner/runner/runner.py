@@ -86,7 +86,7 @@ class Runner:
                 ValueError: the sequence names a concept that the evaluator cannot predict.
         """
         spine, parts = self.plan.spine, self.parts
-        check_composition(parts.method, parts.regularizers)
+        check_composition(parts.method, parts.regularizers, spine.train)
         self.instruments = self.take_instruments()
         own = parts.regularizers.values()
         self.weights = TrainedWeights.of(parts.model, parts.method, own, parts.sequence)

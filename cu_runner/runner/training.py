@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from numbers import Real
@@ -13,6 +13,7 @@ from typing import Any
 from cu_runner.methods.base import Method
 from cu_runner.models.parameters import assign, snapshot
 from cu_runner.regularizers.base import Regularizer
+from cu_runner.request.adapters import Adapters
 from cu_runner.request.optimizer import make_optimizer
 from cu_runner.request.scope import Scope
 from cu_runner.runtime import distributed
@@ -32,12 +33,19 @@ class TrainingReport:
     regularizers: dict[str, dict[str, object]]
 
 
-def check_composition(method: Method[Any], regularizers: dict[str, Regularizer]) -> None:
+def check_composition(
+    method: Method[Any],
+    regularizers: dict[str, Regularizer],
+    train: TrainSettings | None = None,
+) -> None:
     """Raise ValueError for regularizers that do not go with the method, or with one another.
 
     One of the loss or gradient needs a method that has them. One that takes a step of its own would
-    undo what is done to gradients, and what was done to the optimiser's step before it.
+    undo what is done to gradients, and what was done to the optimiser's step before it. A LoRA
+    takes losses, and what is done to finished weights.
     """
+    if train is not None and train.lora_rank is not None:
+        check_lora(method, regularizers)
     for name, regularizer in regularizers.items():
         regularizer.check(method)
         if regularizer.makes_step:
@@ -48,6 +56,28 @@ def check_composition(method: Method[Any], regularizers: dict[str, Regularizer])
                 f"reg={name} acts on the {idle[0]}, and the method sets the weights in closed form "
                 "without one; choose a regularizer of the step (apply=update where it has that "
                 "option) or another method"
+            )
+
+
+def check_lora(method: Method[Any], regularizers: dict[str, Regularizer]) -> None:
+    """Raise ValueError for what chooses single weights or directions: a product B A leaves them."""
+    if method.closed_form:
+        raise ValueError(
+            "train.lora_rank: the method sets the weights in closed form, and trains nothing; use "
+            "train.lora_rank=null"
+        )
+    if method.masks_step:
+        raise ValueError(
+            "train.lora_rank: the method trains a part of the weights of each matrix, which a LoRA "
+            "cannot; use train.lora_rank=null or another method"
+        )
+    for name, regularizer in regularizers.items():
+        stages = [stage for stage in regularizer.acts_on if stage in ("gradient", "step")]
+        if stages or regularizer.has_weights:
+            raise ValueError(
+                f"reg={name} acts on the {stages[0] if stages else 'model'} weight by weight, and "
+                "the change of a LoRA would leave what it chose; use train.lora_rank=null or a "
+                "regularizer of the loss or of finished weights, such as reg=l2 or reg=merge"
             )
 
 
@@ -123,7 +153,14 @@ class Training:
         self._edits_step = any(
             "step" in regularizer.acts_on for regularizer in regularizers.values()
         )
-        self._optimizer = make_optimizer(self._params, settings)
+        self._adapters: Adapters | None = None
+        trained: Sequence[nn.Parameter] = self._params
+        if settings.lora_rank is not None:
+            alpha = settings.lora_alpha or settings.lora_rank
+            self._adapters = Adapters(scope, settings.lora_rank, alpha)
+            trained = self._adapters.trained
+        self._trained = trained
+        self._optimizer = make_optimizer(trained, settings)
 
     @property
     def done(self) -> int:
@@ -150,12 +187,18 @@ class Training:
         method.on_gradients(scope.params)
         for regularizer in regularizers:
             regularizer.on_gradients(scope.params)
+        if self._adapters:
+            self._adapters.take_gradients()
         if self._settings.grad_clip:
-            nn.utils.clip_grad_norm_(self._params, self._settings.grad_clip)
+            nn.utils.clip_grad_norm_(self._trained, self._settings.grad_clip)
         before = {}
         if self._edits_step:
             before = self._from or snapshot(scope.params)
         method.update(scope, self._optimizer)
+        if self._adapters:
+            self._adapters.put()
+            for parameter in self._params:
+                parameter.grad = None
         for regularizer in regularizers:
             regularizer.on_step(scope.params, before)
         self._optimizer.zero_grad()
@@ -191,6 +234,7 @@ class Training:
             "ended": self.ended,
             "params": {name: parameter.detach() for name, parameter in self._scope.params.items()},
             "optimizer": self._optimizer.state_dict(),
+            "adapters": self._adapters.state() if self._adapters else {},
             "method": self._method.state(),
             "regularizers": {
                 name: regularizer.state() for name, regularizer in self._regularizers.items()
@@ -208,6 +252,8 @@ class Training:
                     moment.shape == parameter.shape
                 ):  # fused optimisers take no memory layout but the weight's
                     moments[name] = torch.empty_like(parameter).copy_(moment)
+        if self._adapters:
+            self._adapters.restore(state["adapters"])
         self._method.restore(state["method"])
         for name, regularizer in self._regularizers.items():
             regularizer.restore(state["regularizers"][name])

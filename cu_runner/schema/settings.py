@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from cu_runner.schema.words import Matches
@@ -45,7 +45,9 @@ class TrainSettings:
     """The inner loop of one request.
 
     gradient_checkpointing: activations are computed again on the way back: less memory, the same
-    gradients. save_every: how often the state of a request is saved; None is never.
+    gradients. save_every: how often the state of a request is saved; None is never. lora_rank: of
+    the change that a request may make of every matrix; None trains the weights themselves.
+    lora_alpha: with it, a change is (alpha / rank) B A; None is the rank.
     """
 
     steps: PositiveInt
@@ -57,6 +59,15 @@ class TrainSettings:
     grad_clip: NonNegativeFloat  # largest gradient norm; 0 is no clipping
     gradient_checkpointing: bool = False
     save_every: SaveEvery = None
+    lora_rank: PositiveInt | None = None
+    lora_alpha: PositiveFloat | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an alpha of no LoRA."""
+        if self.lora_alpha is not None and self.lora_rank is None:
+            raise ValueError(
+                f"train.lora_alpha={self.lora_alpha:g}: belongs to a LoRA; give train.lora_rank too"
+            )
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -32,6 +32,8 @@ NOT_SCIENTIFIC = (
     "method.checkpoint",  # whose sha256 stands beside it
 )
 
+UNSET = ("lora_rank", "lora_alpha")  # of train: null is as if they were not there
+
 PICTURES_OF = ("images", "anchor_images")  # settings of the sequence that name folders, by target
 
 WITH_FILES = (
@@ -53,6 +55,10 @@ def signature(resolved: ConfigTree) -> str:
     are trained on.
     """
     science = without_paths(resolved, NOT_SCIENTIFIC)
+    train = science.get("train")
+    if isinstance(train, dict):  # runs from before these settings keep their name
+        unset = [key for key in UNSET if key in train and train[key] is None]
+        science["train"] = {key: value for key, value in train.items() if key not in unset}
     science["reg"] = [[name, node] for name, node in resolved["reg"].items()]
     if files := file_hashes(resolved):
         science["files"] = files
