@@ -50,13 +50,15 @@ class Architecture(ABC):
 
     folder: of its weights in a diffusers directory. roles: what its weights do. multiple: the side
     of its latents is one of this number. remembers_text: keys and values depend on the text alone,
-    so that they can be kept from one step to the next.
+    so that they can be kept from one step to the next. text_modules: parts of the names of modules
+    that read the text or attend to it.
     """
 
     folder = "transformer"
     roles = Roles()
     multiple = 1
     remembers_text = False
+    text_modules: tuple[str, ...] = ()
 
     def channels(self, config: Mapping[str, Any]) -> int:
         """Return C, the channels of the latents."""
@@ -162,6 +164,7 @@ class PixArt(Architecture):
         linear=r"^caption_projection\.linear_1\.weight$",
     )
     multiple = 2
+    text_modules = ("attn2", "caption_projection")
 
     def arguments(
         self,
@@ -217,6 +220,12 @@ JOINT = roles(
 )
 
 
+JOINT_MODULES = (
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("ff_context", "context_embedder", "text_embedder"),
+)
+
+
 class StableDiffusion3(Architecture):
     """SD3Transformer2DModel: text and image attend to one another, with a stream of weights each.
 
@@ -226,6 +235,7 @@ class StableDiffusion3(Architecture):
 
     roles = JOINT
     multiple = 2
+    text_modules = JOINT_MODULES
 
     def arguments(
         self,
@@ -254,6 +264,7 @@ class Flux(Architecture):
 
     roles = JOINT
     multiple = 2
+    text_modules = JOINT_MODULES
 
     def channels(self, config: Mapping[str, Any]) -> int:
         """Return C: four of the network's channels are one patch of 2 x 2."""

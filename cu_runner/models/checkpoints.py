@@ -39,6 +39,7 @@ def read_components(
     classes: str | list[str] | None = None,
     tokens: int | None = None,
     shared: str | None = None,
+    quantised: Literal["int8"] | None = None,
     allow_pickle: Sequence[str],
 ) -> Checkpoint:
     """Read a checkpoint's components, in fp32 on the CPU, and check them against each other.
@@ -77,7 +78,17 @@ def read_components(
                 "predicts; use prediction_type=null"
             )
         return read_transformer(
-            root, index, tokens=tokens, shared=shared, allow_pickle=allow_pickle
+            root,
+            index,
+            tokens=tokens,
+            shared=shared,
+            quantised=quantised,
+            allow_pickle=allow_pickle,
+        )
+    if quantised is not None:
+        raise ModelError(
+            f"model.quantised={quantised}: {root} has no transformer, and a UNet is mostly "
+            "convolutions, which are not quantised; use quantised=null"
         )
     if tokens is not None:
         raise ModelError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cu_runner.models.checkpoint_files import WeightFiles, find_weights
+from cu_runner.models.quantised import int8_config
 from cu_runner.models.schedulers import build_scheduler, find_scheduler
 from cu_runner.models.weight_files import (
     check_finite,
@@ -95,13 +96,18 @@ def reason_of(error: Exception, directory: Path) -> str:
 
 
 def load_weights(
-    kind: type[Network], directory: Path, allow_pickle: Sequence[str] | None = None
+    kind: type[Network],
+    directory: Path,
+    allow_pickle: Sequence[str] | None = None,
+    int8_but: Sequence[str] | None = None,
 ) -> Network:
     """Load weights by from_pretrained, in fp32 from local files, refusing what it only warns of.
 
     Args:
         kind: a model class of diffusers or transformers.
         allow_pickle: pickles that may be read; None never looks at one.
+        int8_but: hold linear layers in eight bits, but for modules whose names have one of these
+            parts; None holds all in fp32.
 
     Raises:
         ModelError: weights that are missing, damaged or do not fit. WeightFileError: a pickle that
@@ -114,7 +120,13 @@ def load_weights(
         for path in files.paths:
             check_pickle(path, allow_pickle)
     safe = files.kind == "safetensors" or allow_pickle is None
-    place = {"variant": files.variant, "use_safetensors": safe, "local_files_only": True}
+    place: dict[str, Any] = {
+        "variant": files.variant,
+        "use_safetensors": safe,
+        "local_files_only": True,
+    }
+    if int8_but is not None:
+        place["quantization_config"] = int8_config(library, int8_but)
     try:
         model, info = library.from_pretrained(
             directory, output_loading_info=True, **place, **{dtype: torch.float32}

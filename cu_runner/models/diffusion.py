@@ -18,6 +18,7 @@ from cu_runner.models.architectures import architecture_of
 from cu_runner.models.components import Checkpoint
 from cu_runner.models.hashing import hash_weights, to_bytes
 from cu_runner.models.process import process_of
+from cu_runner.models.quantised import is_quantised
 from cu_runner.models.text import Text
 from cu_runner.models.text_readers import TextReaders
 from cu_runner.runtime import distributed
@@ -296,7 +297,7 @@ class DiffusionModel:
             # what autocast would cast at every forward pass
             if isinstance(module, nn.Linear | nn.Conv2d):
                 for parameter in module.parameters(recurse=False):
-                    if id(parameter) not in kept:
+                    if id(parameter) not in kept and not is_quantised(parameter):
                         parameter.data = parameter.data.to(self.dtype)
 
     def checkpoint_gradients(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cu_runner.models.parameters import is_gate
+from cu_runner.models.quantised import plain_parts
 from cu_runner.runtime.lazy import nn, timm, torch
 from cu_runner.schema.json_files import parse_json
 
@@ -55,10 +56,9 @@ def hash_weights(digest: hashlib._Hash, network: nn.Module) -> None:
     for name, tensor in network.state_dict().items():
         if is_gate(name) and not tensor.any():
             continue
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
+        for part in plain_parts(tensor.detach()):
+            digest.update(f"{name}{tuple(part.shape)}{part.dtype}".encode())
+            digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
 def to_bytes(value: object) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import PositiveInt
 
 from cu_runner.models.checkpoint_files import locate
@@ -25,6 +27,7 @@ def load_model(
     classes: str | list[str] | None = None,
     tokens: PositiveInt | None = None,
     shared: str | None = None,
+    quantised: Literal["int8"] | None = None,
     allow_pickle: tuple[str, ...] = (),
     device: str = "cpu",
 ) -> DiffusionModel:
@@ -52,6 +55,9 @@ def load_model(
             tokenizers and the autoencoder that a directory with a transformer lacks: one T5 for
             Stable Diffusion 3 and FLUX. A text encoder is found by its class. The transformer and
             the scheduler are never taken from it.
+        quantised: of a directory with a transformer, int8 holds the linear layers of T5 or Gemma
+            and of the transformer in eight bits, by torchao, but for those that read the text,
+            which may be trained; None holds all as `precision` says.
         allow_pickle: files that may be read although they are pickles; as weights only, whatever
             they hold.
         device: as torch names it.
@@ -71,6 +77,7 @@ def load_model(
         classes=classes,
         tokens=tokens,
         shared=shared,
+        quantised=quantised,
         allow_pickle=allow_pickle,
     )
     return DiffusionModel(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cu_runner.models.architectures import Roles, architecture_of
+from cu_runner.models.quantised import is_quantised
 from cu_runner.runtime.lazy import nn, torch, without_gradients
 from cu_runner.schema.settings import ParameterGroup
 
@@ -26,7 +27,7 @@ TEXT_WEIGHTS: tuple[ParameterGroup, ...] = ("kv_xattn", "k_xattn", "v_xattn", "t
 
 def is_gate(name: str) -> bool:
     """Tell whether these are weights of cu_runner.models.gates, which are in no group."""
-    return ".gate_" in name
+    return name.endswith((".gate_directions", ".gate_values"))
 
 
 def belongs(name: str, group: ParameterGroup, roles: Roles) -> bool:
@@ -73,6 +74,12 @@ def select_parameters(denoiser: nn.Module, group: ParameterGroup) -> dict[str, n
             f"method.params={group}: {type(denoiser).__name__} has no such parameters; it needs "
             "attention to a text. method.params=full trains all weights, layers all but "
             "normalisations"
+        )
+    if held := [name for name, parameter in chosen.items() if is_quantised(parameter)]:
+        raise ValueError(
+            f"method.params={group}: {held[0]} is held in eight bits and cannot be trained; use "
+            "model.quantised=null, or a group that reads the text: kv_xattn, xattn, reads_text, "
+            "text_linear"
         )
     return chosen
 

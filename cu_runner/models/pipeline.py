@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.gates import GatedLinear
+from cu_runner.models.quantised import is_quantised
 from cu_runner.models.sampling import make_scheduler
 from cu_runner.runtime.lazy import diffusers
 from cu_runner.schema.errors import ModelError
@@ -30,12 +31,18 @@ def make_pipeline(model: DiffusionModel) -> diffusers.DiffusionPipeline:
     guidance, it makes the image that the model makes: on a CPU in fp32 to the last bit.
 
     Raises:
-        ModelError: the model has gates, which no pipeline of diffusers has.
+        ModelError: the model has gates, which no pipeline of diffusers has, or weights in eight
+            bits.
     """
     if has_gates(model):
         raise ModelError(
             "the model has gates before its keys and values (reg=gate), which diffusers does not "
             "know; put the gates into a pipeline by cu_runner.models.gates.load_gates"
+        )
+    if any(map(is_quantised, model.denoiser.parameters())):
+        raise ModelError(
+            "the model holds weights in eight bits, which are not what it was made of; use "
+            "model.quantised=null"
         )
     return model.components.pipeline(plain_scheduler(model))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from cu_runner.models.architectures import ARCHITECTURES
 from cu_runner.models.checkpoint_checks import (
@@ -28,6 +29,7 @@ from cu_runner.models.transformers import TransformerComponents
 from cu_runner.runtime.lazy import diffusers, transformers
 from cu_runner.schema.errors import ModelError
 
+LARGE = ("T5EncoderModel", "Gemma2Model")  # text encoders that are worth quantising
 ENCODER_NAMES = ("text_encoder", "text_encoder_2", "text_encoder_3")  # folders, in order
 
 
@@ -77,6 +79,7 @@ def read_transformer(
     *,
     tokens: int | None,
     shared: str | None,
+    quantised: Literal["int8"] | None,
     allow_pickle: Sequence[str],
 ) -> TransformerComponents:
     """Read a diffusers directory with a transformer in the place of a UNet. Raises ModelError.
@@ -86,6 +89,8 @@ def read_transformer(
         tokens: how many of a prompt T5 or Gemma reads.
         shared: where the text encoders and the autoencoder are that it lacks: a diffusers directory
             or the id of a hub repository.
+        quantised: how linear layers of the transformer, T5 and Gemma are held that read more than
+            the text.
     """
     kind, folder = denoiser_in(root)
     own = parts_in(root, index)
@@ -112,11 +117,17 @@ def read_transformer(
         if name not in homes[encoder.root]:
             raise ModelError(f"{encoder.root}: the component {name} is missing")
         tokenizers.append(homes[encoder.root][name])
+    kept = ARCHITECTURES[kind].text_modules if quantised else None
     parts = TransformerComponents(
-        load_weights(getattr(diffusers, kind), folder, allow_pickle),
+        load_weights(getattr(diffusers, kind), folder, allow_pickle, kept),
         load_weights(autoencoder_class(vae.root, vae.kind), vae.folder, allow_pickle),
         tuple(
-            load_weights(getattr(transformers, part.kind), part.folder, allow_pickle)
+            load_weights(
+                getattr(transformers, part.kind),
+                part.folder,
+                allow_pickle,
+                () if quantised and part.kind in LARGE else None,
+            )
             for part in encoders
         ),
         tuple(read_tokenizer(part.root, part.kind, part.name) for part in tokenizers),

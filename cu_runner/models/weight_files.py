@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cu_runner.models.quantised import plain_parts
 from cu_runner.runtime.lazy import torch
 from cu_runner.schema.errors import WeightFileError
 
@@ -94,7 +95,7 @@ def check_pickle(file: str | Path, allow_pickle: Sequence[str]) -> None:
 def check_finite(place: str | Path, weights: Mapping[str, Tensor]) -> None:
     """Raise WeightFileError for a weight with infinities or NaNs. place: begins the line."""
     for name, tensor in weights.items():
-        if not tensor.isfinite().all():
+        if not all(part.isfinite().all() for part in plain_parts(tensor)):
             raise WeightFileError(
                 f"{place}: {name} is not finite (it holds infinity or NaN); the file is damaged, "
                 "or its training diverged: give another one"
