@@ -2,7 +2,7 @@
 
 Images, training steps, and whether the fast path judges alike.
 
-scripts/bench.py prints it. Fractions compare the UNet's floating-point operations, forward and
+scripts/bench.py prints it. Fractions compare the denoiser's floating-point operations, forward and
 backward, with those of a large matrix product in the same precision, timed on the same device.
 """
 
@@ -142,7 +142,7 @@ class Bench:
         return len(prompts) / statistics.median(wall_seconds(sample, self.model.device, 3))
 
     def image_flops(self) -> int:
-        """Floating-point operations of the UNet for one image and one denoising step."""
+        """Floating-point operations of the denoiser for one image and one denoising step."""
         latents, text = (
             torch.randn(1, *self.model.latent_shape, device=self.model.device),
             self.model.encode_prompts(["a tree"]),
@@ -235,8 +235,8 @@ def bench_model(overrides: list[str], device: str) -> None:
     )
     print(
         (
-            f"matrix product: {peak / 1e9:.0f} GFLOP/s; UNet: {flops / 1e9:.3f} GFLOP per image "
-            "and step"
+            f"matrix product: {peak / 1e9:.0f} GFLOP/s; {model.architecture.word}: "
+            f"{flops / 1e9:.3f} GFLOP per image and step"
         ),
         flush=True,
     )
@@ -286,28 +286,11 @@ def plain_rate(model: DiffusionModel, prompts: list[str], sampler: Sampler) -> f
     """Images/s of diffusers' pipeline, one prompt after another in fp32, as the published scripts
     do it.
     """
-    parts = model.components
-    common = {"unet": parts.denoiser, "vae": parts.vae, "scheduler": make_scheduler(model, sampler)}
-    if len(parts.tokenizers) == 2:
-        (first, second), (encoder, larger) = parts.tokenizers, parts.text_encoders
-        more = {
-            "tokenizer": first,
-            "tokenizer_2": second,
-            "text_encoder": encoder,
-            "text_encoder_2": larger,
-        }
-        pipeline = diffusers.StableDiffusionXLPipeline(**common, **more)
-    else:
-        more = {
-            "tokenizer": parts.tokenizers[0],
-            "text_encoder": parts.text_encoders[0],
-            "safety_checker": None,
-        }
-        pipeline = diffusers.StableDiffusionPipeline(
-            **common, **more, feature_extractor=None, requires_safety_checker=False
-        )
+    pipeline = model.components.pipeline(make_scheduler(model, sampler))
     pipeline.set_progress_bar_config(disable=True)
     size = {"height": model.resolution, "width": model.resolution, "output_type": "pt"}
+    if isinstance(pipeline, diffusers.PixArtSigmaPipeline | diffusers.SanaPipeline):
+        size["use_resolution_binning"] = False  # else the side is one that they know
     single = lambda: [  # noqa: E731
         pipeline(prompt, num_inference_steps=sampler.steps, guidance_scale=sampler.guidance, **size)
         for prompt in prompts
