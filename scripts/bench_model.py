@@ -248,7 +248,7 @@ def bench_model(overrides: list[str], device: str) -> None:
         rate = bench.images_per_second()
     passes = settings.steps * (2 if settings.guidance != 1 else 1)
     print(
-        f"sampling with {levers_on(speed, target, sampling=True)}: batch {len(prompts)}, "
+        f"sampling with {levers_on(model, speed, sampling=True)}: batch {len(prompts)}, "
         f"{settings.steps} steps, "
         f"guidance {settings.guidance}: {rate:.2f} images/s, {rate * passes * flops / peak:.0%} "
         "of the matrix product's rate, "
@@ -263,7 +263,7 @@ def bench_model(overrides: list[str], device: str) -> None:
     train = bench.plan.spine.train
     again = ", activations computed twice" if train.gradient_checkpointing else ""
     print(
-        f"training with {levers_on(speed, target, sampling=False)}: {bench.plan.method_name}, "
+        f"training with {levers_on(model, speed, sampling=False)}: {bench.plan.method_name}, "
         f"batch {train.batch_size}, "
         f"{low} passes, fp32 weights{again}: {1 / seconds:.2f} steps/s, {work / 1e9:.2f} "
         "GFLOP per step, "
@@ -272,11 +272,12 @@ def bench_model(overrides: list[str], device: str) -> None:
     print(peaks, flush=True)
 
 
-def levers_on(speed: Speed, device: torch.device, *, sampling: bool) -> str:
+def levers_on(model: DiffusionModel, speed: Speed, *, sampling: bool) -> str:
     """Return the levers of speed.* that take effect."""
+    remembers = sampling and model.architecture.remembers_text
     on = {
-        "kv_cache": sampling and speed.kv_cache and not speed.compile,
-        "channels_last": speed.channels_last and device.type == "cuda",
+        "kv_cache": remembers and speed.kv_cache and not speed.compile,
+        "channels_last": speed.channels_last and model.device.type == "cuda",
         "compile": speed.compile,
     }
     return ", ".join(name for name, works in on.items() if works) or "no lever"
@@ -312,7 +313,7 @@ def bench_accuracy(overrides: list[str], device: str) -> None:
         if precision != fast:
             bench.model.speed_up(Speed(False, False, False))
         concepts = [*sequence.targets, *sequence.retain]
-        fast_levers = levers_on(plan.spine.speed, bench.model.device, sampling=True)
+        fast_levers = levers_on(bench.model, plan.spine.speed, sampling=True)
         found = evaluate(
             bench.model, plan.evaluator.build(device=device), sequence, concepts, 0, plan.spine.eval
         ).predictions

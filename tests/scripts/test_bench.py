@@ -307,6 +307,7 @@ def test_a_transformer_in_miniature(bench, transformers_on_disk, kind):
     status, lines, err = bench(*chosen, *small)
     assert (status, err) == (0, "")
     assert any("; transformer: " in line and "GFLOP per image and step" in line for line in lines)
+    assert any(line.startswith("sampling with no lever: batch 2, 1 steps") for line in lines)
     assert any(line.startswith("training with no lever: conabl, batch 1") for line in lines)
 
 
