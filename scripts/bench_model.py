@@ -2,7 +2,7 @@
 
 Images, training steps, and whether the fast path judges alike.
 
-scripts/bench.py prints it. Fractions compare the UNet's floating-point operations, forward and
+scripts/bench.py prints it. Fractions compare the denoiser's floating-point operations, forward and
 backward, with those of a large matrix product in the same precision, timed on the same device.
 """
 
@@ -142,7 +142,7 @@ class Bench:
         return len(prompts) / statistics.median(wall_seconds(sample, self.model.device, 3))
 
     def image_flops(self) -> int:
-        """Floating-point operations of the UNet for one image and one denoising step."""
+        """Floating-point operations of the denoiser for one image and one denoising step."""
         latents, text = (
             torch.randn(1, *self.model.latent_shape, device=self.model.device),
             self.model.encode_prompts(["a tree"]),
@@ -235,8 +235,8 @@ def bench_model(overrides: list[str], device: str) -> None:
     )
     print(
         (
-            f"matrix product: {peak / 1e9:.0f} GFLOP/s; UNet: {flops / 1e9:.3f} GFLOP per image "
-            "and step"
+            f"matrix product: {peak / 1e9:.0f} GFLOP/s; {model.architecture.word}: "
+            f"{flops / 1e9:.3f} GFLOP per image and step"
         ),
         flush=True,
     )
@@ -248,7 +248,7 @@ def bench_model(overrides: list[str], device: str) -> None:
         rate = bench.images_per_second()
     passes = settings.steps * (2 if settings.guidance != 1 else 1)
     print(
-        f"sampling with {levers_on(speed, target, sampling=True)}: batch {len(prompts)}, "
+        f"sampling with {levers_on(model, speed, sampling=True)}: batch {len(prompts)}, "
         f"{settings.steps} steps, "
         f"guidance {settings.guidance}: {rate:.2f} images/s, {rate * passes * flops / peak:.0%} "
         "of the matrix product's rate, "
@@ -263,7 +263,7 @@ def bench_model(overrides: list[str], device: str) -> None:
     train = bench.plan.spine.train
     again = ", activations computed twice" if train.gradient_checkpointing else ""
     print(
-        f"training with {levers_on(speed, target, sampling=False)}: {bench.plan.method_name}, "
+        f"training with {levers_on(model, speed, sampling=False)}: {bench.plan.method_name}, "
         f"batch {train.batch_size}, "
         f"{low} passes, fp32 weights{again}: {1 / seconds:.2f} steps/s, {work / 1e9:.2f} "
         "GFLOP per step, "
@@ -272,11 +272,12 @@ def bench_model(overrides: list[str], device: str) -> None:
     print(peaks, flush=True)
 
 
-def levers_on(speed: Speed, device: torch.device, *, sampling: bool) -> str:
+def levers_on(model: DiffusionModel, speed: Speed, *, sampling: bool) -> str:
     """Return the levers of speed.* that take effect."""
+    remembers = sampling and model.architecture.remembers_text
     on = {
-        "kv_cache": sampling and speed.kv_cache and not speed.compile,
-        "channels_last": speed.channels_last and device.type == "cuda",
+        "kv_cache": remembers and speed.kv_cache and not speed.compile,
+        "channels_last": speed.channels_last and model.device.type == "cuda",
         "compile": speed.compile,
     }
     return ", ".join(name for name, works in on.items() if works) or "no lever"
@@ -286,28 +287,11 @@ def plain_rate(model: DiffusionModel, prompts: list[str], sampler: Sampler) -> f
     """Images/s of diffusers' pipeline, one prompt after another in fp32, as the published scripts
     do it.
     """
-    parts = model.components
-    common = {"unet": parts.denoiser, "vae": parts.vae, "scheduler": make_scheduler(model, sampler)}
-    if len(parts.tokenizers) == 2:
-        (first, second), (encoder, larger) = parts.tokenizers, parts.text_encoders
-        more = {
-            "tokenizer": first,
-            "tokenizer_2": second,
-            "text_encoder": encoder,
-            "text_encoder_2": larger,
-        }
-        pipeline = diffusers.StableDiffusionXLPipeline(**common, **more)
-    else:
-        more = {
-            "tokenizer": parts.tokenizers[0],
-            "text_encoder": parts.text_encoders[0],
-            "safety_checker": None,
-        }
-        pipeline = diffusers.StableDiffusionPipeline(
-            **common, **more, feature_extractor=None, requires_safety_checker=False
-        )
+    pipeline = model.components.pipeline(make_scheduler(model, sampler))
     pipeline.set_progress_bar_config(disable=True)
     size = {"height": model.resolution, "width": model.resolution, "output_type": "pt"}
+    if isinstance(pipeline, diffusers.PixArtSigmaPipeline | diffusers.SanaPipeline):
+        size["use_resolution_binning"] = False  # else the side is one that they know
     single = lambda: [  # noqa: E731
         pipeline(prompt, num_inference_steps=sampler.steps, guidance_scale=sampler.guidance, **size)
         for prompt in prompts
@@ -329,7 +313,7 @@ def bench_accuracy(overrides: list[str], device: str) -> None:
         if precision != fast:
             bench.model.speed_up(Speed(False, False, False))
         concepts = [*sequence.targets, *sequence.retain]
-        fast_levers = levers_on(plan.spine.speed, bench.model.device, sampling=True)
+        fast_levers = levers_on(bench.model, plan.spine.speed, sampling=True)
         found = evaluate(
             bench.model, plan.evaluator.build(device=device), sequence, concepts, 0, plan.spine.eval
         ).predictions

@@ -231,16 +231,20 @@ def sana_config(tiny: bool) -> dict[str, object]:
     }
 
 
-def transformer_of(kind: str, tiny: bool) -> diffusers.ModelMixin:
-    """Build the transformer of a kind in TRANSFORMERS."""
-    name = TRANSFORMERS[kind][1]
-    config = {
+def transformer_config(kind: str, tiny: bool) -> dict[str, object]:
+    """Return the arguments of the transformer of a kind in TRANSFORMERS."""
+    return {
         "SD3Transformer2DModel": lambda: sd3_config(kind, tiny),
         "FluxTransformer2DModel": lambda: flux_config(kind, tiny),
         "PixArtTransformer2DModel": lambda: pixart_config(tiny),
         "SanaTransformer2DModel": lambda: sana_config(tiny),
-    }[name]()
-    return enlivened(getattr(diffusers, name)(**config))
+    }[TRANSFORMERS[kind][1]]()
+
+
+def transformer_of(kind: str, tiny: bool) -> diffusers.ModelMixin:
+    """Build the transformer of a kind in TRANSFORMERS."""
+    made = getattr(diffusers, TRANSFORMERS[kind][1])
+    return enlivened(made(**transformer_config(kind, tiny)))
 
 
 def enlivened(network: torch.nn.Module) -> torch.nn.Module:

@@ -217,8 +217,8 @@ def load_model(
         name: "shapecanvas" (embedded) or another file of conf/model; the id of a repository of the
             Hugging Face hub; a diffusers directory; a single .safetensors file.
         preset: the file of conf/model whose settings are taken (image side, sampler, training);
-            None chooses by the files: SDXL, Stable Diffusion 2 by its text width of 1024, a pixel
-            model with classes by its lack of an autoencoder, else 1.5.
+            None chooses by the files: the kind of a transformer, SDXL, Stable Diffusion 2 by its
+            text width of 1024, a pixel model with classes by its lack of an autoencoder, else 1.5.
         device: auto, cpu, cuda or cuda:1 and so on.
         precision: of forward passes: fp32, bf16 or fp16; None is the preset's on a GPU, else fp32.
         settings: more of conf/model, by key: {"resolution": 256, "sampler.steps": 20}.
@@ -272,18 +272,43 @@ def kind_of(name: str, revision: str | None = None) -> tuple[str, int | None]:
         return "sd15", None
     if (place / "unet/config.json").is_file() and not (place / "vae").exists():
         return "class_conditional", None  # pixels, and names of classes
+    part = "transformer" if (place / "transformer").is_dir() else "unet"
     try:
-        unet, vae = (
-            json.loads((place / part / "config.json").read_text(encoding="utf-8"))
-            for part in ("unet", "vae")
+        denoiser, vae = (
+            json.loads((place / folder / "config.json").read_text(encoding="utf-8"))
+            for folder in (part, "vae")
         )
     except (OSError, ValueError):
         raise ModelError(
-            f"{name}: holds no readable unet/config.json and vae/config.json; give a diffusers "
+            f"{name}: holds no readable {part}/config.json and vae/config.json; give a diffusers "
             "directory of a text-to-image model"
         ) from None
-    scale = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
-    side = int(unet["sample_size"]) * scale if isinstance(unet.get("sample_size"), int) else None
+    widths = vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or [0] * 4
+    size = denoiser.get("sample_size")
+    side = size * 2 ** (len(widths) - 1) if isinstance(size, int) else None
+    if part == "transformer":
+        return transformer_kind(name, denoiser), side
     if (place / "text_encoder_2").is_dir():
         return "sdxl", side
-    return ("sd21_base" if unet.get("cross_attention_dim") == 1024 else "sd15"), side
+    return ("sd21_base" if denoiser.get("cross_attention_dim") == 1024 else "sd15"), side
+
+
+def transformer_kind(name: str, config: Mapping[str, object]) -> str:
+    """Return the preset of a model with a transformer, by the configuration of this.
+
+    Stable Diffusion 3.5 is told from 3 by the normalisation of its queries and keys, FLUX.1-dev
+    from schnell by its input for guidance.
+    """
+    match config.get("_class_name"):
+        case "SD3Transformer2DModel":
+            return "sd35_medium" if config.get("qk_norm") else "sd3_medium"
+        case "FluxTransformer2DModel":
+            return "flux_dev" if config.get("guidance_embeds") else "flux_schnell"
+        case "PixArtTransformer2DModel":
+            return "pixart_sigma"
+        case "SanaTransformer2DModel":
+            return "sana"
+    raise ModelError(
+        f"{name}: its transformer is of a class that is not known ({config.get('_class_name')}); "
+        "known are those of Stable Diffusion 3, FLUX.1, PixArt and Sana"
+    )

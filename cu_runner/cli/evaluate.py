@@ -61,8 +61,8 @@ def main() -> None:
     parser.add_argument(
         "--model",
         metavar="PLACE",
-        help="in place of a run: a diffusers directory, a single file, a LoRA, or a file of the "
-        "UNet's weights or changes by name, unlearned from model=... by another tool",
+        help="in place of a run: a diffusers directory, a single file, a LoRA, or a file of "
+        "weights or changes by name, unlearned from model=... by another tool",
     )
     add_config_dir(parser)
     arguments = parser.parse_intermixed_args()

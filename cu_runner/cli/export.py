@@ -110,7 +110,8 @@ def produce(arguments: argparse.Namespace) -> None:
     run = read_run(arguments.run.resolve())
     index = chosen_step(run, arguments.step)
 
-    from cu_runner.reporting.model_card import CARD, is_export, model_card
+    from cu_runner.reporting.base_model import CARD
+    from cu_runner.reporting.model_card import is_export, model_card
     from cu_runner.runner.export import refuse_gates
     from cu_runner.runner.finished import prove_step
     from cu_runner.runner.hub import check_login, push

@@ -43,7 +43,7 @@ class Imported(Method[dict[str, "Tensor"]]):
         """
         Args:
             checkpoint: a diffusers directory, a single file of the original layout, a LoRA, or a
-                file of the UNet's weights by name, or of changes of them.
+                file of weights by name, or of changes of them.
             sha256: of it, as hash_checkpoint() makes it; it is another run with another one.
             holds: what a file of weights by name holds; None finds out.
             allow_pickle: the files that may be read although they are pickles.
@@ -64,7 +64,9 @@ class Imported(Method[dict[str, "Tensor"]]):
         self._form = found.form
         self._change = {name: each for name, each in found.change.items() if each.any()}
         if not self._change:
-            raise ModelError(f"{self.checkpoint}: its UNet is that of the base model")
+            raise ModelError(
+                f"{self.checkpoint}: its {model.architecture.word} is that of the base model"
+            )
         if not any(map(is_gate, self._change)):
             params = dict(model.denoiser.named_parameters())
             self._change = {name: self._change[name] for name in params if name in self._change}
@@ -72,7 +74,7 @@ class Imported(Method[dict[str, "Tensor"]]):
         number = next(len(each) for name, each in found.change.items() if name.endswith(DIRECTIONS))
         gates = add_gates(model.denoiser, number)
         if gates.keys() != found.change.keys():
-            raise ModelError(f"{self.checkpoint}: holds gates of another UNet")
+            raise ModelError(f"{self.checkpoint}: holds gates of another {model.architecture.word}")
         self._change = found.change
         return gates
 

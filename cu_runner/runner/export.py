@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from cu_runner.models.architectures import folder_of
 from cu_runner.models.components import latent_parts
 from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.lora_files import require_loader
 from cu_runner.models.low_rank import LowRank, low_rank
 from cu_runner.models.original_layout import original_weights
 from cu_runner.models.parameters import is_gate
 from cu_runner.models.pipeline import make_pipeline, save_configurations
 from cu_runner.models.single_file import read_single_file
+from cu_runner.models.transformers import TransformerComponents
 from cu_runner.runner.finished import trained_run
 from cu_runner.runtime.lazy import nn, torch
 from cu_runner.runtime.progress import slow
@@ -31,7 +34,7 @@ LORA = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 class Exported:
     """What was written. weights: the file of the weights, in a folder; of diffusers, the folder
     itself. pipeline: the class of diffusers that reads it, as far as that is known. gates: whether
-    it holds gates. lora: of a LoRA.
+    it holds gates. lora: of a LoRA. denoiser: its name in the pipeline.
     """
 
     form: Form
@@ -39,6 +42,7 @@ class Exported:
     pipeline: str = "StableDiffusionPipeline"
     gates: bool = False
     lora: LowRank | None = None
+    denoiser: str = "unet"
 
 
 def refuse_gates(run: RunRecord, index: int, form: Form) -> bool:
@@ -56,14 +60,16 @@ def write_delta(run: RunRecord, index: int, folder: Path) -> Exported:
     """Copy the weights theta - theta_base that a step was measured with; no model is needed."""
     path = trained_run(run).weights(index)
     shutil.copyfile(path, folder / path.name)
-    return Exported("delta", path.name, gates=refuse_gates(run, index, "delta"))
+    gates = refuse_gates(run, index, "delta")
+    return Exported("delta", path.name, gates=gates, denoiser=folder_of(squared_norms(path)))
 
 
 def write_diffusers(model: DiffusionModel, folder: Path) -> Exported:
     """Write a model as a diffusers directory."""
     pipeline = make_pipeline(model)
     pipeline.save_pretrained(folder)
-    return Exported("diffusers", ".", type(pipeline).__name__)
+    kind, part = type(pipeline).__name__, model.architecture.folder
+    return Exported("diffusers", ".", kind, denoiser=part)
 
 
 def write_single_file(model: DiffusionModel, folder: Path) -> Exported:
@@ -72,10 +78,16 @@ def write_single_file(model: DiffusionModel, folder: Path) -> Exported:
     Beside it lie the configurations and tokenizers, which the file does not hold.
 
     Raises:
-        ModelError: what is read back is not what was written: the layout does not hold this model.
+        ModelError: it has a transformer; or what is read back is not what was written: the layout
+            does not hold this model.
     """
     import safetensors.torch
 
+    if isinstance(model.components, TransformerComponents):
+        raise ModelError(
+            "--to single-file: the original layouts of models with a transformer are not known "
+            f"({model.components.kind}); use --to diffusers"
+        )
     pipeline = make_pipeline(model)
     save_configurations(pipeline, folder / CONFIGURATIONS)
     try:
@@ -123,8 +135,10 @@ def write_lora(
     Args:
         model: of the step. rank, keep: as of low_rank().
     """
+    require_loader(model.denoiser, "--to lora")
     change = from_safetensors(trained_run(run).weights(index).read_bytes())
     weights = dict(model.denoiser.named_parameters())
     found = low_rank(change, weights, rank=rank, keep=keep)
-    (folder / LORA).write_bytes(to_safetensors(found.state_dict()))
-    return Exported("lora", LORA, type(make_pipeline(model)).__name__, lora=found)
+    part = model.architecture.folder
+    (folder / LORA).write_bytes(to_safetensors(found.state_dict(part)))
+    return Exported("lora", LORA, type(make_pipeline(model)).__name__, lora=found, denoiser=part)

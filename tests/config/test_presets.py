@@ -597,10 +597,32 @@ def test_a_model_that_no_hub_has_asks_for_its_path():
         parse(compose("model=unlearncanvas"))
 
 
-@pytest.mark.parametrize("name", ["sd14", "sd15", "sd21_base", "sdxl"])
+TRANSFORMERS = {  # denoising steps and guidance that their pipelines are published with
+    "sd3_medium": (28, 7.0),
+    "sd35_medium": (40, 4.5),
+    "flux_dev": (28, 3.5),
+    "flux_schnell": (4, 1.0),
+    "pixart_sigma": (20, 4.5),
+    "sana": (20, 4.5),
+}
+
+
+@pytest.mark.parametrize("name", ["sd14", "sd15", "sd21_base", "sdxl", *TRANSFORMERS])
 def test_other_models_come_from_the_hub_unless_a_path_is_given(name):
     assert HUB_ID.fullmatch(parse(compose(f"model={name}")).model.arguments["path"])
     assert parse(compose(f"model={name}", "model.path=/x")).model.arguments["path"] == "/x"
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_presets_of_transformers(name):
+    chosen = parse(compose(f"model={name}", "sequence=duge", "method=esd")).spine
+    assert (chosen.eval.steps, chosen.eval.guidance) == TRANSFORMERS[name]
+    train = chosen.train
+    flux = name.startswith("flux")  # the one of them for which settings of ESD are published
+    found = (train.steps, train.optimizer, train.batch_size, train.lr)
+    assert found == ((1400, "adam", 1, 1e-4) if flux else (200, "adam", 1, 5e-5))
+    train = parse(compose(f"model={name}", "sequence=duge", "method=conabl")).spine.train
+    assert (train.steps, train.optimizer, train.batch_size, train.lr) == (1000, "adamw", 4, 8e-6)
 
 
 @pytest.mark.parametrize("name", sorted(PATHS))

@@ -297,3 +297,32 @@ def test_bad_input_is_one_line(bench, forked, arguments, status, line):
     found, _, err = bench(*arguments)
     assert (found, err.count("\n")) == (status, 1)
     assert err.startswith(line)
+
+
+@pytest.mark.parametrize("kind", ["sd3_medium", "flux_dev"])
+def test_a_transformer_in_miniature(bench, transformers_on_disk, kind):
+    chosen = ["--model", kind, "--path", transformers_on_disk[kind], "--precision", "fp32"]
+    small = ["sequence=smoke", "model.resolution=64", "model.sampler.steps=1", "num_threads=1"]
+    small += ["--batch-size", 2, "--train-batch-size", 1, "method.num_anchors=1"]
+    status, lines, err = bench(*chosen, *small)
+    assert (status, err) == (0, "")
+    assert any("; transformer: " in line and "GFLOP per image and step" in line for line in lines)
+    assert any(line.startswith("sampling with no lever: batch 2, 1 steps") for line in lines)
+    assert any(line.startswith("training with no lever: conabl, batch 1") for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["sd3_medium", "flux_dev"])
+def test_one_block(monkeypatch, capsys, kind):
+    """Narrower than published: those take minutes."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    module = importlib.import_module("bench_block")
+    monkeypatch.setitem(module.TOKENS, kind, 8)
+    monkeypatch.setitem(module.SIZES, kind, (2, 128))
+    arguments = ["bench_block.py", kind, "--precision", "fp32", "--resolution", "64"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--device", "cpu"])
+    module.main()
+    first, second = capsys.readouterr().out.splitlines()
+    assert f"{kind}: one block, " in first
+    assert "16 tokens of an image, 8 of a text" in first
+    assert number(r"forward and backward ([\d.]+) s", second) >= 0
+    assert number(r"gradient ([\d.e-]+);", second) > 0
