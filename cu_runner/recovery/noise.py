@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.process import is_flow
 from cu_runner.models.sampling import make_scheduler
 from cu_runner.recovery.base import Cost, Every, Lab, Probe, ProbeImage, evaluation_images
 from cu_runner.schema.settings import EvalSettings
@@ -66,7 +67,12 @@ class Noise(Probe):
     def check_model(
         self, model: DiffusionModel, sequence: Sequence, settings: EvalSettings
     ) -> None:
-        """Raise ValueError for an eta that the scheduler cannot take."""
+        """Raise ValueError for a flow, or an eta that the scheduler cannot take."""
+        if is_flow(model.scheduler):
+            raise ValueError(
+                "recovery.noise: draws with the eta of DDIM; the model is a rectified flow, and has "
+                "none; leave it out"
+            )
         try:
             scheduler = make_scheduler(model, replace(settings, scheduler=self._scheduler))
         except ValueError as error:
