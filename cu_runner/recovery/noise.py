@@ -70,7 +70,7 @@ class Noise(Probe):
         """Raise ValueError for a flow, or an eta that the scheduler cannot take."""
         if is_flow(model.scheduler):
             raise ValueError(
-                "recovery.noise: draws with the eta of DDIM; the model is a rectified flow, and has "
+                "recovery.noise: draws with an eta of DDIM; the model is a rectified flow and has "
                 "none; leave it out"
             )
         try:
