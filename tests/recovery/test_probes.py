@@ -151,7 +151,9 @@ def test_the_first_steps_are_the_untouched_models_and_drawn_once(bench, monkeypa
     assert len(made.battery.heads) == 2
     runs = []
     output = model.output
-    monkeypatch.setattr(model, "output", lambda *words: runs.append(1) or output(*words))
+    monkeypatch.setattr(
+        model, "output", lambda *words, **more: runs.append(1) or output(*words, **more)
+    )
     later = made.battery._lab(3, made.unlearned, lambda step: made.seen[2], untouched=False)
     later.look(wanted)
     assert len(runs) == 2  # of four steps; the first two are kept
