@@ -62,9 +62,9 @@ def test_sampling_counts_every_denoising_step(model, clock, lines, monkeypatch):
     """A batch of large images takes minutes; half of it done is half of its images."""
     real = type(model).output
 
-    def slowly(self, *arguments):
+    def slowly(self, *arguments, **more):
         clock(6)
-        return real(self, *arguments)
+        return real(self, *arguments, **more)
 
     monkeypatch.setattr(type(model), "output", slowly)
     list(generate(model, ["a"] * 4, [0, 1, 2, 3], Sampler(4, 1), batch_size=4, label="evaluate"))
