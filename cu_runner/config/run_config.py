@@ -42,6 +42,7 @@ from cu_runner.store.signature import (
     file_hashes,
     hashes_of,
     signature,
+    without_unset,
 )
 from cu_runner.trackers.base import Tracker
 
@@ -106,6 +107,7 @@ class RunConfig:
         science = without_paths(self.resolved, (*NOT_SCIENTIFIC, *PLACES))
         parts = ("seed", "train", "anchors", "method", "sequence", "model")
         settings = {key: science[key] for key in parts}
+        settings["train"] = without_unset(science["train"])
         settings["setting"] = without_paths(self.resolved["setting"], ("plan",))
         if self.setting.stop_at is not None:  # then the evaluation decides when training ends
             settings |= {"evaluator": self.resolved["evaluator"], "eval": self.resolved["eval"]}

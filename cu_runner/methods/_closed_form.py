@@ -190,7 +190,9 @@ def prompt_pairs(scope: Scope, concept: Concept, tokens: Tokens) -> list[PromptP
     for prompts in scope.sequence.training_pairs(concept):
         both = model.encode_prompts(list(prompts))
         for part in model.prompts.parts:
-            first = part.span(concept.prompt_name, prompts[0]).start
+            # where every position knows the concept, all of them are edited
+            span = part.span(concept.prompt_name, prompts[0])
+            first = span.start if part.causal else 0
             pairs.append(PromptPair(*read_rows(part.of(both)), first))
     return pairs
 

@@ -75,7 +75,7 @@ class MACEFusion(ClosedForm):
             both = model.encode_prompts(list(prompts))
             for part in model.prompts.parts:
                 hidden = torch.stack(read_rows(part.of(both)))
-                ids = [part.row(prompt)[: part.length] for prompt in prompts]
+                ids = [part.read(prompt) for prompt in prompts]
                 places = shared_places(*ids, length=hidden.shape[1])
                 beside.append([row[found] for row, found in zip(hidden, places, strict=True)])
                 span = part.span(concept.prompt_name, prompts[0])
@@ -108,7 +108,7 @@ def shared_places(own: list[int], anchor: list[int], *, length: int) -> tuple[li
     end = 0
     while end < shortest - begin and own[-1 - end] == anchor[-1 - end]:
         end += 1
-    behind = length - max(len(own), len(anchor))  # padding of the longer prompt
+    behind = max(length - max(len(own), len(anchor)), 0)  # padding of the longer prompt
     return tuple(  # type: ignore[return-value]
         [*range(begin), *range(len(ids) - end, len(ids) + behind)] for ids in (own, anchor)
     )

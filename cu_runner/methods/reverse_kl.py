@@ -38,7 +38,8 @@ from cu_runner.methods._primal_dual import (
     teacher_weights,
 )
 from cu_runner.models.parameters import placed
-from cu_runner.models.sampling import sample_partly
+from cu_runner.models.process import is_flow
+from cu_runner.models.sampling import make_scheduler, sample_partly
 from cu_runner.request.images import NoisyBatch, RetainSet
 from cu_runner.request.scope import Scope
 from cu_runner.runtime.lazy import F, torch, without_gradients
@@ -134,6 +135,7 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
         """Make the kept images, and set b_i from KL(q||q_i) on samples of q."""
         self._images = self.retain.images_of(scope) if self.retain_weight else None
         self._process = scope.model.process
+        self._spacing = self._sampler_spacing(scope) if is_flow(scope.model.scheduler) else None
         self._level_weights = snr_weights(scope.model.process.log_snr()).to(scope.model.device)
         with placed(scope.params, teacher_weights(scope, self.teacher)):
             initial = self._measure(scope, "initial")
@@ -202,6 +204,16 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
         noisy, timestep = sample_partly(scope.model, prompts, seeds, sampler, stop)
         return noisy, scope.model.process.as_trained(timestep).expand(len(prompts))
 
+    def _sampler_spacing(self, scope: Scope) -> tuple[Tensor, Tensor]:
+        """Return the timesteps [S] of the sampler, and how much of all levels each stands for, x S.
+
+        Evenly spaced ones stand for 1 each, so that a mean over them is one over the levels.
+        """
+        sampler = replace(scope.model.sampler, steps=self.sampling_steps, guidance=self.guidance)
+        levels = make_scheduler(scope.model, sampler).timesteps.float()
+        gaps = levels - torch.cat([levels[1:], levels.new_zeros(1)])
+        return levels, gaps * len(levels) / scope.model.num_train_timesteps
+
     def _divergence(self, predicted: Tensor, reference: Tensor, timesteps: Tensor) -> Tensor:
         """Return each row's share [B] of the path KL.
 
@@ -210,6 +222,10 @@ class ReverseKL(PrimalDual[OnPolicyBatch]):
         """
         process = self._process
         error = squared_error(predicted, reference) * process.noise_error(timesteps) ** 2
+        if self._spacing is not None:  # levels of a flow's sampler are not spaced evenly
+            levels, spacing = self._spacing
+            nearest = (timesteps[:, None].float() - levels).abs().argmin(1)
+            error = error * spacing[nearest]
         if self.weighting == "mse":
             return error
         weights = self._level_weights[process.level(timesteps)]

@@ -147,6 +147,11 @@ def transformer_mismatches(parts: TransformerComponents) -> Iterator[str]:
     factor = vae.scaling_factor
     if not isinstance(factor, int | float) or not 0 < factor < math.inf:
         yield f"vae has scaling_factor={factor!r}; it must be a number above 0"
+    if denoiser.get("use_additional_conditions"):
+        yield (
+            "transformer has use_additional_conditions: it asks for resolution and aspect ratio, "
+            "as PixArt-alpha at 1024 pixels does, which are not supplied"
+        )
     if shifts := [key for key in ("latents_mean", "latents_std") if vae.get(key)]:
         yield f"vae normalises its latents ({', '.join(shifts)}), which is not known"
     yield from mismatches_of_width(parts)

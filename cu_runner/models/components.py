@@ -157,6 +157,8 @@ class Components:
             "scheduler": describe(self.scheduler, self.scheduler.config),
             "zero_empty_prompt": self.zero_empty_prompt,
             **({} if self.tokens is None else {"tokens": self.tokens}),
+            # since pooled texts are projected one by one, their last bits are others
+            **({"projects": "one by one"} if self.is_sdxl else {}),
         }
 
 

@@ -295,9 +295,9 @@ class DiffusionModel:
         kept = {id(weight) for name, weight in self.denoiser.named_parameters() if name in trained}
         for module in self.denoiser.modules():
             # what autocast would cast at every forward pass
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear | nn.Conv2d) and not is_quantised(module.weight):
                 for parameter in module.parameters(recurse=False):
-                    if id(parameter) not in kept and not is_quantised(parameter):
+                    if id(parameter) not in kept:
                         parameter.data = parameter.data.to(self.dtype)
 
     def checkpoint_gradients(self) -> None:

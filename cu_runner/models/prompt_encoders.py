@@ -11,15 +11,15 @@ import contextlib
 import inspect
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from cu_runner.models.encoder_hooks import embedding_layer, projecting_rows, replacing
 from cu_runner.models.text import Text, TextPart, TextSource
-from cu_runner.runtime.lazy import F, diffusers, nn, torch, without_gradients
+from cu_runner.runtime.lazy import F, diffusers, torch, without_gradients
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     from cu_runner.models.components import Components
@@ -93,19 +93,24 @@ class PromptEncoder(TextSource):
         with contextlib.ExitStack() as hooks:
             encoders = zip(self._parts.tokenizers, self._parts.text_encoders, vectors, strict=True)
             for tokenizer, encoder, own in encoders:
-                part = TextPart(tokenizer, int(tokenizer.model_max_length))
-                spans = [part.span(word, prompt) for prompt in prompts]
+                part = self._part_of(tokenizer)
+                spans = [part.placed(part.span(word, prompt)) for prompt in prompts]
                 if any(span.stop - span.start != len(own) for span in spans):
                     raise ValueError(f"{word!r} has not {len(own)} tokens in each prompt")
-                embeddings = encoder.get_input_embeddings()
-                hooks.callback(embeddings.register_forward_hook(replacing(spans, own)).remove)
+                layer = embedding_layer(encoder)
+                # that of Gemma multiplies what it looks up
+                scaled = own * getattr(layer, "embed_scale", 1.0)
+                hooks.callback(layer.register_forward_hook(replacing(spans, scaled)).remove)
             return self._encode(prompts, told=False)
+
+    def _part_of(self, tokenizer: PreTrainedTokenizerBase) -> TextPart:
+        """Return the part that a tokenizer makes; one makes a pooled text alone, and no part."""
+        own = (part for part in self.parts if part.tokenizer is tokenizer)
+        return next(own, TextPart(tokenizer, int(tokenizer.model_max_length)))
 
     def embeddings(self) -> list[Tensor]:
         """Return the token embeddings of each text encoder, [vocabulary, width]."""
-        return [
-            encoder.get_input_embeddings().weight.detach() for encoder in self._parts.text_encoders
-        ]
+        return [embedding_layer(encoder).weight.detach() for encoder in self._parts.text_encoders]
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -124,9 +129,7 @@ class PromptEncoder(TextSource):
 
     def alike(self, one: str, other: str) -> bool:
         """Tell whether two prompts have the same tokens, as far as they are read."""
-        return all(
-            part.row(one)[: part.length] == part.row(other)[: part.length] for part in self.parts
-        )
+        return all(part.read(one) == part.read(other) for part in self.parts)
 
     def _ids(
         self, part: TextPart, prompts: list[str], told: bool, *, longest: int | None = None
@@ -221,7 +224,9 @@ class JointText(PromptEncoder):
         parts = [TextPart(clip, int(clip.model_max_length))]
         if len(self._parts.tokenizers) == 3:
             length = self._parts.tokens or self.T5_TOKENS
-            parts.append(TextPart(self._parts.tokenizers[2], length, start=parts[0].length))
+            parts.append(
+                TextPart(self._parts.tokenizers[2], length, start=parts[0].length, causal=False)
+            )
         return tuple(parts)
 
     def _encode(self, prompts: list[str], told: bool = True) -> Text:
@@ -252,7 +257,8 @@ class FluxText(PromptEncoder):
     chunk = 16
 
     def _text_parts(self) -> tuple[TextPart, ...]:
-        return (TextPart(self._parts.tokenizers[1], self._parts.tokens or self.T5_TOKENS),)
+        length = self._parts.tokens or self.T5_TOKENS
+        return (TextPart(self._parts.tokenizers[1], length, causal=False),)
 
     def _encode(self, prompts: list[str], told: bool = True) -> Text:
         """Encode prompts."""
@@ -272,7 +278,7 @@ class MaskedText(PromptEncoder):
 
     def _text_parts(self) -> tuple[TextPart, ...]:
         length = self._parts.tokens or self.TOKENS
-        return (TextPart(self._parts.tokenizers[0], length, lower=True),)
+        return (TextPart(self._parts.tokenizers[0], length, lower=True, causal=False),)
 
     def _encode(self, prompts: list[str], told: bool = True) -> Text:
         """Encode prompts."""
@@ -314,33 +320,3 @@ def instruction() -> str:
     """Return what Sana's pipeline says before a prompt   (Xie et al. 2024, Sec. 2.3)."""
     parameters = inspect.signature(diffusers.SanaPipeline.__call__).parameters
     return "\n".join(parameters["complex_human_instruction"].default)
-
-
-@contextlib.contextmanager
-def projecting_rows(encoder: PreTrainedModel) -> Iterator[None]:
-    """Let an encoder project its pooled texts one by one.
-
-    Of a few together the last bit depends on how many there are, and a run that is resumed does not
-    encode the same prompts together.
-    """
-
-    def hook(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return torch.cat([F.linear(row, layer.weight, layer.bias) for row in inputs[0].split(1)])
-
-    handle = encoder.text_projection.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def replacing(spans: list[slice], vectors: Tensor) -> Callable[..., Tensor]:
-    """Return a hook that puts vectors [tokens, width] into the places of each prompt."""
-
-    def hook(module: object, inputs: object, output: Tensor) -> Tensor:
-        rows = []
-        for row, span in zip(output, spans, strict=True):
-            rows.append(torch.cat([row[: span.start], vectors.to(row), row[span.stop :]]))
-        return torch.stack(rows)
-
-    return hook

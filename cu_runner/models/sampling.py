@@ -5,8 +5,9 @@ Shapes: B batch, C latent channels, H W latent size, S image side.
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from cu_runner.models.diffusion import DiffusionModel
@@ -187,6 +188,8 @@ def make_scheduler(
     changes = model.components.scheduler_changes(config)
     if steps_offset is not None:
         changes["steps_offset"] = steps_offset
+    if name and is_flow(model.scheduler):
+        changes |= same_shift(config, name)
     try:
         scheduler: Any = build_scheduler(find_scheduler(name) if name else kind, config, changes)
     except ValueError as error:
@@ -198,6 +201,22 @@ def make_scheduler(
         )
     model.components.set_timesteps(scheduler, sampler.steps, model.latent_shape[-1], model.device)
     return scheduler
+
+
+def same_shift(config: Mapping[str, Any], name: str) -> dict[str, object]:
+    """Return the shift of a flow's scheduler as that of another class, which may name it otherwise.
+
+    Raises:
+        ValueError: diffusers has no such scheduler.
+    """
+    taken = inspect.signature(find_scheduler(name).__init__).parameters
+    own = config.get("flow_shift") if config.get("shift") is None else config["shift"]
+    if own is None:
+        return {}
+    found = {key: own for key in ("shift", "flow_shift") if key in taken}
+    if "use_flow_sigmas" in taken:
+        found |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    return found
 
 
 @without_gradients

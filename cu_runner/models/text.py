@@ -132,7 +132,8 @@ class TextPart:
     """The positions of a text that one tokenizer makes: `length` of them, from `start` on.
 
     prefix: what is said before every prompt but the empty one. skipped: how many positions after
-    the first are left out of a prompt with it. lower: prompts are read in small letters.
+    the first are left out of a prompt with it. lower: prompts are read in small letters. causal: a
+    position knows nothing of those behind it, as of CLIP and Gemma.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -141,6 +142,7 @@ class TextPart:
     prefix: str = ""
     skipped: int = 0
     lower: bool = False
+    causal: bool = True
 
     def spoken(self, prompt: str) -> str:
         """Return what the tokenizer is given for a prompt."""
@@ -152,10 +154,31 @@ class TextPart:
         plain = words.lower() if self.lower else words
         return list(self.tokenizer(plain, add_special_tokens=False).input_ids)
 
+    def forms(self, words: str) -> list[list[int]]:
+        """Return the tokens of words alone, behind a space, and behind a bracket.
+
+        Words in the midst of a prompt may have other tokens than alone.
+        """
+        bracket, behind = self.tokens("("), self.tokens(f"({words}")
+        inside = [behind[len(bracket) :]] if behind[: len(bracket)] == bracket else []
+        return [self.tokens(words), self.tokens(f" {words}"), *inside]
+
     def row(self, prompt: str) -> list[int]:
         """Return the tokens of a prompt, its begin and end among them, however long it is."""
         ids = list(self.tokenizer(self.spoken(prompt)).input_ids)
         return ids[:1] + ids[1 + self.skipped :] if self.skipped and prompt else ids
+
+    def read(self, prompt: str) -> list[int]:
+        """Return the tokens of a prompt that are read: of one that is cut, its end too."""
+        row = self.row(prompt)
+        if len(row) <= self.length:
+            return row
+        return [*row[: self.length - self.ends], *row[len(row) - self.ends :]]
+
+    def placed(self, span: slice) -> slice:
+        """Return positions of find() as those of the encoder, before any are left out."""
+        shift = self.skipped if span.start else 0
+        return slice(span.start + shift, span.stop + shift)
 
     @functools.cached_property
     def ends(self) -> bool:
@@ -186,12 +209,11 @@ class TextPart:
         They may lie beyond what is read. before: what stands in the prompt before it; the text may
         be there too.
         """
-        whole, earlier = self.row(inside), self.tokens(before)
-        first = self.begin + len(earlier)
-        if whole[self.begin : first] != earlier:
-            first = self.begin
-        # a word in the midst of a prompt may have other tokens than one alone
-        for part in (self.tokens(text), self.tokens(f" {text}")):
+        whole, first = self.row(inside), self.begin
+        for earlier in self.forms(before.rstrip()):
+            if whole[self.begin : self.begin + len(earlier)] == earlier:
+                first = max(first, self.begin + len(earlier))
+        for part in self.forms(text):
             for start in range(first, len(whole) - self.ends - len(part) + 1):
                 if whole[start : start + len(part)] == part:
                     return slice(start, start + len(part))

@@ -105,6 +105,11 @@ def read_transformer(
     if vae is None:
         said = "" if shared is None else f", and model.shared={shared} has none either"
         raise ModelError(f"{root}: the component vae is missing{said}")
+    if index.get("_class_name") == "PixArtAlphaPipeline" and tokens is None:
+        raise ModelError(
+            f"{root}: PixArt-alpha reads 120 tokens of a prompt, and the 300 of PixArt-Sigma would "
+            "be read; give model.tokens=120"
+        )
     encoders = find_encoders(root, kind, homes)
     if shared is not None and all(part.root == root for part in (vae, *encoders)):
         raise ModelError(
@@ -130,13 +135,21 @@ def read_transformer(
             )
             for part in encoders
         ),
-        tuple(read_tokenizer(part.root, part.kind, part.name) for part in tokenizers),
+        tuple(sided(read_tokenizer(part.root, part.kind, part.name)) for part in tokenizers),
         read_scheduler(own["scheduler"].folder, own["scheduler"].kind, {}),
         tokens=tokens,
     )
     for mismatch in transformer_mismatches(parts):
         raise ModelError(f"{root}: {mismatch}")
     return parts
+
+
+def sided(
+    tokenizer: transformers.PreTrainedTokenizerBase,
+) -> transformers.PreTrainedTokenizerBase:
+    """Return a tokenizer that pads on the right, as all of these pipelines make theirs do."""
+    tokenizer.padding_side = "right"
+    return tokenizer
 
 
 def locate_shared(shared: str) -> Path:

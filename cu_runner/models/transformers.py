@@ -20,6 +20,7 @@ from cu_runner.models.prompt_encoders import (
     MaskedText,
     PromptEncoder,
     SingleText,
+    instruction,
 )
 from cu_runner.models.text import TextSource
 from cu_runner.runtime.lazy import diffusers, nn, torch
@@ -98,6 +99,11 @@ class TransformerComponents(Components):
         if self.kind == "FluxTransformer2DModel" and "sigmas" in taken:
             more["sigmas"] = np.linspace(1.0, 1 / steps, steps)
         scheduler.set_timesteps(steps, device=device, **more)
+
+    def configuration(self) -> dict[str, object]:
+        """Return the configurations of all parts, and Sana's instruction: it is diffusers'."""
+        said = {"instruction": instruction()} if TEXTS[self.kind] is GemmaText else {}
+        return super().configuration() | said
 
     def pipeline(self, scheduler: diffusers.SchedulerMixin) -> diffusers.DiffusionPipeline:
         """Return the pipeline of its denoiser; what this model lacks is None in it."""

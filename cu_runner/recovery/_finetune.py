@@ -16,6 +16,7 @@ from cu_runner.schema.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
+    from transformers import PreTrainedTokenizerBase
 
 WORDS = "sks zxc qj x z"  # of which the first that is one token, and in no prompt, is taken
 
@@ -67,7 +68,7 @@ def free_word(model: DiffusionModel, prompts: list[str]) -> str:
     words = {word for prompt in prompts for word in prompt.casefold().split()}
     for word in WORDS.split():
         found = [
-            (tokenizer(word, add_special_tokens=False).input_ids, tokenizer.unk_token_id)
+            (one_token(tokenizer, word), tokenizer.unk_token_id)
             for tokenizer in model.prompts.tokenizers
         ]
         if word not in words and all(len(ids) == 1 and ids[0] != no for ids, no in found):
@@ -78,6 +79,13 @@ def free_word(model: DiffusionModel, prompts: list[str]) -> str:
     )
 
 
-def first_token(model: DiffusionModel, word: str) -> int:
+def first_token(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
     """Return the id of a word of one token."""
-    return int(model.tokenizer(word, add_special_tokens=False).input_ids[0])
+    return int(one_token(tokenizer, word)[0])
+
+
+def one_token(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
+    """Return the tokens of a word in a prompt, behind a space where that makes fewer (Gemma)."""
+    forms = [tokenizer(lead + word, add_special_tokens=False).input_ids for lead in ("", " ")]
+    # CLIP and T5 read both alike
+    return list(forms[1] if forms[0] != forms[1] else forms[0])

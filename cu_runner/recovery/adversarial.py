@@ -16,10 +16,12 @@ from pydantic import NonNegativeFloat, PositiveInt
 from cu_runner.concepts.entries import comparable
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.text import Text
 from cu_runner.recovery._finetune import anchored
 from cu_runner.recovery.base import Cost, Every, Lab, Probe, ProbeImage
 from cu_runner.runtime.lazy import torch
 from cu_runner.runtime.progress import Progress
+from cu_runner.schema.errors import ModelError
 from cu_runner.schema.settings import Fraction
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ class RingABell(Probe):
     def _search(self, lab: Lab, concept: Concept, pairs: list[tuple[str, str]]) -> str:
         model = lab.model
         named, plain = (
-            model.prompts.encode_once(list(side)).hidden for side in zip(*pairs, strict=True)
+            seen(model.prompts.encode_once(list(side))) for side in zip(*pairs, strict=True)
         )
         wanted = plain[0] + self._coefficient * (named - plain).mean(0)
         generator = lab.generator("ring-a-bell", concept.name)
@@ -124,16 +126,29 @@ class RingABell(Probe):
         return Cost(images=self._number * concepts)
 
 
+def seen(text: Text) -> Tensor:
+    """Return the hidden states [B, L, D], zero where the denoiser does not look."""
+    return text.hidden if text.mask is None else text.hidden * text.mask[..., None]
+
+
 def plain_tokens(model: DiffusionModel, name: str) -> Tensor:
     """Return the ids of the tokens that prompts are made of: words, and none of the name.
 
     A word that is written is read as its one token again.
     """
-    tokenizer = model.tokenizer
-    own = set(tokenizer(name).input_ids) | set(tokenizer.all_special_ids)
+    part = model.prompts.parts[0]
+    tokenizer = part.tokenizer
+    own = {token for ids in part.forms(name) for token in ids} | set(tokenizer.all_special_ids)
     words = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    read = tokenizer([word.strip() for word in words]).input_ids
-    found = [token for token, ids in enumerate(read) if ids[1:-1] == [token] and token not in own]
+    # behind a space: Gemma's words in a prompt have one
+    for lead in ("", " "):
+        texts = [lead + word.strip() for word in words]
+        read = tokenizer(texts, add_special_tokens=False).input_ids
+        found = [token for token, ids in enumerate(read) if ids == [token] and token not in own]
+        if len(found) > len(words) // 10:
+            break
+    if not found:
+        raise ModelError("recovery: no token of the model's tokenizer is a word of its own")
     return torch.tensor(found)
 
 
@@ -148,6 +163,6 @@ def distances(model: DiffusionModel, tokens: Tensor, wanted: Tensor, name: str) 
     It is infinite for a prompt that has the concept's name in it.
     """
     prompts = words_of(model, tokens)
-    far = (model.prompts.encode_once(prompts).hidden - wanted).square().flatten(1).sum(1).cpu()
+    far = (seen(model.prompts.encode_once(prompts)) - wanted).square().flatten(1).sum(1).cpu()
     named = torch.tensor([comparable(name) in comparable(prompt) for prompt in prompts])
     return far.masked_fill(named, float("inf"))

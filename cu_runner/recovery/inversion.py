@@ -98,8 +98,10 @@ class Inversion(Probe):
         prompts = [prompt.replace(concept.prompt_name, word, 1) for prompt in chosen]
         generator = lab.generator("inversion", concept.name)
         vectors = [
-            table[first_token(model, word)][None].clone().requires_grad_(True)
-            for table in model.prompts.embeddings()
+            table[first_token(tokenizer, word)][None].clone().requires_grad_(True)
+            for tokenizer, table in zip(
+                model.prompts.tokenizers, model.prompts.embeddings(), strict=True
+            )
         ]
         optimizer = torch.optim.AdamW(vectors, lr=self._lr * self._batch_size)
         for _ in range(self._steps):

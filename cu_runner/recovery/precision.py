@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import PositiveInt
 
 from cu_runner.concepts.sequence import Concept, Sequence
+from cu_runner.models.quantised import is_quantised
 from cu_runner.recovery.base import (
     Cost,
     Every,
@@ -52,7 +53,9 @@ class Precision(Probe):
     def measure(self, lab: Lab, concepts: list[Concept]) -> list[Seen | Number]:
         """Return what is seen in the images of the rounded weights."""
         found: list[Seen | Number] = []
-        weights = dict(lab.model.denoiser.named_parameters())
+        named = lab.model.denoiser.named_parameters()
+        # what is held in eight bits already is left alone
+        weights = {name: weight for name, weight in named if not is_quantised(weight)}
         for kind in self._kinds:
             with lab.changed(), restored(weights):
                 with torch.no_grad():

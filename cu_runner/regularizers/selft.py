@@ -15,6 +15,7 @@ from pydantic import Field, PositiveInt
 from cu_runner.concepts.templates import fill
 from cu_runner.methods.base import Batch, Method
 from cu_runner.models.parameters import gradients, largest
+from cu_runner.models.process import is_flow
 from cu_runner.models.sampling import sample_partly
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.request.scope import Scope
@@ -73,7 +74,9 @@ def score_trajectory(
     to the next.
     """
     model = scope.model
-    sampler = Sampler(steps, GUIDANCE, "DDIMScheduler")
+    # a flow has no DDIM: its own scheduler visits as many levels
+    own = is_flow(model.scheduler)
+    sampler = Sampler(steps, GUIDANCE, None if own else "DDIMScheduler")
     for number, concept in enumerate(scope.request.targets):
         bare = (fill(scope.sequence.bare_prompt, concept=concept.prompt_name), concept.anchor or "")
         pairs = [bare] if prompts == "bare" else scope.sequence.training_pairs(concept)
@@ -85,7 +88,7 @@ def score_trajectory(
                 )
             )
             noisy, timestep = sample_partly(
-                model, [target], [seed], sampler, step, steps_offset=0
+                model, [target], [seed], sampler, step, steps_offset=None if own else 0
             )  # [1, C, H, W]
             arguments = (noisy, timestep.expand(1))
             other = anchor if method.scored_against == "anchor" else ""

@@ -107,7 +107,8 @@ def nearest_texts(
     """
 
     def mean(texts: list[str]) -> Tensor:
-        return model.encode_prompts(texts).hidden.mean(dim=(0, 1))
+        text = model.encode_prompts(texts)
+        return text.hidden.mean(dim=(0, 1)) if text.mask is None else text.positions().mean(0)
 
     names = list(candidates)
     vectors = torch.stack([mean(candidates[name]) for name in names])

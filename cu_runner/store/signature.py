@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from cu_runner.concepts.picture_folder import content_sha256
 from cu_runner.schema.values import ConfigTree, numbers_by_value, walk_leaves, without_paths
@@ -55,15 +56,21 @@ def signature(resolved: ConfigTree) -> str:
     are trained on.
     """
     science = without_paths(resolved, NOT_SCIENTIFIC)
-    train = science.get("train")
-    if isinstance(train, dict):  # runs from before these settings keep their name
-        unset = [key for key in UNSET if key in train and train[key] is None]
-        science["train"] = {key: value for key, value in train.items() if key not in unset}
+    if isinstance(science.get("train"), dict):
+        science["train"] = without_unset(science["train"])
     science["reg"] = [[name, node] for name, node in resolved["reg"].items()]
     if files := file_hashes(resolved):
         science["files"] = files
     text = json.dumps(numbers_by_value(science), sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def without_unset(train: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of training without those that are null since they are new.
+
+    Runs and trainings from before them keep their names.
+    """
+    return {key: value for key, value in train.items() if key not in UNSET or value is not None}
 
 
 def file_hashes(resolved: ConfigTree) -> dict[str, str]:

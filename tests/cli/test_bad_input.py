@@ -368,7 +368,7 @@ def test_a_context_with_wrong_placeholders(in_process, context):
         (["method=uce", "reg=l2"], "reg=l2 acts on the loss"),
         (["reg=rece"], "reg=rece erases what a closed form leaves"),
         (["reg=[nullspace,minvar]"], "put minvar first: reg=[minvar,nullspace]"),
-        (["reg=minvar", "method.params=full"], "choose method.params=kv_xattn"),
+        (["reg=minvar", "method.params=full"], "choose method.params=text_linear"),
         (["reg=minvar", "method=salun"], "mask of the optimiser's step would be lost"),
     ],
 )

@@ -61,5 +61,19 @@ def test_what_reads_the_text_stays_and_the_rest_has_eight_bits(transformers_on_d
     small.predict(*arguments, text[1]).square().mean().backward()
     keys = select_parameters(small.denoiser, "k_xattn")
     assert all(each.grad.isfinite().all() and each.grad.any() for each in keys.values())
-    small.lower_frozen(set(params))
     assert all(each.dtype == torch.float32 for each in params.values())
+
+
+@needs_torchao
+def test_frozen_weights_in_bf16_beside_it_are_bitwise_the_same(transformers_on_disk):
+    directory = str(transformers_on_disk["sd3_medium"])
+    model = load_model(directory, 64, SAMPLER, "bf16", tokens=24, quantised="int8")
+    noisy = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    arguments = (noisy, torch.tensor([300, 700]), model.encode_prompts(["a dog", "a cat"]))
+    with torch.no_grad():
+        before = model.predict(*arguments)
+        trained = select_parameters(model.denoiser, "kv_xattn")
+        model.lower_frozen(set(trained))
+        assert torch.equal(model.predict(*arguments), before)
+    assert {each.dtype for each in trained.values()} == {torch.float32}
+    assert model.denoiser.context_embedder.weight.dtype == torch.bfloat16
