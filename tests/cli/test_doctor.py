@@ -448,7 +448,7 @@ COCO = (
         ),
         (
             ("method=esd", "method.variant=esd-u", "reg=gradproj"),
-            "reg.gradproj",
+            "composition",
             "reg=gradproj projects on what the texts of other prompts do not span, by weights",
         ),
         (
