@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from cu_runner.models.architectures import architecture_of
 from cu_runner.models.components import Components
 from cu_runner.models.image_space import Autoencoder, DeepAutoencoder, ImageSpace
@@ -97,6 +95,8 @@ class TransformerComponents(Components):
         if is_flow(scheduler) and config.get("use_dynamic_shifting") and "mu" in taken:
             more["mu"] = shift_of(config, (latent_side // 2) ** 2, MAX_SHIFT.get(self.kind, 1.15))
         if self.kind == "FluxTransformer2DModel" and "sigmas" in taken:
+            import numpy as np
+
             more["sigmas"] = np.linspace(1.0, 1 / steps, steps)
         scheduler.set_timesteps(steps, device=device, **more)
 
