@@ -48,6 +48,27 @@ def roles(keys: str, values: str, attention: str, text: str, linear: str) -> Rol
     return Roles(*map(re.compile, (keys, values, attention, text, linear)))
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a forward pass is given.
+
+    config: of the network. noisy: [B, C, H, W]. timesteps: [B], or one for all, on the scale of the
+    scheduler. resolution: of the images, in pixels. guidance: of networks that guide themselves.
+    """
+
+    config: Any
+    noisy: Tensor
+    timesteps: Tensor
+    text: Text
+    resolution: int
+    guidance: float
+
+    @property
+    def each(self) -> Tensor:
+        """Return the timesteps, one for each row."""
+        return self.timesteps.expand(len(self.noisy))
+
+
 class Architecture(ABC):
     """How a class of network is called.
 
@@ -72,24 +93,8 @@ class Architecture(ABC):
         return False
 
     @abstractmethod
-    def arguments(
-        self,
-        config: Any,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Text,
-        *,
-        resolution: int,
-        guidance: float,
-    ) -> Arguments:
-        """Return the arguments of a forward pass.
-
-        Args:
-            config: of the network. noisy: [B, C, H, W]. timesteps: [B], or one for all, on the
-                scale of the scheduler.
-            resolution: of the images, in pixels.
-            guidance: of networks that guide themselves.
-        """
+    def arguments(self, given: Given) -> Arguments:
+        """Return the arguments of a forward pass."""
 
     def latents(self, output: Tensor, noisy: Tensor) -> Tensor:
         """Return what a forward pass predicts as [B, C, H, W], of what the network puts out.
@@ -114,27 +119,18 @@ class TextUNet(Architecture):
     )
     remembers_text = True
 
-    def arguments(
-        self,
-        config: Any,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Text,
-        *,
-        resolution: int,
-        guidance: float,
-    ) -> Arguments:
+    def arguments(self, given: Given) -> Arguments:
         """Return latents, timesteps and hidden states; of SDXL the pooled text and sizes too."""
-        more: dict[str, object] = {"encoder_hidden_states": text.hidden}
-        if text.pooled is not None:
+        more: dict[str, object] = {"encoder_hidden_states": given.text.hidden}
+        if given.text.pooled is not None:
             # original size, crop corner, target size: an image that was never resized or cropped
             # (Podell et al. 2023, Sec. 2.2)
-            size = [resolution, resolution, 0, 0, resolution, resolution]
+            size = [given.resolution, given.resolution, 0, 0, given.resolution, given.resolution]
             more["added_cond_kwargs"] = {
-                "text_embeds": text.pooled,
-                "time_ids": noisy.new_tensor([size] * len(text)),
+                "text_embeds": given.text.pooled,
+                "time_ids": given.noisy.new_tensor([size] * len(given.text)),
             }
-        return (noisy, timesteps), more
+        return (given.noisy, given.timesteps), more
 
 
 class ClassUNet(Architecture):
@@ -142,18 +138,9 @@ class ClassUNet(Architecture):
 
     folder, word = "unet", "UNet"
 
-    def arguments(
-        self,
-        config: Any,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Text,
-        *,
-        resolution: int,
-        guidance: float,
-    ) -> Arguments:
+    def arguments(self, given: Given) -> Arguments:
         """Return latents, timesteps and class labels."""
-        return (noisy, timesteps), {"class_labels": text.hidden}
+        return (given.noisy, given.timesteps), {"class_labels": given.text.hidden}
 
 
 class PixArt(Architecture):
@@ -169,21 +156,12 @@ class PixArt(Architecture):
     multiple = 2
     text_modules = ("attn2", "caption_projection")
 
-    def arguments(
-        self,
-        config: Any,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Text,
-        *,
-        resolution: int,
-        guidance: float,
-    ) -> Arguments:
+    def arguments(self, given: Given) -> Arguments:
         """Return latents, hidden states, their mask and timesteps."""
-        return (noisy,), {
-            "encoder_hidden_states": text.hidden,
-            "encoder_attention_mask": text.mask,
-            "timestep": timesteps.expand(len(noisy)),
+        return (given.noisy,), {
+            "encoder_hidden_states": given.text.hidden,
+            "encoder_attention_mask": given.text.mask,
+            "timestep": given.each,
             "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
         }
 
@@ -193,21 +171,12 @@ class Sana(PixArt):
 
     multiple = 1
 
-    def arguments(
-        self,
-        config: Any,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Text,
-        *,
-        resolution: int,
-        guidance: float,
-    ) -> Arguments:
+    def arguments(self, given: Given) -> Arguments:
         """Return latents, hidden states, their mask and timesteps on the network's own scale."""
-        return (noisy,), {
-            "encoder_hidden_states": text.hidden,
-            "encoder_attention_mask": text.mask,
-            "timestep": timesteps.expand(len(noisy)) * config.timestep_scale,
+        return (given.noisy,), {
+            "encoder_hidden_states": given.text.hidden,
+            "encoder_attention_mask": given.text.mask,
+            "timestep": given.each * given.config.timestep_scale,
         }
 
 
@@ -240,22 +209,13 @@ class StableDiffusion3(Architecture):
     multiple = 2
     text_modules = JOINT_MODULES
 
-    def arguments(
-        self,
-        config: Any,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Text,
-        *,
-        resolution: int,
-        guidance: float,
-    ) -> Arguments:
+    def arguments(self, given: Given) -> Arguments:
         """Return latents, hidden states, pooled text and timesteps."""
         return (), {
-            "hidden_states": noisy,
-            "encoder_hidden_states": text.hidden,
-            "pooled_projections": text.pooled,
-            "timestep": timesteps.expand(len(noisy)),
+            "hidden_states": given.noisy,
+            "encoder_hidden_states": given.text.hidden,
+            "pooled_projections": given.text.pooled,
+            "timestep": given.each,
         }
 
 
@@ -277,29 +237,22 @@ class Flux(Architecture):
         """Tell whether guidance was distilled into the network (FLUX.1-dev)."""
         return bool(config["guidance_embeds"])
 
-    def arguments(
-        self,
-        config: Any,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Text,
-        *,
-        resolution: int,
-        guidance: float,
-    ) -> Arguments:
+    def arguments(self, given: Given) -> Arguments:
         """Return packed latents, both texts, timesteps in 0..1, positions, and guidance."""
-        height, width = noisy.shape[2] // 2, noisy.shape[3] // 2
-        places = torch.zeros(height, width, 3, device=noisy.device, dtype=noisy.dtype)
-        places[..., 1] += torch.arange(height, device=noisy.device)[:, None]
-        places[..., 2] += torch.arange(width, device=noisy.device)[None, :]
-        guided = self.guides_itself(config)
+        height, width = given.noisy.shape[2] // 2, given.noisy.shape[3] // 2
+        places = torch.zeros(height, width, 3, device=given.noisy.device, dtype=given.noisy.dtype)
+        places[..., 1] += torch.arange(height, device=given.noisy.device)[:, None]
+        places[..., 2] += torch.arange(width, device=given.noisy.device)[None, :]
+        guided = self.guides_itself(given.config)
         return (), {
-            "hidden_states": pack(noisy),
-            "timestep": timesteps.expand(len(noisy)).to(noisy.dtype) / 1000,
-            "guidance": noisy.new_full((len(noisy),), guidance) if guided else None,
-            "pooled_projections": text.pooled,
-            "encoder_hidden_states": text.hidden,
-            "txt_ids": noisy.new_zeros(text.hidden.shape[1], 3),
+            "hidden_states": pack(given.noisy),
+            "timestep": given.each.to(given.noisy.dtype) / 1000,
+            "guidance": given.noisy.new_full((len(given.noisy),), given.guidance)
+            if guided
+            else None,
+            "pooled_projections": given.text.pooled,
+            "encoder_hidden_states": given.text.hidden,
+            "txt_ids": given.noisy.new_zeros(given.text.hidden.shape[1], 3),
             "img_ids": places.reshape(height * width, 3),
         }
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
-from cu_runner.models.architectures import architecture_of
+from cu_runner.models.architectures import Given, architecture_of
 from cu_runner.models.components import Checkpoint
 from cu_runner.models.hashing import hash_weights, to_bytes
 from cu_runner.models.process import process_of
@@ -236,14 +236,8 @@ class DiffusionModel:
         weights: dict[str, Tensor] | None,
         guidance: float,
     ) -> Tensor:
-        arguments, more = self.architecture.arguments(
-            self.denoiser.config,
-            noisy,
-            timesteps,
-            text,
-            resolution=self.resolution,
-            guidance=guidance,
-        )
+        given = Given(self.denoiser.config, noisy, timesteps, text, self.resolution, guidance)
+        arguments, more = self.architecture.arguments(given)
         with self.autocast():
             if weights is None:
                 # a compiled UNet does not see hooks that came after its compilation
