@@ -8,7 +8,13 @@ Nothing is loaded: the networks are built without memory.
 import diffusers
 import torch
 import transformers
-from make_random_pipeline import TRANSFORMERS, gemma_config, t5_config, transformer_config
+from make_random_pipeline import (
+    TRANSFORMERS,
+    gemma_config,
+    t5_config,
+    transformer_config,
+    umt5_config,
+)
 
 from cu_runner.models.parameters import select_parameters
 from cu_runner.schema.settings import ParameterGroup
@@ -31,6 +37,7 @@ def main() -> None:
             groups = ", ".join(f"{group} {millions(network, group)}" for group in GROUPS)
             print(f"{kind}: {millions(network)}; {groups}", flush=True)
         print(f"T5: {millions(transformers.T5EncoderModel(t5_config(tiny=False)))}")
+        print(f"Pile-T5: {millions(transformers.UMT5EncoderModel(umt5_config(tiny=False)))}")
         print(f"Gemma: {millions(transformers.Gemma2Model(gemma_config(tiny=False)))}")
 
 

@@ -53,6 +53,7 @@ TRANSFORMERS = {  # the pipeline, its transformer and its text encoders, in thei
     "flux_schnell": ("FluxPipeline", "FluxTransformer2DModel", ("L", "T5")),
     "pixart_sigma": ("PixArtSigmaPipeline", "PixArtTransformer2DModel", ("T5",)),
     "sana": ("SanaPipeline", "SanaTransformer2DModel", ("Gemma",)),
+    "auraflow": ("AuraFlowPipeline", "AuraFlowTransformer2DModel", ("UMT5",)),
 }
 MERGES = {False: 48894, True: 6000}  # of the tokenizer; whether it is a tiny one
 FEW_MERGES = 1000  # of a tiny one beside a transformer
@@ -79,6 +80,7 @@ LATENTS = {
     "sd21_base": LATENTS_SD,
     "sdxl": LATENTS_XL,
     "pixart_sigma": LATENTS_XL,
+    "auraflow": LATENTS_XL,
     "sd3_medium": LATENTS_SD3,
     "sd35_medium": LATENTS_SD3,
     "flux_dev": LATENTS_FLUX,
@@ -231,6 +233,22 @@ def sana_config(tiny: bool) -> dict[str, object]:
     }
 
 
+def auraflow_config(tiny: bool) -> dict[str, object]:
+    """Arguments of AuraFlowTransformer2DModel, whose other defaults are those of version 0.3."""
+    if not tiny:
+        return {"pos_embed_max_size": 9216}
+    return {
+        "sample_size": 8,
+        "num_mmdit_layers": 2,
+        "num_single_dit_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 96,
+        "caption_projection_dim": 32,
+        "pos_embed_max_size": 64,
+    }
+
+
 def transformer_config(kind: str, tiny: bool) -> dict[str, object]:
     """Return the arguments of the transformer of a kind in TRANSFORMERS."""
     return {
@@ -238,6 +256,7 @@ def transformer_config(kind: str, tiny: bool) -> dict[str, object]:
         "FluxTransformer2DModel": lambda: flux_config(kind, tiny),
         "PixArtTransformer2DModel": lambda: pixart_config(tiny),
         "SanaTransformer2DModel": lambda: sana_config(tiny),
+        "AuraFlowTransformer2DModel": lambda: auraflow_config(tiny),
     }[TRANSFORMERS[kind][1]]()
 
 
@@ -299,6 +318,17 @@ def t5_config(tiny: bool) -> transformers.T5Config:
     )
 
 
+def umt5_config(tiny: bool) -> transformers.UMT5Config:
+    """Return the configuration of Pile-T5 XL."""
+    sizes = dict(vocab_size=32128, d_model=2048, d_kv=64, d_ff=5120, num_layers=24, num_heads=32)
+    if tiny:
+        rows = len(t5_pieces())
+        sizes = dict(vocab_size=rows, d_model=96, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    return transformers.UMT5Config(
+        **sizes, feed_forward_proj="gated-gelu", decoder_start_token_id=0
+    )
+
+
 def gemma_config(tiny: bool) -> transformers.Gemma2Config:
     """Return the configuration of Gemma 2 2B, which is the default one."""
     if not tiny:
@@ -326,6 +356,8 @@ def scheduler_of(kind: str) -> diffusers.SchedulerMixin:
         return euler(shift=3.0)
     if kind == "flux_dev":
         return euler(shift=3.0, use_dynamic_shifting=True)
+    if kind == "auraflow":
+        return euler(shift=1.73)
     if kind == "flux_schnell":
         return euler(shift=1.0)
     if kind == "pixart_sigma":
@@ -528,6 +560,9 @@ def write_encoder(
     words = directory / f"tokenizer{suffix}"
     if name == "T5":
         encoder, tokenizer = transformers.T5EncoderModel(t5_config(tiny)), "T5TokenizerFast"
+        write_t5_tokenizer(words, tiny)
+    elif name == "UMT5":
+        encoder, tokenizer = transformers.UMT5EncoderModel(umt5_config(tiny)), "T5TokenizerFast"
         write_t5_tokenizer(words, tiny)
     elif name == "Gemma":
         encoder, tokenizer = transformers.Gemma2Model(gemma_config(tiny)), "GemmaTokenizerFast"

@@ -308,7 +308,9 @@ def transformer_kind(name: str, config: Mapping[str, object]) -> str:
             return "pixart_sigma"
         case "SanaTransformer2DModel":
             return "sana"
+        case "AuraFlowTransformer2DModel":
+            return "auraflow"
     raise ModelError(
         f"{name}: its transformer is of a class that is not known ({config.get('_class_name')}); "
-        "known are those of Stable Diffusion 3, FLUX.1, PixArt and Sana"
+        "known are those of Stable Diffusion 3, FLUX.1, PixArt, Sana and AuraFlow"
     )

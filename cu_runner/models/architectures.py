@@ -261,6 +261,24 @@ class Flux(Architecture):
         return unpack(output, noisy.shape[2], noisy.shape[3])
 
 
+class AuraFlow(Architecture):
+    """AuraFlowTransformer2DModel: joint attention to T5's output, then blocks that share weights.
+
+    Padding has hidden states of zero, which the denoiser attends to.
+    """
+
+    roles = JOINT
+    multiple = 2
+    text_modules = JOINT_MODULES
+
+    def arguments(self, given: Given) -> Arguments:
+        """Return latents, hidden states and timesteps in 0..1."""
+        return (given.noisy,), {
+            "encoder_hidden_states": given.text.hidden,
+            "timestep": (given.timesteps / 1000).expand(len(given.noisy)).to(given.noisy.dtype),
+        }
+
+
 def pack(latents: Tensor) -> Tensor:
     """Return latents [B, C, H, W] as patches of 2 x 2, [B, H W / 4, 4 C]."""
     batch, channels, height, width = latents.shape
@@ -282,6 +300,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "SanaTransformer2DModel": Sana(),
     "SD3Transformer2DModel": StableDiffusion3(),
     "FluxTransformer2DModel": Flux(),
+    "AuraFlowTransformer2DModel": AuraFlow(),
 }
 
 

@@ -123,6 +123,7 @@ ENCODERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "FluxTransformer2DModel": (("CLIPTextModel", "T5EncoderModel"),),
     "PixArtTransformer2DModel": (("T5EncoderModel",),),
     "SanaTransformer2DModel": (("Gemma2Model",),),
+    "AuraFlowTransformer2DModel": (("UMT5EncoderModel",),),
 }
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
 

@@ -33,7 +33,7 @@ def load_model(
 ) -> DiffusionModel:
     """Load a text-to-image model, or one with classes; what it is its model_index.json says.
 
-    Known are Stable Diffusion 1, 2, XL and 3, FLUX.1, PixArt and Sana, and what is built like them.
+    Known are Stable Diffusion 1, 2, XL and 3, FLUX.1, PixArt, Sana, AuraFlow, and their like.
 
     Args:
         path: a diffusers directory, a single file in the original layout, or the id of a diffusers
@@ -50,7 +50,7 @@ def load_model(
         classes: of a UNet2DModel with num_class_embeds, their names in its order, a shipped list,
             or a text file with one a line. One class more in the UNet is the null class.
         tokens: how many of a prompt T5 or Gemma reads; None is as many as diffusers' pipeline lets
-            them (256 for Stable Diffusion 3, 512 for FLUX, 300 for PixArt and Sana).
+            them (256 for Stable Diffusion 3 and AuraFlow, 512 for FLUX, 300 for PixArt and Sana).
         shared: another directory, or hub id (its main branch), with the text encoders, their
             tokenizers and the autoencoder that a directory with a transformer lacks: one T5 for
             Stable Diffusion 3 and FLUX. A text encoder is found by its class. The transformer and

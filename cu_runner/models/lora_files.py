@@ -29,6 +29,7 @@ LOADERS = {  # what of diffusers reads a LoRA's names, by the class of the denoi
     "SD3Transformer2DModel": "SD3LoraLoaderMixin",
     "FluxTransformer2DModel": "FluxLoraLoaderMixin",
     "SanaTransformer2DModel": "SanaLoraLoaderMixin",
+    "AuraFlowTransformer2DModel": "AuraFlowLoraLoaderMixin",
 }
 ENDS = {".lora_A.weight": "down", ".lora_B.weight": "up"}
 

@@ -287,6 +287,23 @@ class MaskedText(PromptEncoder):
         return Text(hidden.float(), mask=mask)
 
 
+class PlainT5Text(PromptEncoder):
+    """AuraFlow: T5's positions, which are zeros where they are padding."""
+
+    TOKENS = 256  # of the pipeline
+    chunk = 32
+
+    def _text_parts(self) -> tuple[TextPart, ...]:
+        length = self._parts.tokens or self.TOKENS
+        return (TextPart(self._parts.tokenizers[0], length, causal=False),)
+
+    def _encode(self, prompts: list[str], told: bool = True) -> Text:
+        """Encode prompts."""
+        ids, mask = self._ids(self.parts[0], prompts, told)
+        hidden = self._parts.text_encoders[0](ids, attention_mask=mask)[0]
+        return Text((hidden * mask[..., None]).float())
+
+
 class GemmaText(MaskedText):
     """Sana: Gemma's positions behind an instruction, of which the last token alone is kept."""
 

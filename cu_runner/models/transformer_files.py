@@ -29,7 +29,11 @@ from cu_runner.models.transformers import TransformerComponents
 from cu_runner.runtime.lazy import diffusers, transformers
 from cu_runner.schema.errors import ModelError
 
-LARGE = ("T5EncoderModel", "Gemma2Model")  # text encoders that are worth quantising
+LARGE = (
+    "T5EncoderModel",
+    "UMT5EncoderModel",
+    "Gemma2Model",
+)  # text encoders that are worth quantising
 ENCODER_NAMES = ("text_encoder", "text_encoder_2", "text_encoder_3")  # folders, in order
 
 

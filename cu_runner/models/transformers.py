@@ -1,4 +1,4 @@
-"""The parts of a pipeline with a transformer: Stable Diffusion 3, FLUX, PixArt, Sana."""
+"""The parts of a pipeline with a transformer: SD3, FLUX.1, PixArt, Sana, AuraFlow."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from cu_runner.models.prompt_encoders import (
     GemmaText,
     JointText,
     MaskedText,
+    PlainT5Text,
     PromptEncoder,
     SingleText,
     instruction,
@@ -29,12 +30,14 @@ TEXTS: dict[str, type[PromptEncoder]] = {
     "FluxTransformer2DModel": FluxText,
     "PixArtTransformer2DModel": MaskedText,
     "SanaTransformer2DModel": GemmaText,
+    "AuraFlowTransformer2DModel": PlainT5Text,
 }
 PIPELINES = {
     "SD3Transformer2DModel": "StableDiffusion3Pipeline",
     "FluxTransformer2DModel": "FluxPipeline",
     "PixArtTransformer2DModel": "PixArtSigmaPipeline",
     "SanaTransformer2DModel": "SanaPipeline",
+    "AuraFlowTransformer2DModel": "AuraFlowPipeline",
 }
 # The largest shift of sampling, where the scheduler names none; of the pipelines.
 MAX_SHIFT = {"SD3Transformer2DModel": 1.16, "FluxTransformer2DModel": 1.15}

@@ -604,6 +604,7 @@ TRANSFORMERS = {  # denoising steps and guidance that their pipelines are publis
     "flux_schnell": (4, 1.0),
     "pixart_sigma": (20, 4.5),
     "sana": (20, 4.5),
+    "auraflow": (50, 3.5),
 }
 
 

@@ -16,7 +16,7 @@ from cu_runner.recovery.adversarial import plain_tokens
 from cu_runner.schema.settings import Sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-KINDS = ("sd3_medium", "flux_dev", "pixart_sigma", "sana")
+KINDS = ("sd3_medium", "flux_dev", "pixart_sigma", "sana", "auraflow")
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from cu_runner.runtime.seeding import RandomSource
 from cu_runner.schema.settings import Sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-KINDS = ("sd3_medium", "flux_dev", "pixart_sigma", "sana")
+KINDS = ("sd3_medium", "flux_dev", "pixart_sigma", "sana", "auraflow")
 METHODS = [name for name in names("method") if name != "imported"]
 CLOSED = ("uce", "speed", "oce", "dp", "mace_fusion")
 # gates are weights of the model, and have a test of their own

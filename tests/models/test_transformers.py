@@ -24,7 +24,10 @@ from cu_runner.schema.errors import ModelError
 from cu_runner.schema.settings import Sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-KINDS = ("sd3_medium", "sd35_medium", "flux_dev", "flux_schnell", "pixart_sigma", "sana")
+KINDS = (
+    *("sd3_medium", "sd35_medium", "flux_dev", "flux_schnell"),
+    *("pixart_sigma", "sana", "auraflow"),
+)
 FLOWS = ("sd3_medium", "sd35_medium", "flux_dev", "flux_schnell", "sana")
 PROMPTS, SEEDS = ["a painting of a dog in Van Gogh style", "Two Cats "], [3, 4]
 STEPS = 4

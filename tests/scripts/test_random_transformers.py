@@ -15,6 +15,7 @@ PARAMETERS = {  # of the published transformers, in billions
     "flux_schnell": 11.89,
     "pixart_sigma": 0.611,
     "sana": 1.604,
+    "auraflow": 6.8,
 }
 KINDS = list(PARAMETERS)
 WITHOUT_BINS = {"use_resolution_binning": False, "clean_caption": False}
