@@ -18,8 +18,8 @@ from cu_runner.schema.errors import ModelError
 
 def make_pipeline(model: DiffusionModel) -> diffusers.DiffusionPipeline:
     """Return the pipeline of the model's kind: a StableDiffusionPipeline, -XLPipeline, -3Pipeline,
-    FluxPipeline, PixArtSigmaPipeline, SanaPipeline or AuraFlowPipeline; of a pixel model with classes a DDPMPipeline,
-    which is for saving: it asks for no class.
+    FluxPipeline, PixArtSigmaPipeline, SanaPipeline or AuraFlowPipeline; of a pixel model with
+    classes a DDPMPipeline, which is for saving: it asks for no class.
 
     With the blocks of Stable Diffusion 3 and a single text encoder it is a pipeline that lacks the
     others: it cannot encode prompts, and takes the model's encode_prompts() as prompt_embeds and
