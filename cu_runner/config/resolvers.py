@@ -55,7 +55,8 @@ def combination(config: DictConfig) -> str:
 
 def regularizers(config: DictConfig) -> list[str]:
     """Return the chosen regularizers by name, in their order; an entry without a class is none."""
-    return [str(name) for name, node in config.reg.items() if node and "_target_" in node]
+    made = [name for name, node in config.reg.items() if OmegaConf.is_dict(node)]
+    return [str(name) for name in made if "_target_" in config.reg[name]]
 
 
 def method_cells(config: DictConfig) -> dict[str, ConfigTree]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from cu_runner.concepts.requests import plan_requests
 from cu_runner.methods.conabl import ConAbl, squared_error
+from cu_runner.models import text_readers
 from cu_runner.models.loading import load_model
 from cu_runner.models.parameters import select_parameters
 from cu_runner.models.text_readers import TextReaders
@@ -209,7 +210,9 @@ def attention_by_hand(layer, image, text, detached: bool) -> torch.Tensor:
 def test_an_attention_layer_with_a_detached_begin_token_by_hand(model, monkeypatch):
     torch.manual_seed(0)
     layer = Attention(query_dim=6, cross_attention_dim=5, heads=2, dim_head=4)
-    monkeypatch.setattr(model, "_readers", TextReaders(nn.ModuleDict({"attn2": layer})))
+    unet = nn.ModuleDict({"block": nn.ModuleDict({"attn2": layer})})
+    monkeypatch.setattr(text_readers, "architecture_of", lambda network: model.architecture)
+    monkeypatch.setattr(model, "_readers", TextReaders(unet))
     draw = torch.Generator().manual_seed(1)
     image = torch.randn(2, 9, 6, generator=draw, requires_grad=True)
     text, wanted = (torch.randn(2, *shape, generator=draw) for shape in ((7, 5), (9, 6)))

@@ -19,6 +19,7 @@ from small_runs import overrides, run
 
 from cu_runner.evaluators.classifier import Classifier
 from cu_runner.models.diffusion import DiffusionModel
+from cu_runner.models.encoder_hooks import projecting_rows
 from cu_runner.models.loading import load_model
 from cu_runner.models.parameters import select_parameters
 from cu_runner.models.process import is_flow
@@ -107,19 +108,22 @@ def their_images(
     )
     pipe.set_progress_bar_config(disable=True)
     noise = image_noise(PROMPTS, SEEDS, (4, 8, 8))
-    return pipe(
-        PROMPTS,
-        latents=noise,
-        generator=[
-            torch.Generator().manual_seed(derive_seed("sampler", *image))
-            for image in zip(PROMPTS, SEEDS, strict=True)
-        ],
-        num_inference_steps=3,
-        guidance_scale=guidance,
-        height=64,
-        width=64,
-        output_type="pt",
-    ).images
+    pooling = getattr(pipe, "text_encoder_2", None)
+    # the rounding of a pooled text depends on how many are projected together
+    with projecting_rows(pooling) if pooling else contextlib.nullcontext():
+        return pipe(
+            PROMPTS,
+            latents=noise,
+            generator=[
+                torch.Generator().manual_seed(derive_seed("sampler", *image))
+                for image in zip(PROMPTS, SEEDS, strict=True)
+            ],
+            num_inference_steps=3,
+            guidance_scale=guidance,
+            height=64,
+            width=64,
+            output_type="pt",
+        ).images
 
 
 def batch_of(model: DiffusionModel) -> tuple[torch.Tensor, torch.Tensor, Text]:

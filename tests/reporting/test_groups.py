@@ -5,6 +5,7 @@ those that are not finished.
 import json
 import re
 import textwrap
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -215,7 +216,8 @@ def test_the_page_takes_the_weights_that_were_measured(model, tmp_path):
     text = (Path(__file__).parents[2] / "docs/run_directory.md").read_text(encoding="utf-8")
     (code,) = re.findall(r'(    weights = step / "merged.*?)\n\n', text, flags=re.DOTALL)
     name, base = next((name, each.clone()) for name, each in model.denoiser.named_parameters())
-    place = {"step": tmp_path, "pipeline": model, "safetensors": safetensors}
+    pipeline = types.SimpleNamespace(unet=model.denoiser)
+    place = {"step": tmp_path, "pipeline": pipeline, "safetensors": safetensors}
     for file, change in (("delta.safetensors", 1.0), ("merged.safetensors", 2.0)):
         safetensors.torch.save_file({name: torch.full_like(base, change)}, tmp_path / file)
         before = model.denoiser.get_parameter(name).clone()
