@@ -44,14 +44,10 @@ class Checkpoint(Protocol):
     def scheduler_changes(self, config: Mapping[str, Any]) -> dict[str, object]:
         """Return what is changed of a scheduler's configuration before images are sampled."""
 
-    def set_timesteps(
-        self,
-        scheduler: diffusers.SchedulerMixin,
-        steps: int,
-        latent_side: int,
-        device: torch.device,
-    ) -> None:
-        """Set a scheduler's denoising steps, for latents of that side."""
+    def timestep_arguments(
+        self, scheduler: diffusers.SchedulerMixin, steps: int, latent_side: int
+    ) -> dict[str, object]:
+        """Return what set_timesteps() of a scheduler needs beside the number of steps."""
 
     def pipeline(self, scheduler: diffusers.SchedulerMixin) -> diffusers.DiffusionPipeline:
         """Return the pipeline of diffusers that shares the parts, with this scheduler."""
@@ -112,15 +108,11 @@ class Components:
             changes["clip_sample"] = False
         return changes if self.is_sdxl else changes | {"steps_offset": 1}
 
-    def set_timesteps(
-        self,
-        scheduler: diffusers.SchedulerMixin,
-        steps: int,
-        latent_side: int,
-        device: torch.device,
-    ) -> None:
-        """Set a scheduler's denoising steps."""
-        scheduler.set_timesteps(steps, device=device)
+    def timestep_arguments(
+        self, scheduler: diffusers.SchedulerMixin, steps: int, latent_side: int
+    ) -> dict[str, object]:
+        """Return nothing."""
+        return {}
 
     def pipeline(self, scheduler: diffusers.SchedulerMixin) -> diffusers.DiffusionPipeline:
         """Return a StableDiffusionPipeline, or of two text encoders that of SDXL."""
@@ -191,15 +183,11 @@ class ClassComponents:
         """Return no changes: pixels are clipped, and timesteps spaced, as the checkpoint says."""
         return {}
 
-    def set_timesteps(
-        self,
-        scheduler: diffusers.SchedulerMixin,
-        steps: int,
-        latent_side: int,
-        device: torch.device,
-    ) -> None:
-        """Set a scheduler's denoising steps."""
-        scheduler.set_timesteps(steps, device=device)
+    def timestep_arguments(
+        self, scheduler: diffusers.SchedulerMixin, steps: int, latent_side: int
+    ) -> dict[str, object]:
+        """Return nothing."""
+        return {}
 
     def pipeline(self, scheduler: diffusers.SchedulerMixin) -> diffusers.DiffusionPipeline:
         """Return a DDPMPipeline, which asks for no class: it is for saving."""

@@ -199,7 +199,9 @@ def make_scheduler(
             f"scheduler={name}: samples no {'flow' if is_flow(model.scheduler) else 'diffusion'}, "
             f"which the model is; give one such as {kind.__name__}"
         )
-    model.components.set_timesteps(scheduler, sampler.steps, model.latent_shape[-1], model.device)
+    side = model.latent_shape[-1]
+    more = model.components.timestep_arguments(scheduler, sampler.steps, side)
+    scheduler.set_timesteps(sampler.steps, device=model.device, **more)
     return scheduler
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -154,14 +154,16 @@ class TextPart:
         plain = words.lower() if self.lower else words
         return list(self.tokenizer(plain, add_special_tokens=False).input_ids)
 
-    def forms(self, words: str) -> list[list[int]]:
-        """Return the tokens of words alone, behind a space, and behind a bracket.
+    def forms(self, words: str) -> Iterator[list[int]]:
+        """Yield the tokens of words alone, behind a space, and behind a bracket.
 
         Words in the midst of a prompt may have other tokens than alone.
         """
+        yield self.tokens(words)
+        yield self.tokens(f" {words}")
         bracket, behind = self.tokens("("), self.tokens(f"({words}")
-        inside = [behind[len(bracket) :]] if behind[: len(bracket)] == bracket else []
-        return [self.tokens(words), self.tokens(f" {words}"), *inside]
+        if behind[: len(bracket)] == bracket:
+            yield behind[len(bracket) :]
 
     def row(self, prompt: str) -> list[int]:
         """Return the tokens of a prompt, its begin and end among them, however long it is."""
@@ -210,7 +212,7 @@ class TextPart:
         be there too.
         """
         whole, first = self.row(inside), self.begin
-        for earlier in self.forms(before.rstrip()):
+        for earlier in self.forms(before.rstrip()) if before else ():
             if whole[self.begin : self.begin + len(earlier)] == earlier:
                 first = max(first, self.begin + len(earlier))
         for part in self.forms(text):
@@ -233,12 +235,8 @@ class TextPart:
         if span is None:
             raise ValueError(f"{text!r} is not a run of whole tokens in the prompt {inside!r}")
         last = self.length - self.ends  # the last that is read is the end of the text
-        return read_span(span, last, text, inside, partly)
-
-
-def read_span(span: slice, last: int, text: str, inside: str, partly: bool) -> slice:
-    """Return the positions of a text that are before `last`. Raises ValueError as span() does."""
-    if span.stop > last:
+        if span.stop <= last:
+            return span
         name, prompt = (
             words if len(words) <= 100 else f"{words[:60]} ... {words[-37:]}"
             for words in (text, inside)
@@ -248,10 +246,9 @@ def read_span(span: slice, last: int, text: str, inside: str, partly: bool) -> s
                 return slice(span.start, last)
             raise ValueError(
                 f"{name!r} is a name of {span.stop - span.start} tokens, and the model reads "
-                f"{last - 1} of a prompt; shorten it"
+                f"{last - self.begin} of a prompt; shorten it"
             )
         raise ValueError(
-            f"{name!r} lies beyond the {last + 1} tokens that the model reads of the prompt "
+            f"{name!r} lies beyond the {self.length} tokens that the model reads of the prompt "
             f"{prompt!r}; shorten the prompt, or name it earlier"
         )
-    return span

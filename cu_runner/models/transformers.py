@@ -81,14 +81,10 @@ class TransformerComponents(Components):
         """Return no changes: these pipelines believe their checkpoint."""
         return {}
 
-    def set_timesteps(
-        self,
-        scheduler: diffusers.SchedulerMixin,
-        steps: int,
-        latent_side: int,
-        device: torch.device,
-    ) -> None:
-        """Set denoising steps as the pipelines do, shifted by the number of patches where asked.
+    def timestep_arguments(
+        self, scheduler: diffusers.SchedulerMixin, steps: int, latent_side: int
+    ) -> dict[str, object]:
+        """Return what the pipelines give: a shift by the number of patches where it is asked for.
 
         FLUX's start at a noise level of 1 and end at 1 / steps, before they are shifted.
         """
@@ -101,7 +97,7 @@ class TransformerComponents(Components):
             import numpy as np
 
             more["sigmas"] = np.linspace(1.0, 1 / steps, steps)
-        scheduler.set_timesteps(steps, device=device, **more)
+        return more
 
     def configuration(self) -> dict[str, object]:
         """Return the configurations of all parts, and Sana's instruction: it is diffusers'."""
