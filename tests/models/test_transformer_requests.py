@@ -151,3 +151,16 @@ def test_weights_that_are_not_linear_in_the_text_are_refused(make_request, kind,
     scope = make_request(kind, method)
     with pytest.raises(ValueError, match=f"reg={reg} .*choose method.params=text_linear"):
         check_linear(scope.model, method, named("conabl", method, regularizers))
+
+
+@pytest.mark.parametrize("kind", ["sd3_medium", "pixart_sigma"])
+def test_weights_are_scored_along_the_models_own_steps(make_request, kind):
+    """A flow has no DDIM, by which the released code scores."""
+    trajectory = ["reg.selft.scoring=trajectory", "reg.selft.steps=2"]
+    method, regularizers = parts_of("conabl", "selft", *trajectory)
+    scope = make_request(kind, method)
+    try:
+        erase(scope, method, regularizers, scope.train)
+        assert moved(scope)
+    finally:
+        put_back(scope)
