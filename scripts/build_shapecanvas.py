@@ -99,7 +99,7 @@ PEAK_RATE = {
 # Of the transformer, untried: 7000 steps are under six minutes at 20 a second. Without convolutions
 # it needs more images than the UNet's 640,000, so that the batch is larger. The step size is 1e-4
 # at the width 1152 of DiT-XL (Peebles & Xie 2023), which grows as the width shrinks, to 256.
-STEPS["flow"], BATCH["flow"], PEAK_RATE["flow"] = 7000, 256, 5e-4
+STEPS["flow"], BATCH["flow"], PEAK_RATE["flow"] = 16500, 256, 8e-4
 # How often it sees pure noise, at which sampling begins. Logit-normal levels hardly ever come near
 # it, and below it the mean colour of a small latent shows: the palette would be read there.
 PURE_NOISE = 0.05
@@ -427,16 +427,19 @@ class Cached:
     def draw(
         self, count: int, generator: torch.Generator, half_of_pairs: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return clean latents [B, 4, 16, 16], hidden states [B, L, D] and pooled text [B, D]."""
-        device = self.latents.device
-        objects = torch.randint(len(OBJECTS), (count,), generator=generator)
-        styles = torch.randint(len(STYLES), (count,), generator=generator)
+        """Return clean latents [B, C, 16, 16], hidden states [B, L, D] and pooled text [B, D].
+
+        generator: on the CPU, or on the device, where nothing then waits for a copy.
+        """
+        device, drawn = self.latents.device, {"generator": generator, "device": generator.device}
+        objects = torch.randint(len(OBJECTS), (count,), **drawn)
+        styles = torch.randint(len(STYLES), (count,), **drawn)
         if half_of_pairs:
             styles = every_other(objects, styles)
-        copies = torch.randint(LATENTS_PER_PAIR, (count,), generator=generator)
+        copies = torch.randint(LATENTS_PER_PAIR, (count,), **drawn)
         clean = self.latents[objects.to(device), styles.to(device), copies.to(device)]
-        said = torch.rand(4, count, generator=generator)
-        form = torch.randint(1, CAPTIONS_PER_PAIR, (count,), generator=generator)
+        said = torch.rand(4, count, **drawn)
+        form = torch.randint(1, CAPTIONS_PER_PAIR, (count,), **drawn)
         row = (
             torch.where(said[0] < 0.1, 0, objects + 1).to(device),
             torch.where(said[1] < 0.1, 0, styles + 1).to(device),
@@ -446,7 +449,7 @@ class Cached:
         hidden = (said[3] < PADDING_HIDDEN).to(device)[:, None]
         hidden = hidden & (torch.arange(NUM_TOKENS, device=device) >= end[:, None])
         # the empty prompt as a whole, for classifier-free guidance
-        hidden |= (torch.rand(count, generator=generator) < 0.1).to(device)[:, None]
+        hidden |= (torch.rand(count, **drawn) < 0.1).to(device)[:, None]
         # the pooled text is the state at the end of a prompt, hidden with it; the empty prompt's
         # end follows its begin
         rows = torch.arange(count, device=device)
@@ -537,6 +540,7 @@ def train_flow(cached: Cached, work: Path, device: str) -> SD3Transformer2DModel
     process = RectifiedFlow(make_flow_scheduler().config.num_train_timesteps)
     predict = FlowOf(transformer)
     if torch.device(device).type == "cuda":
+        transformer.compile()  # most of its time is moving what lies between layers
         example = (
             torch.randn(count, *cached.latents.shape[3:], device=device),
             torch.full((count,), 500.0, device=device),
@@ -546,11 +550,12 @@ def train_flow(cached: Cached, work: Path, device: str) -> SD3Transformer2DModel
         predict = torch.cuda.make_graphed_callables(predict, example)
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        clean, context, pooled = cached.draw(count, generator)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        steps = process.draw(generator, count)
-        pure = torch.rand(count, generator=generator) < PURE_NOISE
-        steps = torch.where(pure, float(process.num_train_timesteps), steps).to(device)
+        draws = torch.Generator(device).manual_seed(generator.initial_seed())
+        clean, context, pooled = cached.draw(count, draws)
+        noise = torch.randn(clean.shape, generator=draws, device=device)
+        pure = torch.rand(count, generator=draws, device=device) < PURE_NOISE
+        steps = process.draw(draws, count)
+        steps = torch.where(pure, float(process.num_train_timesteps), steps)
         predicted = predict(process.add_noise(clean, noise, steps), steps, context, pooled)
         return F.mse_loss(predicted, process.target(clean, noise))
 

@@ -31,6 +31,7 @@ from cu_runner.config.resolvers import (
     regularizers,
     training_cell,
     tuned_cell,
+    tuned_elsewhere,
 )
 from cu_runner.config.run_config import MISSING, RunConfig, check_run
 from cu_runner.schema.errors import ConfigError, first_line
@@ -151,11 +152,10 @@ def parse(config: DictConfig) -> RunConfig:
 def notes_on(config: DictConfig) -> Iterator[str]:
     """Yield what a person should know of the settings: those of another model, those of nobody."""
     sequence, model, method = (choice(group) for group in ("sequence", "model", "method"))
-    models = OmegaConf.select(config, "tuned.models")
-    if models is not None and model not in models:
+    if elsewhere := tuned_elsewhere(config):
         yield (
-            f"conf/tuned/{sequence}.yaml was made on model={', '.join(models)} and this run has "
-            f"model={model}: its step sizes and weights may destroy it; give train.lr=... yourself"
+            f"conf/tuned/{sequence}.yaml was made on model={', '.join(elsewhere)}, and this run "
+            f"has model={model}: it takes the settings of conf/training/{model}.yaml"
         )
     chosen = "+".join(regularizers(config))
     known = regularizer_cell(config) is not None

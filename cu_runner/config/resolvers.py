@@ -65,11 +65,22 @@ def method_cells(config: DictConfig) -> dict[str, ConfigTree]:
 
 
 def entries_of(config: DictConfig, *keys: str) -> dict[str, ConfigTree]:
-    """Return the cells of a part of conf/tuned or conf/training by name; none where it is not."""
+    """Return the cells of a part of conf/tuned or conf/training by name; none where it is not.
+
+    Settings of conf/tuned that were found on other models are those of nobody here.
+    """
+    if keys[0] == "tuned" and tuned_elsewhere(config):
+        return {}
     part = OmegaConf.select(config, ".".join(keys))
     entries = OmegaConf.to_container(part) if OmegaConf.is_config(part) else part
     found = validate(dict[str, dict[str, object] | None], entries or {}, ".".join(keys))
     return {name: cell or {} for name, cell in found.items()}
+
+
+def tuned_elsewhere(config: DictConfig) -> tuple[str, ...]:
+    """Return the models that conf/tuned was made on, where the chosen one is none of them."""
+    models = OmegaConf.select(config, "tuned.models")
+    return () if models is None or choice("model") in models else tuple(models)
 
 
 def regularizer_cell(config: DictConfig) -> ConfigTree | None:

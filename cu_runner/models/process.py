@@ -134,7 +134,8 @@ class RectifiedFlow(Process):
 
     def draw(self, generator: Generator, count: int) -> Tensor:
         """Draw logit-normal timesteps   (Esser et al. 2024, Sec. 3.1), shifted."""
-        return self._timesteps(torch.randn(count, generator=generator).sigmoid())
+        levels = torch.randn(count, generator=generator, device=generator.device).sigmoid()
+        return self._timesteps(levels)
 
     def at(self, share: Tensor) -> Tensor:
         """Return the logit-normal timesteps at those shares; the lowest is that of 1/2T."""
