@@ -112,3 +112,28 @@ def failure(kind: type[diffusers.SchedulerMixin], config: str) -> str | None:
     except Exception as error:  # what a configuration breaks raises many types
         return first_line(error)[:150]
     return None if latents.isfinite().all() else "what it denoises is not finite"
+
+
+def real_eta(scheduler: diffusers.SchedulerMixin, eta: float) -> float:
+    """Return eta, or the next smaller number for which no step of DDIM has an imaginary part.
+
+    A step takes the root of 1 - a_prev - sigma^2 (Song et al. 2021, arXiv 2010.02502, eq. 12). With
+    the most noise that there is room for this is 0, and as computed 6e-8 to either side of it,
+    which depends on the machine: below 0 the whole image would be no number. An eta by which it is
+    further below is returned as it is.
+    """
+    if not isinstance(scheduler, diffusers.DDIMScheduler | diffusers.DDIMParallelScheduler):
+        return eta
+    ddim: Any = scheduler
+    stride = ddim.config.num_train_timesteps // ddim.num_inference_steps
+    rooms = []  # 1 - a_prev of each step, and the standard deviation of its noise at eta 1
+    for timestep in ddim.timesteps.tolist():
+        before = timestep - stride
+        alpha = ddim.alphas_cumprod[before] if before >= 0 else ddim.final_alpha_cumprod
+        rooms.append((1 - alpha, ddim._get_variance(timestep, before) ** 0.5))
+    smaller = eta
+    for _ in range(10):
+        if all(room - (smaller * deviation) ** 2 >= 0 for room, deviation in rooms):
+            return smaller
+        smaller *= 1 - 1e-7
+    return eta

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cu_runner.models.diffusion import DiffusionModel
-from cu_runner.models.schedulers import scaled
+from cu_runner.models.schedulers import real_eta, scaled
 from cu_runner.models.text import Text
 from cu_runner.runtime.lazy import torch, without_gradients
 from cu_runner.runtime.seeding import derive_seed, image_noise
@@ -72,7 +72,7 @@ class Trajectory:
         self._extra: dict[str, Any] = {}
         parameters = inspect.signature(scheduler.step).parameters
         if "eta" in parameters:
-            self._extra["eta"] = eta  # TCDScheduler's own is 0.3
+            self._extra["eta"] = real_eta(scheduler, eta)  # TCDScheduler's own is 0.3
         # stochastic samplers draw per image too
         if "generator" in parameters:
             self._extra["generator"] = [

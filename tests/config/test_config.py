@@ -385,11 +385,20 @@ def test_a_model_without_training_settings_asks_for_them(tmp_path):
 
 def test_a_run_notes_settings_of_another_model_and_settings_of_nobody():
     (note,) = parse(compose("model=sd15", "sequence=shapecanvas_style")).notes
-    assert note.startswith("conf/tuned/shapecanvas_style.yaml was made on model=shapecanvas and ")
+    assert note.startswith("conf/tuned/shapecanvas_style.yaml was made on model=shapecanvas, and ")
+    assert note.endswith("has model=sd15: it takes the settings of conf/training/sd15.yaml")
     (note,) = parse(compose("sequence=smoke", "reg=[l2,gradproj]")).notes
     assert note.startswith("conf/tuned has no settings of method=conabl with reg=l2+gradproj for ")
     for quiet in ("reg=none", "reg=gradproj"):
         assert parse(compose(quiet)).notes == ()
+
+
+@pytest.mark.parametrize("reg", ["none", "gradproj", "merge"])
+def test_settings_that_were_found_on_another_model_are_not_taken(reg):
+    model = "model=shapecanvas_flow"
+    tuned = parse(compose(model, f"reg={reg}")).resolved
+    own = parse(compose(model, "sequence=smoke", f"reg={reg}")).resolved  # there are none for it
+    assert {**tuned, "sequence": None} == {**own, "sequence": None}
 
 
 def test_regularizers_of_concepts_of_ones_own_take_what_was_chosen_for_the_model():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cu_runner.models.sampling import make_scheduler, sample_latents
+from cu_runner.models.schedulers import real_eta
 from cu_runner.models.trajectory import Trajectory
 from cu_runner.schema.settings import Sampler
 
@@ -48,6 +49,27 @@ def test_the_first_noise_is_scaled_and_eta_adds_some_on_the_way(model):
     noisy = begin(model, sampler, [0], eta=0.5)
     assert torch.equal(noisy.latents, plain.latents)
     assert not torch.equal(noisy.advance(3), plain.advance(3))
+
+
+def rounded_down(scheduler):
+    """Let the noise level before the last be one at which 1 - a and its root's square differ."""
+    found = next(a for a in torch.linspace(0.01, 0.2, 1000) if 1 - a - ((1 - a) ** 0.5) ** 2 < 0)
+    scheduler.alphas_cumprod[scheduler.timesteps[1]] = found
+    return scheduler
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDIMParallelScheduler"])
+def test_an_eta_at_the_limit_has_a_real_root_on_every_machine(model, name):
+    sampler = Sampler(5, 1.0, name)
+    scheduler = rounded_down(make_scheduler(model, sampler))
+    drawn = Trajectory(model, scheduler, PROMPTS[:1], SEEDS[:1], 1.0, eta=1.0).advance(5)
+    assert drawn.isfinite().all()
+    assert real_eta(scheduler, 1.0) == pytest.approx(1.0, abs=1e-6)
+    assert real_eta(scheduler, 1.0) < 1.0
+    assert real_eta(scheduler, 0.9) == 0.9
+    assert real_eta(scheduler, 1.5) == 1.5  # what is more than there is room for stays to be seen
+    plain = make_scheduler(model, Sampler(5, 1.0))
+    assert real_eta(plain, 1.0) == 1.0  # takes no eta of DDIM
 
 
 def test_a_text_takes_the_place_of_the_words(model):
