@@ -47,7 +47,7 @@ class Trajectory:
         guidance: float,
         *,
         eta: float = 0.0,
-        noise_scale: float = 1.0,
+        noise_scales: list[float] | None = None,
         text: Text | None = None,
     ) -> None:
         """Begin with noise.
@@ -57,11 +57,13 @@ class Trajectory:
             prompts, seeds: one of each per image; together they fix its noise.
             guidance: classifier-free guidance scale; 1 turns it off.
             eta: of schedulers that take one: 0 adds no noise on the way, as diffusers' pipelines.
-            noise_scale: factor of the first noise.
+            noise_scales: factor of the first noise of each image; 1 where it is left out.
             text: of the prompts, where their words are not what the model reads.
         """
         self._model, self._scheduler, self._guidance = model, scheduler, guidance
-        noise = noise_scale * image_noise(prompts, seeds, model.latent_shape).to(model.device)
+        noise = image_noise(prompts, seeds, model.latent_shape).to(model.device)
+        if noise_scales is not None:
+            noise *= torch.tensor(noise_scales, device=model.device).view(-1, 1, 1, 1)
         self.latents: Tensor = noise * getattr(scheduler, "init_noise_sigma", 1.0)
         self._second_pass = guidance != 1 and not model.guides_itself
         text = model.encode_prompts(prompts) if text is None else text

@@ -120,13 +120,15 @@ class Drawing:
             [image.seed for image in images],
             settings.guidance,
             eta=first.eta,
-            noise_scale=first.noise_scale,
+            noise_scales=[image.noise_scale for image in images],
             text=Text.cat(texts) if texts else None,
         )
 
     def _first_steps(self, images: list[ProbeImage], steps: int) -> list[Kept]:
         """Return the images after steps of the untouched model; it goes on from fewer of them."""
-        keys = [(*condition(image)[1:], image.prompt, image.seed) for image in images]
+        keys = [
+            (*condition(image)[1:], image.noise_scale, image.prompt, image.seed) for image in images
+        ]
         if any((*key, steps) not in self._heads for key in keys):
             trajectory = self._begin(images)
             for earlier in range(steps - 1, 0, -1):
@@ -145,12 +147,11 @@ def plain_key(prompt: str, seed: int) -> Key:
     return (prompt, int(seed), 0, 0.0, 1.0, None)
 
 
-def condition(image: ProbeImage) -> tuple[int, float, float, str, bool]:
+def condition(image: ProbeImage) -> tuple[int, float, str, bool]:
     """Return what the images of one batch have in common."""
     return (
         image.untouched_steps,
         image.eta,
-        image.noise_scale,
         image.scheduler or "",
         image.text is not None,
     )

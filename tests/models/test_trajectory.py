@@ -44,8 +44,10 @@ def test_images_that_are_kept_go_on_in_another_batch(model, name):
 
 def test_the_first_noise_is_scaled_and_eta_adds_some_on_the_way(model):
     sampler = Sampler(3, 1.0, "DDIMScheduler")
-    plain, larger = begin(model, sampler, [0]), begin(model, sampler, [0], noise_scale=1.5)
+    plain, larger = begin(model, sampler, [0]), begin(model, sampler, [0], noise_scales=[1.5])
     torch.testing.assert_close(larger.latents, 1.5 * plain.latents)
+    both = begin(model, sampler, [1, 0], noise_scales=[1.0, 1.5])
+    assert torch.equal(both.latents[1:], larger.latents)
     noisy = begin(model, sampler, [0], eta=0.5)
     assert torch.equal(noisy.latents, plain.latents)
     assert not torch.equal(noisy.advance(3), plain.advance(3))
