@@ -9,12 +9,12 @@ Runs each candidate of tune_shapecanvas.yaml with seed 1: those of styles on
 sequence=shapecanvas_tune (12 styles, 12 retained), those of objects on
 sequence=shapecanvas_tune_object (8 objects, 4 retained); no concept of either is in the sequences
 that are reported. Those of the transformer (model=shapecanvas_flow) run on shapecanvas_tune with
-half of the images, on other noise. Metrics are means over the last three requests, which are less noisy than
-the last alone. Of the candidates with UA of at least 98 the one with the highest mean of RA-I and
-RA-C is chosen (of several the one with the highest UA), else the one with the highest UA; it is
-printed and belongs into conf/tuned/shapecanvas_<domain>.yaml, of the transformer into
-conf/training/shapecanvas_flow.yaml. The aim is 95 on the concepts that
-are reported; the margin is for their being others. All figures go to docs/tuning.csv.
+half of the images, on other noise. Metrics are means over the last three requests, which are less
+noisy than the last alone. Of the candidates with UA of at least 98 the one with the highest mean of
+RA-I and RA-C is chosen (of several the one with the highest UA), else the one with the highest UA;
+it is printed and belongs into conf/tuned/shapecanvas_<domain>.yaml, of the transformer into
+conf/training/shapecanvas_flow.yaml. The aim is 95 on the concepts that are reported; the margin is
+for their being others. All figures go to docs/tuning.csv.
 """
 
 import itertools

@@ -38,7 +38,7 @@ from cu_runner.runner.before import Before
 from cu_runner.runner.training import check_composition, erase
 from cu_runner.runtime.devices import device_name
 from cu_runner.runtime.seeding import RandomSource
-from cu_runner.schema.errors import ModelError
+from cu_runner.schema.errors import ModelError, WeightFileError
 
 PAGE = Path(__file__).parents[2] / "docs/gate.md"
 
@@ -96,7 +96,7 @@ def test_new_gates_change_no_bit(gated):
     assert added.keys() == set(dict(gated.denoiser.named_parameters())) - names
     assert add_gates(gated.denoiser, 5).keys() == added.keys()
     assert not any(name in select_parameters(gated.denoiser, "full") for name in added)
-    with pytest.raises(ModelError, match=r"^gates: the UNet has 5 of them, not 6$"):
+    with pytest.raises(ModelError, match=r"^gates: the denoiser has 5 of them, not 6$"):
         add_gates(gated.denoiser, 6)
 
 
@@ -250,8 +250,11 @@ def test_a_file_of_other_weights_is_refused(gated, tmp_path):
     with pytest.raises(ModelError, match=r"delta\.safetensors: holds no gates; give"):
         load_gates(gated.denoiser, str(tmp_path / "delta.safetensors"))
     save_file({"attn2.to_k.gate_directions": torch.zeros(2, 512)}, tmp_path / "other.safetensors")
-    with pytest.raises(ModelError, match=r"other\.safetensors: holds gates of another UNet"):
+    with pytest.raises(ModelError, match=r"other\.safetensors: holds gates of another model"):
         load_gates(gated.denoiser, str(tmp_path / "other.safetensors"))
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:99])
+    with pytest.raises(WeightFileError, match=r"cut\.safetensors: cannot be read as weights \("):
+        load_gates(gated.denoiser, str(tmp_path / "cut.safetensors"))
 
 
 # ---------------------------------------------------------------------------------- commands
