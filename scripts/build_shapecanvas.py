@@ -96,14 +96,14 @@ PEAK_RATE = {
     "unet": 8e-4,
     "open_clip": 2e-3,
 }
-# Of the transformer, untried: 7000 steps are under six minutes at 20 a second. Without convolutions
-# it needs more images than the UNet's 640,000, so that the batch is larger. The step size is 1e-4
-# at the width 1152 of DiT-XL (Peebles & Xie 2023), which grows as the width shrinks, to 256.
+# Of the transformer. Without convolutions it needs more images than the UNet's 640,000, so that the
+# batch is larger; the steps are as many as fitted into three minutes on a GPU. The step size is the
+# first that was tried, the UNet's.
 STEPS["flow"], BATCH["flow"], PEAK_RATE["flow"] = 16500, 256, 8e-4
 # How often it sees pure noise, at which sampling begins. Logit-normal levels hardly ever come near
 # it, and below it the mean colour of a small latent shows: the palette would be read there.
 PURE_NOISE = 0.05
-FLOW_SAMPLER = Sampler(20, 2.5)  # of the transformer, untried; one step of Euler is one of its own
+FLOW_SAMPLER = Sampler(20, 2.5)  # of the transformer; one step of Euler is one of its own
 SAMPLERS_TRIED = ((10, 2.5), (20, 1.5), (20, 2.5), (20, 4.0), (40, 2.5))  # steps and guidance
 TEXT_SCALE = 20.0  # inverse temperature of the contrastive loss
 WORDS_WEIGHT = 0.3  # of the loss that has a caption's end name the caption's words

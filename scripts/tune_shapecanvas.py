@@ -1,4 +1,4 @@
-"""Find the settings of conf/tuned at matched UA, on other concepts and another seed.
+"""Find the settings of the embedded models at matched UA, on other concepts and another seed.
 
     python scripts/tune_shapecanvas.py style                                 # every cell; resumes
     python scripts/tune_shapecanvas.py object conabl+none conabl+gradproj    # these cells only

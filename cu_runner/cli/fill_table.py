@@ -107,7 +107,7 @@ def footnotes(table: Table, measured: pd.DataFrame, seeds: list[int]) -> list[st
         notes.append(LESS_FORGOTTEN)
     if not measured.loc[measured["ours"].notna(), "tuned"].all():
         what = "The settings of this method with these regularizers were not searched"
-        notes.append(f"{DOUBLE_DAGGER} {what} (conf/tuned).")
+        notes.append(f"{DOUBLE_DAGGER} {what} (conf/tuned, conf/training).")
     if measured["other_code"].any():
         what = "Made by other code than the first run of this table, or by several"
         remedy = "fresh=true makes such a run anew"

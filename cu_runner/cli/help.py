@@ -16,7 +16,7 @@ EXAMPLES = """\
   cu-sweep status outputs/sweeps/DATE            which jobs are done, running, failed and why"""
 HEAD = "unlearn concepts from a text-to-image model, one request after another, and measure each."
 OPTIONS = ("model", "evaluator", "method", "reg", "retention", "recovery", "setting", "tracker")
-TUNED = " (tuned per sequence: conf/tuned)"
+TUNED = " (tuned: conf/tuned, conf/training)"
 
 
 def help_text() -> str:

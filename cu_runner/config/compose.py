@@ -144,7 +144,7 @@ def parse(config: DictConfig) -> RunConfig:
             "allow_modules: set by a configuration file; only the command line may allow modules"
         )
     refuse_unasked_pickles(resolved, overrides)
-    tuned = not config.reg or "tuned" not in config or regularizer_cell(config) is not None
+    tuned = not config.reg or "tuned" not in config or is_known(config)
     plan = check_run(resolved, choice("method"), tuned, allowed)
     return dataclasses.replace(plan, notes=tuple(notes_on(config)))
 
@@ -152,19 +152,27 @@ def parse(config: DictConfig) -> RunConfig:
 def notes_on(config: DictConfig) -> Iterator[str]:
     """Yield what a person should know of the settings: those of another model, those of nobody."""
     sequence, model, method = (choice(group) for group in ("sequence", "model", "method"))
+    place, whose = "conf/tuned", f"sequence={sequence}"
     if elsewhere := tuned_elsewhere(config):
+        place, whose = "conf/training", f"model={model}"
+        own = "training" in config
+        rest = f"those of conf/training/{model}.yaml are" if own else "give train.lr=... yourself"
         yield (
             f"conf/tuned/{sequence}.yaml was made on model={', '.join(elsewhere)}, and this run "
-            f"has model={model}: it takes the settings of conf/training/{model}.yaml"
+            f"has model={model}: its settings are not taken; {rest}"
         )
     chosen = "+".join(regularizers(config))
-    known = regularizer_cell(config) is not None
-    known = known or combination(config) in entries_of(config, "training")
-    if chosen and not known:
+    if chosen and not is_known(config):
         yield (
-            f"conf/tuned has no settings of method={method} with reg={chosen} for "
-            f"sequence={sequence}: those of conf/reg are taken, which may do little or too much"
+            f"{place} has no settings of method={method} with reg={chosen} for {whose}: those of "
+            "conf/reg are taken, which may do little or too much"
         )
+
+
+def is_known(config: DictConfig) -> bool:
+    """Tell whether conf/tuned or conf/training has settings of the method with the regularizers."""
+    tuned = regularizer_cell(config) is not None
+    return tuned or combination(config) in entries_of(config, "training")
 
 
 def reads_tuned(config: DictConfig, key: str) -> bool:

@@ -40,11 +40,11 @@ def tuned_cell(config: DictConfig) -> ConfigTree:
 
 
 def training_cell(config: DictConfig) -> ConfigTree:
-    """Return what conf/training has for the model: by default, for the method, and for the method
-    with the regularizers.
+    """Return what conf/training has for the model: by default, for the method, for the method with
+    the regularizers, and for it in the setting.
     """
-    cells = entries_of(config, "training")
-    names = ("default", choice("method"), combination(config))
+    cells, method = entries_of(config, "training"), choice("method")
+    names = ("default", method, combination(config), f"{method}+{choice('setting')}")
     return {key: value for name in names for key, value in cells.get(name, {}).items()}
 
 
@@ -79,8 +79,10 @@ def entries_of(config: DictConfig, *keys: str) -> dict[str, ConfigTree]:
 
 def tuned_elsewhere(config: DictConfig) -> tuple[str, ...]:
     """Return the models that conf/tuned was made on, where the chosen one is none of them."""
-    models = OmegaConf.select(config, "tuned.models")
-    return () if models is None or choice("model") in models else tuple(models)
+    given = OmegaConf.select(config, "tuned.models")
+    models = OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
+    found = validate(list[str] | None, models, "tuned.models")
+    return () if found is None or choice("model") in found else tuple(found)
 
 
 def regularizer_cell(config: DictConfig) -> ConfigTree | None:

@@ -114,26 +114,47 @@ def failure(kind: type[diffusers.SchedulerMixin], config: str) -> str | None:
     return None if latents.isfinite().all() else "what it denoises is not finite"
 
 
-def real_eta(scheduler: diffusers.SchedulerMixin, eta: float) -> float:
-    """Return eta, or the next smaller number for which no step of DDIM has an imaginary part.
+def ddim_rooms(scheduler: diffusers.SchedulerMixin) -> list[tuple[Tensor, Tensor]]:
+    """Return, for each step of DDIM, 1 - a_prev and the deviation of the noise at an eta of 1.
 
-    A step takes the root of 1 - a_prev - sigma^2 (Song et al. 2021, arXiv 2010.02502, eq. 12). With
-    the most noise that there is room for this is 0, and as computed 6e-8 to either side of it,
-    which depends on the machine: below 0 the whole image would be no number. An eta by which it is
-    further below is returned as it is.
+    A step adds noise of sigma = eta sqrt((1 - a_prev) / (1 - a_t) (1 - a_t / a_prev)), and takes the
+    root of 1 - a_prev - sigma^2 (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16). Both are
+    scalars, computed as diffusers does. Other schedulers have none.
     """
     if not isinstance(scheduler, diffusers.DDIMScheduler | diffusers.DDIMParallelScheduler):
-        return eta
+        return []
     ddim: Any = scheduler
     stride = ddim.config.num_train_timesteps // ddim.num_inference_steps
-    rooms = []  # 1 - a_prev of each step, and the standard deviation of its noise at eta 1
+    rooms = []
     for timestep in ddim.timesteps.tolist():
         before = timestep - stride
         alpha = ddim.alphas_cumprod[before] if before >= 0 else ddim.final_alpha_cumprod
         rooms.append((1 - alpha, ddim._get_variance(timestep, before) ** 0.5))
-    smaller = eta
-    for _ in range(10):
+    return rooms
+
+
+def largest_eta(scheduler: diffusers.SchedulerMixin) -> float:
+    """Return the largest eta with which no step adds more noise than there is room for.
+
+    Of schedulers other than DDIM it is 1.
+    """
+    rooms = ddim_rooms(scheduler)
+    return min(
+        (float(room) ** 0.5 / float(deviation) for room, deviation in rooms if deviation > 0),
+        default=1.0,
+    )
+
+
+def real_eta(scheduler: diffusers.SchedulerMixin, eta: float) -> float:
+    """Return eta, or a number smaller by 1e-4 of it at most, with which no step is imaginary.
+
+    At the largest eta the root of ddim_rooms() is that of 0, and as computed of some 1e-8 to either
+    side of it, which depends on the machine: below 0 the whole image would be no number. An eta
+    that is further beyond is returned as it is.
+    """
+    rooms = ddim_rooms(scheduler)
+    for less in (0.0, *(1e-7 * 2**power for power in range(10))):
+        smaller = eta * (1 - less)
         if all(room - (smaller * deviation) ** 2 >= 0 for room, deviation in rooms):
             return smaller
-        smaller *= 1 - 1e-7
     return eta

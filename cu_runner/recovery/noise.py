@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from dataclasses import replace
 from typing import Annotated
 
@@ -15,6 +14,7 @@ from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.process import is_flow
 from cu_runner.models.sampling import make_scheduler
+from cu_runner.models.schedulers import largest_eta
 from cu_runner.recovery.base import Cost, Every, Lab, Probe, ProbeImage, evaluation_images
 from cu_runner.schema.settings import EvalSettings
 
@@ -81,7 +81,7 @@ class Noise(Probe):
             raise ValueError(
                 f"recovery.noise.scheduler={self._scheduler}: takes no eta; use DDIMScheduler"
             )
-        most = largest_eta(scheduler.alphas_cumprod.tolist(), scheduler.timesteps.tolist())
+        most = largest_eta(scheduler)
         if max(self._etas) > most:
             raise ValueError(
                 f"recovery.noise.etas: {max(self._etas):g} is more noise than "
@@ -92,16 +92,3 @@ class Noise(Probe):
     def cost(self, sequence: Sequence, concepts: int) -> Cost:
         """Return the attempts at the images of so many concepts."""
         return Cost(images=self._number * len(self._etas) * len(self._scales) * concepts)
-
-
-def largest_eta(alphas: list[float], timesteps: list[int]) -> float:
-    """Return the largest eta with which no step of DDIM adds more noise than there is.
-
-    sigma^2 = eta^2 (1 - a_prev) / (1 - a_t) (1 - a_t / a_prev) <= 1 - a_prev   (Song et al. 2021,
-    arXiv 2010.02502, eq. 16)
-    """
-    most = float("inf")
-    for now, before in itertools.pairwise(timesteps):
-        a_t, a_prev = alphas[now], alphas[before]
-        most = min(most, ((1 - a_t) / (1 - a_t / a_prev)) ** 0.5)
-    return most

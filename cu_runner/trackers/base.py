@@ -122,13 +122,15 @@ class Tracker:
 
 
 def short_name(path: str) -> str:
-    """Return a name of a model's place: "stable-diffusion-v1-4" of the hub, "shapecanvas" of ours.
+    """Return a name of a model's place: "stable-diffusion-v1-4" of the hub, "shapecanvas" and
+    "shapecanvas_flow" of ours.
 
     Of a directory or a file it is the last part without its ending.
     """
     package, _, inside = path.partition(":")
     if package == "package" and inside:
-        return PurePosixPath(inside).parts[0]
+        parts = PurePosixPath(inside).parts
+        return parts[0] if parts[-1] == "pipeline" else f"{parts[0]}_{parts[-1]}"
     last = PurePosixPath(path).name
     return last.removesuffix(".safetensors").removesuffix(".ckpt") or path
 

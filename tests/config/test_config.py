@@ -301,9 +301,9 @@ def test_an_unknown_tuned_key_is_refused(tmp_path):
 def test_shipped_tuned_cells_apply(file):
     tuned = yaml.safe_load((config_dir() / file).read_text(encoding="utf-8"))
     tuned.pop("defaults", None)
-    assert set(tuned.pop("models", [])) <= {
-        path.stem for path in (config_dir() / "model").iterdir()
-    }
+    models = tuned.pop("models", ["shapecanvas"])
+    assert set(models) <= {path.stem for path in (config_dir() / "model").iterdir()}
+    model = [f"model={models[0]}", "model.path=/a/directory"]
     for method, cells in tuned.items():
         for name, cell in cells.items():
             special = {
@@ -312,7 +312,7 @@ def test_shipped_tuned_cells_apply(file):
                 "simultaneous": ["setting=simultaneous"],
             }
             chosen = special.get(name, [f"reg=[{name.replace('+', ',')}]"])
-            config = compose(*choose(file), f"method={method}", *chosen)
+            config = compose(*choose(file), *model, f"method={method}", *chosen)
             parse(config)
             assert {key: OmegaConf.select(config, key) for key in cell or {}} == (cell or {})
 
@@ -386,11 +386,26 @@ def test_a_model_without_training_settings_asks_for_them(tmp_path):
 def test_a_run_notes_settings_of_another_model_and_settings_of_nobody():
     (note,) = parse(compose("model=sd15", "sequence=shapecanvas_style")).notes
     assert note.startswith("conf/tuned/shapecanvas_style.yaml was made on model=shapecanvas, and ")
-    assert note.endswith("has model=sd15: it takes the settings of conf/training/sd15.yaml")
+    assert note.endswith("its settings are not taken; those of conf/training/sd15.yaml are")
+    _, note = parse(compose("model=sd15", "sequence=shapecanvas_style", "reg=gradproj")).notes
+    assert note.startswith("conf/training has no settings of method=conabl with reg=gradproj for ")
     (note,) = parse(compose("sequence=smoke", "reg=[l2,gradproj]")).notes
     assert note.startswith("conf/tuned has no settings of method=conabl with reg=l2+gradproj for ")
     for quiet in ("reg=none", "reg=gradproj"):
         assert parse(compose(quiet)).notes == ()
+
+
+def test_the_models_of_tuned_settings_are_a_list_of_names():
+    for wrong in ("5", "shapecanvas"):
+        with pytest.raises(ConfigError, match=r"tuned\.models"):
+            parse(compose(f"tuned.models={wrong}"))
+
+
+def test_settings_of_conf_training_count_as_searched_and_may_be_of_a_setting():
+    assert parse(compose("model=shapecanvas_flow", "reg=gradproj")).tuned
+    assert not parse(compose("model=shapecanvas_flow", "reg=rece", "method=uce")).tuned
+    together = parse(compose("model=shapecanvas_flow", "setting=simultaneous"))
+    assert together.spine.train.steps == 720
 
 
 @pytest.mark.parametrize("reg", ["none", "gradproj", "merge"])

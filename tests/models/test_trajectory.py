@@ -1,10 +1,11 @@
 """A trajectory that stops, is kept and goes on ends where one that does not does, bitwise."""
 
+import diffusers
 import pytest
 import torch
 
 from cu_runner.models.sampling import make_scheduler, sample_latents
-from cu_runner.models.schedulers import real_eta
+from cu_runner.models.schedulers import largest_eta, real_eta
 from cu_runner.models.trajectory import Trajectory
 from cu_runner.schema.settings import Sampler
 
@@ -72,6 +73,23 @@ def test_an_eta_at_the_limit_has_a_real_root_on_every_machine(model, name):
     assert real_eta(scheduler, 1.5) == 1.5  # what is more than there is room for stays to be seen
     plain = make_scheduler(model, Sampler(5, 1.0))
     assert real_eta(plain, 1.0) == 1.0  # takes no eta of DDIM
+
+
+@pytest.mark.parametrize("steps", [7, 13, 50, 61, 64, 150])
+def test_the_largest_eta_is_one_that_every_step_can_take(steps):
+    """Also where the steps are not evenly spread: DDIM goes from t to t - 1000 // steps."""
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", timestep_spacing="trailing", clip_sample=False
+    )
+    scheduler.set_timesteps(steps)
+    most, image = largest_eta(scheduler), torch.ones(1, 1, 2, 2)
+    assert most > 1
+    assert real_eta(scheduler, most) == pytest.approx(most, rel=1e-4)
+    for timestep in scheduler.timesteps:
+        image = scheduler.step(
+            image, timestep, image, eta=real_eta(scheduler, most), variance_noise=image
+        ).prev_sample
+    assert image.isfinite().all()
 
 
 def test_a_text_takes_the_place_of_the_words(model):

@@ -16,6 +16,7 @@ from cu_runner.concepts.templates import PLACEHOLDER
 from cu_runner.evaluators.evaluate import Judge, evaluate
 from cu_runner.models.parameters import placed, select_parameters, snapshot
 from cu_runner.models.sampling import make_scheduler, sample_images
+from cu_runner.models.schedulers import largest_eta
 from cu_runner.models.trajectory import Trajectory
 from cu_runner.recovery._finetune import batch_loss, own_prompts, spread_over, unrelated_prompts
 from cu_runner.recovery.adversarial import RingABell, plain_tokens, words_of
@@ -24,7 +25,7 @@ from cu_runner.recovery.battery import Battery
 from cu_runner.recovery.completion import Completion
 from cu_runner.recovery.composition import Composition
 from cu_runner.recovery.inversion import Inversion
-from cu_runner.recovery.noise import Noise, largest_eta
+from cu_runner.recovery.noise import Noise
 from cu_runner.recovery.paraphrase import Paraphrase
 from cu_runner.recovery.precision import Precision, rounded
 from cu_runner.recovery.rebound import Rebound
@@ -239,7 +240,7 @@ def test_the_largest_eta_is_where_ddim_has_no_noise_left(bench):
         made.lab.model, type(made.lab.settings)(4, 2.5, "DDIMScheduler", batch_size=8)
     )
     alphas, steps = scheduler.alphas_cumprod.tolist(), scheduler.timesteps.tolist()
-    most = largest_eta(alphas, steps)
+    most = largest_eta(scheduler)
     ends = list(itertools.pairwise(steps))
     variances = [float(scheduler._get_variance(now, before)) for now, before in ends]
     left = [1 - alphas[before] for _, before in ends]

@@ -86,6 +86,7 @@ def test_the_worst_of_every_metric_after_a_request():
     ("path", "name"),
     [
         ("package:shapecanvas/weights/pipeline", "shapecanvas"),
+        ("package:shapecanvas/weights/flow", "shapecanvas_flow"),
         ("CompVis/stable-diffusion-v1-4", "stable-diffusion-v1-4"),
         ("/data/sd15.safetensors", "sd15"),
         ("/data/sd15/", "sd15"),
