@@ -72,9 +72,10 @@ class RunConfig:
 
     retention: None where what general prompts keep is not measured. probes: of recovery, by name.
     tuned: whether conf/tuned, or conf/training, has settings for this method with these
-    regularizers, where conf/tuned has any at all. resolved: what config.yaml of the run directory holds. allowed: the user's modules that
-    a _target_ may name. notes: what whoever starts the run should know of where its settings come
-    from. trackers: of the run, by name; they are no part of it.
+    regularizers, where conf/tuned has any at all. resolved: what config.yaml of the run directory
+    holds. allowed: the user's modules that a _target_ may name. notes: what whoever starts the run
+    should know of where its settings come from. trackers: of the run, by name; they are no part of
+    it.
     """
 
     spine: Spine

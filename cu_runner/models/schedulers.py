@@ -117,8 +117,8 @@ def failure(kind: type[diffusers.SchedulerMixin], config: str) -> str | None:
 def ddim_rooms(scheduler: diffusers.SchedulerMixin) -> list[tuple[Tensor, Tensor]]:
     """Return, for each step of DDIM, 1 - a_prev and the deviation of the noise at an eta of 1.
 
-    A step adds noise of sigma = eta sqrt((1 - a_prev) / (1 - a_t) (1 - a_t / a_prev)), and takes the
-    root of 1 - a_prev - sigma^2 (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16). Both are
+    A step adds noise of sigma = eta sqrt((1 - a_prev) / (1 - a_t) (1 - a_t / a_prev)) and takes
+    the root of 1 - a_prev - sigma^2 (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16). Both are
     scalars, computed as diffusers does. Other schedulers have none.
     """
     if not isinstance(scheduler, diffusers.DDIMScheduler | diffusers.DDIMParallelScheduler):
