@@ -507,7 +507,7 @@ def test_a_hundred_cells(own_table, run_copy, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nix"], "nix: no such table; allowed: closed_forms, recommended, recovery, table2"),
+        (["nix"], "nix: no such table; allowed: closed_forms, flow, recommended, recovery, table2"),
         (
             ["table2", "--experiment", "nix"],
             "--experiment nix: not in table table2; allowed: shapecanvas, ",
