@@ -152,7 +152,7 @@ def real_eta(scheduler: diffusers.SchedulerMixin, eta: float) -> float:
     side of it, which depends on the machine: below 0 the whole image would be no number. An eta
     that is further beyond is returned as it is.
     """
-    rooms = ddim_rooms(scheduler)
+    rooms = ddim_rooms(scheduler) if eta else []
     for less in (0.0, *(1e-7 * 2**power for power in range(10))):
         smaller = eta * (1 - less)
         if all(room - (smaller * deviation) ** 2 >= 0 for room, deviation in rooms):

@@ -24,6 +24,7 @@ from cu_runner.recovery.base import Probe, evaluation_images
 from cu_runner.recovery.battery import Battery
 from cu_runner.recovery.completion import Completion
 from cu_runner.recovery.composition import Composition
+from cu_runner.recovery.drawing import Drawing
 from cu_runner.recovery.inversion import Inversion
 from cu_runner.recovery.noise import Noise
 from cu_runner.recovery.paraphrase import Paraphrase
@@ -249,8 +250,12 @@ def test_the_largest_eta_is_where_ddim_has_no_noise_left(bench):
     )
 
 
-def test_attempts_share_an_image_and_differ_in_noise(bench):
-    made = bench()
+def test_attempts_share_an_image_and_differ_in_noise(bench, monkeypatch):
+    made, batches = bench(), []
+    begin = Drawing._begin
+    monkeypatch.setattr(
+        Drawing, "_begin", lambda own, images: batches.append(len(images)) or begin(own, images)
+    )
     probe = Noise([0.0, 0.5], [1.0, 1.04], images=2)
     images = probe.images(made.lab, made.unlearned[:1])
     assert len(images) == 8
@@ -259,6 +264,8 @@ def test_attempts_share_an_image_and_differ_in_noise(bench):
     }
     scores = [each.columns["score_style"] for each in made.lab.look(images)]
     assert len(set(scores)) > 4
+    assert sum(batches) == 8
+    assert len(batches) <= 3  # one for each eta, cut where a batch is full
 
 
 @pytest.mark.parametrize(
