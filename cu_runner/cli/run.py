@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from cu_runner.config.run_config import RunConfig
+    from cu_runner.schema.settings import EvalSettings
     from cu_runner.trackers.base import TrackedRun
 
 LOG = "run.log"
@@ -125,7 +126,7 @@ def run_plan(plan: RunConfig, command: str, ending: str = "run") -> None:
         if distributed.is_main():  # for whoever wants to watch its files; again at the end
             say(f"{ending}: {plan.directory}")
         if is_finished(store):
-            logger.info("complete already; nothing to do")
+            logger.info("complete already; nothing to do%s", left_out(store, plan.spine.eval))
         else:
             for note in plan.notes:
                 logger.warning("%s", note)
@@ -186,6 +187,20 @@ def is_finished(store: RunStore) -> bool:
     store.write_metrics(steps)
     store.write_summary(steps)
     return True
+
+
+def left_out(store: RunStore, asked: EvalSettings) -> str:
+    """Say which requests of a complete run lack the evaluation that is asked for; "" if none."""
+    steps = store.finished()
+    lacking = [
+        step.index
+        for step in steps
+        if not step.evaluated and asked.is_due(step.index, len(steps) - 1)
+    ]
+    if not lacking:
+        return ""
+    which = f"request {lacking[0]}" if len(lacking) == 1 else f"{len(lacking)} requests"
+    return f", but {which} of it was not evaluated: `cu-eval {store.directory}` measures them all"
 
 
 def execute(plan: RunConfig, store: RunStore, command: str, stop: StopSignals) -> None:

@@ -18,11 +18,11 @@ from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.text import Text
 from cu_runner.recovery._finetune import anchored
-from cu_runner.recovery.base import Cost, Every, Lab, Probe, ProbeImage
+from cu_runner.recovery.base import Cost, Lab, Probe, ProbeImage
 from cu_runner.runtime.lazy import torch
 from cu_runner.runtime.progress import Progress
 from cu_runner.schema.errors import ModelError
-from cu_runner.schema.settings import Fraction
+from cu_runner.schema.settings import Every, Fraction
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor

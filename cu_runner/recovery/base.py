@@ -6,9 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
-
-from pydantic import PositiveInt
+from typing import TYPE_CHECKING
 
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.models.diffusion import DiffusionModel
@@ -16,13 +14,11 @@ from cu_runner.models.parameters import snapshot
 from cu_runner.models.text import Text
 from cu_runner.runtime.lazy import nn, torch
 from cu_runner.runtime.seeding import derive_seed
-from cu_runner.schema.settings import EvalSettings
+from cu_runner.schema.settings import EvalSettings, Every
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
-
-Every = PositiveInt | Literal["last"]
 
 
 @dataclass(frozen=True)
@@ -120,9 +116,11 @@ class Probe(ABC):
 
     Attributes:
         reads_words: what it does with the words of a prompt, as Method.reads_words.
+        reads_earlier: whether it reads what was seen after every request before.
     """
 
     reads_words: str = ""
+    reads_earlier: bool = False
 
     def __init__(self, every: Every = 1, controls: int = 4) -> None:
         """

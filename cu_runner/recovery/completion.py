@@ -13,7 +13,8 @@ from pydantic import Field, PositiveInt
 
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.models.sampling import make_scheduler
-from cu_runner.recovery.base import Cost, Every, Lab, Probe, ProbeImage, evaluation_images
+from cu_runner.recovery.base import Cost, Lab, Probe, ProbeImage, evaluation_images
+from cu_runner.schema.settings import Every
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

@@ -10,7 +10,8 @@ from pydantic import PositiveInt
 
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.concepts.templates import check_template, fill
-from cu_runner.recovery.base import Cost, Every, Lab, Probe, ProbeImage, crosses_of
+from cu_runner.recovery.base import Cost, Lab, Probe, ProbeImage, crosses_of
+from cu_runner.schema.settings import Every
 
 
 class Composition(Probe):

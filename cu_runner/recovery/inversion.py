@@ -20,10 +20,10 @@ from cu_runner.recovery._finetune import (
     own_prompts,
     spread_over,
 )
-from cu_runner.recovery.base import Cost, Every, Lab, Number, Probe, Seen, evaluation_images
+from cu_runner.recovery.base import Cost, Lab, Number, Probe, Seen, evaluation_images
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import torch
-from cu_runner.schema.settings import EvalSettings, StepSize
+from cu_runner.schema.settings import EvalSettings, Every, StepSize
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,8 +15,8 @@ from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.process import is_flow
 from cu_runner.models.sampling import make_scheduler
 from cu_runner.models.schedulers import largest_eta
-from cu_runner.recovery.base import Cost, Every, Lab, Probe, ProbeImage, evaluation_images
-from cu_runner.schema.settings import EvalSettings
+from cu_runner.recovery.base import Cost, Lab, Probe, ProbeImage, evaluation_images
+from cu_runner.schema.settings import EvalSettings, Every
 
 Scale = Annotated[float, Field(gt=0, le=10)]
 

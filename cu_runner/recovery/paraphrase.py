@@ -13,7 +13,8 @@ from cu_runner.concepts.entries import comparable
 from cu_runner.concepts.prompt_csv import read_list
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.concepts.templates import check_template, fill
-from cu_runner.recovery.base import Cost, Every, Lab, Probe, ProbeImage, crosses_of
+from cu_runner.recovery.base import Cost, Lab, Probe, ProbeImage, crosses_of
+from cu_runner.schema.settings import Every
 
 COLUMNS = ("concept", "level", "prompt")
 

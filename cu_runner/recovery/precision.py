@@ -10,17 +10,9 @@ from pydantic import PositiveInt
 
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.models.quantised import is_quantised
-from cu_runner.recovery.base import (
-    Cost,
-    Every,
-    Lab,
-    Number,
-    Probe,
-    Seen,
-    evaluation_images,
-    restored,
-)
+from cu_runner.recovery.base import Cost, Lab, Number, Probe, Seen, evaluation_images, restored
 from cu_runner.runtime.lazy import torch
+from cu_runner.schema.settings import Every
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,11 +8,14 @@ from __future__ import annotations
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.evaluators.metrics import accuracy_per_concept
 from cu_runner.evaluators.recovered import RISE
-from cu_runner.recovery.base import Cost, Every, Lab, Number, Probe, Seen
+from cu_runner.recovery.base import Cost, Lab, Number, Probe, Seen
+from cu_runner.schema.settings import Every
 
 
 class Rebound(Probe):
     """Reports, in points, how far a concept's accuracy lies above its lowest since its request."""
+
+    reads_earlier = True
 
     def __init__(self, *, every: Every = 1) -> None:
         """Take `every` as Probe does. The retained concepts and the untouched model have none."""

@@ -18,7 +18,6 @@ from cu_runner.models.parameters import is_gate
 from cu_runner.recovery._finetune import batch_loss, own_prompts, spread_over, unrelated_prompts
 from cu_runner.recovery.base import (
     Cost,
-    Every,
     Lab,
     Number,
     Probe,
@@ -29,7 +28,7 @@ from cu_runner.recovery.base import (
 )
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import nn, torch
-from cu_runner.schema.settings import StepSize
+from cu_runner.schema.settings import Every, StepSize
 
 Data = Literal["own", "unrelated"]
 

@@ -17,9 +17,10 @@ from pydantic import PositiveFloat, PositiveInt
 
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.models.parameters import is_gate
-from cu_runner.recovery.base import Cost, Every, Lab, Number, Probe, Seen
+from cu_runner.recovery.base import Cost, Lab, Number, Probe, Seen
 from cu_runner.request.text_subspace import concept_vectors
 from cu_runner.runtime.lazy import torch, without_gradients
+from cu_runner.schema.settings import Every
 
 if TYPE_CHECKING:
     from torch import Tensor

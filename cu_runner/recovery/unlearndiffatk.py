@@ -19,20 +19,11 @@ from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.recovery._finetune import batch_loss, free_word, own_prompts, spread_over
 from cu_runner.recovery.adversarial import plain_tokens, words_of
-from cu_runner.recovery.base import (
-    Cost,
-    Every,
-    Lab,
-    Number,
-    Probe,
-    ProbeImage,
-    Seen,
-    evaluation_images,
-)
+from cu_runner.recovery.base import Cost, Lab, Number, Probe, ProbeImage, Seen, evaluation_images
 from cu_runner.runtime import distributed
 from cu_runner.runtime.lazy import torch
 from cu_runner.schema.errors import ModelError
-from cu_runner.schema.settings import EvalSettings, StepSize
+from cu_runner.schema.settings import EvalSettings, Every, StepSize
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -188,7 +188,7 @@ def diagnose(table: pd.DataFrame) -> list[Signature]:
 
 
 def with_images(run: RunRecord) -> pd.DataFrame:
-    """Return the rows of a run, and beside each of COUNTED how many images it rests on.
+    """Return the evaluated rows of a run, and beside each of COUNTED on how many images it rests.
 
     The untouched model's images are those of every later step. Images without a face are taken
     off: UA is over those with one.
@@ -200,21 +200,21 @@ def with_images(run: RunRecord) -> pd.DataFrame:
     shown = [(rows_of(run.predictions(0), part.domain), part) for part in run.measured]
     images = pd.concat([own[part.domain].value_counts() for own, part in shown])
     crossed = pd.concat([crossed_of(run, own, part) for own, part in shown])
-    table = run.table
-    rows = []
-    for index in range(len(run.records)):
+    evaluated = [index for index, record in enumerate(run.records) if record.evaluated]
+    table, rows = run.table.iloc[evaluated], []
+    for index in evaluated:
         unlearned = run.unlearned(index) if index else run.targets
         so_far = [part for part in run.measured if {*part.targets} & {*unlearned}] or run.measured
         retained = [name for part in so_far for name in part.retain]
         kinds = {"UA": unlearned, "UA_current": unlearned[-1:], "UA_previous": unlearned[:-1]}
         counts = {name: count(images, names) for name, names in kinds.items()}
         if "faceless_unlearned" in table:
-            gone = int(table["faceless_unlearned"].iloc[index])
+            gone = int(table["faceless_unlearned"].loc[index])
             counts = {name: max(number - gone, 0) for name, number in counts.items()}
         counts["RA_I"] = count(images, retained)
         counts["RA_C"] = count(crossed, [*unlearned, *retained])
         rows.append({f"{name}_images": counts[name] for name in COUNTED})
-    return table.join(pd.DataFrame(rows))
+    return table.join(pd.DataFrame(rows, index=table.index))
 
 
 def crossed_of(run: RunRecord, rows: pd.DataFrame, part: Measured) -> pd.Series:

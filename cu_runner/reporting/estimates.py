@@ -77,13 +77,15 @@ def of_sizes(values: list[float]) -> Estimate:
 
 
 def image_counts(run: RunRecord, index: int) -> dict[str, int]:
-    """Return on how many images of a step each metric rests.
+    """Return on how many images of a step each metric rests; {} of one that was not evaluated.
 
     UA, where faces are looked for, rests on those that show one; RA-I too where these alone count.
 
     Raises:
         StoreError: predictions.csv is damaged.
     """
+    if not run.records[index].evaluated:
+        return {}
     run.require(index, PREDICTIONS)
     rows, unlearned = run.predictions(index), run.unlearned(index) if index else run.targets
     so_far = [part for part in run.measured if {*part.targets} & {*unlearned}]

@@ -184,10 +184,15 @@ def loading(model: ConfigTree, exported: Exported) -> str:
 
 def measured(run: RunRecord, index: int) -> str:
     """Return a table of the metrics with their intervals, and how the images were made."""
+    if not run.records[index].evaluated:
+        return (
+            "**Nothing was measured after this request**: the run was made with "
+            f"eval.every={run.config['eval'].get('every', 1)}. `cu-eval RUN` measures it; then "
+            "`cu-export` of that evaluation tells its numbers."
+        )
     rows = ["| | percent | 95% interval | images | untouched |", "|---|---|---|---|---|"]
     rows += share_rows(run, index)
-    others = number_rows(run, index)
-    if others:
+    if others := [*number_rows(run, index)]:
         rows += ["", "| | value | untouched |", "|---|---|---|", *others]
     how, sequence = run.config["eval"], run.config["sequence"]
     scheduler = how.get("scheduler") or "the base model's own scheduler"

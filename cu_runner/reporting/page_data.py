@@ -126,7 +126,8 @@ def sample_images(run: RunRecord, concepts: list[str]) -> list[Samples]:
     """
     sequence = run.config["sequence"]
     lists = next(iter(sequence.get("domains", {"": sequence}).values()))
-    requests = spread(len(run.records), MOST_SAMPLED)
+    evaluated = [index for index, record in enumerate(run.records) if record.evaluated]
+    requests = [evaluated[place] for place in spread(len(evaluated), MOST_SAMPLED)]
     grids = {index: images_of(run, index) for index in requests}
     crosses = []
     for part in run.measured:

@@ -77,7 +77,9 @@ class Group:
         """Return by metric (MEASURED) the mean and its interval after each request from 0 on."""
         found: dict[str, list[Estimate]] = {name: [] for name in MEASURED}
         for index in range(self.last + 1):
-            counts = image_counts(self.first, index) if len(self.runs) > 1 else {}
+            everywhere = all(run.records[index].evaluated for run in self.runs)
+            several = len(self.runs) > 1 and everywhere
+            counts = image_counts(self.first, index) if several else {}
             for name, estimates in found.items():
                 values = [float(run.table[name].iloc[index]) for run in self.runs]
                 shares = name in counts
@@ -98,8 +100,9 @@ class Group:
             StoreError: predictions of a step are damaged.
         """
         for run in self.runs:
-            for index in range(len(run.records)):
-                run.require(index, PREDICTIONS)
+            for index, record in enumerate(run.records):
+                if record.evaluated:
+                    run.require(index, PREDICTIONS)
         return [run.accuracy_matrix() for run in self.runs]
 
     @cached_property

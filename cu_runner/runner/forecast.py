@@ -28,7 +28,7 @@ from cu_runner.runner.own_images import check_pictured, describe_folders, pictur
 from cu_runner.runner.probing import build_probes
 from cu_runner.runtime.devices import choose_device, device_name
 from cu_runner.schema.errors import ModelError, StoreError
-from cu_runner.schema.settings import ParameterGroup
+from cu_runner.schema.settings import EvalSettings, ParameterGroup
 from cu_runner.schema.values import ConfigTree, numbers_by_value, without_paths
 from cu_runner.store.run_directory import refuse_other_code
 from cu_runner.store.run_record import RunRecord, read_run
@@ -88,13 +88,14 @@ def forecast(plan: RunConfig) -> str:
     ]
     if not (left := work[done:]):
         return "\n".join([*lines, f"nothing to do: {plan.directory} is complete"])
-    retained = len(left) * retained_images(plan)
     num_steps = sum(entry.train_steps for entry in left)
     num_images = sum(entry.images for entry in left)
+    evaluations = sum(spine.eval.is_due(each.request, len(work) - 1) for each in left)
+    retained = evaluations * retained_images(plan)
     most = "at most " if plan.setting.ends_early else ""
     lines.append(
-        f"to do: {len(left)} of {len(work)} evaluations, {most}{num_steps} training steps of batch "
-        f"{spine.train.batch_size}, {num_images} images "
+        f"to do: {evaluations} of {len(work)} evaluations, {most}{num_steps} training steps of "
+        f"batch {spine.train.batch_size}, {num_images} images "
         f"({spine.eval.steps} denoising steps, guidance {spine.eval.guidance:g})"
     )
     if retained:
@@ -149,7 +150,7 @@ def work_of(plan: RunConfig) -> list[Work]:
     requests = plan.requests(sequence)
     steps = 0 if plan.method.build().closed_form else plan.spine.train.steps
     gated = any(node.made.has_weights for node in plan.regularizers.values())
-    return plan_work(sequence, requests, steps, merges(plan), gated)
+    return plan_work(sequence, requests, steps, merges(plan), gated, plan.spine.eval)
 
 
 def plan_work(
@@ -158,6 +159,7 @@ def plan_work(
     train_steps: int,
     merging: bool,
     gated: bool = False,
+    evaluated: EvalSettings | None = None,
 ) -> list[Work]:
     """Return training steps and evaluation images of every step.
 
@@ -167,7 +169,9 @@ def plan_work(
         train_steps: of one request, at most.
         merging: whether every concept so far is measured, though each request unlearns one.
         gated: whether the images of what the request left alone are those of the step before.
+        evaluated: after which requests images are made; None is after every one.
     """
+    last = len(requests)
 
     def count(concepts: Iterable[Concept]) -> int:
         return sum(map(sequence.num_images, concepts))
@@ -179,6 +183,7 @@ def plan_work(
         so_far += added
         measured = added if request.plan == "independent" and not merging else so_far
         images = added if gated and request.plan == "sequential" else retained + measured
+        images = images if evaluated is None or evaluated.is_due(request.index, last) else 0
         work.append(Work(request.index, request.label, request.start, train_steps, images))
     return work
 
@@ -275,7 +280,7 @@ def seconds_per_image(run: RunRecord, general: int) -> list[float]:
     return [
         record.row.eval_seconds / (len(run.predictions(record.index)) + general)
         for record in run.records[1:]
-        if "gate" not in run.config["reg"]
+        if record.evaluated and "gate" not in run.config["reg"]
     ]
 
 

@@ -325,10 +325,12 @@ def check_memory(plan: RunConfig, device: torch.device, free: int) -> Finding:
 def estimate(plan: RunConfig, method: Method[Any], per_image: float, per_step: float) -> str:
     """Return the time of the whole run at the rates that were just measured."""
     work, general = work_of(plan), retained_images(plan)
-    images = sum(entry.images + general for entry in work)
+    evaluations = sum(plan.spine.eval.is_due(entry.request, len(work) - 1) for entry in work)
+    general *= evaluations
+    images = sum(entry.images for entry in work) + general
     steps = len(work) - 1 if method.closed_form else sum(entry.train_steps for entry in work)
     hours = (images * per_image + steps * per_step) / 3600
-    retained = f" ({general * len(work)} of them of general prompts)" if general else ""
+    retained = f" ({general} of them of general prompts)" if general else ""
     stops = ", what ends requests early" if plan.setting.ends_early else ""
     return (
         f"about {hours:.1f} h for {images} images{retained} at {per_image:.2f} s and {steps} "

@@ -19,7 +19,7 @@ from cu_runner.recovery.battery import Battery
 from cu_runner.runner.measure import Instruments
 from cu_runner.runner.weights import TrainedWeights
 from cu_runner.runtime.lazy import pd
-from cu_runner.schema.errors import ConfigError
+from cu_runner.schema.errors import ConfigError, StoreError
 from cu_runner.schema.settings import EvalSettings
 from cu_runner.store.cache import Cache
 from cu_runner.store.files import to_json
@@ -38,9 +38,24 @@ def build_probes(plan: RunConfig, sequence: Sequence) -> dict[str, Probe]:
             f"recovery={'+'.join(probes)}: probes ask for concepts of one domain, and those of "
             f"{sequence.name} are of {' and '.join(sequence.parts)}; use recovery=none"
         )
-    for probe in probes.values():
+    for name, probe in probes.items():
         probe.check(sequence)
+        require_evaluated(name, probe, plan.spine.eval, len(plan.requests(sequence)))
     return probes
+
+
+def require_evaluated(name: str, probe: Probe, evaluated: EvalSettings, last: int) -> None:
+    """Refuse with ConfigError a probe that is due after a request that is not evaluated."""
+    due = [request for request in range(1, last + 1) if probe.is_due(request, last)]
+    needed = range(1, last + 1) if probe.reads_earlier and due else due
+    if lacking := [request for request in needed if not evaluated.is_due(request, last)]:
+        what, other = "is due after it", f"recovery.{name}.every=last"
+        if probe.reads_earlier:
+            what, other = "reads what was seen after every request", "leave the probe out"
+        raise ConfigError(
+            f"recovery.{name}: eval.every={evaluated.every} leaves out request {lacking[0]}, and "
+            f"the probe {what}; give eval.every=1, or {other}"
+        )
 
 
 def check_probes(
@@ -108,7 +123,13 @@ class Prober:
         def predictions(step: int) -> pd.DataFrame:
             if step == index:
                 return read_predictions(io.BytesIO(files[PREDICTIONS]))
-            return read_predictions(self.store.step_dir(step) / PREDICTIONS)
+            place = self.store.step_dir(step) / PREDICTIONS
+            if not place.exists():  # the run went on with another eval.every
+                raise StoreError(
+                    f"{place.parent}: was not evaluated, and a probe reads it; run without that "
+                    "probe, or anew with fresh=true eval.every=1"
+                )
+            return read_predictions(place)
 
         ua = metrics["UA"]
         seen, found = self.battery.measure(index, self.last, unlearned, predictions, ua)

@@ -54,7 +54,8 @@ class Rehearsal(Runner):
         requests = [parts.requests[0], *parts.requests[1:][-1:]]
         few = [dataclasses.replace(each, index=n) for n, each in enumerate(requests, start=1)]
         settings = dataclasses.replace(plan.spine.train, save_every=None)
-        spine = dataclasses.replace(plan.spine, train=settings)
+        judged = dataclasses.replace(plan.spine.eval, every=1)
+        spine = dataclasses.replace(plan.spine, train=settings, eval=judged)
         super().__init__(
             dataclasses.replace(plan, spine=spine),
             dataclasses.replace(parts, requests=few, retention=None, probes={}),

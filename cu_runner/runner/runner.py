@@ -32,7 +32,7 @@ from cu_runner.runner.probing import Prober
 from cu_runner.runner.recheck import train_again
 from cu_runner.runner.saved_state import SavedState
 from cu_runner.runner.training import Training, check_composition, erase
-from cu_runner.runner.weights import TrainedWeights
+from cu_runner.runner.weights import TrainedWeights, changes_so_far
 from cu_runner.runtime import distributed
 from cu_runner.runtime.devices import forget_peak_memory, peak_memory_mb
 from cu_runner.runtime.lazy import pd, torch
@@ -42,9 +42,9 @@ from cu_runner.runtime.signals import StopSignals
 from cu_runner.schema.json_files import parse_json
 from cu_runner.store.cache import Cache
 from cu_runner.store.checkpoint import Checkpoint
-from cu_runner.store.files import from_safetensors, read_tensor, to_csv, to_json, to_safetensors
+from cu_runner.store.files import from_safetensors, to_csv, to_json, to_safetensors
 from cu_runner.store.layout import DELTA, MERGED, TRAINING
-from cu_runner.store.records import Metrics, Row, StepRecord, StepResult, TrainingRecord
+from cu_runner.store.records import UNMEASURED, Metrics, Row, StepRecord, StepResult, TrainingRecord
 from cu_runner.store.run_directory import RunStore
 from cu_runner.trackers.mirror import Mirror
 
@@ -157,7 +157,7 @@ class Runner:
         continues = request.start == "previous" and parent.index > 0
         place = self.store.step_dir(parent.index)
         self.weights.set(self.weights.read(place / DELTA) if continues else None)
-        kept = self.weights.are_gates and (continues or parent.index == 0)
+        kept = self.weights.are_gates and (continues or parent.index == 0) and parent.evaluated
         earlier = Before.of(self.parts.model, place, parent, self.plan.code) if kept else None
         scope = self._scope(request)
         files, training = self._unlearn(scope, parent)
@@ -172,10 +172,14 @@ class Runner:
             files[MERGED] = to_safetensors(merged)
             self.weights.set(merged)
         trained, shown = time.monotonic(), self.measured(erased)
-        told = (request.index, shown, request.label, None, self.store.step_dir(0), None, earlier)
-        seen, metrics = self.instruments.measure(*told)
-        seconds = {"train": trained - started, "eval": time.monotonic() - trained}
-        seen, metrics = self.prober.add(request.index, shown, seen, metrics, seconds)
+        seconds = {"train": trained - started, "eval": 0.0}
+        seen: dict[str, bytes] = {}
+        metrics = dict(UNMEASURED)
+        if self.plan.spine.eval.is_due(request.index, len(self.parts.requests)):  # else left out
+            told = (request.index, shown, request.label, None, self.store.step_dir(0))
+            seen, metrics = self.instruments.measure(*told, None, earlier)
+            seconds["eval"] = time.monotonic() - trained
+            seen, metrics = self.prober.add(request.index, shown, seen, metrics, seconds)
         row = self._row(request, metrics, seconds, drift(delta), step_l2, training.steps)
         with self.stop.deferred():
             step = self._commit(request, files | seen, row, seconds, parent, training)
@@ -273,16 +277,10 @@ class Runner:
         self, scope: Scope, delta: dict[str, Tensor], steps: list[StepRecord]
     ) -> dict[str, Tensor] | None:
         """Return what a regularizer makes of this delta and the earlier ones; None if none does."""
-
-        def deltas(name: str) -> Tensor:
-            changes = torch.empty(len(steps), *delta[name].shape)
-            for row, step in enumerate(steps[1:]):
-                changes[row] = read_tensor(self.store.step_dir(step.index) / DELTA, name)
-            changes[-1] = delta[name]
-            return changes
-
+        files = [self.store.step_dir(step.index) / DELTA for step in steps[1:]]
+        told = (list(delta), changes_so_far(files, delta), scope)
         for regularizer in self.parts.regularizers.values():
-            if (merged := regularizer.post_request(list(delta), deltas, scope)) is not None:
+            if (merged := regularizer.post_request(*told)) is not None:
                 return self.weights.given_back(regularizer, merged)
         return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from cu_runner.models.parameters import assign, is_gate, snapshot
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.runtime.lazy import torch
 from cu_runner.runtime.returned import kind_of, refused
-from cu_runner.store.files import read_delta
+from cu_runner.store.files import read_delta, read_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -98,3 +98,21 @@ def choose(
         if sequence is not None and regularizer.has_weights:
             return regularizer.own_weights(model, sequence, method)
     return method.weights(model)
+
+
+def changes_so_far(earlier: list[Path], delta: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
+    """Return what gives the changes of one weight by all requests, [requests, *shape].
+
+    Args:
+        earlier: delta.safetensors of the requests before, of which one tensor at a time is read.
+        delta: of the last request, by name.
+    """
+
+    def changes(name: str) -> Tensor:
+        found = torch.empty(len(earlier) + 1, *delta[name].shape)
+        for row, file in enumerate(earlier):
+            found[row] = read_tensor(file, name)
+        found[-1] = delta[name]
+        return found
+
+    return changes

@@ -34,6 +34,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 SAVED = "a number of steps, minutes as 10min, or null for never"
 PLAIN = "letters, digits and . , : @ + - _"
 # Steps, or minutes as "10min".
+Every = PositiveInt | Literal["last"]  # so many requests, or after the last one
 SaveEvery = PositiveInt | Annotated[str, Matches(r"\d+(\.\d+)?min", SAVED)] | None
 # Both stand in the scripts of jobs, which a line break would cut.
 ClusterName = Annotated[str, Matches(r"[\w.,:@+-]+", PLAIN)]
@@ -86,13 +87,19 @@ class Sampler:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class EvalSettings(Sampler):
-    """How evaluation images are sampled, and how many together.
+    """How evaluation images are sampled, how many together, and after which requests.
 
     jpeg: quality of the JPEG files as which images are judged; None judges them as they are.
+    every: after every so many requests, or after the last one; the last is always evaluated.
     """
 
     batch_size: PositiveInt
     jpeg: Annotated[int, Field(ge=1, le=95)] | None = None
+    every: Every = 1
+
+    def is_due(self, request: int, last: int) -> bool:
+        """Tell whether the weights are evaluated after a request; the untouched model always is."""
+        return request in (0, last) or (self.every != "last" and request % self.every == 0)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -41,7 +41,9 @@ def require_true(run: RunRecord, steps: Iterable[int] | None = None) -> None:
 
 
 def require_metrics(run: RunRecord, index: int) -> None:
-    """Raise StoreError unless the metrics of a step are those of its predictions."""
+    """Raise StoreError unless the metrics of a step are those of its predictions, if it has any."""
+    if not run.records[index].evaluated:
+        return
     path, row = run.step_dir(index) / PREDICTIONS, run.records[index].row
     run.require(index, PREDICTIONS)
     try:

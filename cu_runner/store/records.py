@@ -31,6 +31,7 @@ from cu_runner.store.layout import (
 STRICT = ConfigDict(extra="forbid")
 Metrics = dict[str, float | int | None]  # columns of metrics.csv by name, accuracies in percent
 COLUMNS = ("UA", "RA_I", "RA_C", "RA_C_retained")  # of every row, whatever else is measured
+UNMEASURED: Metrics = dict.fromkeys(COLUMNS)  # metrics of a step that eval.every leaves out
 # Entries that are written only where they say something.
 OPTIONAL = ("retention_sha256", "allowed_other_code", "run_sha256", "weights", "run_code")
 
@@ -156,6 +157,11 @@ class StepRecord:
     row: Row
     record_sha256: str = ""
 
+    @property
+    def evaluated(self) -> bool:
+        """Tell whether the step was evaluated: eval.every leaves some out."""
+        return PREDICTIONS in self.files
+
     def entries(self) -> dict[str, Any]:
         """Return what step.json holds, its own sha256 last."""
         training = asdict(self.training) if self.training != TrainingRecord() else {}
@@ -237,9 +243,13 @@ def what_is_strange(record: StepRecord) -> str | None:
     if missing := [name for name in COLUMNS if name not in record.row.metrics]:
         return f"its row lacks {', '.join(missing)}"
     trained = record.index > 0 and record.run_sha256 is None
-    needed = (PREDICTIONS, METRICS, GRID, *([DELTA] if trained else []))
+    seen = (PREDICTIONS, METRICS, GRID)
+    left_out = trained and not any(name in record.files for name in seen)
+    needed = (*(() if left_out else seen), *([DELTA] if trained else []))
     if missing := [name for name in needed if name not in record.files]:
         return f"its files lack {', '.join(missing)}"
+    if left_out and record.row.metrics != UNMEASURED:
+        return "its row holds metrics, and its files no predictions"
     if foreign := [name for name in record.files if not FILE_NAME.fullmatch(name)]:
         return f"its files name {foreign[0]!r}, which is no file of a step"
     numbers = [value for value in record.row.flat().values() if isinstance(value, float)]

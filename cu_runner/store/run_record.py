@@ -183,15 +183,15 @@ class RunRecord:
         """Return the percent of images recognised: rows concepts, columns requests from 0 on.
 
         Targets come in order, then the retained concepts. NaN where a concept was not measured: a
-        target before its request.
+        target before its request, and every concept after a request that was not evaluated.
         """
         columns: dict[int, pd.Series] = {}
-        for index in range(len(self.records)):
-            rows = self.predictions(index)
+        for index, record in enumerate(self.records):
             found: dict[str, float] = {}
-            for part in self.measured:
+            rows = self.predictions(index) if record.evaluated else pd.DataFrame()
+            for part in self.measured if record.evaluated else ():
                 found |= accuracy_per_concept(rows_of(rows, part.domain), part.domain)
-            columns[index] = pd.Series(found)
+            columns[index] = pd.Series(found, dtype=float)
         order = list(self.requested)
         rest = [name for name in self.targets if name not in order]
         return pd.DataFrame(columns).reindex([*order, *rest, *self.retained])

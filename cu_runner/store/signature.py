@@ -21,6 +21,7 @@ NOT_SCIENTIFIC = (
     "train.save_every",
     "train.gradient_checkpointing",
     "eval.batch_size",
+    "eval.every",  # which requests have numbers, and none of the numbers
     "speed",
     "wandb",
     "tracker",

@@ -107,6 +107,24 @@ def verify_files(directory: Path, record: StepRecord) -> Iterator[Finding]:
 
 def verify_numbers(run: RunRecord, index: int, sequence: Sequence) -> Iterator[Finding]:
     """Compute the metrics of a step from its predictions, its drift from its weights."""
+    place = f"steps/{index:02d}"
+    if run.records[index].evaluated:
+        yield verify_metrics(run, index, sequence)
+    if not index:
+        return
+    path, row = run.weights(index), run.records[index].row
+    try:
+        size = size_of(path)
+    except StoreError as error:
+        yield Finding(f"{place}: drift", False, f"cannot be computed: {error}")
+        return
+    same = math.isclose(size, row.drift_l2, rel_tol=ROUNDING)
+    detail = "" if same else f"{row.drift_l2} in {STEP}, {size} from it"
+    yield Finding(f"{place}: drift from {path.name}", same, detail)
+
+
+def verify_metrics(run: RunRecord, index: int, sequence: Sequence) -> Finding:
+    """Hold the metrics of a step against its predictions."""
     row, place = run.records[index].row, f"steps/{index:02d}"
     try:
         predictions = read_predictions(run.step_dir(index) / PREDICTIONS)
@@ -116,26 +134,14 @@ def verify_numbers(run: RunRecord, index: int, sequence: Sequence) -> Iterator[F
         if not isinstance(stored, dict):
             raise ValueError(f"{METRICS} holds no metrics")
     except (OSError, ValueError, KeyError) as error:
-        yield Finding(f"{place}: metrics", False, f"cannot be computed: {error}")
-    else:
-        wrong = [
-            f"{name} is {row.metrics.get(name)} in {STEP}, {stored.get(name)} in {METRICS}, "
-            f"{value} from the predictions"
-            for name, value in found.items()
-            if not value == row.metrics.get(name) == stored.get(name)
-        ]
-        yield Finding(f"{place}: metrics from {PREDICTIONS}", not wrong, "; ".join(wrong))
-    if not index:
-        return
-    path = run.weights(index)
-    try:
-        size = size_of(path)
-    except StoreError as error:
-        yield Finding(f"{place}: drift", False, f"cannot be computed: {error}")
-        return
-    same = math.isclose(size, row.drift_l2, rel_tol=ROUNDING)
-    detail = "" if same else f"{row.drift_l2} in {STEP}, {size} from it"
-    yield Finding(f"{place}: drift from {path.name}", same, detail)
+        return Finding(f"{place}: metrics", False, f"cannot be computed: {error}")
+    wrong = [
+        f"{name} is {row.metrics.get(name)} in {STEP}, {stored.get(name)} in {METRICS}, "
+        f"{value} from the predictions"
+        for name, value in found.items()
+        if not value == row.metrics.get(name) == stored.get(name)
+    ]
+    return Finding(f"{place}: metrics from {PREDICTIONS}", not wrong, "; ".join(wrong))
 
 
 def verify_table(run: RunRecord) -> Finding:

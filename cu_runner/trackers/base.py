@@ -111,8 +111,11 @@ class Tracker:
     def log_step(self, request: int, row: Mapping[str, float]) -> None:
         """Take a training step of a request, as it is made: "step" from 1 on, "loss", its parts."""
 
-    def log_request(self, row: Row, grid: bytes, training: bytes | None) -> None:
-        """Take a committed request: its row of metrics.csv, its grid.png, its training.csv."""
+    def log_request(self, row: Row, grid: bytes | None, training: bytes | None) -> None:
+        """Take a committed request: its row of metrics.csv, its grid.png, its training.csv.
+
+        grid: None where eval.every left the evaluation out.
+        """
 
     def log_accuracy(self, matrix: pd.DataFrame) -> None:
         """Take the accuracy of every concept (rows) after every request (columns), in percent."""

@@ -94,7 +94,7 @@ class Csv(Tracker):
         assert self._training is not None
         self._training.append({"request": request, "step": int(row["step"]), **without_step(row)})
 
-    def log_request(self, row: Row, grid: bytes, training: bytes | None) -> None:
+    def log_request(self, row: Row, grid: bytes | None, training: bytes | None) -> None:
         """Append the row of a request."""
         assert self._requests is not None
         self._requests.append(row.flat())

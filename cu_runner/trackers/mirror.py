@@ -63,7 +63,7 @@ class Mirror:
         if training is not None and step.training.cached:
             for row in steps_in(training):
                 self.log_step(step.index, row)
-        grid = (folder / GRID).read_bytes()
+        grid = (folder / GRID).read_bytes() if step.evaluated else None
         self._each(lambda tracker: tracker.log_request(step.row, grid, training))
 
     def log_accuracy(self, matrix: pd.DataFrame) -> None:

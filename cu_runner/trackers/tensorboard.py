@@ -59,7 +59,7 @@ class Tensorboard(Tracker):
             if name != "step":
                 writer.add_scalar(name, value, step)
 
-    def log_request(self, row: Row, grid: bytes, training: bytes | None) -> None:
+    def log_request(self, row: Row, grid: bytes | None, training: bytes | None) -> None:
         """Write the metrics of a request and its grid, and put all in the files."""
         writer = self._writer("requests", row.request)
         if self._described:
@@ -69,8 +69,9 @@ class Tensorboard(Tracker):
             if name != "request":
                 writer.add_scalar(name, value, row.request)
         writer.add_text("concept", row.concept or "untouched model", row.request)
-        picture = np.asarray(Image.open(io.BytesIO(grid)).convert("RGB"))
-        writer.add_image("grid", picture, row.request, dataformats="HWC")
+        if grid is not None:
+            picture = np.asarray(Image.open(io.BytesIO(grid)).convert("RGB"))
+            writer.add_image("grid", picture, row.request, dataformats="HWC")
         for each in self._writers.values():
             each.flush()
 

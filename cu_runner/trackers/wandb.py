@@ -118,13 +118,15 @@ class Wandb(Tracker):
         place = self._place(request - 1) + int(row["step"])
         self._run.log(losses | {"training/step": step}, step=place)
 
-    def log_request(self, row: Row, grid: bytes, training: bytes | None) -> None:
+    def log_request(self, row: Row, grid: bytes | None, training: bytes | None) -> None:
         """Log the metrics of a request, its grid and its losses as a table."""
         if self._run is None:
             return
         numbers = numbers_of(row)
         self._define(*numbers)
-        pictures = {"grid": self._wandb.Image(Image.open(io.BytesIO(grid)))}
+        pictures = {}
+        if grid is not None:
+            pictures["grid"] = self._wandb.Image(Image.open(io.BytesIO(grid)))
         if training is not None:
             table = pd.read_csv(io.BytesIO(training))
             pictures["training"] = self._wandb.Table(dataframe=table)
