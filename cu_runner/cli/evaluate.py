@@ -89,12 +89,11 @@ def main() -> None:
         from cu_runner.runner.probing import describe_recovery
         from cu_runner.runner.remeasure import load, measure_again
         from cu_runner.store.proof import require_true
+        from cu_runner.store.records import left_out
 
         require_true(run)
         allowed = allowed_modules(arguments.overrides)
-        refuse_every(arguments.overrides)
         revised = revise(run.config, arguments.overrides, arguments.config_dir)
-        revised["eval"]["every"] = 1
         refuse_unasked_pickles(revised, arguments.overrides)
         plan = check_run(revised, run.method, allowed=allowed)
         named = f"{first_name(run.directory.name)[:-8]}{plan.signature[:8]}"
@@ -119,23 +118,13 @@ def main() -> None:
                 say(compare(run.records[step.index].row, step.row))
                 if recovered := describe_recovery(step.row, plan.probes):
                     say(f"     {recovered}")
-            store.write_metrics(store.finished())
+            steps = store.finished()
+            store.write_metrics(steps)
+        if lacking := left_out(steps, plan.spine.eval):
+            say(f"{lacking} was not measured here; with fresh=true all are, anew")
         if plan.probes and not run.complete:
             say("the run is not finished: probes with every=last wait for its last request")
         say(f"evaluation: {directory}")
-
-
-def refuse_every(overrides: list[str]) -> None:
-    """Refuse with ConfigError to leave requests out: an evaluation is of all that are finished."""
-    from cu_runner.config.command import key_of
-    from cu_runner.schema.errors import ConfigError
-
-    for override in overrides:
-        if key_of(override) == "eval.every":
-            raise ConfigError(
-                f"{override}: cu-eval measures every finished request, also those that the run "
-                "left out; leave it away"
-            )
 
 
 def measure_import(place: str, words: list[str], tree: list[str]) -> None:

@@ -126,7 +126,9 @@ def run_plan(plan: RunConfig, command: str, ending: str = "run") -> None:
         if distributed.is_main():  # for whoever wants to watch its files; again at the end
             say(f"{ending}: {plan.directory}")
         if is_finished(store):
-            logger.info("complete already; nothing to do%s", left_out(store, plan.spine.eval))
+            logger.info(
+                "complete already; nothing to do%s", what_is_left_out(store, plan.spine.eval)
+            )
         else:
             for note in plan.notes:
                 logger.warning("%s", note)
@@ -189,18 +191,15 @@ def is_finished(store: RunStore) -> bool:
     return True
 
 
-def left_out(store: RunStore, asked: EvalSettings) -> str:
+def what_is_left_out(store: RunStore, asked: EvalSettings) -> str:
     """Say which requests of a complete run lack the evaluation that is asked for; "" if none."""
-    steps = store.finished()
-    lacking = [
-        step.index
-        for step in steps
-        if not step.evaluated and asked.is_due(step.index, len(steps) - 1)
-    ]
-    if not lacking:
+    from cu_runner.store.records import left_out
+
+    if not (lacking := left_out(store.finished(), asked)):
         return ""
-    which = f"request {lacking[0]}" if len(lacking) == 1 else f"{len(lacking)} requests"
-    return f", but {which} of it was not evaluated: `cu-eval {store.directory}` measures them all"
+    return (
+        f", but {lacking} was not evaluated: `cu-eval {store.directory}` measures what is missing"
+    )
 
 
 def execute(plan: RunConfig, store: RunStore, command: str, stop: StopSignals) -> None:

@@ -29,7 +29,7 @@ CODE = ("fresh", "allow_other_code")  # not as the run itself had them
 
 
 def revise(resolved: ConfigTree, overrides: list[str], tree: Path | None = None) -> ConfigTree:
-    """Return a run's resolved configuration with another way of measuring it.
+    """Return a run's resolved configuration with another way of measuring it: after every request.
 
     Args:
         overrides: evaluator=NAME, retention=NAME, recovery=[NAME,NAME], or keys under CHANGEABLE:
@@ -41,7 +41,9 @@ def revise(resolved: ConfigTree, overrides: list[str], tree: Path | None = None)
     """
     if tree is not None:
         check_tree(tree)
-    config = OmegaConf.create(filled_in(resolved) | dict.fromkeys(CODE, False))
+    filled = filled_in(resolved)
+    filled["eval"] = filled["eval"] | {"every": 1}  # also what the run left out
+    config = OmegaConf.create(filled | dict.fromkeys(CODE, False))
     OmegaConf.set_struct(config, True)
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group

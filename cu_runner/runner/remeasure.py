@@ -25,7 +25,7 @@ from cu_runner.store.cache import Cache
 from cu_runner.store.directories import first_name
 from cu_runner.store.files import to_safetensors
 from cu_runner.store.layout import GRID, METRICS, PREDICTIONS
-from cu_runner.store.records import Metrics, StepRecord, StepResult
+from cu_runner.store.records import UNMEASURED, Metrics, StepRecord, StepResult
 from cu_runner.store.run_directory import RunStore
 from cu_runner.store.run_record import RunRecord
 from cu_runner.store.signature import signature
@@ -94,12 +94,16 @@ def measure_again(
         if index:
             run.require_weights(index)
             weights.set(weights.read(path))
-        files, metrics = own.get(index) or instruments.measure(
-            index, unlearned, record.row.concept, base=store.step_dir(0) if index else None
-        )
-        spent = {"train": 0.0, "eval": time.monotonic() - started}
-        shown = unlearned if index else []
-        files, metrics = prober.add(index, shown, files, metrics, spent)
+        files: dict[str, bytes] = {}
+        metrics = dict(UNMEASURED)
+        spent = {"train": 0.0, "eval": 0.0}
+        if plan.spine.eval.is_due(index, run.num_requests):
+            files, metrics = own.get(index) or instruments.measure(
+                index, unlearned, record.row.concept, base=store.step_dir(0) if index else None
+            )
+            spent["eval"] = time.monotonic() - started
+            shown = unlearned if index else []
+            files, metrics = prober.add(index, shown, files, metrics, spent)
         seconds = round(spent["eval"], 2)
         result = StepResult(
             index=index,
@@ -133,7 +137,7 @@ def seen_by_run(
         return {}
     found: dict[int, tuple[dict[str, bytes], Metrics]] = {}
     for index, record in enumerate(run.records):
-        by_this_code = record.code.images_sha256 == plan.code.images_sha256
+        by_this_code = record.code.images_sha256 == plan.code.images_sha256 and record.evaluated
         by_these = all(vars(record)[name] == now for name, now in instruments.hashes().items())
         if by_this_code and by_these and record.device == device_name(instruments.model.device):
             files = {}

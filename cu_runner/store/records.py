@@ -16,6 +16,7 @@ from cu_runner.runtime.code_identity import CodeIdentity
 from cu_runner.runtime.lazy import pd
 from cu_runner.schema.errors import StoreError
 from cu_runner.schema.json_files import parse_json
+from cu_runner.schema.settings import EvalSettings
 from cu_runner.store.files import hash_json
 from cu_runner.store.layout import (
     DELTA,
@@ -244,7 +245,7 @@ def what_is_strange(record: StepRecord) -> str | None:
         return f"its row lacks {', '.join(missing)}"
     trained = record.index > 0 and record.run_sha256 is None
     seen = (PREDICTIONS, METRICS, GRID)
-    left_out = trained and not any(name in record.files for name in seen)
+    left_out = record.index > 0 and not any(name in record.files for name in seen)
     needed = (*(() if left_out else seen), *([DELTA] if trained else []))
     if missing := [name for name in needed if name not in record.files]:
         return f"its files lack {', '.join(missing)}"
@@ -256,6 +257,13 @@ def what_is_strange(record: StepRecord) -> str | None:
     if not all(map(math.isfinite, numbers)):
         return "its row holds a number that is not finite"
     return None
+
+
+def left_out(steps: Sequence[StepRecord], asked: EvalSettings) -> str:
+    """Name the requests of a finished run that lack an evaluation that is asked for; "" if none."""
+    last = len(steps) - 1
+    due = [step.index for step in steps if not step.evaluated and asked.is_due(step.index, last)]
+    return f"request {', '.join(map(str, due))}" if due else ""
 
 
 def refuse_other_version(path: Path, entries: Mapping[str, Any]) -> None:

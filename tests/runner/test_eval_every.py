@@ -4,6 +4,7 @@ have the numbers that they have without it; every command reads such a run.
 
 import dataclasses
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -68,7 +69,17 @@ def test_a_complete_run_says_what_it_lacks_and_cu_eval_measures_it(
     assert (status, "complete already; nothing to do\n" in out) == (0, True)
     status, out, _ = in_process(*SMOKE)
     assert status == 0
-    assert "nothing to do, but request 1 of it was not evaluated: `cu-eval outputs/" in out
+    assert "nothing to do, but request 1 was not evaluated: `cu-eval outputs/" in out
+
+    status, out, err = call_command(evaluate.main, "cu-eval", left_out, "eval.every=last")
+    assert (status, err) == (0, "")
+    last = tmp_path / out.splitlines()[-1].removeprefix("evaluation: ")
+    assert [record.evaluated for record in read_run(last).records] == [True, False, True]
+    status, out, _ = call_command(evaluate.main, "cu-eval", left_out)
+    assert "request 1 was not measured here; with fresh=true all are, anew" in out
+    status, out, _ = call_command(doctor.main, "cu-doctor", last)
+    assert (status, "all well" in out) == (0, True)
+    shutil.rmtree(last)
 
     status, out, err = call_command(evaluate.main, "cu-eval", left_out)
     assert (status, err) == (0, "")
@@ -76,9 +87,6 @@ def test_a_complete_run_says_what_it_lacks_and_cu_eval_measures_it(
     for index in (0, 1, 2):
         measured = (directory / f"steps/0{index}/predictions.csv").read_bytes()
         assert measured == (finished_run[1] / f"steps/0{index}/predictions.csv").read_bytes()
-    status, _, err = call_command(evaluate.main, "cu-eval", left_out, "eval.every=2")
-    assert status == 2
-    assert "cu-eval measures every finished request" in err
 
 
 def test_reports_and_exports_say_what_was_not_measured(left_out, call_command, tmp_path, outlined):
