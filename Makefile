@@ -11,7 +11,7 @@ RUN ?= method=conabl reg=gradproj
 TESTS := $(BIN)/python -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast test-all test-slurm test-faults lint bench weights results reproduce-table2 docs dist
+.PHONY: help setup run test test-long time-tests test-fast test-all test-slurm test-faults lint bench weights results reproduce-table2 docs dist
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /\1\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -31,9 +31,15 @@ run: setup  ## the main job: 12 styles unlearned one after another on the embedd
 	@echo "run: cu-run $(RUN)"
 	@$(BIN)/cu-run $(RUN)
 
-test: setup  ## the tests, without network, a worker per core; 22 minutes on two slow cores
+test: setup  ## the tests of less than two seconds each, without network, a worker per core; five minutes on two cores
 	@echo "test: pytest"
 	@$(TESTS)
+
+test-long: setup  ## the tests that take longer, by tests/long_tests.txt; 18 minutes on two cores
+	@$(TESTS) -m 'long and not slow and not slurm and not faults'
+
+time-tests: setup  ## time every test, and write tests/long_tests.txt
+	@rm -rf .times && $(TESTS) -m 'not slow and not slurm and not faults' --times .times; $(BIN)/python tests/time_tests.py .times
 
 test-fast: setup  ## for whoever edits: the tests that start no command, and one small run by cu-run
 	@$(TESTS) -m fast

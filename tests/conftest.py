@@ -25,6 +25,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra_memory import remember
 from omegaconf import OmegaConf, open_dict
+from time_tests import listed
 
 from cu_runner.cli.run import main
 from cu_runner.concepts.requests import plan_requests
@@ -41,6 +42,7 @@ from cu_runner.runtime.seeding import RandomSource
 from cu_runner.schema.settings import Sampler, TrainSettings
 from cu_runner.sweeps import make_runs
 
+pytest_plugins = ["time_tests"]  # --times
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)
@@ -89,8 +91,13 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of parts that start no command as fast; a small run by cu-run has the mark."""
+    """Mark the tests that time_tests.py found to take long; and as fast those of parts that start
+    no command. A small run by cu-run has that mark of its own.
+    """
+    long = listed()
     for item in items:
+        if item.nodeid in long:
+            item.add_marker("long")
         slow = any(item.get_closest_marker(name) for name in ("slow", "slurm", "faults"))
         if slow or item.path.parent.name not in PARTS:
             continue
