@@ -18,8 +18,8 @@ LIST = Path(__file__).with_name("long_tests.txt")
 LONG, LONG_FIXTURE = 1.5, 4.0  # seconds
 EVERYWHERE = {"finished_run", "loaded_model"}  # made anyway, so many tests ask for it
 HEAD = f"""\
-# Tests of more than {LONG:g} s, on two slow cores, and of fixtures of more than {LONG_FIXTURE:g} s: left out
-# of `make test`, run by `make test-long`. Written by `make time-tests`.
+# Tests of more than {LONG:g} s on two slow cores, and of shared fixtures of more than
+# {LONG_FIXTURE:g} s: left out of `make test`, run by `make test-long`; by `make time-tests`.
 """
 
 

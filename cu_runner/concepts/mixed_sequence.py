@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Annotated, TypeVar
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, NonNegativeInt
 from pydantic.dataclasses import dataclass
 
 from cu_runner.concepts.entries import comparable
@@ -36,7 +36,7 @@ class DomainLists:
     target_prompt: str | list[str]
     anchor_prompt: str
     captions: str | list[str] | dict[str, str | list[str]]
-    seeds: list[int]
+    seeds: list[NonNegativeInt]
     anchors: dict[str, str] | None = None
     prompt_names: dict[str, str] | None = None
     bare_prompt: str = "{concept}"

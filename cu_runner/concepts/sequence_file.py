@@ -10,6 +10,8 @@ from functools import partial
 from typing import Annotated
 from unicodedata import normalize
 
+from pydantic import NonNegativeInt
+
 from cu_runner.concepts.entries import comparable, read_entries
 from cu_runner.concepts.picture_folder import PictureFolder, read_folder
 from cu_runner.concepts.prompt_csv import read_prompts
@@ -34,7 +36,7 @@ def make_sequence(
     target_prompt: str | list[str],
     anchor_prompt: str,
     captions: str | list[str] | dict[str, str | list[str]],
-    seeds: list[int],
+    seeds: list[NonNegativeInt],
     anchors: dict[str, str] | None = None,
     prompt_names: dict[str, str] | None = None,
     bare_prompt: str = "{concept}",

@@ -68,6 +68,7 @@ CONFIGURATION = [
     ),
     (["sequence.targets=[]"], ["sequence.targets", "empty"]),
     (["sequence.captions=[]"], ["sequence.captions", "empty"]),
+    (["sequence.seeds=[-1]"], ["sequence.seeds", "-1", "greater than or equal to 0"]),
     (["sequence.name=../up"], ["sequence.name", "../up"]),
     (["train.steps=true"], ["train.steps=True", "integer"]),
     (["sequence.targets=ember"], ["sequence.targets='ember'", "list"]),
