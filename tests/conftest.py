@@ -42,7 +42,7 @@ from cu_runner.runtime.seeding import RandomSource
 from cu_runner.schema.settings import Sampler, TrainSettings
 from cu_runner.sweeps import make_runs
 
-pytest_plugins = ["time_tests"]  # --times
+pytest_plugins = ["time_tests"]  # with CU_TIMES
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)

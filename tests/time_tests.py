@@ -7,6 +7,7 @@ fixture that takes long is long too: else its time would fall to another test.
 """
 
 import json
+import os
 import sys
 import time
 from collections import defaultdict
@@ -57,14 +58,10 @@ class Timer:
         (self.folder / f"{worker}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def pytest_addoption(parser) -> None:
-    parser.addoption("--times", type=Path, help="folder that gets the seconds of every test")
-
-
 def pytest_configure(config) -> None:
-    if folder := config.getoption("--times"):
-        folder.mkdir(parents=True, exist_ok=True)
-        config.pluginmanager.register(Timer(folder))
+    if folder := os.environ.get("CU_TIMES"):  # gets the seconds of every test
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        config.pluginmanager.register(Timer(Path(folder).absolute()))
 
 
 def long_tests(folder: Path) -> list[str]:
