@@ -39,7 +39,7 @@ test-long: setup  ## the tests that take longer, by tests/long_tests.txt; 18 min
 	@$(TESTS) -m 'long and not slow and not slurm and not faults'
 
 time-tests: setup  ## time every test, and write tests/long_tests.txt
-	@rm -rf .times && CU_TIMES=.times $(TESTS) -m 'not slow and not slurm and not faults'; $(BIN)/python tests/time_tests.py .times
+	@rm -rf .times && CU_TIMES=.times $(TESTS) -m 'not slow and not slurm and not faults' && $(BIN)/python tests/time_tests.py .times
 
 test-fast: setup  ## for whoever edits: the tests that start no command, and one small run by cu-run
 	@$(TESTS) -m fast
