@@ -25,7 +25,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra_memory import remember
 from omegaconf import OmegaConf, open_dict
-from time_tests import listed
+from time_tests import listed, register
 
 from cu_runner.cli.run import main
 from cu_runner.concepts.requests import plan_requests
@@ -42,7 +42,6 @@ from cu_runner.runtime.seeding import RandomSource
 from cu_runner.schema.settings import Sampler, TrainSettings
 from cu_runner.sweeps import make_runs
 
-pytest_plugins = ["time_tests"]  # with CU_TIMES
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)
@@ -80,6 +79,10 @@ RUN_SOMETHING = {
     "start",
     "wheel",
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    register(config)
 
 
 def pytest_collection_finish() -> None:

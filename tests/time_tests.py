@@ -58,8 +58,9 @@ class Timer:
         (self.folder / f"{worker}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def pytest_configure(config) -> None:
-    if folder := os.environ.get("CU_TIMES"):  # gets the seconds of every test
+def register(config) -> None:
+    """Times the tests of this process, if CU_TIMES names a folder for their seconds."""
+    if folder := os.environ.get("CU_TIMES"):
         Path(folder).mkdir(parents=True, exist_ok=True)
         config.pluginmanager.register(Timer(Path(folder).absolute()))
 

@@ -65,7 +65,10 @@ def refuse_idle(
         idle: what to do about others, by the first part of their keys.
     """
     known = list(taken)
-    for key in settings or {}:
+    for key, value in (settings or {}).items():
+        inside = value if key == "eval" and isinstance(value, Mapping) else {}
+        if key == "eval.every" or "every" in inside:
+            raise ConfigError("settings: eval.every changes nothing here; leave it out")
         first = re.split(r"[./@]", key.lstrip("+~"))[0]
         if first not in known:
             advice = idle.get(first, "it belongs to a run of cu-run")

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from cu_runner.config.run_config import RunConfig
-    from cu_runner.schema.settings import EvalSettings
     from cu_runner.trackers.base import TrackedRun
 
 LOG = "run.log"
@@ -126,14 +125,13 @@ def run_plan(plan: RunConfig, command: str, ending: str = "run") -> None:
         if distributed.is_main():  # for whoever wants to watch its files; again at the end
             say(f"{ending}: {plan.directory}")
         if is_finished(store):
-            logger.info(
-                "complete already; nothing to do%s", what_is_left_out(store, plan.spine.eval)
-            )
+            logger.info("complete already; nothing to do")
         else:
             for note in plan.notes:
                 logger.warning("%s", note)
             with advising_on_memory(plan):
                 execute(plan, store, command, stop)
+        say_what_is_left_out(plan, store)
         if distributed.is_main():
             print_table(plan.directory / "metrics.csv")
     if distributed.is_main():
@@ -191,15 +189,14 @@ def is_finished(store: RunStore) -> bool:
     return True
 
 
-def what_is_left_out(store: RunStore, asked: EvalSettings) -> str:
-    """Say which requests of a complete run lack the evaluation that is asked for; "" if none."""
+def say_what_is_left_out(plan: RunConfig, store: RunStore) -> None:
+    """Log which requests lack an evaluation that this configuration asks for."""
     from cu_runner.store.records import left_out
 
-    if not (lacking := left_out(store.finished(), asked)):
-        return ""
-    return (
-        f", but {lacking} was not evaluated: `cu-eval {store.directory}` measures what is missing"
-    )
+    steps = store.finished()
+    if lacking := left_out(steps, plan.spine.eval, len(steps) - 1):
+        measures = f"`cu-eval {plan.directory}` measures every request"
+        logger.info("%s was not evaluated (an earlier eval.every): %s", lacking, measures)
 
 
 def execute(plan: RunConfig, store: RunStore, command: str, stop: StopSignals) -> None:

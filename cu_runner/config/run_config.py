@@ -111,7 +111,7 @@ class RunConfig:
         settings["train"] = without_unset(science["train"])
         settings["setting"] = without_paths(self.resolved["setting"], ("plan",))
         if self.setting.stop_at is not None:  # then the evaluation decides when training ends
-            settings |= {"evaluator": self.resolved["evaluator"], "eval": self.resolved["eval"]}
+            settings |= {"evaluator": self.resolved["evaluator"], "eval": science["eval"]}
         settings["reg"] = [
             [name, self.resolved["reg"][name]]
             for name, node in self.regularizers.items()

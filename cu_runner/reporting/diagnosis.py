@@ -132,6 +132,8 @@ def rebound(table: pd.DataFrame) -> Interval:
     """Return UA of the earlier concepts at their own requests minus what it is now, in points."""
     if "UA_current" not in table or "UA_previous" not in table:
         return UNKNOWN
+    if "request" in table and (table["request"].diff().iloc[1:] != 1).any():
+        return UNKNOWN  # some concepts were not measured at their own requests
     own, last = table.iloc[1:-1].dropna(subset="UA_current"), table.iloc[-1]
     number = int(own["UA_current_images"].sum())
     if not number:
@@ -243,8 +245,10 @@ def spell(signature: Signature, table: pd.DataFrame) -> str:
 
 def news(run: RunRecord) -> list[str]:
     """Return a sentence for each signature that the last request of a run shows and the one before
-    it did not.
+    it did not; none after a request that was not evaluated.
     """
+    if not run.records[-1].evaluated:
+        return []
     table = with_images(run)
     known = {each.name for each in diagnose(table.iloc[:-1])}
     return [spell(each, table) for each in diagnose(table) if each.name not in known]
@@ -262,8 +266,8 @@ def by_signature(runs: dict[str, RunRecord]) -> list[str]:
             {each.name for each in diagnose(table.iloc[: end + 1])} for end in range(len(table))
         ]
         for signature in SIGNATURES:
-            requests = [end for end, names in enumerate(shown) if signature.name in names]
-            if requests:
+            ends = [end for end, names in enumerate(shown) if signature.name in names]
+            if requests := [int(table["request"].iloc[end]) for end in ends]:
                 when = f"request{'s' * (len(requests) > 1)} {spans(requests)}"
                 seen.setdefault(signature.name, []).append(f"{label} ({when})")
     return [

@@ -186,9 +186,8 @@ def measured(run: RunRecord, index: int) -> str:
     """Return a table of the metrics with their intervals, and how the images were made."""
     if not run.records[index].evaluated:
         return (
-            "**Nothing was measured after this request**: the run was made with "
-            f"eval.every={run.config['eval'].get('every', 1)}. `cu-eval RUN` measures it; then "
-            "`cu-export` of that evaluation tells its numbers."
+            "**Nothing was measured after this request**: eval.every left it out. `cu-eval RUN` "
+            "measures it; then `cu-export` of that evaluation tells its numbers."
         )
     rows = ["| | percent | 95% interval | images | untouched |", "|---|---|---|---|---|"]
     rows += share_rows(run, index)

@@ -73,12 +73,17 @@ class Group:
         return len(self.first.records) - 1
 
     @cached_property
+    def evaluated(self) -> list[int]:
+        """Return the requests after which every seed was evaluated, from 0 on."""
+        steps = zip(*(run.records for run in self.runs), strict=True)
+        return [index for index, each in enumerate(steps) if all(one.evaluated for one in each)]
+
+    @cached_property
     def estimates(self) -> dict[str, list[Estimate]]:
         """Return by metric (MEASURED) the mean and its interval after each request from 0 on."""
         found: dict[str, list[Estimate]] = {name: [] for name in MEASURED}
         for index in range(self.last + 1):
-            everywhere = all(run.records[index].evaluated for run in self.runs)
-            several = len(self.runs) > 1 and everywhere
+            several = len(self.runs) > 1 and index in self.evaluated
             counts = image_counts(self.first, index) if several else {}
             for name, estimates in found.items():
                 values = [float(run.table[name].iloc[index]) for run in self.runs]

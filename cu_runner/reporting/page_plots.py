@@ -185,11 +185,20 @@ def inline(figure: Figure, name: str) -> str:
 
 
 def draw_means(axes: Axes, group: Group, estimates: list[Estimate]) -> None:
-    """Draw the line of a group, and as a band the interval over its seeds; gaps where it is NaN."""
-    style, places = line_style(group.number), range(len(estimates))
-    style.set_on(*axes.plot(places, [estimate.mean for estimate in estimates]))
+    """Draw the line of a group, and as a band the interval over its seeds; gaps where it is NaN.
+
+    Requests that were not evaluated are passed over.
+    """
+    places = [
+        place
+        for place, estimate in enumerate(estimates)
+        if place in group.evaluated or not math.isnan(estimate.mean)
+    ]
+    style = line_style(group.number)
+    shown = [estimates[place] for place in places]
+    style.set_on(*axes.plot(places, [estimate.mean for estimate in shown]))
     if len(group.runs) > 1:
-        low, high = ([estimate.ends[end] for estimate in estimates] for end in (0, 1))
+        low, high = ([estimate.ends[end] for estimate in shown] for end in (0, 1))
         axes.fill_between(places, low, high, color=SERIES[style.colour], alpha=BAND, linewidth=0)
 
 

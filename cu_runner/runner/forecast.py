@@ -182,8 +182,12 @@ def plan_work(
         added = count(request.listed if request.is_only else [request.listed[request.index - 1]])
         so_far += added
         measured = added if request.plan == "independent" and not merging else so_far
-        images = added if gated and request.plan == "sequential" else retained + measured
-        images = images if evaluated is None or evaluated.is_due(request.index, last) else 0
+        before, due = (
+            evaluated is None or evaluated.is_due(index, last)
+            for index in (request.index - 1, request.index)
+        )
+        kept = gated and before and request.plan == "sequential"
+        images = (added if kept else retained + measured) if due else 0
         work.append(Work(request.index, request.label, request.start, train_steps, images))
     return work
 

@@ -21,6 +21,7 @@ from cu_runner.runner.probing import Prober, build_probes, check_probes
 from cu_runner.runner.weights import TrainedWeights
 from cu_runner.runtime.devices import choose_device, device_name, limit_threads
 from cu_runner.runtime.provenance import made_with
+from cu_runner.schema.values import without_paths
 from cu_runner.store.cache import Cache
 from cu_runner.store.directories import first_name
 from cu_runner.store.files import to_safetensors
@@ -130,7 +131,8 @@ def seen_by_run(
     That is where probes alone are added: the run has drawn the same images, by the same code.
     """
     shown = ("model", "evaluator", "sequence", "eval", "retention")
-    same = all(plan.resolved.get(key) == run.config.get(key) for key in shown)
+    asked, made = (without_paths(each, ("eval.every",)) for each in (plan.resolved, run.config))
+    same = all(asked.get(key) == made.get(key) for key in shown)
     # a file of prompts that was edited since gives the same configuration another signature
     same = same and first_name(run.directory.name).endswith(signature(run.config)[:8])
     if not same or not plan.probes or "recovery" in run.config:

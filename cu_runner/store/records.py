@@ -259,9 +259,11 @@ def what_is_strange(record: StepRecord) -> str | None:
     return None
 
 
-def left_out(steps: Sequence[StepRecord], asked: EvalSettings) -> str:
-    """Name the requests of a finished run that lack an evaluation that is asked for; "" if none."""
-    last = len(steps) - 1
+def left_out(steps: Sequence[StepRecord], asked: EvalSettings, last: int) -> str:
+    """Name the requests of a run that lack an evaluation that is asked for; "" if none.
+
+    last: of its requests.
+    """
     due = [step.index for step in steps if not step.evaluated and asked.is_due(step.index, last)]
     return f"request {', '.join(map(str, due))}" if due else ""
 

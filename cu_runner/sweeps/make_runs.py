@@ -44,7 +44,13 @@ def cu_run(overrides: list[str], threads: int | None = None) -> RunRecord | str:
         return done.stderr.strip()
     if done.returncode != 0:
         raise LaunchError(f"cu-run {' '.join(overrides)} failed: {last_line(done.stderr)}")
-    return read_run(Path(done.stdout.strip().splitlines()[-1].removeprefix("run: ")))
+    run = read_run(Path(done.stdout.strip().splitlines()[-1].removeprefix("run: ")))
+    if lacking := [step.index for step in run.records if not step.evaluated]:
+        raise LaunchError(
+            f"{run.directory}: request {lacking[0]} was not evaluated (eval.every), and every "
+            "request is needed here; give fresh=true or another paths.outputs"
+        )
+    return run
 
 
 def diverged(line: str) -> bool:
@@ -59,6 +65,9 @@ def cu_runs(jobs: list[list[str]], side_by_side: int | None = None) -> Iterator[
         side_by_side: runs at a time, each with one thread if more than one; None is one per CPU
             core, or a single one on a GPU.
     """
+    for job in jobs:
+        if any(key_of(override) == "eval.every" for override in job):
+            raise LaunchError("eval.every: what is made of these runs needs every request")
     if side_by_side is None:
         side_by_side = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     threads = 1 if side_by_side > 1 else None

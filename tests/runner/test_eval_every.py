@@ -4,19 +4,27 @@ have the numbers that they have without it; every command reads such a run.
 
 import dataclasses
 import json
+import math
+import re
 import shutil
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from conftest import SMOKE, run_directory
 from small_runs import overrides
 
+from cu_runner.api.settings import refuse_idle
 from cu_runner.cli import doctor, evaluate, export, report
-from cu_runner.schema.errors import StoreError
+from cu_runner.reporting import diagnosis
+from cu_runner.runner.measure import Instruments
+from cu_runner.runner.probing import Prober
+from cu_runner.schema.errors import ConfigError, LaunchError, StoreError
 from cu_runner.schema.settings import EvalSettings
 from cu_runner.store.proof import require_true
 from cu_runner.store.records import what_is_strange
 from cu_runner.store.run_record import read_run
+from cu_runner.sweeps import make_runs
 
 
 @pytest.mark.fast
@@ -67,9 +75,10 @@ def test_a_complete_run_says_what_it_lacks_and_cu_eval_measures_it(
 ):
     status, out, _ = in_process(*SMOKE, "eval.every=last")
     assert (status, "complete already; nothing to do\n" in out) == (0, True)
+    assert "was not evaluated" not in out
     status, out, _ = in_process(*SMOKE)
     assert status == 0
-    assert "nothing to do, but request 1 was not evaluated: `cu-eval outputs/" in out
+    assert "request 1 was not evaluated (an earlier eval.every): `cu-eval outputs/" in out
 
     status, out, err = call_command(evaluate.main, "cu-eval", left_out, "eval.every=last")
     assert (status, err) == (0, "")
@@ -179,10 +188,6 @@ def test_probes_do_not_go_on_with_what_was_left_out(left_out, in_process, tmp_pa
 
 
 def test_a_probe_names_the_evaluation_that_it_lacks(left_out):
-    from types import SimpleNamespace
-
-    from cu_runner.runner.probing import Prober
-
     class Reads:
         def measure(self, index, last, unlearned, predictions, ua):
             return predictions(1)
@@ -198,6 +203,65 @@ def test_dry_run_counts_what_is_made(in_process):
         assert status == 0
         assert f"to do: {evaluations} of 3 evaluations" in out
     assert " 0 images  from the previous weights" in out
+    # with gates all images are drawn where the request before has none
+    shown = {}
+    for every in (1, "last"):
+        _, out, _ = in_process(*SMOKE, "reg=gate", f"eval.every={every}", "dry_run=true")
+        line = next(line for line in out.splitlines() if line.startswith("   2  "))
+        shown[every] = int(re.search(r"(\d+) images", line)[1])
+    assert shown[1] < shown["last"]
+
+
+@pytest.mark.fast
+def test_no_diagnosis_rests_on_requests_that_were_left_out(monkeypatch):
+    """The concepts of the evaluated requests alone were forgotten at first: nothing came back."""
+    own = {"UA_current": [math.nan, 100.0, 100.0, 100.0], "UA_previous": [math.nan, *[50.0] * 3]}
+    columns = {"request": [0, 2, 4, 6], "UA": [0.0, 60.0, 60.0, 60.0], **own}
+    columns |= {"RA_I": [99.0] * 4, "RA_C": [99.0] * 4}
+    table = pd.DataFrame(columns).assign(**{f"{name}_images": 200 for name in diagnosis.COUNTED})
+    assert [each.name for each in diagnosis.diagnose(table)] == ["weak forgetting"]
+    table["request"] = [0, 1, 2, 3]
+    assert [each.name for each in diagnosis.diagnose(table)] == ["rebound"]
+    table["request"] = [0, 2, 4, 6]
+    monkeypatch.setattr(diagnosis, "with_images", lambda run: table)
+    assert "a (requests 2, 4, 6)" in diagnosis.by_signature({"a": None})[0]
+    left = SimpleNamespace(records=[SimpleNamespace(evaluated=False)])
+    assert diagnosis.news(left) == []
+
+
+def test_probes_of_an_evaluation_take_the_images_that_the_run_has(
+    left_out, call_command, monkeypatch
+):
+    """Whatever its eval.every; of what it left out they are drawn."""
+    drawn = []
+    sample = Instruments.sample
+
+    def noted(self, concepts, index, before=None):
+        drawn.append(index)
+        return sample(self, concepts, index, before)
+
+    monkeypatch.setattr(Instruments, "sample", noted)
+    told = (left_out, "recovery=residual", "recovery.residual.every=last")
+    assert call_command(evaluate.main, "cu-eval", *told)[0] == 0
+    assert drawn == [1]
+
+
+@pytest.mark.fast
+def test_what_needs_every_request_refuses_such_a_run(left_out, monkeypatch):
+    said = f"run: {left_out}\n"
+    done = SimpleNamespace(returncode=0, stdout=said, stderr="")
+    monkeypatch.setattr(make_runs, "subprocess", SimpleNamespace(run=lambda *_, **__: done))
+    with pytest.raises(LaunchError, match=r"request 1 was not evaluated .* fresh=true"):
+        make_runs.cu_run([])
+    with pytest.raises(LaunchError, match=r"eval\.every: .* needs every request"):
+        list(make_runs.cu_runs([["eval.every=2"]]))
+
+
+@pytest.mark.fast
+def test_python_refuses_what_would_change_nothing():
+    for settings in ({"eval.every": 2}, {"eval": {"every": 2}}):
+        with pytest.raises(ConfigError, match=r"eval\.every changes nothing here"):
+            refuse_idle(settings, ["eval"], {})
 
 
 def test_trackers_are_told_of_requests_without_a_picture(filled_cache, in_process, tmp_path):
