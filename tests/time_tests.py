@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 LIST = Path(__file__).with_name("long_tests.txt")
-LONG, LONG_FIXTURE = 1.5, 4.0  # seconds
+LONG, LONG_FIXTURE = 1.0, 4.0  # seconds
 EVERYWHERE = {"finished_run", "loaded_model"}  # made anyway, so many tests ask for it
 HEAD = f"""\
 # Tests of more than {LONG:g} s on two slow cores, and of shared fixtures of more than

@@ -426,7 +426,7 @@ def test_a_sweep_that_was_not_submitted_is_one_line(cu_table, own_table, monkeyp
 def test_ua_rests_on_images_with_a_face():
     rows = pd.DataFrame({"style": ["a", "a", "b", "c"], "face": [1, 0, 1, 1]})
     run = SimpleNamespace(
-        records=[SimpleNamespace(files={})] * 2,
+        records=[SimpleNamespace(files={}, evaluated=True)] * 2,
         predictions=lambda _: rows,
         require=lambda *_: None,
         unlearned=lambda _: ["a"],
