@@ -262,8 +262,11 @@ def compose(*overrides: str):
 
 @pytest.fixture(autouse=True)
 def no_progress(monkeypatch):
-    """No line says how far a command is, however busy the machine is."""
+    """No line says how far a command is, however busy the machine is; and what is logged goes to
+    pytest, once, also where a command before has kept it from there.
+    """
     monkeypatch.setattr(progress, "FIRST", 3600.0)
+    monkeypatch.setattr(logging.getLogger("cu_runner"), "propagate", True)
 
 
 def changed_smoke(words: tuple[str, ...]) -> list[str]:

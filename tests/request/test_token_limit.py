@@ -1,7 +1,6 @@
 """Concepts beyond the tokens that the model reads are refused by name, wherever they are used."""
 
 import dataclasses
-import logging
 
 import pytest
 from conftest import read_conf
@@ -120,8 +119,7 @@ def test_prompts_of_a_target_and_its_anchor_that_are_read_alike(model):
     refused(lambda: check_prompts(model, cut), "alike, so that nothing can be unlearned")
 
 
-def test_a_prompt_that_is_cut_is_named_once(model, monkeypatch, caplog):
-    monkeypatch.setattr(logging.getLogger("cu_runner"), "propagate", True)
+def test_a_prompt_that_is_cut_is_named_once(model, caplog):
     texts = [f"{LONG} {name}" for name in ("one", "two", "three")]
     for _ in range(2):
         model.encode_prompts([*texts, "a tree"])

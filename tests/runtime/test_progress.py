@@ -27,9 +27,8 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
-def lines(caplog, monkeypatch):
+def lines(caplog):
     """Returns lines() -> what was logged."""
-    monkeypatch.setattr(logging.getLogger("cu_runner"), "propagate", True)
     caplog.set_level(logging.INFO, "cu_runner.runtime.progress")
     return lambda: caplog.messages
 

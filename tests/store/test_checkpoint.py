@@ -216,9 +216,8 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-def test_the_second_ctrl_c_stops_at_once(ctrl_c, caplog, monkeypatch):
+def test_the_second_ctrl_c_stops_at_once(ctrl_c, caplog):
     """What the first does is said at once: before the work that it waits for is done."""
-    monkeypatch.setattr(logging.getLogger("cu_runner"), "propagate", True)
     caplog.set_level(logging.INFO, "cu_runner")
     reached = []
 

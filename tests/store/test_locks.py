@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import logging
 import os
 import shutil
 
@@ -27,12 +26,6 @@ UNTIL = "waiting for that, 0.05 s at most, then going on without it"
 
 
 @pytest.fixture
-def log(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("cu_runner"), "propagate", True)
-    return caplog
-
-
-@pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(caches, "SAY_AFTER", 0.05)
     monkeypatch.setattr(caches, "GIVE_UP_AFTER", 0.1)
@@ -47,7 +40,7 @@ def without_flock(monkeypatch):
 
 
 # --------------------------------------------------------------------------------- an entry's lock
-def test_who_holds_an_entry_is_said_and_not_waited_for_long(tmp_path, log, impatient):
+def test_who_holds_an_entry_is_said_and_not_waited_for_long(tmp_path, caplog, impatient):
     cache = Cache(tmp_path, identify())
     cache.put("anchors", KEY, ENTRY)
     (entry,) = (tmp_path / "anchors").iterdir()
@@ -55,7 +48,7 @@ def test_who_holds_an_entry_is_said_and_not_waited_for_long(tmp_path, log, impat
     holder = FileLock(entry / LOCK)
     assert acquire(holder, 1)
     cache.put("anchors", KEY, ENTRY)
-    waiting, going_on = log.messages
+    waiting, going_on = caplog.messages
     assert waiting.startswith(f"{entry}: process {os.getpid()} on ")
     assert "pytest" in waiting
     assert waiting.endswith(f", in {os.getcwd()}) writes it; {UNTIL}")
@@ -64,21 +57,21 @@ def test_who_holds_an_entry_is_said_and_not_waited_for_long(tmp_path, log, impat
     holder.release()
     cache.put("anchors", KEY, ENTRY)
     assert cache.fetch("anchors", KEY) == ENTRY
-    assert len(log.messages) == 2
+    assert len(caplog.messages) == 2
 
 
-def test_a_lock_without_a_note(tmp_path, log, impatient):
+def test_a_lock_without_a_note(tmp_path, caplog, impatient):
     cache = Cache(tmp_path, identify())
     cache.put("anchors", KEY, ENTRY)
     (entry,) = (tmp_path / "anchors").iterdir()
     (entry / LOCK).write_text("")
     with FileLock(entry / LOCK):
         cache.put("anchors", KEY, ENTRY)
-    assert log.messages[0] == f"{entry}: a process that left no note writes it; {UNTIL}"
+    assert caplog.messages[0] == f"{entry}: a process that left no note writes it; {UNTIL}"
 
 
 @pytest.mark.parametrize("way", ["a file", "nothing may be written"])
-def test_a_cache_that_cannot_be_written_is_said_once(tmp_path, log, monkeypatch, way):
+def test_a_cache_that_cannot_be_written_is_said_once(tmp_path, caplog, monkeypatch, way):
     cache = Cache(tmp_path / "cache", identify())
     if way == "a file":
         (tmp_path / "cache").write_text("")
@@ -91,7 +84,7 @@ def test_a_cache_that_cannot_be_written_is_said_once(tmp_path, log, monkeypatch,
     for number in range(3):
         cache.put("anchors", KEY | {"number": number}, ENTRY)
         assert cache.fetch("anchors", KEY | {"number": number}) is None
-    (line,) = log.messages
+    (line,) = caplog.messages
     assert line.startswith(f"{tmp_path}/cache: cannot be written (")
     assert line.endswith("; this run goes on without a cache")
 
