@@ -31,11 +31,11 @@ run: setup  ## the main job: 12 styles unlearned one after another on the embedd
 	@echo "run: cu-run $(RUN)"
 	@$(BIN)/cu-run $(RUN)
 
-test: setup  ## the tests of less than two seconds each, without network, a worker per core; five minutes on two cores
+test: setup  ## the tests of less than a second each, without network, a worker per core; five minutes on two cores
 	@echo "test: pytest"
 	@$(TESTS)
 
-test-long: setup  ## the tests that take longer, by tests/long_tests.txt; 18 minutes on two cores
+test-long: setup  ## the tests that take longer, by tests/long_tests.txt; some 23 minutes on two cores
 	@$(TESTS) -m 'long and not slow and not slurm and not faults'
 
 time-tests: setup  ## time every test, and write tests/long_tests.txt
@@ -44,7 +44,7 @@ time-tests: setup  ## time every test, and write tests/long_tests.txt
 test-fast: setup  ## for whoever edits: the tests that start no command, and one small run by cu-run
 	@$(TESTS) -m fast
 
-test-all: setup  ## the tests and the slow ones, every example of the fuzzing; 13 minutes on two cores
+test-all: setup  ## the tests and the slow ones, every example of the fuzzing; half an hour and more on two cores
 	@CU_FUZZ=1 $(TESTS) -m 'not slurm and not faults'
 
 test-slurm: setup  ## sweeps on a SLURM of one node: pre-empted, out of time, cancelled; ten minutes; needs root and slurm-wlm, munge
