@@ -131,8 +131,8 @@ def run_plan(plan: RunConfig, command: str, ending: str = "run") -> None:
                 logger.warning("%s", note)
             with advising_on_memory(plan):
                 execute(plan, store, command, stop)
-        say_what_is_left_out(plan, store)
         if distributed.is_main():
+            say_what_is_left_out(plan)
             print_table(plan.directory / "metrics.csv")
     if distributed.is_main():
         say(f"{ending}: {plan.directory}")
@@ -189,11 +189,12 @@ def is_finished(store: RunStore) -> bool:
     return True
 
 
-def say_what_is_left_out(plan: RunConfig, store: RunStore) -> None:
+def say_what_is_left_out(plan: RunConfig) -> None:
     """Log which requests lack an evaluation that this configuration asks for."""
     from cu_runner.store.records import left_out
+    from cu_runner.store.run_record import read_run
 
-    steps = store.finished()
+    steps = read_run(plan.directory).records  # the records alone: the weights may be large
     if lacking := left_out(steps, plan.spine.eval, len(steps) - 1):
         measures = f"`cu-eval {plan.directory}` measures every request"
         logger.info("%s was not evaluated (an earlier eval.every): %s", lacking, measures)
