@@ -225,8 +225,10 @@ def test_no_diagnosis_rests_on_requests_that_were_left_out(monkeypatch):
     table["request"] = [0, 2, 4, 6]
     monkeypatch.setattr(diagnosis, "with_images", lambda run: table)
     assert "a (requests 2, 4, 6)" in diagnosis.by_signature({"a": None})[0]
-    left = SimpleNamespace(records=[SimpleNamespace(evaluated=False)])
-    assert diagnosis.news(left) == []
+    monkeypatch.setattr(diagnosis, "with_images", lambda run: table.iloc[:2])
+    for evaluated in (True, False):
+        last = SimpleNamespace(records=[SimpleNamespace(evaluated=evaluated)])
+        assert bool(diagnosis.news(last)) == evaluated
 
 
 def test_probes_of_an_evaluation_take_the_images_that_the_run_has(
