@@ -318,8 +318,9 @@ def battery_cost(
         ]
         kept = len(probe.on_retained(sequence))
         for concepts in due:
-            total += probe.cost(sequence, len(concepts) + kept)
-        if due and probe.has_untouched():
+            total += probe.cost(sequence, len(concepts)) + probe.cost(sequence, kept)
+        if due and probe.has_untouched():  # a concept at a time
             distinct = {concept.name for concepts in due for concept in concepts}
-            total += probe.cost(sequence, len(distinct) + kept)
+            for _ in range(len(distinct) + kept):
+                total += probe.cost(sequence, 1)
     return total

@@ -72,28 +72,43 @@ class Relearning(Probe):
         self._batch_size, self._examples, self._number = batch_size, examples, images
 
     def measure(self, lab: Lab, concepts: list[Concept]) -> list[Seen | Number]:
-        """Return what is seen after each number of steps; every concept from the same weights."""
+        """Return what is seen after each number of steps; every training from the same weights.
+
+        Concepts whose unrelated images are the same are looked at in one training.
+        """
         found: list[Seen | Number] = []
-        for concept in concepts:
-            for kind in self._data:
+        for kind in self._data:
+            for chosen, group in self._by_prompts(lab.sequence, concepts, kind):
                 if self._steps[0] == 0:  # before any step: what the evaluation has drawn
-                    found += lab.look(self._images(lab, concept, kind, 0))
+                    found += lab.look(self._images(lab, group, kind, 0))
                 with lab.changed():
-                    found += self._train(lab, concept, kind)
+                    found += self._train(lab, chosen, group, kind)
         return found
 
-    def _train(self, lab: Lab, concept: Concept, kind: Data) -> list[Seen | Number]:
-        prompts = {"own": own_prompts, "unrelated": unrelated_prompts}[kind](lab.sequence, concept)
-        chosen = spread_over(prompts, self._examples)
+    def _by_prompts(
+        self, sequence: Sequence, concepts: list[Concept], kind: Data
+    ) -> list[tuple[list[str], list[Concept]]]:
+        """Return the prompts of each training, and the concepts that are looked at in it."""
+        find = {"own": own_prompts, "unrelated": unrelated_prompts}[kind]
+        groups: dict[tuple[str, ...], list[Concept]] = {}
+        for concept in concepts:
+            chosen = spread_over(find(sequence, concept), self._examples)
+            groups.setdefault(tuple(chosen), []).append(concept)
+        return [(list(chosen), group) for chosen, group in groups.items()]
+
+    def _train(
+        self, lab: Lab, chosen: list[str], concepts: list[Concept], kind: Data
+    ) -> list[Seen | Number]:
         latents, text = lab.latents(chosen, self._examples), lab.model.encode_prompts(chosen)
-        generator = lab.generator("relearning", kind, concept.name)
+        # not of the concepts' names: what one concept shows rests on no other that is looked at
+        generator = lab.generator("relearning", kind, *chosen)
         found: list[Seen | Number] = []
         with trainable(lab) as params:
             optimizer = torch.optim.AdamW(params, lr=self._lr, weight_decay=0.0)
             for done in range(self._steps[-1] + 1):
                 if done and done in self._steps:
                     with lab.changed():  # these weights alone
-                        found += lab.look(self._images(lab, concept, kind, done))
+                        found += lab.look(self._images(lab, concepts, kind, done))
                 if done < self._steps[-1]:
                     with torch.enable_grad(), distributed.alone():
                         loss = batch_loss(lab.model, latents, text, self._batch_size, generator)
@@ -102,16 +117,22 @@ class Relearning(Probe):
                     optimizer.zero_grad()
         return found
 
-    def _images(self, lab: Lab, concept: Concept, kind: Data, done: int) -> list[ProbeImage]:
-        """Return evaluation images of a concept, to be drawn after some steps."""
+    def _images(
+        self, lab: Lab, concepts: list[Concept], kind: Data, done: int
+    ) -> list[ProbeImage]:
+        """Return evaluation images of concepts, to be drawn after some steps."""
         return evaluation_images(
-            lab.sequence, [concept], self._number, variant=kind, dose=float(done)
+            lab.sequence, concepts, self._number, variant=kind, dose=float(done)
         )
 
     def cost(self, sequence: Sequence, concepts: int) -> Cost:
         """Return the images and the training steps of so many concepts."""
-        kinds = len(self._data) * concepts
-        return Cost(self._number * len(self._steps) * kinds, self._steps[-1] * kinds)
+        looked = len(self._data) * concepts
+        targets = list(sequence.targets)
+        trainings = sum(
+            min(concepts, len(self._by_prompts(sequence, targets, kind))) for kind in self._data
+        )
+        return Cost(self._number * len(self._steps) * looked, self._steps[-1] * trainings)
 
 
 @contextmanager

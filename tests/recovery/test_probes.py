@@ -20,7 +20,7 @@ from cu_runner.models.schedulers import largest_eta
 from cu_runner.models.trajectory import Trajectory
 from cu_runner.recovery._finetune import batch_loss, own_prompts, spread_over, unrelated_prompts
 from cu_runner.recovery.adversarial import RingABell, plain_tokens, words_of
-from cu_runner.recovery.base import Probe, evaluation_images
+from cu_runner.recovery.base import Cost, Probe, evaluation_images
 from cu_runner.recovery.battery import Battery
 from cu_runner.recovery.completion import Completion
 from cu_runner.recovery.composition import Composition
@@ -186,6 +186,26 @@ def test_no_steps_of_relearning_are_the_evaluation_and_weights_come_back(bench):
         assert not weight.requires_grad
     again = probe.measure(made.lab, made.unlearned[:1])
     assert [each.columns for each in again] == [each.columns for each in seen]
+
+
+def test_concepts_of_the_same_unrelated_images_share_a_training(bench, monkeypatch):
+    made, trained = bench(change=0.3), []
+    train = Relearning._train
+    monkeypatch.setattr(
+        Relearning,
+        "_train",
+        lambda own, lab, chosen, *more: trained.append(chosen) or train(own, lab, chosen, *more),
+    )
+    probe = Relearning([0, 2], 1e-2, data=["own", "unrelated"], batch_size=2, examples=2, images=1)
+    both = probe.measure(made.lab, made.unlearned)
+    assert len(made.unlearned) == 2
+    assert len(trained) == 3  # each on its own, and both on the unrelated ones
+    assert probe.cost(made.lab.sequence, 2) == Cost(images=8, steps=6)
+    alone = [row for each in made.unlearned for row in probe.measure(made.lab, [each])]
+    assert len(trained) == 3 + 4
+    assert {(row.image, *row.columns.items()) for row in both} == {
+        (row.image, *row.columns.items()) for row in alone
+    }  # what one shows does not depend on the other
 
 
 def test_relearning_on_the_concepts_own_images_lowers_their_loss(bench):
