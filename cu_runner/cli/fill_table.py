@@ -140,7 +140,11 @@ def run_missing(cells: list[Cell], name: str, arguments: argparse.Namespace) -> 
     if not arguments.launcher:
         made = (
             (command, said(run))
-            for command, run in zip(commands, cu_runs(words, arguments.jobs), strict=True)
+            for command, run in zip(
+                commands,
+                cu_runs(words, arguments.jobs, gaps=True),  # a table has the last request alone
+                strict=True,
+            )
         )
         print_ended(made, len(commands))
         return

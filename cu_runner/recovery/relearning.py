@@ -117,9 +117,7 @@ class Relearning(Probe):
                     optimizer.zero_grad()
         return found
 
-    def _images(
-        self, lab: Lab, concepts: list[Concept], kind: Data, done: int
-    ) -> list[ProbeImage]:
+    def _images(self, lab: Lab, concepts: list[Concept], kind: Data, done: int) -> list[ProbeImage]:
         """Return evaluation images of concepts, to be drawn after some steps."""
         return evaluation_images(
             lab.sequence, concepts, self._number, variant=kind, dose=float(done)

@@ -20,12 +20,15 @@ CU_RUN = str(Path(sys.executable).with_name("cu-run"))
 DIVERGED = ("training led to", "the images after request")
 
 
-def cu_run(overrides: list[str], threads: int | None = None) -> RunRecord | str:
+def cu_run(
+    overrides: list[str], threads: int | None = None, *, gaps: bool = False
+) -> RunRecord | str:
     """Make, resume or find one run.
 
     Args:
         overrides: as on the command line of cu-run.
         threads: CPU threads of the run; None leaves torch's choice.
+        gaps: whether it may lack the evaluations that eval.every leaves out.
 
     Returns:
         The run, or the line in which cu-run says that its weights diverged: a result too.
@@ -45,7 +48,8 @@ def cu_run(overrides: list[str], threads: int | None = None) -> RunRecord | str:
     if done.returncode != 0:
         raise LaunchError(f"cu-run {' '.join(overrides)} failed: {last_line(done.stderr)}")
     run = read_run(Path(done.stdout.strip().splitlines()[-1].removeprefix("run: ")))
-    if lacking := [step.index for step in run.records if not step.evaluated]:
+    lacking = [step.index for step in run.records if not step.evaluated]
+    if lacking and not gaps:
         raise LaunchError(
             f"{run.directory}: request {lacking[0]} was not evaluated (eval.every), and every "
             "request is needed here; give fresh=true or another paths.outputs"
@@ -58,21 +62,24 @@ def diverged(line: str) -> bool:
     return line.removeprefix("cu-run: ").startswith(DIVERGED)
 
 
-def cu_runs(jobs: list[list[str]], side_by_side: int | None = None) -> Iterator[RunRecord | str]:
+def cu_runs(
+    jobs: list[list[str]], side_by_side: int | None = None, *, gaps: bool = False
+) -> Iterator[RunRecord | str]:
     """Yield what cu_run returns of each, in order.
 
     Args:
         side_by_side: runs at a time, each with one thread if more than one; None is one per CPU
             core, or a single one on a GPU.
+        gaps: as of cu_run.
     """
     for job in jobs:
-        if any(key_of(override) == "eval.every" for override in job):
+        if not gaps and any(key_of(override) == "eval.every" for override in job):
             raise LaunchError("eval.every: what is made of these runs needs every request")
     if side_by_side is None:
         side_by_side = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     threads = 1 if side_by_side > 1 else None
     with ThreadPoolExecutor(max_workers=side_by_side) as pool:
-        yield from pool.map(lambda overrides: cu_run(overrides, threads), jobs)
+        yield from pool.map(lambda overrides: cu_run(overrides, threads, gaps=gaps), jobs)
 
 
 def submit(jobs: list[list[str]], common: list[str], launcher: str, folder: Path) -> str:

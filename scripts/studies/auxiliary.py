@@ -7,7 +7,8 @@ One setting at a time is changed from those of conf/tuned: the number of names (
 target), their source (random ones from a file, a list of painting styles, a list of objects),
 whether retained names may be among them, and the threshold of duplicates. That is read with the
 names' own tokens only; where conf/tuned takes others, its runs have the settings OWN_OF. 10
-runs of the sequence; auxiliary.md has the seconds of each.
+runs of the sequence; auxiliary.md has the seconds of each. The last request is needed alone:
+eval.every=last.
 """
 
 import json
@@ -100,7 +101,7 @@ def main(study: Study) -> None:
         "\n".join(draw_names(candidates, shut, RANDOM)) + "\n", encoding="utf-8"
     )
     print(f"wrote {random_names}")
-    runs = study.run(cells(study, random_names))
+    runs = study.run(cells(study, random_names), gaps=True)
     done = finished(runs)
     table = subspaces(done).merge(
         last_rows({label: run.table for label, run in done.items()}), on="run"

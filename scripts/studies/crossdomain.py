@@ -11,7 +11,7 @@ with it; both is their union. No target, no retained concept and no concept by w
 measured is among them. Each name is a prompt of its own, so that no caption brings in the other
 domain; everything else is as tuned. Beside them plain unlearning, projection as tuned, and merging.
 own, other: a shipped list or a text file in place of these names. 18 runs, crossdomain.md has the
-seconds of each.
+seconds of each. The last request is needed alone, for all but the picture: eval.every=last.
 """
 
 import json
@@ -189,7 +189,7 @@ def main(study: Study) -> None:
     for source, names in chosen.items():
         files[source].write_text("\n".join(names) + "\n", encoding="utf-8")
         print(f"wrote {files[source]}")
-    runs = study.run(cells(study, seeds, files))
+    runs = study.run(cells(study, seeds, files), gaps=True)
     done = finished(runs)
     tables = counted(done)
     found = curves(tables)

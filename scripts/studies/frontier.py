@@ -8,7 +8,7 @@ likelihood. Against it, the same losses with lambda held: a bound out of reach k
 method.cap after the first step. Pareto plot of UA against RA-I and RA-C, and the area under each
 front. RGD (Ko et al. 2024, arXiv 2412.07808): its losses over the steps with diversified and with
 narrow sets, and with the sequence's own. The first four requests of the sequence; 81 runs,
-frontier.md has the seconds of each.
+frontier.md has the seconds of each. The last request is needed alone: eval.every=last.
 """
 
 import json
@@ -276,7 +276,7 @@ def main(study: Study) -> None:
     prompts = diversified_prompts(study.plan(["method=rgd"]).sequence.build())
     templates.write_text("\n".join(prompts) + "\n", encoding="utf-8")
     print(f"wrote {templates}")
-    runs = study.run(cells(study, seeds, templates))
+    runs = study.run(cells(study, seeds, templates), gaps=True)
     done = finished(runs)
     tables = counted(done)
     last = last_with_intervals(curves(tables)).drop(columns="request")

@@ -8,6 +8,7 @@ distances. A name x is the mean text-encoder output over its own tokens; the dis
 all pairs of names are ranked against |W x - W y|, per layer and over all layers together:
 Spearman's correlation for the untouched model, after the last request, and the difference. Without
 regularizer and with gradient projection, three seeds. 6 runs of the sequence, those of order.py.
+The last request is needed alone: eval.every=last.
 """
 
 from collections.abc import Mapping
@@ -172,7 +173,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def main(study: Study) -> None:
-    runs = study.run(cells())
+    runs = study.run(cells(), gaps=True)
     plan = study.plan([])
     sequence, model = plan.sequence.build(), plan.model.build(device="cpu")
     concepts = names_of(sequence)

@@ -1,7 +1,8 @@
 """What the studies share: command line, runs, the look of the pictures, what is written.
 
 A study is `python scripts/studies/NAME.py [OVERRIDE ...] [--output DIR]`. The overrides are
-appended to every run, so that `experiment=unlearncanvas_style model.path=DIR
+appended to every run (eval.every=last too, where a study needs the last request alone and says
+so), so that `experiment=unlearncanvas_style model.path=DIR
 evaluator.paths.style=DIR evaluator.paths.object=DIR` gives it on Stable Diffusion. It writes
 NAME.csv, NAME.png and NAME.md. What a person found in the numbers stands beside them in
 NAME.finding.md, a paragraph of Markdown that no study writes; NAME.md carries it. Stopped and
@@ -100,12 +101,14 @@ class Study:
                     f"{key}: this study sets it itself; leave it out, or run cu-run with it"
                 )
 
-    def run(self, cells: dict[str, list[str]]) -> dict[str, RunRecord | str]:
+    def run(self, cells: dict[str, list[str]], *, gaps: bool = False) -> dict[str, RunRecord | str]:
         """Make, resume or find the runs, by label; of a run that diverged the line that says so.
 
         Args:
             cells: the study's own overrides of each run, by label. All are checked before the first
                 one starts.
+            gaps: whether the study needs the last request alone, so that the user may leave
+                evaluations out with eval.every.
 
         Raises:
             ValueError: the user sets what the study sets itself. LaunchError: a run failed, or
@@ -116,7 +119,7 @@ class Study:
         jobs = {places[label]: self.job(cell) for label, cell in cells.items()}
         found = {}
         for place, run in zip(
-            jobs, cu_runs(list(jobs.values())), strict=True
+            jobs, cu_runs(list(jobs.values()), gaps=gaps), strict=True
         ):  # one job where two labels are the same run
             found[place] = run
             labels = ", ".join(label for label in cells if places[label] == place)

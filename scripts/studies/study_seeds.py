@@ -74,15 +74,16 @@ def curves(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Return each metric after each request: mean over seeds, and its 95% interval.
 
     Columns: run, request, metric, seeds, mean, from, to. The interval of drift is over seeds alone.
+    A request that one of the seeds has not evaluated is left out.
     """
     rows = []
     for run, labels in groups(tables).items():
-        seeds = [tables[label] for label in labels]
-        for request in range(min(len(table) for table in seeds)):
+        seeds = [tables[label].set_index("request") for label in labels]
+        for request in sorted(set.intersection(*(set(table.index) for table in seeds))):
             for metric in PANELS:
-                values = [float(table[metric].iloc[request]) for table in seeds]
+                values = [float(table[metric].loc[request]) for table in seeds]
                 if metric in COUNTED:
-                    images = int(seeds[0][f"{metric}_images"].iloc[request])
+                    images = int(seeds[0][f"{metric}_images"].loc[request])
                     mean, low, high = interval(values, images)
                 else:
                     mean, half = over_seeds(values)

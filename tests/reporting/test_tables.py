@@ -28,6 +28,7 @@ from cu_runner.reporting.intervals import of_sum, over_images, over_seeds, wides
 from cu_runner.reporting.table_spec import read_table
 from cu_runner.runtime.paths import shipped_dir
 from cu_runner.store.files import hash_json
+from cu_runner.store.run_record import read_run
 from cu_runner.sweeps import make_runs
 
 TABLE = {
@@ -406,7 +407,7 @@ def test_the_longest_runs_are_made_first(cu_table, own_table, monkeypatch):
     monkeypatch.setattr(
         fill_table,
         "cu_runs",
-        lambda jobs, _: made.extend(jobs) or ["cu-run: training led to nothing"] * len(jobs),
+        lambda jobs, _, gaps: made.extend(jobs) or ["cu-run: training led to nothing"] * len(jobs),
     )
     rows = {"sequential": ["train.steps=4"], "L2": ["train.steps=9"]}
     assert cu_table(own_table(rows=rows), "--run")[0] == 0
@@ -439,12 +440,14 @@ def test_ua_rests_on_images_with_a_face():
 
 def test_run_makes_what_is_missing(cu_table, own_table, run_copy, jobs_in_forks):
     path = own_table()
-    status, out, err = cu_table(path, "--run", "--jobs", "1")
+    status, out, err = cu_table(path, "--run", "--jobs", "1", "eval.every=last")
     assert (status, err) == (0, "")
     assert "  1/1  " in out
     assert "Not run yet" not in out
     assert cu_table(path)[1].partition("# mine")[2] == out.partition("# mine")[2]
-    assert compose([*SMOKE, "method=conabl", "reg=l2"]).directory.is_dir()
+    made = compose([*SMOKE, "method=conabl", "reg=l2"]).directory
+    evaluated = [record.evaluated for record in read_run(made).records]
+    assert evaluated == [True, *[False] * (len(evaluated) - 2), True]
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,8 @@ def test_what_needs_every_request_refuses_such_a_run(left_out, monkeypatch):
         make_runs.cu_run([])
     with pytest.raises(LaunchError, match=r"eval\.every: .* needs every request"):
         list(make_runs.cu_runs([["eval.every=2"]]))
+    (found,) = make_runs.cu_runs([["eval.every=2"]], gaps=True)  # which needs the last alone
+    assert [record.evaluated for record in found.records] == [True, False, True]
 
 
 @pytest.mark.fast

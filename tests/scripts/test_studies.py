@@ -24,6 +24,7 @@ from cu_runner.concepts.entries import read_shipped
 from cu_runner.concepts.sequence import Sequence
 from cu_runner.models.parameters import select_parameters
 from cu_runner.runtime.paths import shipped_dir
+from cu_runner.schema.errors import LaunchError
 
 SCRIPTS = Path(__file__).parents[2] / "scripts/studies"
 STUDIES = (
@@ -520,6 +521,45 @@ def test_quarters_leave_the_untouched_model_out(script):
         "level",
         "falling",
     )
+
+
+def test_requests_that_were_not_evaluated_are_passed_over(script):
+    whole = metrics_table(
+        UA=[np.nan, *[100.0] * 8],
+        RA_I=[99.0, 80.0, 60.0, 40.0, 20.0, 9.0, 7.0, 8.0, 6.0],
+        RA_C=[50.0] * 9,
+        drift_l2=[float(i) for i in range(9)],
+    ).assign(UA_images=8, RA_I_images=96, RA_C_images=192)
+    every_third = whole.iloc[[0, 3, 6, 8]]
+    assert script("scaling").quarters(every_third, "RA_I") == pytest.approx(
+        [np.nan, 40, 7, 6], nan_ok=True
+    )
+    seeds = script("study_seeds")
+    found = seeds.curves({"none, seed 0": whole, "none, seed 1": every_third})
+    assert found["request"].unique().tolist() == [0, 3, 6, 8]  # what both seeds have
+    own = found[found["metric"] == "RA_I"].set_index("request")["mean"]
+    assert own.to_dict() == {0: 99, 3: 40, 6: 7, 8: 6}
+    (last,) = seeds.last_with_intervals(found).to_dict("records")
+    assert (last["request"], last["RA_I"], last["drift_l2"]) == (8, 6, 8)
+
+
+@pytest.mark.parametrize(("name", "gaps"), [("ablation", True), ("diagnostic", False)])
+def test_a_study_of_the_last_request_takes_runs_with_gaps(
+    name, gaps, script, tmp_path, monkeypatch
+):
+    asked = []
+
+    def no_runs(jobs, **more):
+        asked.append((jobs, more))
+        return iter(["cu-run: training led to NaN"] * len(jobs))
+
+    monkeypatch.setattr(script("study"), "cu_runs", no_runs)
+    study = make_study(script, tmp_path, "sequence=smoke", "eval.every=last")
+    with pytest.raises(LaunchError, match="every run diverged"):
+        script(name).main(study)
+    ((jobs, more),) = asked
+    assert more == {"gaps": gaps}
+    assert all("eval.every=last" in job for job in jobs)
 
 
 def test_spread_over_orders_and_over_seeds(script):
