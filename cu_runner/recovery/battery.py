@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
+import random
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ordered
 from contextlib import contextmanager
@@ -135,7 +137,11 @@ class Battery:
         return rows
 
     def _untouched(self, edited: Lab, due: dict[str, Probe], predictions: Predictions) -> Rows:
-        """Probe the same concepts with the untouched model; each once for all runs."""
+        """Probe the same concepts with the untouched model; each once for all runs.
+
+        Of runs side by side each goes through them in an order of its own, and finds in the cache
+        what another has made.
+        """
         lab = self._lab(edited.step, edited.unlearned, predictions, untouched=True)
         wanted = [
             (name, group, concept)
@@ -147,23 +153,29 @@ class Battery:
             )
             for concept in concepts
         ]
-        cached = [self.cache.fetch("recovery", self._key(n, c)) for n, _, c in wanted]
-        rows = Rows([], [])
+        order = [*range(len(wanted))]
+        random.Random(distributed.from_main(os.getpid)).shuffle(order)
         with placed(self.params, self.base):
             # a concept at a time, once for all runs: the last digit of a score depends on its batch
             # and must not depend on what else the cache lacks
-            for (name, group, concept), files in zip(wanted, cached, strict=True):
-                if files is not None:
-                    seen = Rows(**parse_json(files[ROWS]))
-                else:
-                    found = due[name].measure(lab, [concept])
-                    seen = self._rows(lab, name, group, found)
-                    content = {ROWS: to_json(dataclasses.asdict(seen))}
-                    self.cache.put("recovery", self._key(name, concept), content)
-                own: Row = {"step": lab.step, "group": group}
-                rows.images.extend({**row, **own} for row in seen.images)
-                rows.values.extend({**row, **own} for row in seen.values)
+            seen = {place: self._control(lab, due, *wanted[place]) for place in order}
+        rows = Rows([], [])
+        for place, (_, group, _) in enumerate(wanted):
+            own: Row = {"step": lab.step, "group": group}
+            rows.images.extend({**row, **own} for row in seen[place].images)
+            rows.values.extend({**row, **own} for row in seen[place].values)
         return rows
+
+    def _control(
+        self, lab: Lab, due: dict[str, Probe], name: str, group: str, one: Concept
+    ) -> Rows:
+        """Return what a probe sees of a concept in the untouched model, cached across runs."""
+        key = self._key(name, one)
+        if (files := self.cache.fetch("recovery", key)) is not None:
+            return Rows(**parse_json(files[ROWS]))
+        seen = self._rows(lab, name, group, due[name].measure(lab, [one]))
+        self.cache.put("recovery", key, {ROWS: to_json(dataclasses.asdict(seen))})
+        return seen
 
     def _key(self, name: str, concept: Concept) -> dict[str, object]:
         """Return what the control of a concept rests on."""

@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import itertools
+import os
+import shutil
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -519,6 +521,35 @@ def test_controls_of_the_untouched_model_are_drawn_once_for_all_runs(bench, monk
     made.battery.settings["paraphrase"]["images"] = 2
     made.battery.measure(2, 2, made.unlearned, made.seen.get, 50.0)
     assert True in asked
+
+
+def test_controls_do_not_depend_on_the_order_in_which_they_are_made(bench, monkeypatch, tmp_path):
+    """Runs side by side share them out: some are another's, made in another order."""
+    probes = {
+        "paraphrase": Paraphrase(LIST, images=1, controls=1),
+        "completion": Completion([0.25, 0.5], images=2, controls=1),
+        "relearning": Relearning([0, 1], 1e-2, data=["own"], batch_size=2, examples=2, images=1),
+    }
+    made, orders, found = bench(change=0.3, **probes), [], []
+    control = Battery._control
+
+    def noted(self, lab, due, name, group, one):
+        orders[-1].append((name, one.name))
+        return control(self, lab, due, name, group, one)
+
+    monkeypatch.setattr(Battery, "_control", noted)
+    for pid in (1, 2, 1):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        orders.append([])
+        if len(orders) == 3:  # what is cached is of the second order, and half of it is gone
+            for entry in sorted((tmp_path / "cache/recovery").iterdir())[::2]:
+                shutil.rmtree(entry)
+        elif len(orders) == 2:
+            shutil.rmtree(tmp_path / "cache")
+        found.append(made.battery.measure(2, 2, made.unlearned, made.seen.get, 50.0))
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert found[0] == found[1] == found[2]
 
 
 def test_first_steps_are_kept_by_all_that_decides_them(bench):
