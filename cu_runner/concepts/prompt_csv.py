@@ -69,11 +69,9 @@ def read_list(key: str, name: str | None, needed: tuple[str, ...]) -> list[dict[
         if path.open(encoding="utf-8").readline().strip() == ",".join(needed)
     }
     if name not in shipped:
-        what = "sequence.vocabulary is a list of names here, and none goes with it"
-        what = what if "[" in name else f"{name} is none of them"
         raise ValueError(
-            f"{key}: {what}; shipped lists: {', '.join(shipped)}; or give a CSV file with the "
-            f"columns {', '.join(needed)}"
+            f"{key}: there is no list {name}; shipped lists: {', '.join(shipped)}; or give a CSV "
+            f"file with the columns {', '.join(needed)}"
         )
     return read_prompts(key, str(shipped[name]), needed)
 

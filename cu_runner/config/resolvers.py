@@ -1,4 +1,4 @@
-"""What `${...}` may ask for in a configuration file: choice, tuned, concepts, oc.env."""
+"""What `${...}` may ask for in a configuration file, by name at the end; oc.env besides."""
 
 from __future__ import annotations
 
@@ -104,6 +104,24 @@ def concepts(*, _root_: DictConfig) -> DictConfig:
     return OmegaConf.create({sequence.domain: kept, sequence.cross_domain: sequence.cross_retain})
 
 
+def paraphrases(*, _root_: DictConfig) -> object:
+    """Return the shipped list of paraphrases of the sequence's vocabulary: `${paraphrases:}`.
+
+    Of a mixed sequence those of every domain.
+    """
+    sequence = _root_.sequence
+    parts = sequence.domains.values() if "domains" in sequence else [sequence]
+    names = [part.vocabulary for part in parts]
+    if own := [name for name in names if not isinstance(name, str)]:
+        raise ConfigError(
+            f"sequence.vocabulary: no paraphrases ship for names of your own ({own[0][0]}, ...); "
+            "give recovery.paraphrase.prompts=FILE.csv with the columns concept, level, prompt, or "
+            "leave paraphrase out"
+        )
+    found = [f"paraphrases_{name}" for name in dict.fromkeys(names)]
+    return OmegaConf.create(found) if len(found) > 1 else found[0]
+
+
 def environment(name: str, *default: str | None) -> str | None:
     """Return what OmegaConf's own `${oc.env:NAME,default}` does; a secret raises ConfigError.
 
@@ -127,6 +145,7 @@ for _name, _resolver in (
     ("oc.env", environment),
     ("choice", choice),
     ("concepts", concepts),
+    ("paraphrases", paraphrases),
     ("tuned", tuned),
 ):
     OmegaConf.register_new_resolver(_name, _resolver, replace=True)

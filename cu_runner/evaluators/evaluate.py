@@ -104,7 +104,7 @@ def evaluate(
         row: dict[str, str | int | float] = {
             "step": step,
             "prompt": shown.prompt,
-            **columns_of(sequence, shown, domains[shown.concept]),
+            **domain_columns(sequence, shown, domains[shown.concept]),
             "seed": shown.seed,
         }
         table.append(row | only_own_faces(seen[place].row, row))
@@ -113,7 +113,7 @@ def evaluate(
     return Evaluation(pd.DataFrame(table), thumbnails)
 
 
-def columns_of(sequence: Sequence, shown: ImagePrompt, domain: str) -> dict[str, str]:
+def domain_columns(sequence: Sequence, shown: ImagePrompt, domain: str) -> dict[str, str]:
     """Return what an image of a concept of a domain shows, by domain.
 
     Of a mixed sequence also which domain that is.

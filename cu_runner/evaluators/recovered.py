@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Ordered
 from pathlib import Path
 from typing import BinaryIO
 
+from cu_runner.evaluators.metrics import rows_of
 from cu_runner.runtime.lazy import pd
+
+Domains = Ordered[tuple[str, str]]  # of unlearned concepts, each with its other domain
 
 # group: erased or retained concepts. weights: edited, those of the step, or untouched. variant,
 # dose: of the probe. image: its number; several attempts at one have the same, and it counts when
@@ -36,16 +40,23 @@ def read_recovery(file: Path | BinaryIO) -> pd.DataFrame:
     return rows.astype(numbers | {str(name): float for name in floats})
 
 
-def accuracy_by_dose(images: pd.DataFrame, domain: str, cross_domain: str) -> pd.DataFrame:
-    """Return the percent of images that show their concept.
+def accuracy_by_dose(images: pd.DataFrame, domains: Domains) -> pd.DataFrame:
+    """Return the percent of images that show their concept, each judged in its own domain.
 
     Args:
         images: rows of recovery.csv.
 
     Returns:
         Rows (probe, group, weights, variant, dose, concept, accuracy, hits, images), in the order
-        of their first appearance.
+        of their first appearance, domain by domain.
     """
+    own = [(rows_of(images, domain), domain, cross_domain) for domain, cross_domain in domains]
+    found = [accuracy_in(*each) for each in own if len(each[0])]
+    return pd.concat(found, ignore_index=True) if found else accuracy_in(*own[0])
+
+
+def accuracy_in(images: pd.DataFrame, domain: str, cross_domain: str) -> pd.DataFrame:
+    """Return the rows of accuracy_by_dose() of one domain's images."""
     shows = images[domain] == images[f"predicted_{domain}"]
     if f"predicted_{cross_domain}" in images:
         shows &= (images["both"] == 0) | (
@@ -101,8 +112,7 @@ def area_under(rows: pd.DataFrame) -> float | None:
 def recovery_metrics(
     images: pd.DataFrame | None,
     values: pd.DataFrame | None,
-    domain: str,
-    cross_domain: str,
+    domains: Domains,
     ua: float | None,
 ) -> dict[str, float]:
     """Compute the metrics of a step from what its probes saw.
@@ -123,7 +133,7 @@ def recovery_metrics(
     asked: list[float] = []  # of the probes that tried to have unlearned concepts back
     largest = [] if ua is None else [100.0 - ua]
     if images is not None:
-        every = accuracy_by_dose(images, domain, cross_domain)
+        every = accuracy_by_dose(images, domains)
         for probe, accuracy in every.groupby("probe", sort=False):
             found |= image_metrics(str(probe), accuracy)
             if "erased" in set(accuracy["group"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -172,6 +173,32 @@ class Probe(ABC):
         if self.every == "last":
             return step == last
         return step > 0 and step % self.every == 0
+
+
+def cost_of(
+    probes: dict[str, Probe], erased: list[list[Concept]], sequence: Sequence, done: int = 0
+) -> Cost:
+    """Return what the probes make at most: none of the controls is in the cache.
+
+    Args:
+        erased: what is unlearned after each request of the run.
+        done: so many requests are finished.
+    """
+    total = Cost()
+    for probe, facing in itertools.product(probes.values(), sequence.by_domain):
+        due = [
+            names
+            for step, concepts in enumerate(erased, start=1)
+            if step > done and probe.is_due(step, len(erased))
+            if (names := [each.name for each in concepts if each.domain == facing.domain])
+        ]
+        kept = len(probe.on_retained(facing))
+        for names in due:
+            total += probe.cost(facing, len(names)) + probe.cost(facing, kept)
+        if due and probe.has_untouched():  # a concept at a time
+            for _ in range(len(set().union(*due)) + kept):
+                total += probe.cost(facing, 1)
+    return total
 
 
 def evaluation_images(

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cu_runner.concepts.sequence import Concept, Sequence
-from cu_runner.evaluators.evaluate import Judge
+from cu_runner.concepts.sequence import Concept, ImagePrompt, Sequence
+from cu_runner.evaluators.evaluate import Judge, domain_columns, only_own_faces
+from cu_runner.evaluators.metrics import rows_of
 from cu_runner.evaluators.recovered import (
     IMAGE_COLUMNS,
     VALUE_COLUMNS,
@@ -26,7 +27,7 @@ from cu_runner.evaluators.recovered import (
     recovery_metrics,
 )
 from cu_runner.models.parameters import placed
-from cu_runner.recovery.base import Cost, Lab, Number, Probe, ProbeImage, Seen, restored
+from cu_runner.recovery.base import Lab, Number, Probe, ProbeImage, Seen, restored
 from cu_runner.recovery.drawing import Drawing, Heads
 from cu_runner.request.anchors import AnchorImages, sampler_key
 from cu_runner.runtime import distributed
@@ -101,24 +102,26 @@ class Battery:
             metrics of the step.
         """
         due = {name: probe for name, probe in self.probes.items() if probe.is_due(step, last)}
-        edited = self._lab(step, unlearned, predictions, untouched=False)
-        rows = Rows([], [])
-        if step and due:
-            rows = self._edited(edited, due) + self._untouched(edited, due, predictions)
-        files, sequence = rows.files(), self.judge.sequence
+        domains, rows = self.judge.sequence.by_domain, Rows([], [])
+        for facing in domains if step and due else ():
+            own = [concept for concept in unlearned if concept.domain == facing.domain]
+            if own:
+                edited = self._lab(step, own, predictions, facing, untouched=False)
+                rows += self._edited(edited, due) + self._untouched(edited, due, predictions)
+        files = rows.files()
         images, values = (
             read_recovery(io.BytesIO(files[name])) if name in files else None
             for name in (RECOVERY, RECOVERY_VALUES)
         )
-        found = recovery_metrics(images, values, sequence.domain, sequence.cross_domain, ua)
+        pairs = [(facing.domain, facing.cross_domain) for facing in domains]
+        found = recovery_metrics(images, values, pairs, ua)
         return files, {**columns_of(self.probes, found)}
 
     # ------------------------------------------------------------------------------------ weights
     def _edited(self, lab: Lab, due: dict[str, Probe]) -> Rows:
         """Probe the unlearned concepts and the retained ones with the weights of the step."""
-        sequence = self.judge.sequence
         groups = {
-            name: {"erased": probe.on_erased(lab), "retained": probe.on_retained(sequence)}
+            name: {"erased": probe.on_erased(lab), "retained": probe.on_retained(lab.sequence)}
             for name, probe in due.items()
         }
         lab.look(
@@ -142,7 +145,8 @@ class Battery:
         Of runs side by side each goes through them in an order of its own, and finds in the cache
         what another has made.
         """
-        lab = self._lab(edited.step, edited.unlearned, predictions, untouched=True)
+        own, facing = edited.unlearned, edited.sequence
+        lab = self._lab(edited.step, own, predictions, facing, untouched=True)
         wanted = [
             (name, group, concept)
             for name, probe in due.items()
@@ -161,25 +165,25 @@ class Battery:
             seen = {place: self._control(lab, due, *wanted[place]) for place in order}
         rows = Rows([], [])
         for place, (_, group, _) in enumerate(wanted):
-            own: Row = {"step": lab.step, "group": group}
-            rows.images.extend({**row, **own} for row in seen[place].images)
-            rows.values.extend({**row, **own} for row in seen[place].values)
+            here: Row = {"step": lab.step, "group": group}
+            rows.images.extend({**row, **here} for row in seen[place].images)
+            rows.values.extend({**row, **here} for row in seen[place].values)
         return rows
 
     def _control(
         self, lab: Lab, due: dict[str, Probe], name: str, group: str, one: Concept
     ) -> Rows:
         """Return what a probe sees of a concept in the untouched model, cached across runs."""
-        key = self._key(name, one)
+        key = self._key(name, one, lab.sequence)
         if (files := self.cache.fetch("recovery", key)) is not None:
             return Rows(**parse_json(files[ROWS]))
         seen = self._rows(lab, name, group, due[name].measure(lab, [one]))
         self.cache.put("recovery", key, {ROWS: to_json(dataclasses.asdict(seen))})
         return seen
 
-    def _key(self, name: str, concept: Concept) -> dict[str, object]:
-        """Return what the control of a concept rests on."""
-        model, sequence, settings = self.judge.model, self.judge.sequence, self.judge.settings
+    def _key(self, name: str, concept: Concept, sequence: Sequence) -> dict[str, object]:
+        """Return what the control of a concept rests on; sequence: facing its domain."""
+        model, settings = self.judge.model, self.judge.settings
         return {
             "model": self.model_sha256,
             "evaluator": self.evaluator_sha256,
@@ -206,18 +210,32 @@ class Battery:
                 for each in sequence.evaluation_images([concept])
             ],
             "seeds": list(sequence.seeds),
-            "measured": list(sequence.measured_domains),
+            "measured": list(self.judge.sequence.measured_domains),
             "params": sorted(self.params),
         }
 
     def _lab(
-        self, step: int, unlearned: Ordered[Concept], predictions: Predictions, *, untouched: bool
+        self,
+        step: int,
+        unlearned: Ordered[Concept],
+        predictions: Predictions,
+        facing: Sequence,
+        *,
+        untouched: bool,
     ) -> Lab:
-        """Return what probes see of the weights of a step, or of the untouched ones."""
+        """Return what probes see of the weights of a step, or of the untouched ones.
+
+        Args:
+            unlearned: concepts of one domain. facing: the sequence of that domain.
+        """
+
+        def of_domain(index: int) -> pd.DataFrame:
+            return rows_of(predictions(index), facing.domain)
+
         drawing = Drawing(
             self.judge,
             lambda: placed(self.params, self.base),
-            predictions(0 if untouched else step),
+            of_domain(0 if untouched else step),
             step,
             self.heads,
             is_untouched=untouched,
@@ -230,7 +248,7 @@ class Battery:
 
         return Lab(
             model=self.judge.model,
-            sequence=self.judge.sequence,
+            sequence=facing,
             settings=self.judge.settings,
             step=step,
             unlearned=tuple(unlearned),
@@ -238,7 +256,7 @@ class Battery:
             base=self.base,
             look=drawing.look,
             latents=self._latents,
-            predictions=predictions,
+            predictions=of_domain,
             changed=changed,
             remember=self._remember,
             is_untouched=untouched,
@@ -272,7 +290,6 @@ class Battery:
 
     def _rows(self, lab: Lab, name: str, group: str, found: object) -> Rows:
         """Return what a probe saw as rows of its two files."""
-        sequence = self.judge.sequence
         weights = "untouched" if lab.is_untouched else "edited"
         rows = Rows([], [])
         probe = self.probes[name]
@@ -290,15 +307,11 @@ class Battery:
                 "image": image.image,
                 "both": int(image.both),
             }
-            shown: Row = {
-                "prompt": image.prompt,
-                sequence.domain: image.concept,
-                sequence.cross_domain: image.cross,
-                "seed": image.seed,
-            }
-            rows.images.append(
-                {column: row[column] for column in IMAGE_COLUMNS} | shown | dict(each.columns)
-            )
+            asked = ImagePrompt(image.prompt, image.seed, image.concept, image.cross)
+            names = domain_columns(self.judge.sequence, asked, lab.sequence.domain)
+            shown: Row = {"prompt": image.prompt, **names, "seed": image.seed}
+            judged = only_own_faces(dict(each.columns), shown)
+            rows.images.append({column: row[column] for column in IMAGE_COLUMNS} | shown | judged)
         return rows
 
 
@@ -310,29 +323,3 @@ def listed(probe: Probe, method: str, found: object, *kinds: type) -> list[Any]:
     if strange := [each for each in found if not isinstance(each, kinds)]:
         raise refused(probe, method, f"a list with {kind_of(strange[0])} in it", wanted)
     return [*found]
-
-
-def battery_cost(
-    probes: dict[str, Probe], erased: list[list[Concept]], sequence: Sequence, done: int = 0
-) -> Cost:
-    """Return what the probes make at most: none of the controls is in the cache.
-
-    Args:
-        erased: what is unlearned after each request of the run.
-        done: so many requests are finished.
-    """
-    total = Cost()
-    for probe in probes.values():
-        due = [
-            concepts
-            for step, concepts in enumerate(erased, start=1)
-            if step > done and probe.is_due(step, len(erased))
-        ]
-        kept = len(probe.on_retained(sequence))
-        for concepts in due:
-            total += probe.cost(sequence, len(concepts)) + probe.cost(sequence, kept)
-        if due and probe.has_untouched():  # a concept at a time
-            distinct = {concept.name for concepts in due for concept in concepts}
-            for _ in range(len(distinct) + kept):
-                total += probe.cost(sequence, 1)
-    return total

@@ -16,7 +16,7 @@ from cu_runner.concepts.templates import check_template, fill
 from cu_runner.recovery.base import Cost, Lab, Probe, ProbeImage, crosses_of
 from cu_runner.schema.settings import Every
 
-COLUMNS = ("concept", "level", "prompt")
+KEY, COLUMNS = "recovery.paraphrase.prompts", ("concept", "level", "prompt")
 
 
 class Paraphrase(Probe):
@@ -26,7 +26,7 @@ class Paraphrase(Probe):
 
     def __init__(
         self,
-        prompts: str,
+        prompts: str | list[str],
         *,
         images: PositiveInt = 4,
         levels: list[str] | None = None,
@@ -37,6 +37,7 @@ class Paraphrase(Probe):
         Args:
             prompts: a list that ships with the package, or a CSV file with the columns concept,
                 level, prompt; a prompt may hold a placeholder of the other domain, as {object}.
+                Several: their rows together.
             images: of a concept at each level.
             levels: which; None is all that the list has.
             every, controls: as for Probe.
@@ -45,15 +46,18 @@ class Paraphrase(Probe):
             ValueError: a list that cannot be read, or that names a concept.
         """
         super().__init__(every, controls)
-        rows = read_list("recovery.paraphrase.prompts", prompts, COLUMNS)
+        lists = [prompts] if isinstance(prompts, str) else prompts
+        if not lists:
+            raise ValueError(f"{KEY}: is empty; give a list or a CSV file")
+        rows = [row for name in lists for row in read_list(KEY, name, COLUMNS)]
         found = list(dict.fromkeys(row["level"] for row in rows))
         if levels is not None and (unknown := sorted(set(levels) - set(found))):
             raise ValueError(
-                f"recovery.paraphrase.levels: {prompts} has no level {unknown[0]!r}; it has "
-                + ", ".join(found)
+                f"recovery.paraphrase.levels: {' and '.join(lists)} has no level {unknown[0]!r}; "
+                "it has " + ", ".join(found)
             )
         self._levels = found if levels is None else levels
-        self._prompts, self._number = prompts, images
+        self._prompts, self._number = ", ".join(lists), images
         self._rows: dict[str, dict[str, list[str]]] = {}  # by comparable() name, and level
         for row in rows:
             refuse_named(row["concept"], row["prompt"])
@@ -66,7 +70,7 @@ class Paraphrase(Probe):
             own = self._rows.get(comparable(concept.name), {})
             if not any(level in own for level in self._levels):
                 raise ValueError(
-                    f"recovery.paraphrase.prompts={self._prompts}: has no row of {concept.name!r} "
+                    f"{KEY}={self._prompts}: has no row of {concept.name!r} "
                     f"at the levels {', '.join(self._levels)}; give a CSV file with the columns "
                     "concept, level, prompt, or leave paraphrase out"
                 )
@@ -105,7 +109,4 @@ def refuse_named(name: str, prompt: str) -> None:
     """Raise ValueError for a prompt that names its concept, whatever stands between the words."""
     words, said = (re.findall(r"[^\W_]+", comparable(text)) for text in (name, prompt))
     if any(said[i : i + len(words)] == words for i in range(len(said))):
-        raise ValueError(
-            f"recovery.paraphrase.prompts: {prompt!r} names {name}; a paraphrase does without the "
-            "name"
-        )
+        raise ValueError(f"{KEY}: {prompt!r} names {name}; a paraphrase does without the name")

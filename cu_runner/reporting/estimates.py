@@ -113,11 +113,10 @@ def recovered_counts(run: RunRecord, index: int, by_name: int) -> dict[str, int]
     if RECOVERY not in run.records[index].files:
         return {}
     run.require(index, RECOVERY)
-    rows, sequence = read_recovery(run.step_dir(index) / RECOVERY), run.config["sequence"]
-    domains = (sequence["domain"], sequence["cross_domain"])
+    rows = read_recovery(run.step_dir(index) / RECOVERY)
     counts: dict[str, int] = {}
     asked: list[int] = []
-    for probe, found in accuracy_by_dose(rows, *domains).groupby("probe", sort=False):
+    for probe, found in accuracy_by_dose(rows, run.domains).groupby("probe", sort=False):
         at = strongest(found)
         here = found[(found["variant"] == at[0]) & (found["dose"] == at[1])] if at else found[:0]
         only_retained = "erased" not in set(found["group"])

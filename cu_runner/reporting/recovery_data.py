@@ -93,9 +93,8 @@ def seen_in_images(run: RunRecord, index: int) -> dict[str, Seen]:
     rows = rows_of(run, index, RECOVERY)
     if rows is None:
         return {}
-    sequence, found = run.config["sequence"], {}
-    every = accuracy_by_dose(rows, str(sequence["domain"]), str(sequence["cross_domain"]))
-    for name, accuracy in every.groupby("probe", sort=False):
+    found = {}
+    for name, accuracy in accuracy_by_dose(rows, run.domains).groupby("probe", sort=False):
         probe = str(name)
         means = means_of(probe, image_metrics(probe, accuracy))
         found[probe] = Seen(strongest(accuracy), accuracy, means)

@@ -22,8 +22,7 @@ from cu_runner.models.architectures import ARCHITECTURES
 from cu_runner.models.checkpoint_files import HUB_ID, find_weights, locate
 from cu_runner.models.parameters import belongs
 from cu_runner.models.transformer_files import denoiser_in, locate_shared
-from cu_runner.recovery.base import Cost
-from cu_runner.recovery.battery import battery_cost
+from cu_runner.recovery.base import Cost, cost_of
 from cu_runner.runner.own_images import check_pictured, describe_folders, picture_folders
 from cu_runner.runner.probing import build_probes
 from cu_runner.runtime.devices import choose_device, device_name
@@ -203,7 +202,7 @@ def probes_left(plan: RunConfig, done: int) -> Cost:
     requests = plan.requests(sequence)
     merging = merges(plan)
     erased = [list(each.requested if merging else each.erased) for each in requests]
-    return battery_cost(build_probes(plan, sequence), erased, sequence, max(done - 1, 0))
+    return cost_of(build_probes(plan, sequence), erased, sequence, max(done - 1, 0))
 
 
 def disk_copies(plan: RunConfig, work: list[Work]) -> int:

@@ -33,13 +33,9 @@ WHEN = ("every", "controls")  # arguments that do not change what is seen of one
 def build_probes(plan: RunConfig, sequence: Sequence) -> dict[str, Probe]:
     """Build the probes of recovery. Raises ValueError for what they cannot probe."""
     probes = {name: node.build() for name, node in plan.probes.items()}
-    if probes and sequence.parts:
-        raise ConfigError(
-            f"recovery={'+'.join(probes)}: probes ask for concepts of one domain, and those of "
-            f"{sequence.name} are of {' and '.join(sequence.parts)}; use recovery=none"
-        )
     for name, probe in probes.items():
-        probe.check(sequence)
+        for facing in sequence.by_domain:
+            probe.check(facing)
         require_evaluated(name, probe, plan.spine.eval, len(plan.requests(sequence)))
     return probes
 
@@ -63,7 +59,8 @@ def check_probes(
 ) -> None:
     """Raise ValueError for what the probes cannot do with a model."""
     for probe in probes.values():
-        probe.check_model(model, sequence, settings)
+        for facing in sequence.by_domain:
+            probe.check_model(model, facing, settings)
 
 
 @dataclass(frozen=True)

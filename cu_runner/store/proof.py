@@ -69,7 +69,8 @@ def metrics_of(run: RunRecord, index: int, predictions: pd.DataFrame) -> dict[st
         parts = measured_in(sequence)
         judged = {domain for part in parts for domain in (part.domain, part.cross_domain)}
         predictions[["prompt", "seed", MEASURES, *(f"score_{each}" for each in sorted(judged))]]
-        return mixed_metrics(predictions, run.unlearned(index) if index else [], parts)
+        found = mixed_metrics(predictions, run.unlearned(index) if index else [], parts)
+        return found | recovery_of(run, index, found["UA"])
     domain, cross = str(sequence["domain"]), str(sequence["cross_domain"])
     measured = f"predicted_{cross}" in predictions
     predictions[["prompt", "seed", f"score_{domain}", *([f"score_{cross}"] * measured)]]  # KeyError
@@ -98,9 +99,7 @@ def recovery_of(run: RunRecord, index: int, ua: float | None) -> dict[str, float
         if there:
             run.require(index, name)
         tables.append(read_recovery(run.step_dir(index) / name) if there else None)
-    sequence = run.config["sequence"]
-    domains = str(sequence["domain"]), str(sequence["cross_domain"])
-    found = recovery_metrics(tables[0], tables[1], *domains, ua)
+    found = recovery_metrics(tables[0], tables[1], run.domains, ua)
     return columns_of(run.config["recovery"], found)
 
 

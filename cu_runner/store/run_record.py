@@ -202,6 +202,11 @@ class RunRecord:
         return measured_in(self.config["sequence"])
 
     @property
+    def domains(self) -> list[tuple[str, str]]:
+        """Return the domains of the targets, each with the other domain of its images."""
+        return [(part.domain, part.cross_domain) for part in self.measured]
+
+    @property
     def targets(self) -> list[str]:
         """Return the targets of the sequence, as its file lists them."""
         mixed = "domains" in self.config["sequence"]

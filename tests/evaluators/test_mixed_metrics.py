@@ -5,7 +5,7 @@ import pytest
 from conftest import read_conf
 
 from cu_runner.concepts.mixed_sequence import DomainLists, make_mixed_sequence
-from cu_runner.evaluators.evaluate import columns_of, only_own_faces
+from cu_runner.evaluators.evaluate import domain_columns, only_own_faces
 from cu_runner.evaluators.metrics import (
     MEASURES,
     forgotten_of,
@@ -152,7 +152,7 @@ def test_a_request_faces_its_own_domain_and_knows_every_target():
         assert each.evaluation_images([ball])[0].prompt == "a ball image in lava flow style"
     assert len(sequence.retained) == 16
     image = sequence.evaluation_images([ball])[0]
-    assert columns_of(sequence, image, "object") == {
+    assert domain_columns(sequence, image, "object") == {
         MEASURES: "object",
         "style": "lava flow",
         "object": "ball",

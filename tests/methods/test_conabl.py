@@ -459,7 +459,7 @@ def test_other_words_are_unlearned_as_the_name_is(make_scope, tmp_path):
 
 
 def test_other_words_that_cannot_be_read_or_are_not_as_many(make_scope, sequence, tmp_path):
-    with pytest.raises(ValueError, match=r"method\.also_called: nix is none of them"):
+    with pytest.raises(ValueError, match=r"method\.also_called: there is no list nix"):
         ConAbl(also_called="nix")
     file = tmp_path / "words.csv"
     file.write_text("concept,words\ntorch light,barred fiery\n", encoding="utf-8")

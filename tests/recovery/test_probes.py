@@ -70,7 +70,7 @@ def bench(model, evaluator, sequence, tmp_path) -> Callable[..., SimpleNamespace
             model, evaluator, sequence, [*unlearned, *sequence.retain], 2, SETTINGS
         ).predictions
         seen[1] = seen[2]
-        lab = battery._lab(2, unlearned, seen.get, untouched=False)
+        lab = battery._lab(2, unlearned, seen.get, sequence, untouched=False)
         return SimpleNamespace(battery=battery, lab=lab, seen=seen, unlearned=unlearned)
 
     return make
@@ -158,7 +158,9 @@ def test_the_first_steps_are_the_untouched_models_and_drawn_once(bench, monkeypa
     monkeypatch.setattr(
         model, "output", lambda *words, **more: runs.append(1) or output(*words, **more)
     )
-    later = made.battery._lab(3, made.unlearned, lambda step: made.seen[2], untouched=False)
+    later = made.battery._lab(
+        3, made.unlearned, lambda step: made.seen[2], made.lab.sequence, untouched=False
+    )
     later.look(wanted)
     assert len(runs) == 2  # of four steps; the first two are kept
 
@@ -389,7 +391,7 @@ def test_a_rebound_is_the_rise_since_the_lowest(bench):
         return rows
 
     seen = {0: shows(1.0), 1: shows(0.5), 2: shows(0.0), 3: shows(0.5)}
-    lab = made.battery._lab(3, made.unlearned, seen.get, untouched=False)
+    lab = made.battery._lab(3, made.unlearned, seen.get, made.lab.sequence, untouched=False)
     (found,) = Rebound().measure(lab, made.unlearned[:1])
     assert found.value == 50  # the untouched model's 100 is no rebound
     assert Rebound().on_retained(lab.sequence) == []
@@ -557,7 +559,7 @@ def test_first_steps_are_kept_by_all_that_decides_them(bench):
     (plain,) = Completion([0.5], images=1).images(made.lab, made.unlearned[:1])
     other = dataclasses.replace(plain, eta=0.5, noise_scale=1.5, scheduler="DDIMScheduler")
     alone = made.lab.look([other])[0].columns["score_style"]
-    again = made.battery._lab(2, made.unlearned, made.seen.get, untouched=False)
+    again = made.battery._lab(2, made.unlearned, made.seen.get, made.lab.sequence, untouched=False)
     made.battery.heads.clear()
     again.look([plain])
     assert again.look([other])[0].columns["score_style"] == alone
@@ -565,13 +567,13 @@ def test_first_steps_are_kept_by_all_that_decides_them(bench):
 
 def test_a_control_rests_on_seeds_and_names_of_the_other_domain(bench, sequence):
     made = bench(paraphrase=Paraphrase(LIST, images=1))
-    key = made.battery._key("paraphrase", made.unlearned[0])
+    key = made.battery._key("paraphrase", made.unlearned[0], sequence)
     for changes in ({"seeds": (5,)}, {"cross_retain": sequence.cross_retain[:1]}):
         judge = dataclasses.replace(
             made.battery.judge, sequence=dataclasses.replace(sequence, **changes)
         )
         battery = dataclasses.replace(made.battery, judge=judge)
-        assert battery._key("paraphrase", made.unlearned[0]) != key
+        assert battery._key("paraphrase", made.unlearned[0], judge.sequence) != key
 
 
 def test_nothing_is_drawn_twice(bench, monkeypatch):

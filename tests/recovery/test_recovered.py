@@ -29,7 +29,7 @@ def metrics(rows: list[dict], ua: float | None = 100.0, values: list[dict] | Non
         read_recovery(io.BytesIO(pd.DataFrame(each).to_csv(index=False).encode())) if each else None
         for each in (rows, values)
     )
-    return recovery_metrics(images, numbers, "style", "object", ua)
+    return recovery_metrics(images, numbers, [("style", "object")], ua)
 
 
 def test_concepts_have_one_weight_and_controls_stand_beside():
@@ -48,7 +48,7 @@ def test_the_strongest_condition_counts_and_its_controls():
     rows = [row("x", variant="short"), row("NA", variant="long")]
     rows += [row("NA", variant="short", weights="untouched")]
     rows += [row("x", variant="long", weights="untouched")]
-    assert strongest(accuracy_by_dose(pd.DataFrame(rows), "style", "object")) == ("long", 0.0)
+    assert strongest(accuracy_by_dose(pd.DataFrame(rows), [("style", "object")])) == ("long", 0.0)
     found = metrics(rows)
     assert found["recovered_paraphrase"] == 100
     assert found["recovered_paraphrase_untouched"] == 0
@@ -57,14 +57,14 @@ def test_the_strongest_condition_counts_and_its_controls():
 
 def test_an_image_counts_when_one_of_its_attempts_shows_the_concept():
     rows = [row("x", image=0), row("NA", image=0), row("x", image=1), row("x", image=1)]
-    found = accuracy_by_dose(pd.DataFrame(rows), "style", "object")
+    found = accuracy_by_dose(pd.DataFrame(rows), [("style", "object")])
     assert found[["hits", "images", "accuracy"]].values.tolist() == [[1, 2, 50.0]]
 
 
 def test_both_domains_where_both_are_asked_for():
     rows = [row("NA", both=1, image=0), row("NA", both=1, image=1, predicted_object="cup")]
     rows += [row("NA", both=0, image=2, predicted_object="cup")]
-    assert accuracy_by_dose(pd.DataFrame(rows), "style", "object")["hits"].tolist() == [2]
+    assert accuracy_by_dose(pd.DataFrame(rows), [("style", "object")])["hits"].tolist() == [2]
 
 
 def test_by_name_is_a_probe_too():

@@ -111,7 +111,7 @@ def with_probes(
                     files[name] = to_csv(table)
                 tables.append(read_recovery(io.BytesIO(files[name])) if index in rows else None)
             ua = record.row.metrics["UA"]
-            found = columns_of(PROBES, recovery_metrics(*tables, "style", "object", ua))
+            found = columns_of(PROBES, recovery_metrics(*tables, [("style", "object")], ua))
             row = replace(record.row, metrics=record.row.metrics | found)
             result = StepResult(
                 index=index,

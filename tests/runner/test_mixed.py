@@ -10,10 +10,11 @@ import pytest
 import torch
 from conftest import SMOKE, run_directory
 
-from cu_runner.cli import doctor, report
+from cu_runner.cli import doctor, evaluate, report
 from cu_runner.config.compose import compose
 from cu_runner.runner.rehearsal import Rehearsal
-from cu_runner.store.proof import require_true
+from cu_runner.schema.errors import StoreError
+from cu_runner.store.proof import require_metrics, require_true
 from cu_runner.store.run_record import read_run
 
 SMALL = (
@@ -71,10 +72,81 @@ def test_a_mixed_run_is_measured_and_read(in_process, call_command, tmp_path, re
     assert table["UA"].notna().all()
 
 
+PROBES = (
+    "recovery=[paraphrase,completion,residual,rebound,relearning]",
+    "recovery.paraphrase.prompts=[paraphrases_shapecanvas_styles,paraphrases_shapecanvas_objects]",
+    "recovery.paraphrase.images=1",
+    "recovery.completion.images=1",
+    "recovery.relearning.steps=[0,1]",
+    "recovery.relearning.data=[own]",
+    "recovery.relearning.examples=1",
+    "recovery.relearning.batch_size=1",
+    "recovery.relearning.images=1",
+)
+
+
+def test_each_concept_is_probed_in_its_own_domain(in_process, call_command, tmp_path):
+    status, out, err = in_process(*SMALL, *PROBES, "train.steps=1")
+    assert (status, err) == (0, "")
+    directory = run_directory(out, tmp_path)
+    first, last = (pd.read_csv(directory / f"steps/0{i}/recovery.csv") for i in (1, 3))
+    assert set(first["measures"]) == {"style"}  # no object is unlearned yet, none is a control
+    shown = {(row.group, row.measures, getattr(row, row.measures)) for row in last.itertuples()}
+    assert shown == {
+        ("erased", "style", "blaze"),
+        ("erased", "style", "glacier"),
+        ("retained", "style", "lava flow"),
+        ("erased", "object", "ball"),
+        ("retained", "object", "tree"),
+    }
+    names = {"predicted_style", "predicted_object", "score_style", "score_object"}
+    assert names <= set(last.columns)
+    assert last[[*names]].notna().all(axis=None)
+    own = last[(last["probe"] == "completion") & (last["group"] == "erased")]
+    own = own[(own["weights"] == "edited") & (own["dose"] == 10)]
+    assert set(own[own["measures"] == "object"]["prompt"]) == {"a ball image in lava flow style"}
+    values = pd.read_csv(directory / "steps/03/recovery_values.csv")
+    erased = values[(values["group"] == "erased") & (values["weights"] == "edited")]
+    by_probe = {name: set(rows["concept"]) for name, rows in erased.groupby("probe")}
+    assert by_probe["residual"] == {"blaze", "ball", "glacier"}
+    assert by_probe["rebound"] == {"blaze", "ball"}
+
+    run = read_run(directory)
+    require_true(run)
+    record = run.records[3]
+    shares: dict[float, list[bool]] = {}  # one image of each concept at each dose
+    for each in last[last["probe"] == "completion"].itertuples():
+        if (each.group, each.weights) == ("erased", "edited"):
+            right = getattr(each, each.measures) == getattr(each, f"predicted_{each.measures}")
+            shares.setdefault(each.dose, []).append(right)
+    largest = max(100 * sum(right) / 3 for right in shares.values())
+    assert record.row.metrics["recovered_completion"] == pytest.approx(largest, abs=1e-3)
+    other = {**record.row.metrics, "recovered_completion": 77.0}
+    run.records[3] = dataclasses.replace(record, row=dataclasses.replace(record.row, metrics=other))
+    with pytest.raises(StoreError, match="recovered_completion"):
+        require_metrics(run, 3)
+    assert call_command(doctor.main, "cu-doctor", directory)[0] == 0
+    assert call_command(report.main, "cu-report", directory)[0] == 0
+    status, out, err = call_command(evaluate.main, "cu-eval", directory, "recovery=completion")
+    assert (status, err) == (0, "")
+    place = tmp_path / out.splitlines()[-1].removeprefix("evaluation: ")
+    again = pd.read_csv(place / "steps/03/recovery.csv")
+    assert set(again["measures"]) == {"style", "object"}
+    assert read_run(place).records[3].row.metrics["recovered_completion"] is not None
+
+
+def test_the_paraphrases_of_both_vocabularies():
+    plan = compose(["sequence=shapecanvas_mixed", "recovery=paraphrase"])
+    lists = ["paraphrases_shapecanvas_styles", "paraphrases_shapecanvas_objects"]
+    assert plan.resolved["recovery"]["paraphrase"]["prompts"] == lists
+    plain = compose(["sequence=shapecanvas_object", "recovery=paraphrase"])
+    assert plain.resolved["recovery"]["paraphrase"]["prompts"] == lists[1]
+
+
 def test_what_a_mixed_sequence_does_not_go_with_is_one_line(in_process):
     for words, message in {
         ("setting=simultaneous",): "setting=simultaneous: trains all targets with the prompts of",
-        ("recovery=noise",): "recovery=noise: probes ask for concepts of one domain, and those of",
+        ("recovery=paraphrase",): "sequence.vocabulary: no paraphrases ship for names of your own",
     }.items():
         status, _, err = in_process(*SMALL, *words)
         assert (status, err.count("\n")) == (2, 1)
