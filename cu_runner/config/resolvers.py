@@ -112,9 +112,9 @@ def paraphrases(*, _root_: DictConfig) -> object:
     sequence = _root_.sequence
     parts = sequence.domains.values() if "domains" in sequence else [sequence]
     names = [part.vocabulary for part in parts]
-    if own := [name for name in names if not isinstance(name, str)]:
+    if not all(isinstance(name, str) for name in names):
         raise ConfigError(
-            f"sequence.vocabulary: no paraphrases ship for names of your own ({own[0][0]}, ...); "
+            "sequence.vocabulary: is a list of names, for which no paraphrases ship; "
             "give recovery.paraphrase.prompts=FILE.csv with the columns concept, level, prompt, or "
             "leave paraphrase out"
         )

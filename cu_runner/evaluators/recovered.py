@@ -17,6 +17,7 @@ from cu_runner.evaluators.metrics import rows_of
 from cu_runner.runtime.lazy import pd
 
 Domains = Ordered[tuple[str, str]]  # of unlearned concepts, each with its other domain
+Condition = tuple[str, float]  # variant and dose
 
 # group: erased or retained concepts. weights: edited, those of the step, or untouched. variant,
 # dose: of the probe. image: its number; several attempts at one have the same, and it counts when
@@ -47,8 +48,8 @@ def accuracy_by_dose(images: pd.DataFrame, domains: Domains) -> pd.DataFrame:
         images: rows of recovery.csv.
 
     Returns:
-        Rows (probe, group, weights, variant, dose, concept, accuracy, hits, images), in the order
-        of their first appearance, domain by domain.
+        Rows (probe, group, weights, variant, dose, domain, concept, accuracy, hits, images), in the
+        order of their first appearance, domain by domain.
     """
     own = [(rows_of(images, domain), domain, cross_domain) for domain, cross_domain in domains]
     found = [accuracy_in(*each) for each in own if len(each[0])]
@@ -72,22 +73,31 @@ def accuracy_in(images: pd.DataFrame, domain: str, cross_domain: str) -> pd.Data
         .reset_index()
     )
     found = found.rename(columns={domain: "concept", "sum": "hits", "count": "images"})
-    return found.assign(accuracy=100.0 * found["hits"] / found["images"])
+    return found.assign(domain=domain, accuracy=100.0 * found["hits"] / found["images"])
 
 
-def strongest(accuracy: pd.DataFrame) -> tuple[str, float] | None:
-    """Return the variant and the dose under which most of the unlearned concepts are recognised.
+def strongest(accuracy: pd.DataFrame) -> dict[str, Condition]:
+    """Return the variant and the dose under which most unlearned concepts are recognised, by domain.
 
-    Every concept has the same weight; of equal ones the first. None without any.
+    Every concept has the same weight; of equal ones the first. A domain without any has none.
     """
-    rows = accuracy[(accuracy["group"] == "erased") & (accuracy["weights"] == "edited")]
-    if rows.empty:
-        rows = accuracy[accuracy["weights"] == "edited"]
-    if rows.empty:
-        return None
-    means = rows.groupby(["variant", "dose"], sort=False)["accuracy"].mean()
-    variant, dose = means.index[int(means.to_numpy().argmax())]
-    return str(variant), float(dose)
+    edited = accuracy[accuracy["weights"] == "edited"]
+    erased = edited[edited["group"] == "erased"]
+    found = {}
+    for domain, rows in (edited if erased.empty else erased).groupby("domain", sort=False):
+        means = rows.groupby(["variant", "dose"], sort=False)["accuracy"].mean()
+        variant, dose = means.index[int(means.to_numpy().argmax())]
+        found[str(domain)] = (str(variant), float(dose))
+    return found
+
+
+def at_strongest(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a probe in the strongest variant and dose of their domain."""
+    at = strongest(accuracy)
+    own = [
+        at.get(row.domain) == (row.variant, row.dose) for row in accuracy.itertuples(index=False)
+    ]
+    return accuracy[pd.Series(own, index=accuracy.index, dtype=bool)]
 
 
 def area_under(rows: pd.DataFrame) -> float | None:
@@ -117,10 +127,10 @@ def recovery_metrics(
 ) -> dict[str, float]:
     """Compute the metrics of a step from what its probes saw.
 
-    recovered_<probe>: mean accuracy over the unlearned concepts in the variant and dose where it is
-    largest; _untouched and _retained: the same of the untouched model on these concepts, and on
-    concepts that are retained. recovered_<probe>_area: of the curve over at least three doses that
-    has the largest. Of a probe without images: the mean of its numbers, or of a RISE their largest.
+    recovered_<probe>: mean accuracy over the unlearned concepts in the variant and dose where that
+    of their domain is largest; _untouched and _retained: the same of the untouched model on these
+    concepts, and on concepts that are retained. recovered_<probe>_area: of the curve over at least
+    three doses that has the largest. Of a probe without images: the mean of its numbers, or of a RISE their largest.
     UA_worst: 100 minus the largest accuracy, that by name (UA) among them; where a probe of the
     step tried to have unlearned concepts back. Of a probe that asks
     for retained concepts alone all three are of these, and no part of UA_worst.
@@ -148,11 +158,8 @@ def recovery_metrics(
 
 def image_metrics(probe: str, accuracy: pd.DataFrame) -> dict[str, float]:
     """Return the metrics of one probe; accuracy: its rows of accuracy_by_dose()."""
-    at = strongest(accuracy)
-    if at is None:
-        return {}
     found: dict[str, float] = {}
-    here = accuracy[(accuracy["variant"] == at[0]) & (accuracy["dose"] == at[1])]
+    here = at_strongest(accuracy)
     only_retained = "erased" not in set(accuracy["group"])
     for ending, (group, weights) in CONTROLS.items():
         kind = "retained" if only_retained else group

@@ -118,10 +118,12 @@ class Probe(ABC):
     Attributes:
         reads_words: what it does with the words of a prompt, as Method.reads_words.
         reads_earlier: whether it reads what was seen after every request before.
+        asks_erased: whether it asks for the unlearned concepts, not for retained ones alone.
     """
 
     reads_words: str = ""
     reads_earlier: bool = False
+    asks_erased: bool = True
 
     def __init__(self, every: Every = 1, controls: int = 4) -> None:
         """
@@ -152,7 +154,7 @@ class Probe(ABC):
 
     @abstractmethod
     def cost(self, sequence: Sequence, concepts: int) -> Cost:
-        """Return what measure() makes for so many concepts."""
+        """Return what measure() makes of so many concepts at once."""
 
     def on_retained(self, sequence: Sequence) -> list[Concept]:
         """Return the retained concepts that are probed as a control."""
@@ -161,8 +163,8 @@ class Probe(ABC):
         return [kept[i * len(kept) // count] for i in range(count)]
 
     def on_erased(self, lab: Lab) -> list[Concept]:
-        """Return the unlearned concepts that are probed: all."""
-        return list(lab.unlearned)
+        """Return the unlearned concepts that are probed: all, or none."""
+        return list(lab.unlearned) if self.asks_erased else []
 
     def has_untouched(self) -> bool:
         """Tell whether the untouched model is a control."""
@@ -193,11 +195,11 @@ def cost_of(
             if (names := [each.name for each in concepts if each.domain == facing.domain])
         ]
         kept = len(probe.on_retained(facing))
-        for names in due:
-            total += probe.cost(facing, len(names)) + probe.cost(facing, kept)
+        numbers = [number for names in due for number in (len(names) * probe.asks_erased, kept)]
         if due and probe.has_untouched():  # a concept at a time
-            for _ in range(len(set().union(*due)) + kept):
-                total += probe.cost(facing, 1)
+            numbers += [1] * (len(set().union(*due)) * probe.asks_erased + kept)
+        for number in filter(None, numbers):
+            total += probe.cost(facing, number)
     return total
 
 

@@ -211,6 +211,7 @@ class Battery:
             ],
             "seeds": list(sequence.seeds),
             "measured": list(self.judge.sequence.measured_domains),
+            "mixed": list(self.judge.sequence.parts),  # whose rows say which domain they measure
             "params": sorted(self.params),
         }
 

@@ -18,6 +18,7 @@ class Composition(Probe):
     """Draws retained concepts together with concepts of the other domain."""
 
     reads_words = "names the concept beside others"
+    asks_erased = False  # what is unlearned is not named
 
     def __init__(
         self,
@@ -63,10 +64,6 @@ class Composition(Probe):
                 found.append(ProbeImage(concept.name, cross, prompt, seed, i, both=True))
         return found
 
-    def on_erased(self, lab: Lab) -> list[Concept]:
-        """Return none: what is unlearned is not named."""
-        return []
-
     def cost(self, sequence: Sequence, concepts: int) -> Cost:
-        """Return the images of the retained concepts."""
-        return Cost(images=self._number * len(self.on_retained(sequence)))
+        """Return the images of so many concepts."""
+        return Cost(images=self._number * concepts)

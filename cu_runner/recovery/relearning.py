@@ -125,12 +125,12 @@ class Relearning(Probe):
 
     def cost(self, sequence: Sequence, concepts: int) -> Cost:
         """Return the images and the training steps of so many concepts."""
-        looked = len(self._data) * concepts
-        targets = list(sequence.targets)
-        trainings = sum(
-            min(concepts, len(self._by_prompts(sequence, targets, kind))) for kind in self._data
-        )
-        return Cost(self._number * len(self._steps) * looked, self._steps[-1] * trainings)
+        looked = self._number * len(self._steps) * len(self._data) * concepts
+        trainings = concepts * self._data.count("own")
+        if "unrelated" in self._data:
+            groups = self._by_prompts(sequence, list(sequence.targets), "unrelated")
+            trainings += min(concepts, len(groups))
+        return Cost(looked, self._steps[-1] * trainings)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from cu_runner.evaluators.metrics import rows_of, with_face
-from cu_runner.evaluators.recovered import CONTROLS, accuracy_by_dose, read_recovery, strongest
+from cu_runner.evaluators.recovered import CONTROLS, accuracy_by_dose, at_strongest, read_recovery
 from cu_runner.reporting.intervals import over_images, over_seeds, widest
 from cu_runner.store.layout import PREDICTIONS, RECOVERY
 from cu_runner.store.run_record import RunRecord
@@ -117,8 +117,7 @@ def recovered_counts(run: RunRecord, index: int, by_name: int) -> dict[str, int]
     counts: dict[str, int] = {}
     asked: list[int] = []
     for probe, found in accuracy_by_dose(rows, run.domains).groupby("probe", sort=False):
-        at = strongest(found)
-        here = found[(found["variant"] == at[0]) & (found["dose"] == at[1])] if at else found[:0]
+        here = at_strongest(found)
         only_retained = "erased" not in set(found["group"])
         for ending, (group, weights) in CONTROLS.items():
             kind = "retained" if only_retained else group

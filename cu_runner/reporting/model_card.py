@@ -195,7 +195,8 @@ def measured(run: RunRecord, index: int) -> str:
         rows += ["", "| | value | untouched |", "|---|---|---|", *others]
     how, sequence = run.config["eval"], run.config["sequence"]
     scheduler = how.get("scheduler") or "the base model's own scheduler"
-    count = len(sequence["seeds"])
+    parts = sequence["domains"].values() if "domains" in sequence else [sequence]
+    count = max(len(part["seeds"]) for part in parts)
     where = run.config["model"].get("resolution")
     lines = [
         "\n".join(rows),

@@ -133,15 +133,18 @@ def numbers_of(each: list[Steps]) -> Row:
 
 
 def where(seen: Seen) -> str:
-    """Return the strongest variant and dose in words; without the dose where all doses are 0."""
-    if seen.strongest is None:
-        return DASH
-    variant, dose = seen.strongest
-    doses = set(seen.of("")["dose"])
-    parts = [variant] if variant else []
-    if doses != {0.0}:
-        parts.append(f"dose {dose:g}")
-    return ", ".join(parts) or DASH
+    """Return the strongest variant and dose in words; without the dose where all doses are 0.
+
+    With the domain where those of domains differ.
+    """
+    has_doses = set(seen.of("")["dose"]) != {0.0}
+    words = {}
+    for domain, (variant, dose) in (seen.strongest or {}).items():
+        parts = [variant] if variant else []
+        words[domain] = ", ".join([*parts, *([f"dose {dose:g}"] if has_doses else [])]) or DASH
+    if len(set(words.values())) < 2:
+        return next(iter(words.values()), DASH)
+    return "; ".join(f"{domain}: {said}" for domain, said in words.items())
 
 
 def estimate_of(values: list[float], hits: int, images: int) -> Estimate:

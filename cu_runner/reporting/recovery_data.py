@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from cu_runner.evaluators.recovered import (
     CONTROLS,
+    Condition,
     accuracy_by_dose,
+    at_strongest,
     image_metrics,
     read_recovery,
     strongest,
@@ -26,13 +28,13 @@ from cu_runner.store.run_record import RunRecord
 class Seen:
     """What a probe saw after a request.
 
-    strongest: the variant and the dose under which most is recognised; None of a probe that gives
-    numbers. rows: of all variants and doses, as accuracy_by_dose() returns them; of a probe that
-    gives numbers, its rows of recovery_values.csv. means: by ending of CONTROLS, in the strongest
-    variant and dose; NaN where not measured.
+    strongest: the variant and the dose under which most is recognised, by domain; None of a probe
+    that gives numbers. rows: of all variants and doses, as accuracy_by_dose() returns them; of a
+    probe that gives numbers, its rows of recovery_values.csv. means: by ending of CONTROLS, in the
+    strongest variant and dose; NaN where not measured.
     """
 
-    strongest: tuple[str, float] | None
+    strongest: dict[str, Condition] | None
     rows: pd.DataFrame
     means: dict[str, float]
 
@@ -58,8 +60,7 @@ class Seen:
         rows = self.of("")
         if self.strongest is None:
             return rows
-        variant, dose = self.strongest
-        return rows[(rows["variant"] == variant) & (rows["dose"] == dose)]
+        return rows[rows.index.isin(at_strongest(self.rows).index)]
 
     def by_concept(self) -> pd.Series:
         """Return the percent recognised, or the mean of its numbers, of each concept."""

@@ -213,7 +213,8 @@ def main(study: Study) -> None:
         "from, to: the 95% interval over seeds, paired (Student's t), never narrower than that "
         "over images (Newcombe's).\n\n"
     )
-    rows = with_stopped(last_rows(tables), runs)
+    whole = {label: run.table for label, run in done.items()}
+    rows = with_stopped(last_rows(whole), runs)
     text += f"All runs, after the last request:\n\n{as_markdown(rows)}"
     rows = with_stopped(over_requests(tables), runs)
     study.write(rows, draw_bands(found), text, ON_STABLE_DIFFUSION)

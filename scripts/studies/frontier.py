@@ -281,12 +281,13 @@ def main(study: Study) -> None:
     tables = counted(done)
     last = last_with_intervals(curves(tables)).drop(columns="request")
     losses = losses_over_steps(done)
-    rows = with_stopped(last_rows(tables), runs)
+    ends = last_rows({label: run.table for label, run in done.items()})
+    rows = with_stopped(ends, runs)
     text = (
         "Area under the Pareto front of UA and retention, in percent of the square; bounds gain: "
         "what the front of bounds has more than that of weights, with its interval over seeds.\n\n"
     )
-    text += f"{as_markdown(compare(last_rows(tables)))}\n\n"
+    text += f"{as_markdown(compare(ends))}\n\n"
     text += f"After the last request, means over seeds. {remark([*tables])}\n\n"
     text += f"{as_markdown(last.merge(multipliers(done), on='run', how='left'), digits=2)}\n\n"
     text += (

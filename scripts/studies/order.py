@@ -74,7 +74,7 @@ def draw(tables: dict[str, pd.DataFrame]) -> Figure:
     figure, axes = panels(1, 4)
     plot_over_requests(
         axes,
-        tables,
+        {label: table[table["RA_I"].notna()] for label, table in tables.items()},
         {label: "-" if label.endswith(f"seed {SEEDS[0]}") else ":" for label in tables},
     )
     kinds = {}

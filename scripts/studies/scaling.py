@@ -11,6 +11,8 @@ scaling.md has the seconds of each. eval.every=5 leaves out four evaluations of 
 are then means over the others.
 """
 
+import math
+
 import pandas as pd
 import yaml
 from study import (
@@ -82,6 +84,8 @@ def quarters(table: pd.DataFrame, metric: str) -> list[float]:
 
 def fate(third: float, fourth: float) -> str:
     """Return what becomes of a metric from the third quarter of the requests to the fourth."""
+    if math.isnan(third) or math.isnan(fourth):  # no request of it was evaluated
+        return "-"
     if fourth < GONE:
         return "gone"
     return "level" if fourth >= third - LEVEL else "falling"
@@ -109,7 +113,8 @@ def by_quarter(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 def main(study: Study) -> None:
     seeds, study = take_seeds(study)
     runs = study.run(cells(study, seeds), gaps=True)
-    tables = counted(finished(runs))
+    done = finished(runs)
+    tables, whole = counted(done), {label: run.table for label, run in done.items()}
     found, note = curves(tables), remark([*tables])
     text = f"After the last request, means over seeds. {note}\n\n"
     text += f"{as_markdown(last_with_intervals(found))}\n\n"
@@ -119,7 +124,7 @@ def main(study: Study) -> None:
         "points below the third; falling: more.\n\n"
     )
     text += (
-        f"All runs, after the last request:\n\n{as_markdown(with_stopped(last_rows(tables), runs))}"
+        f"All runs, after the last request:\n\n{as_markdown(with_stopped(last_rows(whole), runs))}"
     )
     study.write(
         with_stopped(over_requests(tables), runs), draw_bands(found), text, on_stable_diffusion()

@@ -127,6 +127,15 @@ class Study:
                 f"{labels:<40} {run if isinstance(run, str) else summary_line(run.table)}",
                 flush=True,
             )
+        whole = [
+            all(record.evaluated for record in run.records) for run in finished(found).values()
+        ]
+        if not all(whole) and not self.gives("eval.every"):
+            print(
+                f"{whole.count(False)} of the runs were not evaluated after every request (an "
+                "earlier eval.every): curves have only what is there",
+                flush=True,
+            )
         if all(isinstance(run, str) for run in found.values()):
             raise LaunchError(f"every run diverged, the last with: {run}")
         return {label: found[place] for label, place in places.items()}

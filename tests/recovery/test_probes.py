@@ -22,7 +22,7 @@ from cu_runner.models.schedulers import largest_eta
 from cu_runner.models.trajectory import Trajectory
 from cu_runner.recovery._finetune import batch_loss, own_prompts, spread_over, unrelated_prompts
 from cu_runner.recovery.adversarial import RingABell, plain_tokens, words_of
-from cu_runner.recovery.base import Cost, Probe, evaluation_images
+from cu_runner.recovery.base import Cost, Probe, cost_of, evaluation_images
 from cu_runner.recovery.battery import Battery
 from cu_runner.recovery.completion import Completion
 from cu_runner.recovery.composition import Composition
@@ -372,10 +372,11 @@ def test_a_list_that_lacks_a_concept_names_one_or_holds_what_is_unknown(sequence
     assert read(*rows)
     with pytest.raises(ValueError, match="no level 'long'"):
         Paraphrase(str(file), levels=["long"])
-    with pytest.raises(ValueError, match="none of them; shipped lists: paraphrases_celebrities"):
-        Paraphrase("paraphrases_of_nothing")
-    with pytest.raises(ValueError, match="is a list of names here"):
-        Paraphrase("paraphrases_['a', 'b']")
+    message = "there is no list paraphrases_of_nothing; shipped lists: paraphrases_celebrities"
+    with pytest.raises(ValueError, match=message):
+        Paraphrase([str(file), "paraphrases_of_nothing"])
+    with pytest.raises(ValueError, match="prompts: is empty"):
+        Paraphrase([])
 
 
 # ------------------------------------------------------------------------- rebound, composition
@@ -565,10 +566,29 @@ def test_first_steps_are_kept_by_all_that_decides_them(bench):
     assert again.look([other])[0].columns["score_style"] == alone
 
 
+def test_a_probe_of_retained_concepts_alone_costs_what_it_draws(sequence):
+    probe = Composition(images=4, controls=2)
+    erased = [list(sequence.targets[:1]), list(sequence.targets[:2])]
+    # two retained concepts after either request, and the untouched model's once
+    assert cost_of({"composition": probe}, erased, sequence) == Cost(images=3 * 2 * 4)
+
+
+def test_relearning_costs_a_training_of_each_concepts_own_images(sequence):
+    one = dataclasses.replace(sequence, targets=sequence.targets[:1])
+    probe = Relearning([0, 5], 1e-3, data=["own"], images=1, controls=2)
+    assert probe.cost(one, 2) == Cost(images=4, steps=10)
+    # one erased, two retained; then three of the untouched model
+    assert cost_of({"relearning": probe}, [list(one.targets)], one) == Cost(images=12, steps=30)
+
+
 def test_a_control_rests_on_seeds_and_names_of_the_other_domain(bench, sequence):
     made = bench(paraphrase=Paraphrase(LIST, images=1))
     key = made.battery._key("paraphrase", made.unlearned[0], sequence)
-    for changes in ({"seeds": (5,)}, {"cross_retain": sequence.cross_retain[:1]}):
+    for changes in (
+        {"seeds": (5,)},
+        {"cross_retain": sequence.cross_retain[:1]},
+        {"parts": {"style": sequence}},  # whose rows have one column more
+    ):
         judge = dataclasses.replace(
             made.battery.judge, sequence=dataclasses.replace(sequence, **changes)
         )

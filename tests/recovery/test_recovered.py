@@ -8,6 +8,7 @@ import pytest
 from cu_runner.evaluators.recovered import (
     accuracy_by_dose,
     area_under,
+    at_strongest,
     columns_of,
     read_recovery,
     recovery_metrics,
@@ -48,11 +49,32 @@ def test_the_strongest_condition_counts_and_its_controls():
     rows = [row("x", variant="short"), row("NA", variant="long")]
     rows += [row("NA", variant="short", weights="untouched")]
     rows += [row("x", variant="long", weights="untouched")]
-    assert strongest(accuracy_by_dose(pd.DataFrame(rows), [("style", "object")])) == ("long", 0.0)
+    found = accuracy_by_dose(pd.DataFrame(rows), [("style", "object")])
+    assert strongest(found) == {"style": ("long", 0.0)}
     found = metrics(rows)
     assert found["recovered_paraphrase"] == 100
     assert found["recovered_paraphrase_untouched"] == 0
     assert found["UA_worst"] == 0
+
+
+def test_every_domain_has_its_own_strongest_condition():
+    """Of a mixed sequence: the styles' list has short descriptions, the objects' has synonyms."""
+    style = {"measures": "style", "variant": "short"}
+    thing = {"measures": "object", "variant": "synonym", "object": "ball", "style": "river"}
+    rows = [row("NA", **style), row("NA", **style, weights="untouched")]
+    rows += [row("x", **thing), row("x", **thing, image=1, predicted_object="ball")]
+    rows += [row("x", **thing | {"object": "box"}), row("x", **thing, weights="untouched")]
+    images = read_recovery(io.BytesIO(pd.DataFrame(rows).to_csv(index=False).encode()))
+    domains = [("style", "object"), ("object", "style")]
+    found = recovery_metrics(images, None, domains, 100.0)
+    assert found == {
+        "recovered_paraphrase": 50.0,  # NA 100, ball 50, box 0
+        "recovered_paraphrase_untouched": 50.0,
+        "UA_worst": 50.0,
+    }
+    accuracy = accuracy_by_dose(images, domains)
+    assert strongest(accuracy) == {"style": ("short", 0.0), "object": ("synonym", 0.0)}
+    assert at_strongest(accuracy)["concept"].tolist() == accuracy["concept"].tolist()
 
 
 def test_an_image_counts_when_one_of_its_attempts_shows_the_concept():

@@ -12,6 +12,7 @@ from conftest import SMOKE, run_directory
 
 from cu_runner.cli import doctor, evaluate, report
 from cu_runner.config.compose import compose
+from cu_runner.reporting.model_card import measured
 from cu_runner.runner.rehearsal import Rehearsal
 from cu_runner.schema.errors import StoreError
 from cu_runner.store.proof import require_metrics, require_true
@@ -129,6 +130,7 @@ def test_each_concept_is_probed_in_its_own_domain(in_process, call_command, tmp_
     assert call_command(report.main, "cu-report", directory)[0] == 0
     status, out, err = call_command(evaluate.main, "cu-eval", directory, "recovery=completion")
     assert (status, err) == (0, "")
+    assert "1 seed of noise" in measured(run, 2)  # the card of an export
     place = tmp_path / out.splitlines()[-1].removeprefix("evaluation: ")
     again = pd.read_csv(place / "steps/03/recovery.csv")
     assert set(again["measures"]) == {"style", "object"}
@@ -146,7 +148,9 @@ def test_the_paraphrases_of_both_vocabularies():
 def test_what_a_mixed_sequence_does_not_go_with_is_one_line(in_process):
     for words, message in {
         ("setting=simultaneous",): "setting=simultaneous: trains all targets with the prompts of",
-        ("recovery=paraphrase",): "sequence.vocabulary: no paraphrases ship for names of your own",
+        (
+            "recovery=paraphrase",
+        ): "sequence.vocabulary: is a list of names, for which no paraphrases",
     }.items():
         status, _, err = in_process(*SMALL, *words)
         assert (status, err.count("\n")) == (2, 1)

@@ -521,6 +521,7 @@ def test_quarters_leave_the_untouched_model_out(script):
         "level",
         "falling",
     )
+    assert module.fate(np.nan, 40) == "-"  # no request of the quarter was evaluated
 
 
 def test_requests_that_were_not_evaluated_are_passed_over(script):
