@@ -93,11 +93,11 @@ def strongest(accuracy: pd.DataFrame) -> dict[str, Condition]:
 
 def at_strongest(accuracy: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of a probe in the strongest variant and dose of their domain."""
-    at = strongest(accuracy)
-    own = [
-        at.get(row.domain) == (row.variant, row.dose) for row in accuracy.itertuples(index=False)
-    ]
-    return accuracy[pd.Series(own, index=accuracy.index, dtype=bool)]
+    kept = pd.Series(False, index=accuracy.index)
+    for domain, (variant, dose) in strongest(accuracy).items():
+        here = (accuracy["variant"] == variant) & (accuracy["dose"] == dose)
+        kept |= here & (accuracy["domain"] == domain)
+    return accuracy[kept]
 
 
 def area_under(rows: pd.DataFrame) -> float | None:
@@ -130,10 +130,10 @@ def recovery_metrics(
     recovered_<probe>: mean accuracy over the unlearned concepts in the variant and dose where that
     of their domain is largest; _untouched and _retained: the same of the untouched model on these
     concepts, and on concepts that are retained. recovered_<probe>_area: of the curve over at least
-    three doses that has the largest. Of a probe without images: the mean of its numbers, or of a RISE their largest.
-    UA_worst: 100 minus the largest accuracy, that by name (UA) among them; where a probe of the
-    step tried to have unlearned concepts back. Of a probe that asks
-    for retained concepts alone all three are of these, and no part of UA_worst.
+    three doses that has the largest. Of a probe without images: the mean of its numbers, or of a
+    RISE their largest. UA_worst: 100 minus the largest accuracy, that by name (UA) among them;
+    where a probe of the step tried to have unlearned concepts back. Of a probe that asks for
+    retained concepts alone all three are of these, and no part of UA_worst.
 
     Args:
         images, values: rows of recovery.csv and recovery_values.csv; None without the file.
