@@ -77,7 +77,7 @@ def accuracy_in(images: pd.DataFrame, domain: str, cross_domain: str) -> pd.Data
 
 
 def strongest(accuracy: pd.DataFrame) -> dict[str, Condition]:
-    """Return the variant and the dose under which most unlearned concepts are recognised, by domain.
+    """Return the variant and dose under which most unlearned concepts are recognised, by domain.
 
     Every concept has the same weight; of equal ones the first. A domain without any has none.
     """
