@@ -114,7 +114,7 @@ def paraphrases(*, _root_: DictConfig) -> object:
     names = [part.vocabulary for part in parts]
     if not all(isinstance(name, str) for name in names):
         raise ConfigError(
-            "sequence.vocabulary: is a list of names, for which no paraphrases ship; "
+            "sequence: a vocabulary is a list of names, for which no paraphrases ship; "
             "give recovery.paraphrase.prompts=FILE.csv with the columns concept, level, prompt, or "
             "leave paraphrase out"
         )

@@ -204,7 +204,7 @@ def test_a_plan_says_what_the_probes_cost(in_process):
         (["recovery=completion", "recovery.completion.shares=[2]"], "shares"),
         (["recovery=completion", "recovery.completion.shares=[]"], "shares is empty"),
         (["recovery=completion", "recovery.completion.every=0"], "every"),
-        (["recovery=paraphrase"], "is a list of names, for which no paraphrases ship"),
+        (["recovery=paraphrase"], "a vocabulary is a list of names, for which no paraphrases ship"),
         (["recovery=paraphrase", "recovery.paraphrase.prompts=mine.csv"], "no such file"),
         (["+recovery.noise.images=2", "recovery=rebound"], "probe is not selected"),
         (["recovery=relearning", "recovery.relearning.steps=[1,1]"], "distinct"),

@@ -150,7 +150,7 @@ def test_what_a_mixed_sequence_does_not_go_with_is_one_line(in_process):
         ("setting=simultaneous",): "setting=simultaneous: trains all targets with the prompts of",
         (
             "recovery=paraphrase",
-        ): "sequence.vocabulary: is a list of names, for which no paraphrases",
+        ): "sequence: a vocabulary is a list of names, for which no paraphrases",
     }.items():
         status, _, err = in_process(*SMALL, *words)
         assert (status, err.count("\n")) == (2, 1)
