@@ -95,6 +95,8 @@ class Measured:
     ours: NaN where the runs do not measure the metric, None where runs are missing. half: of its
     interval over seeds. images_low, images_high: its interval over the images of all seeds. low,
     high: the wider of the two, within 0 and 100.
+    retained, untouched: what the same probe of recovery finds of retained concepts, and of the
+    unlearned ones in the untouched model; None of a metric without these.
     comparable: UA of our cell is at least 95. tuned: the settings were searched for this method
     with these regularizers. other_code: a run of ours was made by other code than the first run of
     the table, or by several. source: of the published number. runs: their directories.
@@ -110,6 +112,8 @@ class Measured:
     images_high: float | None
     low: float | None
     high: float | None
+    retained: float | None
+    untouched: float | None
     seeds: int
     comparable: bool | None
     tuned: bool
@@ -125,13 +129,16 @@ def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
     shown = [run for cell in cells if not cell.missing() for run in cell.runs]
     marks = zip(shown, made_by_other_code(shown), strict=True)
     marked = {run.directory for run, differs in marks if differs}
+    probes = [metric for metric in table.metrics if metric.startswith("recovered_")]
     rows = []
     for cell in cells:
         published = values.get(cell.method, {}).get(cell.column, {}).get(cell.row, {})
         runs = [] if cell.missing() else cell.runs
-        known = estimates_at_end(runs, ["UA", *table.metrics]) if runs else {}
+        wanted = ["UA", *table.metrics, *map(retained_of, probes), *map(untouched_of, probes)]
+        known = estimates_at_end(runs, wanted) if runs else {}
         for metric in table.metrics:
             number, found = published.get(metric), known.get(metric)
+            is_probe = found and metric in probes
             row = Measured(
                 cell.method,
                 cell.column,
@@ -143,6 +150,8 @@ def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
                 images_high=found.images[1] if found else None,
                 low=found.ends[0] if found else None,
                 high=found.ends[1] if found else None,
+                retained=known[retained_of(metric)].mean if is_probe else None,
+                untouched=known[untouched_of(metric)].mean if is_probe else None,
                 seeds=len(runs),
                 comparable=known["UA"].mean >= ENOUGH_UA if found else None,
                 tuned=cell.plans[0].tuned,
@@ -153,6 +162,16 @@ def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
             )
             rows.append(row)
     return pd.DataFrame(rows, columns=[field.name for field in fields(Measured)])
+
+
+def retained_of(metric: str) -> str:
+    """Return the column of what a probe finds of retained concepts, beside one of its own."""
+    return f"{metric}_retained"
+
+
+def untouched_of(metric: str) -> str:
+    """Return the column of what a probe finds in the untouched model."""
+    return f"{metric}_untouched"
 
 
 def estimates_at_end(runs: list[RunRecord], metrics: list[str]) -> dict[str, Estimate]:

@@ -47,7 +47,7 @@ class FilledTable:
 def ours(entry: pd.Series) -> str:
     """Return "92.7", or "92.7 (90.1 to 94.8)" of several seeds; "-" of NaN.
 
-    The marks of footnotes stand behind it.
+    The marks of footnotes stand behind it, and then both controls of a probe: "[100.0, 97.9]".
     """
     if pd.isna(entry["ours"]):
         return "-"
@@ -55,7 +55,9 @@ def ours(entry: pd.Series) -> str:
     marks = "" if entry["comparable"] else f" {DAGGER}"
     marks += "" if entry["tuned"] else f" {DOUBLE_DAGGER}"
     marks += f" {SECTION}" if entry["other_code"] else ""
-    return f"{entry['ours']:.1f}{ends}{marks}"
+    controls = [f"{entry[name]:.1f}" for name in ("retained", "untouched") if pd.notna(entry[name])]
+    beside = f" [{', '.join(controls)}]" if controls else ""
+    return f"{entry['ours']:.1f}{ends}{marks}{beside}"
 
 
 def paper(entry: pd.Series) -> str:

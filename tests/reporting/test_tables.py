@@ -338,8 +338,20 @@ def test_several_seeds_are_all_needed_for_a_cell(cu_table, own_table, run_copy):
     assert "reg=none seed=0" not in out  # it is complete
 
 
-def test_seeds_become_mean_and_interval_in_every_format(cu_table, own_table, tmp_path, monkeypatch):
-    last = [{"UA": 96.0, "RA_I": value, "RA_C": float("nan")} for value in (1.0, 2.0, 3.0)]
+@pytest.fixture
+def one_cell(monkeypatch):
+    """Returns fill(*last), which makes one cell of runs with these metrics at the end."""
+
+    def fill(*last: dict[str, float]) -> None:
+        monkeypatch.setattr(fill_table, "make_cells", lambda *_: [cell_of(last)])
+        counts = {"UA": 96, "RA_I": 96, "RA_C": 96, "recovered_noise": 4}
+        monkeypatch.setattr(tables, "image_counts", lambda *_: counts)
+
+    return fill
+
+
+def cell_of(last: Iterable[dict[str, float]]) -> tables.Cell:
+    """Return the cell of runs of seeds 0, 1, ..., each with these metrics at the end."""
     runs = [
         SimpleNamespace(
             directory=Path(str(i)),
@@ -350,11 +362,12 @@ def test_seeds_become_mean_and_interval_in_every_format(cu_table, own_table, tmp
         for i, row in enumerate(last)
     ]
     plans = [SimpleNamespace(directory=run.directory, tuned=False) for run in runs]
-    cell = tables.Cell(
-        "ConAbl", "style", "sequential", [["seed=0"], ["seed=1"], ["seed=2"]], plans, runs
-    )
-    monkeypatch.setattr(fill_table, "make_cells", lambda *_: [cell])
-    monkeypatch.setattr(tables, "image_counts", lambda *_: {"UA": 96, "RA_I": 96, "RA_C": 96})
+    commands = [[f"seed={seed}"] for seed in range(len(runs))]
+    return tables.Cell("ConAbl", "style", "sequential", commands, plans, runs)
+
+
+def test_seeds_become_mean_and_interval_in_every_format(cu_table, own_table, tmp_path, one_cell):
+    one_cell(*({"UA": 96.0, "RA_I": value, "RA_C": float("nan")} for value in (1.0, 2.0, 3.0)))
     status, out, err = cu_table(own_table(), "--seeds", "0,1,2")
     assert (status, err) == (0, "")
     marked = (
@@ -372,6 +385,24 @@ def test_seeds_become_mean_and_interval_in_every_format(cu_table, own_table, tmp
     assert (
         "{\\footnotesize 3 seeds: mean and 95\\% interval, over them (Student's t) or over" in latex
     )
+
+
+def test_a_probe_stands_beside_its_controls(cu_table, own_table, tmp_path, one_cell):
+    controls = {"recovered_noise_retained": 80.0, "recovered_noise_untouched": 100.0}
+    one_cell({"UA": 96.0, "RA_C": 97.0, "RA_C_retained": 98.0, "recovered_noise": 12.5} | controls)
+    wanted = ["UA", "RA_C", "recovered_noise"]
+    status, out, err = cu_table(own_table(metrics=wanted, targets=None))
+    assert (status, err) == (0, "")
+    mark = " \N{DOUBLE DAGGER}"
+    assert f"| sequential | 96.0{mark} | 97.0{mark} | 12.5{mark} [80.0, 100.0] |" in out
+    assert "- [retained, untouched]: what the same probe finds of retained concepts" in out
+    table = pd.read_csv(tmp_path / "outputs/tables/mine-smoke.csv").set_index("metric")
+    assert table.loc["recovered_noise", ["retained", "untouched"]].tolist() == [80.0, 100.0]
+    assert table.loc["RA_C", ["retained", "untouched"]].isna().all()
+    latex = (tmp_path / "outputs/tables/mine-smoke.tex").read_text()
+    assert "12.5$^\\ddagger$ [80.0, 100.0]" in latex
+    one_cell({"UA": 96.0, "RA_C": 97.0})  # no probe
+    assert "[retained, untouched]" not in cu_table(own_table(metrics=wanted, targets=None))[1]
 
 
 def test_other_code_is_marked_in_every_format(cu_table, own_table, run_copy, tmp_path, in_process):

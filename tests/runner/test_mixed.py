@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+import yaml
 from conftest import SMOKE, run_directory
 
-from cu_runner.cli import doctor, evaluate, report
+from cu_runner.cli import doctor, evaluate, report, table
 from cu_runner.config.compose import compose
 from cu_runner.reporting.model_card import measured
 from cu_runner.runner.rehearsal import Rehearsal
@@ -128,6 +129,16 @@ def test_each_concept_is_probed_in_its_own_domain(in_process, call_command, tmp_
         require_metrics(run, 3)
     assert call_command(doctor.main, "cu-doctor", directory)[0] == 0
     assert call_command(report.main, "cu-report", directory)[0] == 0
+    words = [*SMALL, *PROBES, "train.steps=1"]
+    experiment = {"model": "M", "methods": {"ConAbl": words}, "columns": {"mixed": []}}
+    rows = {"title": "t", "metrics": ["recovered_completion"], "rows": {"plain": []}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(rows | {"experiments": {"m": experiment}}))
+    status, out, err = call_command(table.main, "cu-table", "own.yaml")
+    assert (status, err) == (0, "")
+    metrics = record.row.metrics
+    endings = ("", "_retained", "_untouched")
+    shown = [metrics[f"recovered_completion{ending}"] for ending in endings]
+    assert re.search(r"plain \| {:.1f}.* \[{:.1f}, {:.1f}\] \|".format(*shown), out)
     status, out, err = call_command(evaluate.main, "cu-eval", directory, "recovery=completion")
     assert (status, err) == (0, "")
     assert "1 seed of noise" in measured(run, 2)  # the card of an export
