@@ -45,7 +45,12 @@ def revise(resolved: ConfigTree, overrides: list[str], tree: Path | None = None)
     filled["eval"] = filled["eval"] | {"every": 1}  # also what the run left out
     config = OmegaConf.create(filled | dict.fromkeys(CODE, False))
     OmegaConf.set_struct(config, True)
-    for override in OverridesParser.create().parse_overrides(overrides):
+    given = OverridesParser.create().parse_overrides(overrides)
+    groups = [each.key_or_group for each in given if each.key_or_group in CHOICES]
+    if twice := [group for group in groups if groups.count(group) > 1]:
+        raise ConfigError(f"{twice[0]}=...: is there twice; give it once")
+    # a file is chosen before its settings are changed, wherever it stands
+    for override in sorted(given, key=lambda each: each.key_or_group not in CHOICES):
         key = override.key_or_group
         if key == "allow_modules":
             continue

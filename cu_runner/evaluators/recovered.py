@@ -8,6 +8,7 @@ for faces: one without a face shows nobody.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Ordered
 from pathlib import Path
@@ -30,6 +31,7 @@ CONTROLS = {
     "_untouched": ("erased", "untouched"),
     "_retained": ("retained", "edited"),
 }
+RECOVERED = re.compile(r"UA_worst|recovered_\w+")  # metrics of probes
 RISE = "rise"  # variant of numbers of which the largest counts, not the mean
 
 

@@ -27,9 +27,16 @@ def anchored(sequence: Sequence, concept: Concept) -> Concept:
 
 
 def own_prompts(sequence: Sequence, concept: Concept) -> list[str]:
-    """Return training prompts that name the concept, once each."""
+    """Return training prompts that name the concept, once each. Raises ValueError without any."""
     pairs = sequence.training_prompts(anchored(sequence, concept))
-    return [named[0] for named, _ in pairs if named[0].count(concept.prompt_name) == 1]
+    found = [named[0] for named, _ in pairs if named[0].count(concept.prompt_name) == 1]
+    if not found:
+        raise ValueError(
+            f"recovery: none of the training prompts of {concept.name!r} has its name once, as "
+            f"{pairs[0][0][0]!r} shows; mend sequence.target_prompt, or leave relearning, "
+            "inversion and unlearndiffatk out"
+        )
+    return found
 
 
 def unrelated_prompts(sequence: Sequence, concept: Concept) -> list[str]:

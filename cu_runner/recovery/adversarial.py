@@ -61,6 +61,7 @@ class RingABell(Probe):
         super().__init__(every, controls)
         if population < 4:
             raise ValueError("recovery.adversarial.population: a search needs 4 prompts at least")
+        self.steps_once = generations
         self._tokens, self._coefficient = tokens, coefficient
         self._population, self._generations = population, generations
         self._crossover, self._mutation, self._number = crossover, mutation, images
@@ -122,7 +123,7 @@ class RingABell(Probe):
         return children
 
     def cost(self, sequence: Sequence, concepts: int) -> Cost:
-        """Return the images of so many concepts; the searches are cached, and not counted."""
+        """Return the images of so many concepts."""
         return Cost(images=self._number * concepts)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Ordered
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -119,11 +120,13 @@ class Probe(ABC):
         reads_words: what it does with the words of a prompt, as Method.reads_words.
         reads_earlier: whether it reads what was seen after every request before.
         asks_erased: whether it asks for the unlearned concepts, not for retained ones alone.
+        steps_once: of a search for each concept that serves every request, and is cached.
     """
 
     reads_words: str = ""
     reads_earlier: bool = False
     asks_erased: bool = True
+    steps_once: int = 0
 
     def __init__(self, every: Every = 1, controls: int = 4) -> None:
         """
@@ -154,7 +157,7 @@ class Probe(ABC):
 
     @abstractmethod
     def cost(self, sequence: Sequence, concepts: int) -> Cost:
-        """Return what measure() makes of so many concepts at once."""
+        """Return what measure() makes of so many concepts at once, without steps_once."""
 
     def on_retained(self, sequence: Sequence) -> list[Concept]:
         """Return the retained concepts that are probed as a control."""
@@ -196,11 +199,21 @@ def cost_of(
         ]
         kept = len(probe.on_retained(facing))
         numbers = [number for names in due for number in (len(names) * probe.asks_erased, kept)]
-        if due and probe.has_untouched():  # a concept at a time
-            numbers += [1] * (len(set().union(*due)) * probe.asks_erased + kept)
+        asked = (len(set().union(*due)) * probe.asks_erased + kept) if due else 0
+        if probe.has_untouched():  # a concept at a time
+            numbers += [1] * asked
         for number in filter(None, numbers):
             total += probe.cost(facing, number)
+        total += Cost(steps=probe.steps_once * asked)
     return total
+
+
+def require_distinct(key: str, entries: Ordered[object]) -> None:
+    """Raise ValueError for an empty list of a setting, and for an entry that it has twice."""
+    if not entries:
+        raise ValueError(f"{key}: is empty; give at least one entry")
+    if twice := [entry for place, entry in enumerate(entries) if entry in entries[:place]]:
+        raise ValueError(f"{key}: has {twice[0]!r} twice; give each once")
 
 
 def evaluation_images(

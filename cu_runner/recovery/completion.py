@@ -13,7 +13,14 @@ from pydantic import Field, PositiveInt
 
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.models.sampling import make_scheduler
-from cu_runner.recovery.base import Cost, Lab, Probe, ProbeImage, evaluation_images
+from cu_runner.recovery.base import (
+    Cost,
+    Lab,
+    Probe,
+    ProbeImage,
+    evaluation_images,
+    require_distinct,
+)
 from cu_runner.schema.settings import Every
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -38,8 +45,7 @@ class Completion(Probe):
             every, controls: as for Probe.
         """
         super().__init__(every, controls)
-        if not shares:
-            raise ValueError("recovery.completion.shares is empty; give at least one, as [0.1]")
+        require_distinct("recovery.completion.shares", shares)
         self._shares, self._number = shares, images
 
     def images(self, lab: Lab, concepts: list[Concept]) -> list[ProbeImage]:

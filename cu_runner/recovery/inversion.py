@@ -59,6 +59,7 @@ class Inversion(Probe):
     def check(self, sequence: Sequence) -> None:
         """Raise ValueError where prompts do not name a concept: there is no place for a token."""
         for concept in (*sequence.targets, *self.on_retained(sequence)):
+            own_prompts(sequence, concept)
             for image in evaluation_images(sequence, [concept], self._number):
                 if image.prompt.count(concept.name) != 1:
                     raise ValueError(

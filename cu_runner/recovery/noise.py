@@ -15,7 +15,14 @@ from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.process import is_flow
 from cu_runner.models.sampling import make_scheduler
 from cu_runner.models.schedulers import largest_eta
-from cu_runner.recovery.base import Cost, Lab, Probe, ProbeImage, evaluation_images
+from cu_runner.recovery.base import (
+    Cost,
+    Lab,
+    Probe,
+    ProbeImage,
+    evaluation_images,
+    require_distinct,
+)
 from cu_runner.schema.settings import EvalSettings, Every
 
 Scale = Annotated[float, Field(gt=0, le=10)]
@@ -43,8 +50,8 @@ class Noise(Probe):
             every, controls: as for Probe.
         """
         super().__init__(every, controls)
-        if not etas or not scales:
-            raise ValueError("recovery.noise: etas and scales need at least one number each")
+        require_distinct("recovery.noise.etas", etas)
+        require_distinct("recovery.noise.scales", scales)
         self._etas, self._scales, self._scheduler = etas, scales, scheduler
         self._number = images
 

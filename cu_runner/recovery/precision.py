@@ -10,7 +10,16 @@ from pydantic import PositiveInt
 
 from cu_runner.concepts.sequence import Concept, Sequence
 from cu_runner.models.quantised import is_quantised
-from cu_runner.recovery.base import Cost, Lab, Number, Probe, Seen, evaluation_images, restored
+from cu_runner.recovery.base import (
+    Cost,
+    Lab,
+    Number,
+    Probe,
+    Seen,
+    evaluation_images,
+    require_distinct,
+    restored,
+)
 from cu_runner.runtime.lazy import torch
 from cu_runner.schema.settings import Every
 
@@ -38,8 +47,7 @@ class Precision(Probe):
             every, controls: as for Probe.
         """
         super().__init__(every, controls)
-        if not kinds:
-            raise ValueError("recovery.precision.kinds is empty; give at least one, as [int8]")
+        require_distinct("recovery.precision.kinds", kinds)
         self._kinds, self._number = kinds, images
 
     def measure(self, lab: Lab, concepts: list[Concept]) -> list[Seen | Number]:

@@ -24,6 +24,7 @@ from cu_runner.recovery.base import (
     ProbeImage,
     Seen,
     evaluation_images,
+    require_distinct,
     restored,
 )
 from cu_runner.runtime import distributed
@@ -61,15 +62,19 @@ class Relearning(Probe):
             every, controls: as for Probe.
 
         Raises:
-            ValueError: no step, or one twice.
+            ValueError: no step or no data, or one twice.
         """
         super().__init__(every, controls)
-        if not steps or not data or len(set(steps)) < len(steps):
-            raise ValueError(
-                "recovery.relearning: steps and data need distinct entries, one at least"
-            )
+        require_distinct("recovery.relearning.steps", steps)
+        require_distinct("recovery.relearning.data", data)
         self._steps, self._lr, self._data = sorted(steps), lr, data
         self._batch_size, self._examples, self._number = batch_size, examples, images
+
+    def check(self, sequence: Sequence) -> None:
+        """Raise ValueError for a concept of which no training prompt has the name once."""
+        if "own" in self._data:
+            for concept in (*sequence.targets, *self.on_retained(sequence)):
+                own_prompts(sequence, concept)
 
     def measure(self, lab: Lab, concepts: list[Concept]) -> list[Seen | Number]:
         """Return what is seen after each number of steps; every training from the same weights.

@@ -3,8 +3,9 @@
 
 They minimise the diffusion loss of an image of the concept, by AdamW on their embeddings; each step
 takes the loss at the nearest tokens, and those of the lowest loss are kept. The published search
-relaxes the choice of tokens in another way; its numbers of tokens, steps, step size and decay are
-the defaults here.
+relaxes the choice of tokens in another way and draws images, timesteps and noise anew at each step;
+here all steps have the same draw, so that their losses can be compared. Its numbers of tokens,
+steps, step size and decay are the defaults here.
 
 Shapes: K tokens, V vocabulary, D width of embeddings.
 """
@@ -57,6 +58,11 @@ class UnlearnDiffAtk(Probe):
         super().__init__(every, controls)
         self._tokens, self._steps, self._lr, self._decay = tokens, steps, lr, weight_decay
         self._batch_size, self._examples, self._number = batch_size, examples, images
+
+    def check(self, sequence: Sequence) -> None:
+        """Raise ValueError for a concept of which no training prompt has the name once."""
+        for concept in (*sequence.targets, *self.on_retained(sequence)):
+            own_prompts(sequence, concept)
 
     def check_model(
         self, model: DiffusionModel, sequence: Sequence, settings: EvalSettings

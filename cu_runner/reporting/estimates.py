@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
 from cu_runner.evaluators.metrics import rows_of, with_face
@@ -14,7 +13,6 @@ from cu_runner.store.run_record import RunRecord
 
 # metrics that are shares of images, by their names in metrics.csv
 SHARES = {"UA": "UA", "RA_I": "RA-I", "RA_C": "RA-C", "RA_C_retained": "RA-C retained"}
-RECOVERED = re.compile(r"UA_worst|recovered_\w+")  # those of probes, which a run may have
 Ends = tuple[float, float]
 UNKNOWN: Ends = (math.nan, math.nan)
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from cu_runner.evaluators.recovered import RECOVERED
 from cu_runner.reporting.base_model import (
     CARD,
     base_name,
@@ -21,7 +22,7 @@ from cu_runner.reporting.base_model import (
     licence_text,
     plain,
 )
-from cu_runner.reporting.estimates import RECOVERED, image_counts, label_of, of_shares
+from cu_runner.reporting.estimates import image_counts, label_of, of_shares
 from cu_runner.runner.export import CONFIGURATIONS, Exported
 from cu_runner.runner.finished import trained_run
 from cu_runner.runtime.lazy import huggingface_hub

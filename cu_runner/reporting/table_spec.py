@@ -15,7 +15,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from cu_runner.config.permissions import refuse_permissions
-from cu_runner.reporting.estimates import RECOVERED, SHARES
+from cu_runner.evaluators.recovered import RECOVERED
+from cu_runner.reporting.estimates import SHARES
 from cu_runner.runtime.paths import shipped_dir
 from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.settings import STRICT

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cu_runner.config.run_config import RunConfig
+from cu_runner.evaluators.recovered import RECOVERED
 from cu_runner.runner.finished import refuse_other_model
 from cu_runner.runner.measure import Instruments
 from cu_runner.runner.probing import Prober, build_probes, check_probes
@@ -128,14 +129,14 @@ def seen_by_run(
 ) -> dict[int, tuple[dict[str, bytes], Metrics]]:
     """Return files and metrics of the steps, by step, where they need not be made again.
 
-    That is where probes alone are added: the run has drawn the same images, by the same code.
+    That is where probes alone are other ones: the run has drawn the same images, by the same code.
     """
     shown = ("model", "evaluator", "sequence", "eval", "retention")
     asked, made = (without_paths(each, ("eval.every",)) for each in (plan.resolved, run.config))
     same = all(asked.get(key) == made.get(key) for key in shown)
     # a file of prompts that was edited since gives the same configuration another signature
     same = same and first_name(run.directory.name).endswith(signature(run.config)[:8])
-    if not same or not plan.probes or "recovery" in run.config:
+    if not same or not plan.probes:
         return {}
     found: dict[int, tuple[dict[str, bytes], Metrics]] = {}
     for index, record in enumerate(run.records):
@@ -146,7 +147,9 @@ def seen_by_run(
             for name in (PREDICTIONS, GRID, METRICS):
                 run.require(index, name)
                 files[name] = (run.step_dir(index) / name).read_bytes()
-            found[index] = files, dict(record.row.metrics)
+            own = record.row.metrics.items()  # what the run's probes saw is theirs
+            metrics = {name: value for name, value in own if not RECOVERED.fullmatch(name)}
+            found[index] = files, metrics
     return found
 
 

@@ -351,6 +351,27 @@ def test_paraphrases_take_other_prompts_and_other_objects(bench, sequence):
     assert not any("torch light" in image.prompt for image in images)
 
 
+def test_a_paraphrase_that_says_the_same_again_takes_the_next_seed(bench, tmp_path):
+    made = bench()
+    sequence, name = made.lab.sequence, made.unlearned[0].name
+    assert (len(sequence.cross_retain), len(sequence.seeds)) == (2, 1)
+    lab = dataclasses.replace(made.lab, sequence=dataclasses.replace(sequence, seeds=(5, 7)))
+    file = tmp_path / "mine.csv"
+    names = [concept.name for concept in (*sequence.targets, *sequence.retain)]
+    rows = [f"{each},short,a {{object}} {place}" for place, each in enumerate(names)]
+    file.write_text("\n".join(["concept,level,prompt", *rows]) + "\n", encoding="utf-8")
+    images = Paraphrase(str(file), images=5).images(lab, made.unlearned[:1])
+    crosses = [concept.name for concept in sequence.cross_retain]
+    asked = [(image.concept, image.cross, image.seed, image.image) for image in images]
+    # of five two are of each of two objects, the fifth would be one of them again
+    assert asked == [
+        (name, crosses[0], 5, 0),
+        (name, crosses[0], 7, 1),
+        (name, crosses[1], 5, 2),
+        (name, crosses[1], 7, 3),
+    ]
+
+
 def test_a_list_that_lacks_a_concept_names_one_or_holds_what_is_unknown(sequence, tmp_path):
     file = tmp_path / "mine.csv"
 
@@ -372,6 +393,15 @@ def test_a_list_that_lacks_a_concept_names_one_or_holds_what_is_unknown(sequence
     assert read(*rows)
     with pytest.raises(ValueError, match="no level 'long'"):
         Paraphrase(str(file), levels=["long"])
+    with pytest.raises(ValueError, match="levels: is empty"):
+        Paraphrase(str(file), levels=[])
+    with pytest.raises(ValueError, match="levels: has 'short' twice"):
+        Paraphrase(str(file), levels=["short", "short"])
+    # a mean over those that have a level is none over what was unlearned
+    message = f"has no row of '{names[1]}' at the level 'long'"
+    with pytest.raises(ValueError, match=message):
+        read(*rows, f"{names[0]},long,a {{object}} of lines")
+    assert Paraphrase(str(file), levels=["short"]).check(sequence) is None
     message = "there is no list paraphrases_of_nothing; shipped lists: paraphrases_celebrities"
     with pytest.raises(ValueError, match=message):
         Paraphrase([str(file), "paraphrases_of_nothing"])
@@ -503,7 +533,7 @@ def test_controls_are_evenly_spread_over_the_retained(sequence):
 def test_a_model_that_forgot_nothing_recovers_what_the_untouched_one_shows(bench):
     made = bench(completion=Completion([0.5], images=4))
     files, metrics = made.battery.measure(2, 2, made.unlearned, made.seen.get, 0.0)
-    assert metrics["recovered_completion"] == metrics["recovered_completion_untouched"]
+    assert metrics["recovered_completion"] == metrics["recovered_completion_untouched"] == 100
     assert set(files) == {"recovery.csv"}
 
 
@@ -571,6 +601,24 @@ def test_a_probe_of_retained_concepts_alone_costs_what_it_draws(sequence):
     erased = [list(sequence.targets[:1]), list(sequence.targets[:2])]
     # two retained concepts after either request, and the untouched model's once
     assert cost_of({"composition": probe}, erased, sequence) == Cost(images=3 * 2 * 4)
+
+
+def test_a_search_that_is_cached_is_paid_once(sequence):
+    probe = RingABell(generations=7, images=1, controls=2)
+    erased = [list(sequence.targets[:1]), list(sequence.targets[:2])]
+    # images: 1 + 2 and 2 + 2, and of four concepts in the untouched model
+    wanted = Cost(images=11, steps=4 * 7)
+    assert cost_of({"adversarial": probe}, erased, sequence) == wanted
+
+
+def test_a_name_that_no_training_prompt_has_once_is_refused(sequence):
+    twice = dataclasses.replace(sequence, target_prompt=("{concept} {caption} of {concept}",))
+    probes = (Relearning([1], 1e-3, data=["own"]), Inversion(1e-3), UnlearnDiffAtk())
+    for probe in probes:
+        probe.check(sequence)
+        with pytest.raises(ValueError, match="none of the training prompts of 'torch light'"):
+            probe.check(twice)
+    Relearning([1], 1e-3, data=["unrelated"]).check(twice)
 
 
 def test_relearning_costs_a_training_of_each_concepts_own_images(sequence):

@@ -99,7 +99,7 @@ def test_what_probes_saw_is_checked_as_predictions_are(probed, in_process, call_
 def test_a_finished_run_is_probed_without_drawing_its_evaluation_again(
     cu_eval, run_copy, tmp_path, monkeypatch, in_process
 ):
-    monkeypatch.setattr(drawing, "evaluate", None)
+    monkeypatch.setattr("cu_runner.runner.measure.evaluate", None)
     drawn = []
     look_at = drawing.look_at
     monkeypatch.setattr(
@@ -119,6 +119,28 @@ def test_a_finished_run_is_probed_without_drawing_its_evaluation_again(
     status, out, _ = cu_eval(run_copy, *CHEAP)
     assert status == 0
     assert "recovered: paraphrase" in out
+
+
+def test_a_probed_run_is_probed_by_others_without_drawing_its_evaluation_again(
+    probed, cu_eval, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("cu_runner.runner.measure.evaluate", None)
+    words = ["recovery.completion.images=1", "recovery=completion"]  # the file comes first
+    status, out, err = cu_eval(probed, *words)
+    assert (status, err) == (0, "")
+    directory = tmp_path / out.splitlines()[-1].removeprefix("evaluation: ")
+    for index in (0, 1, 2):
+        own, other = (path / f"steps/0{index}/predictions.csv" for path in (probed, directory))
+        assert own.read_bytes() == other.read_bytes()
+    named = [name for name in read_run(directory).table if "paraphrase" in name]
+    assert named == []
+    assert read_run(directory).table["recovered_completion"].notna().sum() == 2
+    rows = pd.read_csv(directory / "steps/02/recovery.csv")
+    concepts = rows[(rows["group"] == "erased") & (rows["weights"] == "edited")]["style"]
+    assert set(concepts.value_counts()) == {2}  # one image at each of two shares
+    status, _, err = cu_eval(probed, "recovery=completion", "recovery=residual")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "recovery=...: is there twice" in err
 
 
 @pytest.mark.slow
@@ -202,13 +224,19 @@ def test_a_plan_says_what_the_probes_cost(in_process):
     [
         (["recovery=nothing"], "nothing"),
         (["recovery=completion", "recovery.completion.shares=[2]"], "shares"),
-        (["recovery=completion", "recovery.completion.shares=[]"], "shares is empty"),
+        (["recovery=completion", "recovery.completion.shares=[]"], "shares: is empty"),
         (["recovery=completion", "recovery.completion.every=0"], "every"),
         (["recovery=paraphrase"], "a vocabulary is a list of names, for which no paraphrases ship"),
         (["recovery=paraphrase", "recovery.paraphrase.prompts=mine.csv"], "no such file"),
         (["+recovery.noise.images=2", "recovery=rebound"], "probe is not selected"),
-        (["recovery=relearning", "recovery.relearning.steps=[1,1]"], "distinct"),
-        (["recovery=noise", "recovery.noise.etas=[]"], "at least one"),
+        (["recovery=relearning", "recovery.relearning.steps=[1,1]"], "steps: has 1 twice"),
+        (["recovery=relearning", "recovery.relearning.data=[own,own]"], "data: has 'own' twice"),
+        (["recovery=noise", "recovery.noise.etas=[]"], "etas: is empty"),
+        (["recovery=precision", "recovery.precision.kinds=[int8,int8]"], "'int8' twice"),
+        (
+            ["recovery=inversion", 'sequence.target_prompt="{concept} {caption} of {concept}"'],
+            "none of the training prompts of",
+        ),
         (["recovery=adversarial", "recovery.adversarial.population=2"], "4 prompts"),
         (["recovery=noise", "recovery.noise.etas=[1.85]"], "at most"),
         (["recovery=noise", "recovery.noise.scheduler=Foo"], "recovery.noise.scheduler=Foo"),
