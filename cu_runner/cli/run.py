@@ -259,11 +259,19 @@ def print_table(path: Path) -> None:
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     names = [str(name) for name in table]
     shown = names[names.index("UA") : names.index("drift_l2") + 1]
-    # controls stand in the lines of the requests, and in metrics.csv
-    shown = [name for name in shown if not re.fullmatch(r"recovered_.*_(untouched|retained)", name)]
-    cells = table[["request", "concept", *shown]].copy()
+    controls = [name for name in shown if re.fullmatch(r"recovered_.*_(untouched|retained)", name)]
+    columns: dict[str, list[str]] = {}
     for name in shown:
         percent = name.startswith(("UA", "RA", "recovered"))
         form = ".3f" if name == "drift_l2" else ".1f" if percent else ".5g"
-        cells[name] = [format(float(value), form) if value else "-" for value in table[name]]
+        columns[name] = [format(float(value), form) if value else "-" for value in table[name]]
+    for name in dict.fromkeys(control.rpartition("_")[0] for control in controls):
+        beside = (columns.pop(f"{name}_{kind}") for kind in ("retained", "untouched"))
+        columns[name] = [
+            own if set(both) == {"-"} else f"{own} [{', '.join(both)}]"
+            for own, *both in zip(columns[name], *beside, strict=True)
+        ]
+    cells = table[["request", "concept"]].assign(**columns)
     say("\n" + cells.to_string(index=False) + "\n")
+    if controls:
+        say("[retained, untouched]: the same of retained concepts, and of the untouched model\n")

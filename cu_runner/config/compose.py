@@ -17,6 +17,7 @@ from hydra.version import VersionBase, setbase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cu_runner.config.check_values import MISSING
 from cu_runner.config.permissions import (
     allowed_modules,
     check_command,
@@ -33,7 +34,7 @@ from cu_runner.config.resolvers import (
     tuned_cell,
     tuned_elsewhere,
 )
-from cu_runner.config.run_config import MISSING, RunConfig, check_run
+from cu_runner.config.run_config import RunConfig, check_run
 from cu_runner.schema.errors import ConfigError, first_line
 from cu_runner.schema.values import ConfigTree
 
@@ -146,7 +147,7 @@ def parse(config: DictConfig) -> RunConfig:
     refuse_unasked_pickles(resolved, overrides)
     tuned = not config.reg or "tuned" not in config or is_known(config)
     plan = check_run(resolved, choice("method"), tuned, allowed)
-    return dataclasses.replace(plan, notes=tuple(notes_on(config)))
+    return dataclasses.replace(plan, notes=(*plan.notes, *notes_on(config)))
 
 
 def notes_on(config: DictConfig) -> Iterator[str]:

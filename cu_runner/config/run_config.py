@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from unicodedata import normalize
 
 from cu_runner.concepts.requests import Request, plan_requests
 from cu_runner.concepts.sequence import Concept, Sequence
+from cu_runner.config.check_values import check_values, with_composed
 from cu_runner.config.plan_setting import check_setting
-from cu_runner.config.targets import (
-    COMBINED,
-    Node,
-    check_file_name,
-    check_keys,
-    make_entry,
-    make_node,
-)
+from cu_runner.config.targets import Node, make_entry, make_node
 from cu_runner.evaluators.base import Evaluator
 from cu_runner.methods.base import Method
 from cu_runner.models.diffusion import DiffusionModel
 from cu_runner.models.unlearned import hash_checkpoint
+from cu_runner.recovery.affordable import QUARTER, affordable
 from cu_runner.recovery.base import Probe
 from cu_runner.regularizers.base import Regularizer
 from cu_runner.retention.base import Retention
 from cu_runner.runtime.code_identity import CodeIdentity, identify
 from cu_runner.schema.errors import ConfigError
-from cu_runner.schema.secrets import refuse_secrets
 from cu_runner.schema.settings import PlanSettings, Spine
 from cu_runner.schema.validate import validate
 from cu_runner.schema.values import ConfigTree, numbers_by_value, walk_leaves, without_paths
@@ -46,7 +40,6 @@ from cu_runner.store.signature import (
 )
 from cu_runner.trackers.base import Tracker
 
-MISSING = "???"
 GROUPS = (
     "model",
     "evaluator",
@@ -63,7 +56,6 @@ PLACES = ("model.path", "model.revision", "model.config", "model.shared")
 # Characters of a run directory's name, which is also the id of its W&B run (128 at most); a number
 # may follow.
 LONGEST = 124
-LARGEST_NUMBER = 10**18  # no setting and no seed is beyond it
 
 
 @dataclass(frozen=True)
@@ -134,13 +126,19 @@ class RunConfig:
                 "setting=sequential or independent"
             )
         planned = plan_requests(sequence, self.setting.plan, self.setting.last_only)
-        if any(node.made.independent_starts for node in self.regularizers.values()):
-            measured = {each.label: each.requested for each in planned}  # merged: all so far
-        else:
-            measured = {each.label: each.erased for each in planned}
-        for label, concepts in {"no request": sequence.targets, **measured}.items():
-            self.require_shown(sequence, label, concepts)
+        self.require_shown(sequence, "no request", sequence.targets)
+        for request, concepts in zip(planned, self.unlearned(planned), strict=True):
+            self.require_shown(sequence, request.label, concepts)
         return planned
+
+    @property
+    def merges(self) -> bool:
+        """Tell whether a regularizer merges: two files of weights per request then."""
+        return any(node.made.independent_starts for node in self.regularizers.values())
+
+    def unlearned(self, requests: list[Request]) -> list[list[Concept]]:
+        """Return what each request's measured weights have unlearned; merged: all so far."""
+        return [list(each.requested if self.merges else each.erased) for each in requests]
 
     def require_shown(self, sequence: Sequence, label: str, concepts: Iterable[Concept]) -> None:
         """Raise ConfigError unless the images that measure these concepts are enough for RA-C."""
@@ -241,6 +239,9 @@ def check_run(
         for name in resolved["reg"]
     }
     chosen = resolved.get("recovery", {})
+    thinned = [name for name, entry in chosen.items() if asks_for_quarter(entry)]
+    for name in thinned:
+        chosen[name]["every"] = 1  # until the requests are known
     probes = {
         name: make_entry("recovery", name, chosen, Probe, allowed)  # type: ignore[type-abstract]
         for name in chosen
@@ -273,6 +274,8 @@ def check_run(
         allowed=allowed,
         trackers=trackers,
     )
+    if thinned:
+        plan = thin_out(plan, thinned)
     if len(plan.name) > LONGEST:
         raise ConfigError(
             f"reg: the run's directory would have a name of {len(plan.name)} characters; "
@@ -281,37 +284,24 @@ def check_run(
     return plan
 
 
-def with_composed(value: object) -> object:
-    """Return lists and mappings of names with every accent composed, as the Sequence has them.
-
-    So they are in config.yaml and the signature too. What may be a path stays as it is: a text
-    alone, or one with a slash or .txt at its end.
-    """
-    if isinstance(value, list):
-        return [compose_name(entry) for entry in value]
-    if isinstance(value, dict):
-        return {normalize("NFC", key): compose_name(entry) for key, entry in value.items()}
-    return value
+def asks_for_quarter(entry: object) -> bool:
+    """Tell whether a probe shall measure as often as is affordable."""
+    return isinstance(entry, dict) and entry.get("every") == QUARTER
 
 
-def compose_name(entry: object) -> object:
-    """Return a name with every accent composed; a path, a list or a number as it is."""
-    if not isinstance(entry, str) or "/" in entry or entry.endswith(".txt"):
-        return with_composed(entry) if isinstance(entry, list | dict) else entry
-    return normalize("NFC", entry)
-
-
-def check_values(resolved: ConfigTree, method_name: str) -> None:
-    """Refuse with ConfigError names, keys and values that no run can have, whatever its parts."""
-    entries = [(group, name) for group in COMBINED for name in resolved.get(group) or {}]
-    for group, name in [("method", method_name), *entries]:
-        check_file_name(group, str(name))
-    check_keys(resolved)
-    leaves = list(walk_leaves(resolved))
-    refuse_secrets(leaves)
-    if missing := [path for path, value in leaves if value == MISSING]:
-        asked = " ".join(f"{key}=..." for key in missing)
-        raise ConfigError(f"not set, and without a default: {', '.join(missing)}; add {asked}")
-    for path, value in leaves:
-        if isinstance(value, int) and abs(value) >= LARGEST_NUMBER:
-            raise ConfigError(f"{path}: a whole number of {len(str(value))} digits; at most 18")
+def thin_out(plan: RunConfig, names: list[str]) -> RunConfig:
+    """Return a plan in which these probes of recovery measure as often as is affordable."""
+    sequence = plan.sequence.build()
+    made = {name: plan.probes[name].build() for name in names}
+    for probe, facing in itertools.product(made.values(), sequence.by_domain):
+        probe.check(facing)
+    every = affordable(made, plan.unlearned(plan.requests(sequence)), sequence)
+    probes = dict(plan.probes)
+    for name in names:
+        plan.resolved["recovery"][name]["every"] = every
+        probes[name] = make_entry("recovery", name, plan.resolved["recovery"], Probe, plan.allowed)
+    said = (
+        f"recovery: {' and '.join(names)}: every {every} requests, so as to draw a quarter of the "
+        "evaluation's images at most; recovery.<probe>.every=1 measures after each"
+    )
+    return dataclasses.replace(plan, probes=probes, notes=(said,) if every > 1 else ())

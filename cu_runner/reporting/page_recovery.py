@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from cu_runner.reporting.estimates import UNKNOWN, Estimate, of_hits
-from cu_runner.reporting.intervals import over_seeds
+from cu_runner.reporting.intervals import over_images, over_seeds
 from cu_runner.reporting.page_curves import Curve, curve_of, stem
 from cu_runner.reporting.page_groups import Group
 from cu_runner.reporting.page_plots import draw_heat_map
 from cu_runner.reporting.page_tables import (
     DASH,
     MOST_COLUMNS,
+    Cell,
     Part,
     Row,
     Table,
@@ -36,13 +38,15 @@ class HeatMap:
     """What a probe saw of every concept after each request; the last rows are its controls.
 
     numbers: the mean over the seeds, in parts side by side. seeds: the same of single ones, with
-    the seed. first: name of the first control's row; "" without controls.
+    the seed. first: name of the first control's row; "" without controls. intervals: images of the
+    concepts, of all seeds together, in tables side by side; none of a probe that gives numbers.
     """
 
     caption: str
     numbers: list[Part]
     seeds: list[tuple[int, list[Part]]]
     first: str
+    intervals: list[Table]
 
 
 @dataclass(frozen=True)
@@ -181,8 +185,10 @@ def heat_map_of(
     draw_heat_map(f"{group.title}: {what}", whole, unlearned, stem(group, plots, "recovered", name))
     words = f"Recognised under {name} after each request, %"
     words = words if has_images else f"Numbers of {name} after each request"
+    caption = f"{words}: {group.label}"
+    names = [str(concept) for concept in concepts[0].index]
     return HeatMap(
-        caption=f"{words}: {group.label}",
+        caption=caption,
         numbers=[part_of(whole, unlearned, rows, part) for part in across],
         seeds=[
             (run.seed, [part_of(table, unlearned, rows, part) for part in across])
@@ -190,7 +196,40 @@ def heat_map_of(
             if len(runs) > 1
         ],
         first=str(controls[0].index[0]) if len(controls[0]) else "",
+        intervals=[
+            intervals_of(f"{caption}, intervals", each, names, [requests[place] for place in part])
+            for part in across
+            if has_images
+        ],
     )
+
+
+def intervals_of(
+    caption: str, each: list[Steps], concepts: list[str], requests: list[int]
+) -> Table:
+    """Return how many images show each concept after each request, and the interval of that share.
+
+    Args:
+        each: what the probe saw, of every seed.
+    """
+    rows: list[Row] = []
+    for concept in concepts:
+        cells: Row = [concept]
+        for request in requests:
+            seen = [steps[request].at_strongest() for steps in each if request in steps]
+            own = [found[found["concept"] == concept] for found in seen]
+            cells.append(share_of(*counts(own)) if own else "")
+        rows.append(cells)
+    return Table(caption, ["request", *map(str, requests)], rows)
+
+
+@cache  # few counts, many cells
+def share_of(hits: int, images: int) -> str | Cell:
+    """Return "3 of 4" with its interval below it; "" where no image was made."""
+    if not images:
+        return ""
+    low, high = over_images(100 * hits / images, images)
+    return Cell(f"{hits} of {images}", below=f"({number(low)} to {number(high)})")
 
 
 def concepts_of(run: RunRecord, steps: Steps, requests: list[int]) -> pd.DataFrame:

@@ -138,18 +138,13 @@ def work_lines(work: list[Work], done: int) -> list[str]:
     return lines
 
 
-def merges(plan: RunConfig) -> bool:
-    """Return whether a regularizer merges: two files of weights per request then."""
-    return any(node.made.independent_starts for node in plan.regularizers.values())
-
-
 def work_of(plan: RunConfig) -> list[Work]:
     """Return what every step of a run is."""
     sequence = plan.sequence.build()
     requests = plan.requests(sequence)
     steps = 0 if plan.method.build().closed_form else plan.spine.train.steps
     gated = any(node.made.has_weights for node in plan.regularizers.values())
-    return plan_work(sequence, requests, steps, merges(plan), gated, plan.spine.eval)
+    return plan_work(sequence, requests, steps, plan.merges, gated, plan.spine.eval)
 
 
 def plan_work(
@@ -200,8 +195,7 @@ def probes_left(plan: RunConfig, done: int) -> Cost:
     """Return what the probes of recovery make in the steps after the first `done` ones."""
     sequence = plan.sequence.build()
     requests = plan.requests(sequence)
-    merging = merges(plan)
-    erased = [list(each.requested if merging else each.erased) for each in requests]
+    erased = plan.unlearned(requests)
     return cost_of(build_probes(plan, sequence), erased, sequence, max(done - 1, 0))
 
 
@@ -213,7 +207,7 @@ def disk_copies(plan: RunConfig, work: list[Work]) -> int:
     moments as well, and is written beside the one that it replaces.
     """
     requests = [entry for entry in work if entry.request]
-    kept = sum(1 + merges(plan) + (entry.start == "base") for entry in requests)
+    kept = sum(1 + plan.merges + (entry.start == "base") for entry in requests)
     if not requests or plan.spine.train.save_every is None:
         return kept
     moments = 0 if plan.spine.train.optimizer == "sgd" else 2

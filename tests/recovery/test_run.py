@@ -40,7 +40,13 @@ def probed(in_process, tmp_path):
     status, out, err = in_process(*SMOKE, *CHEAP)
     assert (status, err) == (0, "")
     assert "recovered: paraphrase" in out
-    return run_directory(out, tmp_path)
+    directory = run_directory(out, tmp_path)
+    last = pd.read_csv(directory / "metrics.csv").iloc[-1]
+    names = ("", "_retained", "_untouched")
+    cells = (last[f"recovered_completion{name}"] for name in names)
+    assert "{:.1f} [{:.1f}, {:.1f}] ".format(*cells) in out.splitlines()[-5]
+    assert "[-" not in out  # a rebound has no controls
+    return directory
 
 
 @pytest.fixture

@@ -222,6 +222,21 @@ def test_heat_maps_have_concepts_in_order_and_blank_cells(page):
     assert not [name for name in page.tables if "noise" in name]
 
 
+def test_every_share_of_a_heat_map_has_its_interval(page):
+    def share(hits: int) -> str:
+        found = binomtest(hits, 4).proportion_ci(0.95, method="wilson")
+        return f"{hits} of 4 ({100 * found.low:.1f} to {100 * found.high:.1f})"
+
+    heat = "Recognised under paraphrase after each request, %: conabl"
+    assert page.tables[f"{heat}, intervals"] == [
+        ["request", "1", "2", "3"],
+        ["old", share(1), share(2), share(1)],
+        ["new", "", share(1), share(3)],
+        ["last", "", "", share(4)],
+    ]
+    assert not [name for name in page.tables if "residual" in name and "intervals" in name]
+
+
 def test_cells_of_unlearned_concepts_have_their_colour(page, tmp_path):
     html = (tmp_path / "here/index.html").read_text()
     start = html.index("<caption>Numbers of residual after each request")
