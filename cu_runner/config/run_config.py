@@ -296,10 +296,10 @@ def thin_out(plan: RunConfig, names: list[str]) -> RunConfig:
     for probe, facing in itertools.product(made.values(), sequence.by_domain):
         probe.check(facing)
     every = affordable(made, plan.unlearned(plan.requests(sequence)), sequence)
-    probes = dict(plan.probes)
+    probes, chosen = dict(plan.probes), plan.resolved["recovery"]
     for name in names:
-        plan.resolved["recovery"][name]["every"] = every
-        probes[name] = make_entry("recovery", name, plan.resolved["recovery"], Probe, plan.allowed)
+        chosen[name]["every"] = every
+        probes[name] = make_entry("recovery", name, chosen, Probe, plan.allowed)  # type: ignore[type-abstract]
     said = (
         f"recovery: {' and '.join(names)}: every {every} requests, so as to draw a quarter of the "
         "evaluation's images at most; recovery.<probe>.every=1 measures after each"

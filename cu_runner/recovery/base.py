@@ -131,7 +131,7 @@ class Probe(ABC):
     def __init__(self, every: Every = 1, controls: int = 4) -> None:
         """
         Args:
-            every: after every so many requests, or after the last one.
+            every: after every so many requests and the last one, or after the last one alone.
             controls: so many of the retained concepts, evenly spread, are probed too.
         """
         self.every, self.controls = every, controls
@@ -174,10 +174,8 @@ class Probe(ABC):
         return True
 
     def is_due(self, step: int, last: int) -> bool:
-        """Tell whether it measures after a request."""
-        if self.every == "last":
-            return step == last
-        return step > 0 and step % self.every == 0
+        """Tell whether it measures after a request; after the last it always does."""
+        return step == last or (self.every != "last" and step > 0 and step % self.every == 0)
 
 
 def cost_of(
