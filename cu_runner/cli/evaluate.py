@@ -96,6 +96,8 @@ def main() -> None:
         revised = revise(run.config, arguments.overrides, arguments.config_dir)
         refuse_unasked_pickles(revised, arguments.overrides)
         plan = check_run(revised, run.method, allowed=allowed)
+        for note in plan.notes:
+            say(f"note: {note}")
         named = f"{first_name(run.directory.name)[:-8]}{plan.signature[:8]}"
         directory = choose_directory(
             run.directory / EVALUATIONS / named, plan.code, plan.spine.fresh

@@ -112,10 +112,10 @@ def footnotes(table: Table, measured: pd.DataFrame, seeds: list[int]) -> list[st
         what = "Made by other code than the first run of this table, or by several"
         remedy = "fresh=true makes such a run anew"
         notes.append(f"{SECTION} {what} (code in step.json): {remedy}.")
-    if measured["retained"].notna().any():
+    if measured[["untouched", "retained"]].notna().any(axis=None):
         notes.append(
-            "[retained, untouched]: what the same probe finds of retained concepts, and of the "
-            "unlearned ones in the untouched model; a recovered accuracy says nothing without both."
+            "[untouched, retained]: what the same probe finds of the unlearned concepts in the "
+            "untouched model, and of retained ones; a recovered accuracy says nothing without both."
         )
     if table.targets:
         notes += [

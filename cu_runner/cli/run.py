@@ -266,12 +266,12 @@ def print_table(path: Path) -> None:
         form = ".3f" if name == "drift_l2" else ".1f" if percent else ".5g"
         columns[name] = [format(float(value), form) if value else "-" for value in table[name]]
     for name in dict.fromkeys(control.rpartition("_")[0] for control in controls):
-        beside = (columns.pop(f"{name}_{kind}") for kind in ("retained", "untouched"))
+        beside = (columns.pop(f"{name}_{kind}") for kind in ("untouched", "retained"))
         columns[name] = [
             own if set(both) == {"-"} else f"{own} [{', '.join(both)}]"
             for own, *both in zip(columns[name], *beside, strict=True)
         ]
     cells = table[["request", "concept"]].assign(**columns)
     say("\n" + cells.to_string(index=False) + "\n")
-    if controls:
-        say("[retained, untouched]: the same of retained concepts, and of the untouched model\n")
+    if any("[" in cell for column in columns.values() for cell in column):
+        say("[untouched, retained]: the same of the untouched model, and of retained concepts\n")

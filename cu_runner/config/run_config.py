@@ -295,13 +295,9 @@ def thin_out(plan: RunConfig, names: list[str]) -> RunConfig:
     made = {name: plan.probes[name].build() for name in names}
     for probe, facing in itertools.product(made.values(), sequence.by_domain):
         probe.check(facing)
-    every = affordable(made, plan.unlearned(plan.requests(sequence)), sequence)
+    every, said = affordable(made, plan.unlearned(plan.requests(sequence)), sequence)
     probes, chosen = dict(plan.probes), plan.resolved["recovery"]
     for name in names:
         chosen[name]["every"] = every
         probes[name] = make_entry("recovery", name, chosen, Probe, plan.allowed)  # type: ignore[type-abstract]
-    said = (
-        f"recovery: {' and '.join(names)}: every {every} requests, so as to draw a quarter of the "
-        "evaluation's images at most; recovery.<probe>.every=1 measures after each"
-    )
-    return dataclasses.replace(plan, probes=probes, notes=(said,) if every > 1 else ())
+    return dataclasses.replace(plan, probes=probes, notes=(said,) if said else ())

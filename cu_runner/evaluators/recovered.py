@@ -31,7 +31,7 @@ CONTROLS = {
     "_untouched": ("erased", "untouched"),
     "_retained": ("retained", "edited"),
 }
-RECOVERED = re.compile(r"UA_worst|recovered_\w+")  # metrics of probes
+RECOVERED = re.compile(r"UA_worst|recovered_.+")  # metrics of probes
 RISE = "rise"  # variant of numbers of which the largest counts, not the mean
 
 

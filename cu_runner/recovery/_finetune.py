@@ -33,8 +33,8 @@ def own_prompts(sequence: Sequence, concept: Concept) -> list[str]:
     if not found:
         raise ValueError(
             f"recovery: none of the training prompts of {concept.name!r} has its name once, as "
-            f"{pairs[0][0][0]!r} shows; mend sequence.target_prompt, or leave relearning, "
-            "inversion and unlearndiffatk out"
+            f"{pairs[0][0][0]!r} shows; mend sequence.target_prompt or the captions, or leave "
+            "relearning, inversion and unlearndiffatk out"
         )
     return found
 

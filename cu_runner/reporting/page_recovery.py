@@ -212,22 +212,21 @@ def intervals_of(
     Args:
         each: what the probe saw, of every seed.
     """
-    rows: list[Row] = []
-    for concept in concepts:
-        cells: Row = [concept]
-        for request in requests:
-            seen = [steps[request].at_strongest() for steps in each if request in steps]
-            own = [found[found["concept"] == concept] for found in seen]
-            cells.append(share_of(*counts(own)) if own else "")
-        rows.append(cells)
+    cells: dict[int, dict[str, Cell]] = {}
+    for request in requests:
+        if seen := [steps[request].at_strongest() for steps in each if request in steps]:
+            found = pd.concat(seen).groupby("concept")[["hits", "images"]].sum().itertuples()
+            cells[request] = {str(name): share_of(int(own), int(of)) for name, own, of in found}
+    rows: list[Row] = [
+        [concept, *(cells.get(request, {}).get(concept, "") for request in requests)]
+        for concept in concepts
+    ]
     return Table(caption, ["request", *map(str, requests)], rows)
 
 
 @cache  # few counts, many cells
-def share_of(hits: int, images: int) -> str | Cell:
-    """Return "3 of 4" with its interval below it; "" where no image was made."""
-    if not images:
-        return ""
+def share_of(hits: int, images: int) -> Cell:
+    """Return "3 of 4" with its interval below it."""
     low, high = over_images(100 * hits / images, images)
     return Cell(f"{hits} of {images}", below=f"({number(low)} to {number(high)})")
 

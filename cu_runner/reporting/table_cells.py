@@ -95,8 +95,8 @@ class Measured:
     ours: NaN where the runs do not measure the metric, None where runs are missing. half: of its
     interval over seeds. images_low, images_high: its interval over the images of all seeds. low,
     high: the wider of the two, within 0 and 100.
-    retained, untouched: what the same probe of recovery finds of retained concepts, and of the
-    unlearned ones in the untouched model; None of a metric without these.
+    untouched, retained: what the same probe of recovery finds of the unlearned concepts in the
+    untouched model, and of retained ones; None of a metric without these.
     comparable: UA of our cell is at least 95. tuned: the settings were searched for this method
     with these regularizers. other_code: a run of ours was made by other code than the first run of
     the table, or by several. source: of the published number. runs: their directories.
@@ -112,8 +112,8 @@ class Measured:
     images_high: float | None
     low: float | None
     high: float | None
-    retained: float | None
     untouched: float | None
+    retained: float | None
     seeds: int
     comparable: bool | None
     tuned: bool
@@ -134,7 +134,7 @@ def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
     for cell in cells:
         published = values.get(cell.method, {}).get(cell.column, {}).get(cell.row, {})
         runs = [] if cell.missing() else cell.runs
-        wanted = ["UA", *table.metrics, *map(retained_of, probes), *map(untouched_of, probes)]
+        wanted = ["UA", *table.metrics, *map(untouched_of, probes), *map(retained_of, probes)]
         known = estimates_at_end(runs, wanted) if runs else {}
         for metric in table.metrics:
             number, found = published.get(metric), known.get(metric)
@@ -150,8 +150,8 @@ def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
                 images_high=found.images[1] if found else None,
                 low=found.ends[0] if found else None,
                 high=found.ends[1] if found else None,
-                retained=known[retained_of(metric)].mean if is_probe else None,
                 untouched=known[untouched_of(metric)].mean if is_probe else None,
+                retained=known[retained_of(metric)].mean if is_probe else None,
                 seeds=len(runs),
                 comparable=known["UA"].mean >= ENOUGH_UA if found else None,
                 tuned=cell.plans[0].tuned,
@@ -164,14 +164,14 @@ def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[field.name for field in fields(Measured)])
 
 
-def retained_of(metric: str) -> str:
-    """Return the column of what a probe finds of retained concepts, beside one of its own."""
-    return f"{metric}_retained"
-
-
 def untouched_of(metric: str) -> str:
-    """Return the column of what a probe finds in the untouched model."""
+    """Return the column of what a probe finds in the untouched model, beside one of its own."""
     return f"{metric}_untouched"
+
+
+def retained_of(metric: str) -> str:
+    """Return the column of what a probe finds of retained concepts."""
+    return f"{metric}_retained"
 
 
 def estimates_at_end(runs: list[RunRecord], metrics: list[str]) -> dict[str, Estimate]:

@@ -47,7 +47,7 @@ class FilledTable:
 def ours(entry: pd.Series) -> str:
     """Return "92.7", or "92.7 (90.1 to 94.8)" of several seeds; "-" of NaN.
 
-    The marks of footnotes stand behind it, and then both controls of a probe: "[100.0, 97.9]".
+    The marks of footnotes stand behind it, and then both controls of a probe: "[97.9, 100.0]".
     """
     if pd.isna(entry["ours"]):
         return "-"
@@ -55,8 +55,9 @@ def ours(entry: pd.Series) -> str:
     marks = "" if entry["comparable"] else f" {DAGGER}"
     marks += "" if entry["tuned"] else f" {DOUBLE_DAGGER}"
     marks += f" {SECTION}" if entry["other_code"] else ""
-    controls = [f"{entry[name]:.1f}" for name in ("retained", "untouched") if pd.notna(entry[name])]
-    beside = f" [{', '.join(controls)}]" if controls else ""
+    controls = entry[["untouched", "retained"]]
+    shown = ("-" if pd.isna(control) else f"{control:.1f}" for control in controls)
+    beside = f" [{', '.join(shown)}]" if controls.notna().any() else ""
     return f"{entry['ours']:.1f}{ends}{marks}{beside}"
 
 

@@ -43,7 +43,7 @@ def build_probes(plan: RunConfig, sequence: Sequence) -> dict[str, Probe]:
 def require_evaluated(name: str, probe: Probe, evaluated: EvalSettings, last: int) -> None:
     """Refuse with ConfigError a probe that is due after a request that is not evaluated."""
     due = [request for request in range(1, last + 1) if probe.is_due(request, last)]
-    needed = range(1, last + 1) if probe.reads_earlier and due else due
+    needed = range(1, last + 1) if probe.reads_earlier else due
     if lacking := [request for request in needed if not evaluated.is_due(request, last)]:
         what, other = "is due after it", f"recovery.{name}.every=last"
         if probe.reads_earlier:

@@ -34,7 +34,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 SAVED = "a number of steps, minutes as 10min, or null for never"
 PLAIN = "letters, digits and . , : @ + - _"
 # Steps, or minutes as "10min".
-Every = PositiveInt | Literal["last"]  # so many requests, or after the last one
+Every = PositiveInt | Literal["last"]  # so many requests and the last, or the last alone
 SaveEvery = PositiveInt | Annotated[str, Matches(r"\d+(\.\d+)?min", SAVED)] | None
 # Both stand in the scripts of jobs, which a line break would cut.
 ClusterName = Annotated[str, Matches(r"[\w.,:@+-]+", PLAIN)]

@@ -29,7 +29,9 @@ def test_a_quarter_of_the_evaluation_at_most(sequence, every):
     probes = plan.resolved["recovery"]
     found = {name: probes[name]["every"] for name in ("paraphrase", "completion", "residual")}
     assert found == {"paraphrase": every, "completion": every, "residual": 1}
-    assert any("so as to draw a quarter" in note for note in plan.notes) == (every > 1)
+    said = [note for note in plan.notes if note.startswith("recovery")]
+    assert all(f"after every {every} requests" in note for note in said)
+    assert len(said) == (every > 1)
 
 
 def test_what_is_given_is_kept():
@@ -47,12 +49,18 @@ def test_every_so_many_requests_by_hand(sequence):
     # evaluated: 8 images of 2 + 2, 1 + 2 and 2 + 2 concepts, 88; a quarter is 22
     cheap = {"completion": Completion([0.5], images=2, controls=1)}
     # 2 images of 1 + 1 and 2 + 1 concepts, and of 2 + 1 in the untouched model: 16
-    assert affordable(cheap, [one, two], small) == 1
+    assert affordable(cheap, [one, two], small) == (1, "")
     more = {"completion": Completion([0.5], images=3, controls=1)}  # 24; after the last alone 18
-    assert affordable(more, [one, two], small) == 2
+    every, said = affordable(more, [one, two], small)
+    assert every == 2
+    assert "after the last alone, 18 images at most beside 88 of the evaluation" in said
+    assert "over a quarter" not in said
     costly = Completion([0.5], images=8, controls=2)  # 64 after the last alone
-    assert affordable({"completion": costly}, [one, two], small) == 2
-    assert costly.every == 2
+    every, said = affordable({"completion": costly}, [one, two], small)
+    assert (every, costly.every) == (2, 2)
+    assert "64 images at most beside 88 of the evaluation: over a quarter" in said
+    every, said = affordable({"completion": costly}, [two], small)  # one request
+    assert (every, "over a quarter" in said) == (1, True)
 
 
 def test_levels_are_counted_in_their_own_domain():

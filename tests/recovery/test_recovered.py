@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from cu_runner.evaluators.recovered import (
+    RECOVERED,
     accuracy_by_dose,
     area_under,
     at_strongest,
@@ -31,6 +32,12 @@ def metrics(rows: list[dict], ua: float | None = 100.0, values: list[dict] | Non
         for each in (rows, values)
     )
     return recovery_metrics(images, numbers, [("style", "object")], ua)
+
+
+def test_a_metric_of_a_probe_is_known_by_its_name():
+    names = ("UA_worst", "recovered_noise", "recovered_half-way_untouched", "recovered_a.b_area")
+    assert all(map(RECOVERED.fullmatch, names))
+    assert not any(map(RECOVERED.fullmatch, ("UA", "UA_previous", "RA_C_retained", "drift_l2")))
 
 
 def test_concepts_have_one_weight_and_controls_stand_beside():

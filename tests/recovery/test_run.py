@@ -42,7 +42,7 @@ def probed(in_process, tmp_path):
     assert "recovered: paraphrase" in out
     directory = run_directory(out, tmp_path)
     last = pd.read_csv(directory / "metrics.csv").iloc[-1]
-    names = ("", "_retained", "_untouched")
+    names = ("", "_untouched", "_retained")
     cells = (last[f"recovered_completion{name}"] for name in names)
     assert "{:.1f} [{:.1f}, {:.1f}] ".format(*cells) in out.splitlines()[-5]
     assert "[-" not in out  # a rebound has no controls

@@ -394,15 +394,20 @@ def test_a_probe_stands_beside_its_controls(cu_table, own_table, tmp_path, one_c
     status, out, err = cu_table(own_table(metrics=wanted, targets=None))
     assert (status, err) == (0, "")
     mark = " \N{DOUBLE DAGGER}"
-    assert f"| sequential | 96.0{mark} | 97.0{mark} | 12.5{mark} [80.0, 100.0] |" in out
-    assert "- [retained, untouched]: what the same probe finds of retained concepts" in out
+    assert f"| sequential | 96.0{mark} | 97.0{mark} | 12.5{mark} [100.0, 80.0] |" in out
+    assert "- [untouched, retained]: what the same probe finds of the unlearned concepts" in out
     table = pd.read_csv(tmp_path / "outputs/tables/mine-smoke.csv").set_index("metric")
     assert table.loc["recovered_noise", ["retained", "untouched"]].tolist() == [80.0, 100.0]
     assert table.loc["RA_C", ["retained", "untouched"]].isna().all()
     latex = (tmp_path / "outputs/tables/mine-smoke.tex").read_text()
-    assert "12.5$^\\ddagger$ [80.0, 100.0]" in latex
+    assert "12.5$^\\ddagger$ [100.0, 80.0]" in latex
+    # of retained concepts alone there is one control
+    one_cell({"UA": 96.0, "RA_C": 97.0, "recovered_noise": 50.0, "recovered_noise_untouched": 60.0})
+    out = cu_table(own_table(metrics=wanted, targets=None))[1]
+    assert f"| 50.0{mark} [60.0, -] |" in out
+    assert "- [untouched, retained]" in out
     one_cell({"UA": 96.0, "RA_C": 97.0})  # no probe
-    assert "[retained, untouched]" not in cu_table(own_table(metrics=wanted, targets=None))[1]
+    assert "[untouched, retained]" not in cu_table(own_table(metrics=wanted, targets=None))[1]
 
 
 def test_other_code_is_marked_in_every_format(cu_table, own_table, run_copy, tmp_path, in_process):

@@ -136,7 +136,7 @@ def test_each_concept_is_probed_in_its_own_domain(in_process, call_command, tmp_
     status, out, err = call_command(table.main, "cu-table", "own.yaml")
     assert (status, err) == (0, "")
     metrics = record.row.metrics
-    endings = ("", "_retained", "_untouched")
+    endings = ("", "_untouched", "_retained")
     shown = [metrics[f"recovered_completion{ending}"] for ending in endings]
     assert re.search(r"plain \| {:.1f}.* \[{:.1f}, {:.1f}\] \|".format(*shown), out)
     status, out, err = call_command(evaluate.main, "cu-eval", directory, "recovery=completion")
