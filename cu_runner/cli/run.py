@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import platform
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -259,18 +258,19 @@ def print_table(path: Path) -> None:
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     names = [str(name) for name in table]
     shown = names[names.index("UA") : names.index("drift_l2") + 1]
-    controls = [name for name in shown if re.fullmatch(r"recovered_.*_(untouched|retained)", name)]
     columns: dict[str, list[str]] = {}
     for name in shown:
         percent = name.startswith(("UA", "RA", "recovered"))
         form = ".3f" if name == "drift_l2" else ".1f" if percent else ".5g"
         columns[name] = [format(float(value), form) if value else "-" for value in table[name]]
-    for name in dict.fromkeys(control.rpartition("_")[0] for control in controls):
-        beside = (columns.pop(f"{name}_{kind}") for kind in ("untouched", "retained"))
-        columns[name] = [
-            own if set(both) == {"-"} else f"{own} [{', '.join(both)}]"
-            for own, *both in zip(columns[name], *beside, strict=True)
-        ]
+    for name in shown:
+        controls = [f"{name}_untouched", f"{name}_retained"]
+        if set(controls) <= set(columns):
+            beside = map(columns.pop, controls)
+            columns[name] = [
+                own if set(both) == {"-"} else f"{own} [{', '.join(both)}]"
+                for own, *both in zip(columns[name], *beside, strict=True)
+            ]
     cells = table[["request", "concept"]].assign(**columns)
     say("\n" + cells.to_string(index=False) + "\n")
     if any("[" in cell for column in columns.values() for cell in column):
