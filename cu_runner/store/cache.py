@@ -23,7 +23,7 @@ from cu_runner.store.records import TrainingRecord
 logger = logging.getLogger(__name__)
 
 ARRAYS, RECORD = "arrays.safetensors", "record.json"
-ROWS, PROMPT = "rows.json", "prompt.txt"
+ROWS, PROMPT, CURVATURE = "rows.json", "prompt.txt", "curvature.json"
 # Kinds that hold images of the untouched model, or what was seen in them.
 IMAGES = ("anchors", "base_eval", "retention", "recovery", "prompts")
 # Files of an entry, by its kind.
@@ -35,6 +35,7 @@ FILES = {
     "retention": (ARRAYS,),
     "recovery": (ROWS,),
     "prompts": (PROMPT,),
+    "curvature": (CURVATURE,),  # scripts/studies/taylor.py
 }
 
 SAY_AFTER, GIVE_UP_AFTER = 5.0, 60.0  # seconds of waiting for another process that writes an entry

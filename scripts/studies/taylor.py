@@ -13,6 +13,7 @@ by half of its path, and each is measured as the run was: UA, RA-I, RA-C. Three 
 sequence, those of diagnostic.py, and the seconds that taylor.md names.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -47,13 +48,18 @@ from cu_runner.request.anchors import AnchorImages
 from cu_runner.runner.remeasure import Loaded, load, measure_change
 from cu_runner.runtime.lazy import F, nn, torch
 from cu_runner.runtime.seeding import RandomSource
-from cu_runner.store.cache import Cache
+from cu_runner.schema.json_files import parse_json
+from cu_runner.store.cache import CURVATURE, Cache
+from cu_runner.store.files import sha256_of, to_json
 from cu_runner.store.run_record import RunRecord
 
 SEEDS = (0, 1, 2)
 IMAGES = 96  # of the retention loss, each with one timestep and one noise
 SCALES = (0.75, 0.5, 0.25)
 TOLERANCE = 0.01  # relative, of the largest eigenvalue
+LANCZOS = (
+    10  # vectors; the eigenvalue stands far off the others, and more of them cost more products
+)
 METRICS = ("UA", "RA_I", "RA_C")
 Delta = dict[str, Tensor]  # theta - theta_base by parameter
 
@@ -77,6 +83,7 @@ class RetentionLoss:
     timesteps: Tensor  # [R]
     text: Text  # of R prompts
     batch_size: int  # rows that go through the UNet together
+    rows_sha256: str  # of the rows, their prompts and the untouched model
 
     def _batches(self) -> Iterator[Tensor]:
         """Yield the losses of the rows of one batch after another, with gradient."""
@@ -120,8 +127,27 @@ class RetentionLoss:
             weight.requires_grad_(False)
         return total
 
-    def curvature(self) -> float:
-        """Return the eigenvalue of H that is largest in absolute value, with its sign."""
+    def curvature(self, cache: Cache) -> float:
+        """Return the eigenvalue of H that is largest in absolute value, with its sign.
+
+        It takes minutes, so that one that was found before comes from the cache.
+        """
+        own = flat(list(self.params.values())).cpu().numpy()
+        key = {
+            "rows": self.rows_sha256,
+            "weights": hashlib.sha256(own.tobytes()).hexdigest(),
+            "script": sha256_of(Path(__file__)),
+            "device": self.noisy.device.type,
+            "torch": torch.__version__,
+        }
+        if files := cache.fetch("curvature", key):
+            return float(parse_json(files[CURVATURE].decode())["curvature"])
+        found = self._largest_eigenvalue()
+        cache.put("curvature", key, {CURVATURE: to_json({"curvature": found})})
+        return found
+
+    def _largest_eigenvalue(self) -> float:
+        """Return it by Lanczos's iteration."""
         weights = list(self.params.values())
         device, number = weights[0].device, sum(weight.numel() for weight in weights)
 
@@ -132,7 +158,13 @@ class RetentionLoss:
         start = np.random.default_rng(0).standard_normal(number).astype(np.float32)
         hessian = LinearOperator((number, number), matvec=times, dtype=np.float32)
         largest = eigsh(
-            hessian, k=1, which="LM", v0=start, tol=TOLERANCE, return_eigenvectors=False
+            hessian,
+            k=1,
+            which="LM",
+            v0=start,
+            tol=TOLERANCE,
+            ncv=min(LANCZOS, number),
+            return_eigenvectors=False,
         )
         return float(largest[0])
 
@@ -168,14 +200,19 @@ def retention_loss(plan: RunConfig, loaded: Loaded) -> RetentionLoss:
     places = torch.linspace(0, model.num_train_timesteps - 1, len(prompts)).long()
     timesteps = places[torch.randperm(len(prompts), generator=generator)].to(model.device)
     noise = torch.randn(clean.shape, generator=generator).to(model.device)
+    noisy = model.add_noise(clean, noise, timesteps)
+    rows = hashlib.sha256(repr([instruments.model_sha256, prompts]).encode())
+    for part in (noisy, noise, timesteps):
+        rows.update(part.cpu().numpy().tobytes())
     return RetentionLoss(
         model=model,
         params=weights.params,
-        noisy=model.add_noise(clean, noise, timesteps),
+        noisy=noisy,
         noise=noise,
         timesteps=timesteps,
         text=model.encode_prompts(prompts),
         batch_size=spine.train.batch_size,
+        rows_sha256=rows.hexdigest(),
     )
 
 
@@ -189,9 +226,9 @@ class Point:
     curvature: float
 
     @staticmethod
-    def of(loss: RetentionLoss) -> "Point":
+    def of(loss: RetentionLoss, cache: Cache) -> "Point":
         """Take them of the weights as they are."""
-        return Point(loss.values(), loss.gradient(), loss.curvature())
+        return Point(loss.values(), loss.gradient(), loss.curvature(cache))
 
 
 def expansion(point: Point, step: Tensor, hessian_step: Tensor) -> dict[str, float]:
@@ -229,10 +266,11 @@ def along_the_path(loss: RetentionLoss, run: RunRecord, loaded: Loaded) -> pd.Da
     Columns: those of expansion() and measured(), L before it, and what RA-I and RA-C lost, in
     points.
     """
-    weights, rows = loaded[1], []
+    _, weights, cache = loaded
+    rows: list[dict[str, object]] = []
     deltas = [torch.zeros_like(loss.gradient())]
     weights.set()
-    base = here = Point.of(loss)
+    base = here = Point.of(loss, cache)
     for index in range(1, len(run.records)):
         delta = weights.read(run.weights(index))
         deltas.append(flat([delta[name] for name in loss.params]))
@@ -251,7 +289,7 @@ def along_the_path(loss: RetentionLoss, run: RunRecord, loaded: Loaded) -> pd.Da
             lost = run.table[["RA_I", "RA_C"]].iloc[first] - run.table[["RA_I", "RA_C"]].iloc[index]
             rows.append(row | {"RA_I lost": lost["RA_I"], "RA_C lost": lost["RA_C"]})
         if not last:
-            here = Point(losses, loss.gradient(), loss.curvature())
+            here = Point(losses, loss.gradient(), loss.curvature(cache))
     return pd.DataFrame(rows)
 
 

@@ -18,6 +18,7 @@ from test_studies import call, script  # noqa: F401, fixtures
 from torch import nn
 
 from cu_runner.regularizers.selft import SelFT
+from cu_runner.store.cache import MemoryCache
 from cu_runner.store.run_record import read_run
 
 
@@ -66,6 +67,7 @@ def scale_loss(power: int, weights: list[float], noise: list[list[float]]) -> ta
         timesteps=torch.zeros(number),
         text=torch.zeros(number),
         batch_size=1,
+        rows_sha256=f"{power} {noise}",
     )
 
 
@@ -78,8 +80,23 @@ def test_gradient_hessian_and_its_largest_eigenvalue_by_hand():
     assert loss.hessian_times(torch.tensor([1.0, 2.0, 3.0])).tolist() == pytest.approx(
         [-4, 22 / 3, -1]
     )
-    assert loss.curvature() == pytest.approx(-4, abs=0.04)  # and not 11 / 3
+    assert loss.curvature(MemoryCache()) == pytest.approx(-4, abs=0.04)  # and not 11 / 3
     assert not loss.params["w"].requires_grad
+
+
+def test_a_curvature_that_was_found_is_not_looked_for_again(monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        taylor.RetentionLoss,
+        "_largest_eigenvalue",
+        lambda self: found.append(self.params["w"].tolist()) or float(len(found)),
+    )
+    cache, one = MemoryCache(), scale_loss(2, [1.0, 2.0], [[0.0, 0.0]])
+    assert [one.curvature(cache), one.curvature(cache)] == [1.0, 1.0]
+    # other weights, and other rows
+    assert scale_loss(2, [1.0, 3.0], [[0.0, 0.0]]).curvature(cache) == 2.0
+    assert scale_loss(2, [1.0, 2.0], [[0.0, 1.0]]).curvature(cache) == 3.0
+    assert one.curvature(cache) == 1.0
 
 
 def test_expansion_by_hand():
@@ -134,7 +151,7 @@ def run_of(*changes: list[float]) -> SimpleNamespace:
 def test_the_expansion_is_exact_where_the_loss_is_quadratic():
     loss = scale_loss(1, [1.0, 2.0, 0.0], [[0.0, 1.0, 2.0], [1.0, 1.0, 0.0]])
     run = run_of([0.5, -1.0, 0.0], [1.0, 1.0, -2.0])
-    path = taylor.along_the_path(loss, run, (None, Weights(loss.params)))
+    path = taylor.along_the_path(loss, run, (None, Weights(loss.params), MemoryCache()))
     assert path[["change", "request"]].to_numpy().tolist() == [
         ["the request", 1],
         ["the whole path", 1],
@@ -155,7 +172,9 @@ def test_the_expansion_is_exact_where_the_loss_is_quadratic():
 def test_curvature_is_that_at_the_start_of_a_change():
     loss = scale_loss(2, [1.0, 1.0, 1.0], [[0.0, 0.0, 0.0]])
     path = taylor.along_the_path(
-        loss, run_of([1.0, 0.0, 0.0], [3.0, 0.0, 0.0]), (None, Weights(loss.params))
+        loss,
+        run_of([1.0, 0.0, 0.0], [3.0, 0.0, 0.0]),
+        (None, Weights(loss.params), MemoryCache()),
     )
     # L = sum w^4 / 3: g = 4 w^3 / 3, H = 4 w^2; d = 1 and 1 from w = 1, 2 from 2, 3 from 1
     assert path["first"].tolist() == pytest.approx([4 / 3, 4 / 3, 64 / 3, 4])
@@ -231,7 +250,7 @@ def test_interventions_of_seeds_by_hand():
 def test_taylor_from_end_to_end(call, run_copy, tmp_path, jobs_in_forks, monkeypatch):  # noqa: F811
     monkeypatch.setattr(taylor, "SEEDS", (0,))
     monkeypatch.setattr(taylor, "IMAGES", 4)
-    monkeypatch.setattr(taylor.RetentionLoss, "curvature", lambda self: -2.0)  # of 20 products
+    monkeypatch.setattr(taylor.RetentionLoss, "_largest_eigenvalue", lambda self: -2.0)
     monkeypatch.setattr(taylor, "SCALES", (0.5,))
     status, _, err = call("taylor", *SMOKE, "--output", "found")
     assert (status, err) == (0, "")
