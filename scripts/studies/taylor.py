@@ -1,7 +1,7 @@
 """How much of the loss of retention does the size of the change explain, and does a smaller or a
 random change cost less? (Lee et al. 2026, arXiv 2511.07970, Sec. 4)
 
-    python scripts/studies/taylor.py [OVERRIDE ...] [--output DIR]
+    python scripts/studies/taylor.py [seed=0,1,2] [OVERRIDE ...] [--output DIR]
 
 Along the path theta_base .. theta_N of plain sequential unlearning: the retention loss L, the
 diffusion loss of images that the untouched model makes of the retained concepts' prompts; its
@@ -9,8 +9,9 @@ gradient g and the largest eigenvalue ||H|| of its Hessian in absolute value (La
 Hessian-vector products); the change of L at a request beside g d + d H d / 2 and beside the bound
 |dL| <= ||g|| ||d|| + ||H|| ||d||^2 / 2 (L expanded to second order at the start of d). Then the
 whole change is scaled down, replaced by a random one of the same norm in every tensor, and undone
-by half of its path, and each is measured as the run was: UA, RA-I, RA-C. Three seeds: 3 runs of the
-sequence, those of diagnostic.py, and the seconds that taylor.md names.
+by half of its path, and each is measured as the run was: UA, RA-I, RA-C. Three runs of the
+sequence, those of diagnostic.py, and the seconds that taylor.md names. With eval.every=last the
+study itself measures the requests before the last.
 """
 
 import hashlib
@@ -33,6 +34,7 @@ from study import (
     panels,
     with_stopped,
 )
+from study_seeds import take_seeds
 from study_statistics import pearson
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -53,7 +55,6 @@ from cu_runner.store.cache import CURVATURE, Cache
 from cu_runner.store.files import sha256_of, to_json
 from cu_runner.store.run_record import RunRecord
 
-SEEDS = (0, 1, 2)
 IMAGES = 96  # of the retention loss, each with one timestep and one noise
 SCALES = (0.75, 0.5, 0.25)
 TOLERANCE = 0.01  # relative, of the largest eigenvalue
@@ -64,8 +65,8 @@ METRICS = ("UA", "RA_I", "RA_C")
 Delta = dict[str, Tensor]  # theta - theta_base by parameter
 
 
-def cells() -> dict[str, list[str]]:
-    return {f"seed {seed}": ["reg=none", f"seed={seed}"] for seed in SEEDS}
+def cells(seeds: list[int]) -> dict[str, list[str]]:
+    return {f"seed {seed}": ["reg=none", f"seed={seed}"] for seed in seeds}
 
 
 # ------------------------------------------------------------ the loss and its derivatives
@@ -269,6 +270,7 @@ def along_the_path(loss: RetentionLoss, run: RunRecord, loaded: Loaded) -> pd.Da
     _, weights, cache = loaded
     rows: list[dict[str, object]] = []
     deltas = [torch.zeros_like(loss.gradient())]
+    kept = [run.table[["RA_I", "RA_C"]].iloc[0]]
     weights.set()
     base = here = Point.of(loss, cache)
     for index in range(1, len(run.records)):
@@ -280,17 +282,29 @@ def along_the_path(loss: RetentionLoss, run: RunRecord, loaded: Loaded) -> pd.Da
             weights.set(unflat(deltas[first], loss.params))
             products[name] = loss.hessian_times(deltas[-1] - deltas[first])
         weights.set(delta)
+        kept.append(retention(run, index, delta, loaded, cache))
         last = index == len(run.records) - 1
         losses = loss.values()
         for name, (start, first) in starts.items():
             row = {"change": name, "request": index, "concept": run.table["concept"][index]}
             row |= {"L before": start.losses.mean().item(), **measured(start.losses, losses)}
             row |= expansion(start, deltas[-1] - deltas[first], products[name])
-            lost = run.table[["RA_I", "RA_C"]].iloc[first] - run.table[["RA_I", "RA_C"]].iloc[index]
+            lost = kept[first] - kept[index]
             rows.append(row | {"RA_I lost": lost["RA_I"], "RA_C lost": lost["RA_C"]})
         if not last:
             here = Point(losses, loss.gradient(), loss.curvature(cache))
     return pd.DataFrame(rows)
+
+
+def retention(
+    run: RunRecord, index: int, delta: Delta, loaded: Loaded, cache: Cache
+) -> "pd.Series[float]":
+    """Return RA_I and RA_C after a request, measured here where the run did not (eval.every)."""
+    found = run.table[["RA_I", "RA_C"]].iloc[index]
+    if not found.isna().all():
+        return found
+    metrics = measure_change(run, index, delta, loaded, cache)
+    return pd.Series({name: metrics[name] for name in found.index}, dtype=float)
 
 
 def unflat(vector: Tensor, params: dict[str, nn.Parameter]) -> Delta:
@@ -450,8 +464,9 @@ def draw(path: pd.DataFrame, changes: pd.DataFrame) -> Figure:
 
 
 def main(study: Study) -> None:
-    given = cells()
-    runs = study.run(given)
+    seeds, study = take_seeds(study)
+    given = cells(seeds)
+    runs = study.run(given, gaps=True)
     paths, changes, seconds = [], [], 0.0
     for label, run in finished(runs).items():
         started = time.monotonic()

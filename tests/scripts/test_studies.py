@@ -60,6 +60,8 @@ def cells_of(module: ModuleType, study, tmp_path: Path) -> dict[str, list[str]]:
         return module.cells(study, sequence, list(sequence.vocabulary))
     if module.__name__ == "scaling":
         return module.cells(study, [0, 1])
+    if module.__name__ == "taylor":
+        return module.cells([0, 1])
     if module.__name__ == "frontier":
         (tmp_path / "prompts.txt").write_text("a tree image in {concept} style\n")
         return module.cells(study, [0, 1], tmp_path / "prompts.txt")

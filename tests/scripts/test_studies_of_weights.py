@@ -182,6 +182,22 @@ def test_curvature_is_that_at_the_start_of_a_change():
     assert path["curvature"].tolist() == pytest.approx([4, 4, 16, 4], rel=0.01)
 
 
+def test_a_request_that_was_not_evaluated_is_measured_by_the_study(monkeypatch):
+    loss, asked = scale_loss(2, [1.0, 1.0, 1.0], [[0.0, 0.0, 0.0]]), []
+    run = run_of([1.0, 0.0, 0.0], [3.0, 0.0, 0.0])
+    run.table.loc[1, ["RA_I", "RA_C"]] = math.nan
+
+    def measure(run, index, change, loaded, cache):
+        asked.append((index, change["w"].tolist()))
+        return {"UA": 100.0, "RA_I": 80.0, "RA_C": 60.0}
+
+    monkeypatch.setattr(taylor, "measure_change", measure)
+    path = taylor.along_the_path(loss, run, (None, Weights(loss.params), MemoryCache()))
+    assert asked == [(1, [1.0, 0.0, 0.0])]
+    assert path["RA_I lost"].tolist() == [10, 10, 40, 50]
+    assert path["RA_C lost"].tolist() == [20, 20, -15, 5]
+
+
 def test_what_the_expansion_explains_by_hand():
     path = pd.DataFrame(
         {
@@ -248,11 +264,10 @@ def test_interventions_of_seeds_by_hand():
 
 @pytest.mark.slow
 def test_taylor_from_end_to_end(call, run_copy, tmp_path, jobs_in_forks, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(taylor, "SEEDS", (0,))
     monkeypatch.setattr(taylor, "IMAGES", 4)
     monkeypatch.setattr(taylor.RetentionLoss, "_largest_eigenvalue", lambda self: -2.0)
     monkeypatch.setattr(taylor, "SCALES", (0.5,))
-    status, _, err = call("taylor", *SMOKE, "--output", "found")
+    status, _, err = call("taylor", "seed=0", *SMOKE, "--output", "found")
     assert (status, err) == (0, "")
     table = pd.read_csv(tmp_path / "found/taylor.csv")
     path, changes = (table[table["part"] == part] for part in ("path", "interventions"))
