@@ -4,10 +4,11 @@ whether they name the retained ones?
     python scripts/studies/auxiliary.py [OVERRIDE ...] [--output DIR]
 
 One setting at a time is changed from those of conf/tuned: the number of names (the nearest to the
-target), their source (random ones from a file, a list of painting styles, a list of objects),
-whether retained names may be among them, and the threshold of duplicates. That is read with the
-names' own tokens only; where conf/tuned takes others, its runs have the settings OWN_OF. 10
-runs of the sequence; auxiliary.md has the seconds of each. The last request is needed alone:
+target), their source (random ones from a file, and, where the text encoder knows their words, a
+list of painting styles and a list of objects), whether retained names may be among them, and the
+threshold of duplicates. That is read with the names' own tokens only; where conf/tuned takes
+others, its runs have further settings, which auxiliary.md names. One seed; 8 runs of the sequence,
+10 on Stable Diffusion; auxiliary.md has the seconds of each. The last request is needed alone:
 eval.every=last.
 """
 
@@ -24,23 +25,39 @@ from cu_runner.store.run_record import RunRecord
 NUMBERS = (10, 50)
 RANDOM = 25  # names in the file
 THRESHOLDS = (0.3, 0.7, 0.95)
+# of the embedded model no two names have a cosine of own tokens beyond 0.56
+THRESHOLDS_OF_EMBEDDED = (0.3, 0.4, 0.95)
 LISTS = ("painting_styles", "common_objects")
-# The published subspace of names: one column per name; on the embedded model with a step size at
-# which the collapse is not that of the step, elsewhere with names in place of captions.
+# The published subspace of names: one column per name.
 OWN = [
     "reg.gradproj.tokens=own",
     "reg.gradproj.energy=1.0",
     "reg.gradproj.contexts=['{concept}']",
 ]
-OWN_OF = {
-    "own": [],
-    "all": [*OWN, "train.lr=3e-4"],
-    "last": [*OWN, "reg.gradproj.auxiliary.name=auxiliary_styles"],
-}
+
+
+def own_tokens(study: Study) -> list[str]:
+    """Return what the runs that read names by their own tokens change beside the threshold.
+
+    With the tuned projection of all tokens a larger step size goes; theirs is that of plain
+    unlearning.
+    """
+    tokens = study.plan(["reg=gradproj"]).resolved["reg"]["gradproj"]["tokens"]
+    if tokens == "own":
+        return []
+    if tokens == "last":  # names in place of captions
+        return [*OWN, "reg.gradproj.auxiliary.name=auxiliary_styles"]
+    plain = study.plan(["reg=none"]).spine.train
+    return [*OWN, f"train.lr={plain.lr}", f"train.steps={plain.steps}"]
+
+
+def is_embedded(study: Study) -> bool:
+    """Whether the words of the sequence are those of an embedded model, which knows few others."""
+    return str(study.plan([]).resolved["sequence"]["vocabulary"]).startswith("shapecanvas")
 
 
 def cells(study: Study, random_names: Path) -> dict[str, list[str]]:
-    own = OWN_OF[study.plan(["reg=gradproj"]).resolved["reg"]["gradproj"]["tokens"]]
+    own, embedded = own_tokens(study), is_embedded(study)
     source = "reg.gradproj.auxiliary.source"
     changes = {"as tuned": []}
     changes |= {
@@ -51,12 +68,13 @@ def cells(study: Study, random_names: Path) -> dict[str, list[str]]:
         f"reg.gradproj.auxiliary.name={json.dumps(str(random_names))}",
     ]
     changes |= {
-        f"list {name}": [f"{source}=list", f"reg.gradproj.auxiliary.name={name}"] for name in LISTS
+        f"list {name}": [f"{source}=list", f"reg.gradproj.auxiliary.name={name}"]
+        for name in (() if embedded else LISTS)
     }
     changes["with retained names"] = ["reg.gradproj.auxiliary.retained=true"]
     changes |= {
         f"own tokens, threshold {value}": [*own, f"reg.gradproj.threshold={value}"]
-        for value in THRESHOLDS
+        for value in (THRESHOLDS_OF_EMBEDDED if embedded else THRESHOLDS)
     }
     return {label: ["reg=gradproj", *change] for label, change in changes.items()}
 
@@ -84,7 +102,7 @@ def subspaces(runs: dict[str, RunRecord]) -> pd.DataFrame:
             "rank": notes["rank"].mean(),
         }
         rows.append(row | {"target_outside": notes["target_outside_subspace"].mean()})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["run", "names", "rank", "target_outside"])
 
 
 def main(study: Study) -> None:
@@ -108,13 +126,12 @@ def main(study: Study) -> None:
     )
     shown = with_stopped(table, runs)
     text = (
-        "After the last request. Means over the requests: names (earlier targets included, "
-        "duplicates not), rank (directions\n"
+        "After the last request, one seed. Means over the requests: names (earlier targets "
+        "included, duplicates not), rank (directions\nof the subspace), target_outside (fraction "
+        f"of the target's vector that it leaves free).\n\n{as_markdown(shown, 2)}"
     )
-    text += (
-        "of the subspace), target_outside (fraction of the target's vector that it leaves "
-        f"free).\n\n{as_markdown(shown, 2)}"
-    )
+    if own := own_tokens(study):
+        text += f"\n\nThe runs with own tokens have `{' '.join(own)}` too."
     study.write(shown, draw_bars(table), text)
 
 

@@ -17,8 +17,6 @@ seconds of each. The last request is needed alone, for all but the picture: eval
 import json
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 from auxiliary import draw_names, subspaces
 from study import (
     STABLE_DIFFUSION,
@@ -31,13 +29,13 @@ from study import (
     with_stopped,
 )
 from study_seeds import (
-    MARK,
     counted,
     curves,
+    differences,
     draw_bands,
-    groups,
     last_with_intervals,
     remark,
+    remark_of_differences,
     take_seeds,
     with_seeds,
     without_seed,
@@ -45,7 +43,6 @@ from study_seeds import (
 
 from cu_runner.concepts.entries import read_entries, shipped_lists
 from cu_runner.concepts.sequence import Concept, Sequence
-from cu_runner.reporting.intervals import of_sum, over_images, over_seeds
 from cu_runner.request.name_sources import normalized, spellings
 
 SEQUENCE = "sequence=shapecanvas_object"
@@ -54,9 +51,13 @@ ON_STABLE_DIFFUSION = (
     "own=common_objects other=painting_styles "
     f"{STABLE_DIFFUSION.replace('unlearncanvas_style', 'unlearncanvas_object')}"
 )
-METRICS = ("UA", "RA_I", "RA_C")
 PROJECTION = "projection, "
-DIFFERENCES = (("other", "own"), ("both", "own"), ("both", "merge"))
+DIFFERENCES = {
+    f"{one} - {two}": tuple(
+        name if name == "merge" else f"{PROJECTION}{name}" for name in (one, two)
+    )
+    for one, two in (("other", "own"), ("both", "own"), ("both", "merge"))
+}
 
 
 # ------------------------------------------------------------ names
@@ -143,42 +144,6 @@ def cells(study: Study, seeds: list[int], files: dict[str, Path]) -> dict[str, l
     return with_seeds({label: [*cell, *shared] for label, cell in found.items()}, seeds)
 
 
-# ------------------------------------------------------------ statistics
-def differences(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return each metric of one run less that of another after the last request, DIFFERENCES.
-
-    Means over the seeds that both have. from, to: the 95% interval over seeds, paired (Student's
-    t), never narrower than that over images (Newcombe's from Wilson's).
-
-    Args:
-        tables: of counted(), by label with a seed.
-    """
-    rows = []
-    for pair in DIFFERENCES:
-        names = [name if name == "merge" else f"{PROJECTION}{name}" for name in pair]
-        by_seed = [
-            {label.rpartition(MARK)[2]: tables[label].iloc[-1] for label in groups(tables)[name]}
-            if name in groups(tables)
-            else {}
-            for name in names
-        ]
-        seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
-        if not seeds:  # all runs of one diverged
-            continue
-        for metric in METRICS:
-            values = [np.array([float(lasts[seed][metric]) for seed in seeds]) for lasts in by_seed]
-            mean, half = over_seeds((values[0] - values[1]).tolist())
-            terms = []
-            for sign, value, lasts in zip((1, -1), values, by_seed, strict=True):
-                images = int(lasts[seeds[0]][f"{metric}_images"])
-                terms.append((sign, value.mean(), over_images(value.mean(), images)))
-            low, high = of_sum(terms)
-            row = {"difference": " - ".join(pair), "metric": metric, "seeds": len(seeds)}
-            row |= {"points": mean, "from": min(low, mean - (half or 0.0))}
-            rows.append(row | {"to": max(high, mean + (half or 0.0))})
-    return pd.DataFrame(rows)
-
-
 def main(study: Study) -> None:
     seeds, study = take_seeds(study)
     own, other, study = take_names(study)
@@ -208,11 +173,9 @@ def main(study: Study) -> None:
         "(directions of the subspace),\ntarget_outside (fraction of the target's vector that it "
         "leaves free). both has twice the names.\n\n"
     )
-    text += f"Differences after the last request:\n\n{as_markdown(differences(tables))}\n\n"
-    text += (
-        "from, to: the 95% interval over seeds, paired (Student's t), never narrower than that "
-        "over images (Newcombe's).\n\n"
-    )
+    between = as_markdown(differences(tables, DIFFERENCES))
+    text += f"Differences after the last request, in points:\n\n{between}\n\n"
+    text += f"{remark_of_differences([*tables])}\n\n"
     whole = {label: run.table for label, run in done.items()}
     rows = with_stopped(last_rows(whole), runs)
     text += f"All runs, after the last request:\n\n{as_markdown(rows)}"

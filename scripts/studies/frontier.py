@@ -47,6 +47,7 @@ from cu_runner.store.run_record import RunRecord
 NUM_TARGETS = 4
 KINDS = {"bound": "#d95f02", "weight": "#444444"}
 RETENTION = {"RA_I": "RA-I (%)", "RA_C": "RA-C (%)"}
+STYLE_LAST = " in the style of {concept}"
 SETS = ("diversified", "narrow", "sequence")  # of RGD
 LOSSES = {"forget_loss": "loss on the concept", "retain_loss": "loss on what is kept"}
 
@@ -81,14 +82,15 @@ def diversified_prompts(sequence: Sequence) -> list[str]:
     """Return the first target's training prompts with {concept} for its name, each once.
 
     RGD's templates: words that the model knows, whichever it is. What is kept is the same prompt
-    without the name.
+    without the name. For a style's to be whole without it, the name stands first there: "a
+    {concept} painting of a ball" is "a ball in the style of {concept}".
     """
-    target = sequence.targets[0]
-    found = [
-        prompt.replace(target.prompt_name, "{concept}")
-        for prompt, _ in sequence.training_pairs(target)
-        if prompt.count(target.prompt_name) == 1
-    ]
+    target, found = sequence.targets[0], []
+    for prompt, _ in sequence.training_pairs(target):
+        if prompt.count(target.prompt_name) == 1:
+            template = prompt.replace(target.prompt_name, "{concept}")
+            shown = template.removesuffix(STYLE_LAST)
+            found.append(template if shown == template else f"a {{concept}} painting of {shown}")
     return list(dict.fromkeys(found))
 
 
@@ -210,7 +212,8 @@ def losses_over_steps(runs: dict[str, RunRecord]) -> pd.DataFrame:
         ]
         mean = pd.concat(steps).groupby("step").mean().reset_index()
         parts.append(mean.assign(run=label))
-    return pd.concat(parts)[["run", "step", *LOSSES]]
+    columns = ["run", "step", *LOSSES]
+    return pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns)
 
 
 def change_of_losses(losses: pd.DataFrame) -> pd.DataFrame:
@@ -218,7 +221,9 @@ def change_of_losses(losses: pd.DataFrame) -> pd.DataFrame:
 
     Mean over seeds and its 95% interval (Student's t; NaN with one seed).
     """
-    rows = []
+    rows: list[dict[str, object]] = []
+    if losses.empty:  # all runs of RGD diverged
+        return pd.DataFrame(rows)
     tenth = max(1, int(losses["step"].max()) // 10)
     tables = {str(label): table for label, table in losses.groupby("run", sort=False)}
     for run, labels in groups(tables).items():

@@ -23,6 +23,7 @@ from study import (
     finished,
     last_rows,
     over_requests,
+    remark_unsearched,
     with_stopped,
 )
 from study_seeds import (
@@ -118,6 +119,7 @@ def main(study: Study) -> None:
     found, note = curves(tables), remark([*tables])
     text = f"After the last request, means over seeds. {note}\n\n"
     text += f"{as_markdown(last_with_intervals(found))}\n\n"
+    text += remark_unsearched(study, cells(study, seeds[:1]))
     text += f"Means over the quarters of the requests:\n\n{as_markdown(by_quarter(tables))}\n\n"
     text += (
         f"gone: the last quarter is below {GONE:.0f}%; level: it is at most {LEVEL:.0f} "

@@ -3,12 +3,12 @@ without projection.
 
     python scripts/studies/sensitivity.py [OVERRIDE ...] [--output DIR]
 
-Unlearns the first concept of the sequence alone and measures every other name of the vocabulary
-that the evaluator knows, with four concepts of the other domain. Correlated with the similarity of
-"X Style" to the target's (Lee et al. 2026, arXiv 2511.07970): accuracy, its drop, and the change of
-keys and values on the concept's evaluation prompts. The projection must not name what is measured:
-where its auxiliary names are the vocabulary, there are four runs, each measuring a quarter. 5 runs
-of one request.
+Unlearns the first concept of the sequence alone, until its UA is 95, and measures every other name
+of the vocabulary that the evaluator knows, with four concepts of the other domain. Correlated with
+the similarity of "X Style" to the target's (Lee et al. 2026, arXiv 2511.07970): accuracy, its drop,
+and the change of keys and values on the concept's evaluation prompts. The projection must not name
+what is measured: where its auxiliary names are the vocabulary, there are four runs, each measuring
+a quarter. 5 runs of one request.
 """
 
 import json
@@ -38,6 +38,10 @@ MEASURES = {
 COLUMNS = ["run", "fold", "concept", "similarity", "before", "after", "drop", "kv_change"]
 FOLDS = 4
 CROSS = 4  # concepts of the other domain
+FORGOTTEN = 95.0  # UA that ends the request: settings of twelve requests may not forget in one
+LONGEST = 10  # times the tuned number of steps, at which it ends all the same
+CHECKS = 3  # of UA in the tuned number of steps
+ENDS = ("setting.stop_at", "setting.interval", "train.steps")
 COLOURS = {"none": "#444444", "gradproj": "#d95f02"}
 
 
@@ -57,8 +61,32 @@ def cells(study: Study, sequence: Sequence, known: list[str]) -> dict[str, list[
     groups = {"none, all": measured} | {
         f"gradproj, {i + 1} of {folds}": measured[i::folds] for i in range(folds)
     }
-    retain = {label: f"sequence.retain={json.dumps(names)}" for label, names in groups.items()}
-    return {label: [f"reg={label.partition(',')[0]}", *shared, retain[label]] for label in groups}
+    found = {}
+    for label, names in groups.items():
+        reg = f"reg={label.partition(',')[0]}"
+        ends = [] if study.gives(*ENDS) else until_forgotten(study.plan([reg]).spine.train.steps)
+        found[label] = [reg, *shared, *ends, f"sequence.retain={json.dumps(names)}"]
+    return found
+
+
+def until_forgotten(steps: int) -> list[str]:
+    """Return what makes a request of so many steps go on until it forgot."""
+    values = (FORGOTTEN, max(1, steps // CHECKS), LONGEST * steps)
+    return [f"++{key}={value}" for key, value in zip(ENDS, values, strict=True)]
+
+
+def what_was_forgotten(runs: dict[str, RunRecord]) -> pd.DataFrame:
+    """Return one row per run: UA of the unlearned concept, steps that it took, drift."""
+    rows = [
+        {
+            "run": label,
+            "UA": run.table["UA"].iloc[-1],
+            "steps": run.table["train_steps"].iloc[-1],
+            "drift": run.table["drift_l2"].iloc[-1],
+        }
+        for label, run in runs.items()
+    ]
+    return pd.DataFrame(rows)
 
 
 def per_concept(model: DiffusionModel, runs: dict[str, RunRecord]) -> pd.DataFrame:
@@ -155,7 +183,9 @@ def main(study: Study) -> None:
         "95% intervals (Fisher's z):\n\n"
     )
     text += f"{as_markdown(with_stopped(correlations(table, paper), runs), digits=3)}\n\n"
-    text += f"Means over the measured concepts:\n\n{as_markdown(means, digits=3)}"
+    text += f"Means over the measured concepts:\n\n{as_markdown(means, digits=3)}\n\n"
+    forgotten = with_stopped(what_was_forgotten(finished(runs)), runs)
+    text += f"What was forgotten, and in how many steps:\n\n{as_markdown(forgotten)}"
     study.write(with_stopped(table, runs), draw(table, paper), text)
 
 

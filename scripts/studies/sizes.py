@@ -5,7 +5,8 @@
 Sensitivity without regularizer (sensitivity.py; Lee et al. 2026, arXiv 2511.07970: r = -0.627) in
 each of the models, diffusers directories of one kind: other sizes, other training sets. The
 correlation of similarity with the accuracy after the request, its drop, and the change of keys and
-values, per model; whether the models differ (Cochran's Q). A run of one request per model and seed.
+values, per model; whether the models differ (Cochran's Q). A run of one request, until the concept
+is forgotten, per model and seed.
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from sensitivity import MEASURES, PAPER, cells, per_concept
+from sensitivity import MEASURES, PAPER, cells, per_concept, what_was_forgotten
 from study import Study, as_markdown, command, finished, panels, with_stopped
 from study_seeds import groups, take_seeds, with_seeds, without_seed
 from study_statistics import Correlation, pearson
@@ -173,6 +174,8 @@ def main(study: Study) -> None:
         f"p is rough):\n\n{as_markdown(differences(table), digits=3)}\n\n"
     )
     text += f"Means over the measured concepts:\n\n{as_markdown(means, digits=3)}\n\n"
+    forgotten = with_stopped(what_was_forgotten(finished(runs)), runs)
+    text += f"What was forgotten, and in how many steps:\n\n{as_markdown(forgotten)}\n\n"
     text += f"The models:\n\n{as_markdown(pd.DataFrame(sizes))}"
     study.write(with_stopped(table, runs), draw(table), text, ON_STABLE_DIFFUSION)
 

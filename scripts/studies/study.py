@@ -20,6 +20,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import pandas as pd
+import yaml
 
 from cu_runner.cli.console import Parser, quiet_libraries
 from cu_runner.cli.failures import one_line_failures
@@ -28,7 +29,7 @@ from cu_runner.config.run_config import RunConfig
 from cu_runner.reporting.table_formats import to_markdown
 from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import LaunchError
-from cu_runner.store.run_record import RunRecord
+from cu_runner.store.run_record import RunRecord, read_run
 from cu_runner.sweeps.make_runs import cu_runs
 
 mpl.use("Agg")
@@ -38,6 +39,7 @@ from matplotlib.figure import Figure
 
 PANELS = {"UA": "UA (%)", "RA_I": "RA-I (%)", "RA_C": "RA-C (%)", "drift_l2": "drift, L2 norm"}
 OUTPUT = Path("docs/studies")
+CANDIDATES = Path(__file__).parents[1] / "tune_shapecanvas.yaml"
 STABLE_DIFFUSION = (
     "experiment=unlearncanvas_style model.path=DIR evaluator.paths.style=DIR "
     "evaluator.paths.object=DIR --output unlearncanvas"
@@ -51,6 +53,36 @@ def regularizers() -> list[str]:
     files = {path.stem for path in (config_dir() / "reg").glob("*.yaml")}
     names = sorted(files - {"rece", "recommended"})
     return sorted(names, key=lambda name: (name != "none", "_" in name))
+
+
+def unsearched(study: "Study", cells: dict[str, list[str]]) -> list[str]:
+    """Return the labels of runs on the embedded model whose settings were not searched on it.
+
+    Those that were are in scripts/tune_shapecanvas.yaml. Of other models: none.
+    """
+    grid = yaml.safe_load(CANDIDATES.read_text(encoding="utf-8"))
+    found = []
+    for label, cell in cells.items():
+        plan = study.plan(cell)
+        if not str(plan.resolved["model"]["path"]).startswith("package:"):
+            continue
+        words = dict(word.split("=", 1) for word in study.job(cell))
+        name = f"{words.get('method', 'conabl')}+{words.get('reg', 'none')}"
+        keys = grid[plan.resolved["sequence"]["domain"]]
+        if not any(key == name or key.startswith(f"{name}+") for key in keys):
+            found.append(label)
+    return found
+
+
+def remark_unsearched(study: "Study", cells: dict[str, list[str]]) -> str:
+    """Return the paragraph of a page that names the runs of unsearched(); "" without one."""
+    names = unsearched(study, cells)
+    if not names:
+        return ""
+    return (
+        f"Settings that were not searched on this model: {', '.join(names)}. What stands there "
+        "says little about them.\n\n"
+    )
 
 
 @dataclass(frozen=True)
@@ -116,6 +148,8 @@ class Study:
         """
         self.check_own(cells)
         places = {label: self.plan(cell).directory for label, cell in cells.items()}
+        if not gaps:
+            refuse_gaps(places)
         jobs = {places[label]: self.job(cell) for label, cell in cells.items()}
         found = {}
         for place, run in zip(
@@ -177,6 +211,21 @@ class Study:
             print(f"{finding} is in it: read whether it still holds")
         for path in (table, picture, page):
             print(f"wrote {path}")
+
+
+def refuse_gaps(places: dict[str, Path]) -> None:
+    """Raise ValueError if a finished run lacks evaluations, before any run begins."""
+    for label, place in places.items():
+        if not (place / "config.yaml").is_file():
+            continue
+        run = read_run(place)
+        lacking = [step.index for step in run.records if not step.evaluated]
+        if run.complete and lacking:
+            raise ValueError(
+                f"{label}: {place} did not evaluate request {lacking[0]} (an earlier eval.every), "
+                "and every request is needed here; give another paths.outputs, or fresh=true, "
+                "which makes the runs again"
+            )
 
 
 def command(main: Callable[[Study], None], docstring: str) -> None:

@@ -5,21 +5,28 @@ A study takes `seed=0,1,2` on its command line; the label of a run ends with its
 
 import math
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from study import PANELS, Study, panels
 
 from cu_runner.reporting.diagnosis import COUNTED, with_images
-from cu_runner.reporting.intervals import over_images, over_seeds, widest
+from cu_runner.reporting.intervals import of_sum, over_images, over_seeds, widest
 from cu_runner.store.run_record import RunRecord
 
 SEEDS = ["0", "1", "2"]
 MARK = ", seed "
+METRICS = ("UA", "RA_I", "RA_C")
 INTERVALS = (
     "from, to: the 95% interval over seeds (Student's t), never narrower than that over images "
     "(Wilson's)."
 )
 ONE_SEED = "One seed each: from, to is the 95% interval over images (Wilson's) alone."
+PAIRED = (
+    "from, to: the 95% interval over seeds, paired (Student's t), never narrower than that over "
+    "images (Newcombe's)."
+)
+PAIRED_ONCE = "One seed each: from, to is the 95% interval over images (Newcombe's) alone."
 
 
 def take_seeds(study: Study) -> tuple[list[int], Study]:
@@ -113,6 +120,45 @@ def last_with_intervals(found: pd.DataFrame) -> pd.DataFrame:
                 row[f"{metric} from"], row[f"{metric} to"] = last.loc[metric, ["from", "to"]]
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def differences(tables: dict[str, pd.DataFrame], pairs: dict[str, tuple[str, str]]) -> pd.DataFrame:
+    """Return each metric of one run less that of another after the last request, in points.
+
+    Means over the seeds that both have. from, to: the 95% interval over seeds, paired (Student's
+    t), never narrower than that over images (Newcombe's from Wilson's).
+
+    Args:
+        tables: of counted(), by label with a seed.
+        pairs: both runs without their seeds, by the name of their difference.
+    """
+    rows = []
+    found = groups(tables)
+    for name, pair in pairs.items():
+        lasts = [
+            {label.rpartition(MARK)[2]: tables[label].iloc[-1] for label in found.get(run, ())}
+            for run in pair
+        ]
+        seeds = sorted(lasts[0].keys() & lasts[1].keys())
+        if not seeds:  # all runs of one diverged
+            continue
+        for metric in METRICS:
+            values = [np.array([float(own[seed][metric]) for seed in seeds]) for own in lasts]
+            mean, half = over_seeds((values[0] - values[1]).tolist())
+            terms = []
+            for sign, value, own in zip((1, -1), values, lasts, strict=True):
+                images = int(own[seeds[0]][f"{metric}_images"])
+                terms.append((sign, value.mean(), over_images(value.mean(), images)))
+            low, high = of_sum(terms)
+            row = {"difference": name, "metric": metric, "seeds": len(seeds)}
+            row |= {"points": mean, "from": min(low, mean - (half or 0.0))}
+            rows.append(row | {"to": max(high, mean + (half or 0.0))})
+    return pd.DataFrame(rows)
+
+
+def remark_of_differences(labels: list[str]) -> str:
+    """Return what the intervals of differences() are."""
+    return PAIRED if number_of_seeds(labels) > 1 else PAIRED_ONCE
 
 
 def draw_bands(found: pd.DataFrame) -> Figure:

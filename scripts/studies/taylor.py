@@ -15,6 +15,7 @@ study itself measures the requests before the last.
 """
 
 import hashlib
+import inspect
 import math
 import time
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from study import (
     panels,
     with_stopped,
 )
-from study_seeds import take_seeds
+from study_seeds import INTERVALS, ONE_SEED, take_seeds
 from study_statistics import pearson
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -52,7 +53,7 @@ from cu_runner.runtime.lazy import F, nn, torch
 from cu_runner.runtime.seeding import RandomSource
 from cu_runner.schema.json_files import parse_json
 from cu_runner.store.cache import CURVATURE, Cache
-from cu_runner.store.files import sha256_of, to_json
+from cu_runner.store.files import to_json
 from cu_runner.store.run_record import RunRecord
 
 IMAGES = 96  # of the retention loss, each with one timestep and one noise
@@ -137,7 +138,7 @@ class RetentionLoss:
         key = {
             "rows": self.rows_sha256,
             "weights": hashlib.sha256(own.tobytes()).hexdigest(),
-            "script": sha256_of(Path(__file__)),
+            "loss": hashlib.sha256(inspect.getsource(RetentionLoss).encode()).hexdigest(),
             "device": self.noisy.device.type,
             "torch": torch.__version__,
         }
@@ -496,8 +497,8 @@ def main(study: Study) -> None:
     text += "Interventions on the change of all requests, dL from the untouched model:\n\n"
     text += f"{as_markdown(means, 3)}\n\n"
     text += (
-        "from, to: 95% over seeds (Student), never narrower than over images (Wilson). "
-        f"{len(loss.noisy)} images in L; {seconds:.0f} s\nbeside the runs."
+        f"{INTERVALS if len(paths) > 1 else ONE_SEED} {len(loss.noisy)} images in L; "
+        f"{seconds:.0f} s\nbeside the runs."
     )
     rows = pd.concat([path.assign(part="path"), table.assign(part="interventions")])
     study.write(with_stopped(rows, runs), draw(path, means), text)

@@ -2,6 +2,7 @@
 tables, their complaints.
 """
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -206,8 +207,9 @@ def test_frontier_holds_the_multiplier_where_no_bound_asks_for_it(script, tmp_pa
     prompts = module.diversified_prompts(sequence)
     assert all(prompt.count("{concept}") == 1 for prompt in prompts)
     name = sequence.targets[0].prompt_name
+    shown = {anchor for _, anchor in sequence.training_pairs(sequence.targets[0])}
     assert {prompt.replace("{concept}", name) for prompt in prompts} == {
-        prompt for prompt, _ in sequence.training_pairs(sequence.targets[0])
+        f"a {name} painting of {anchor}" for anchor in shown
     }
     for method, sense in (("reverse_kl", "at least"), ("likelihood", "at most")):
         problem = module.PROBLEMS[method]
@@ -411,14 +413,53 @@ def test_sensitivity_leaves_out_what_the_evaluator_does_not_know(script, tmp_pat
 
 
 def test_thresholds_are_tried_on_own_tokens(script, tmp_path):
-    for overrides, lr in (([], 3e-4), (STABLE_DIFFUSION, 8e-6)):
+    for overrides, threshold, lr in (([], 0.4, 7e-5), (STABLE_DIFFUSION, 0.7, 8e-6)):
         study = make_study(script, tmp_path, *overrides)
-        plan = study.plan(
-            cells_of(script("auxiliary"), study, tmp_path)["own tokens, threshold 0.7"]
-        )
+        cells = cells_of(script("auxiliary"), study, tmp_path)
+        plan = study.plan(cells[f"own tokens, threshold {threshold}"])
         node = plan.resolved["reg"]["gradproj"]
-        assert (node["tokens"], node["threshold"]) == ("own", 0.7)
+        assert (node["tokens"], node["threshold"]) == ("own", threshold)
         assert plan.spine.train.lr == pytest.approx(lr)
+        # the embedded model knows no word of the lists
+        assert ("list painting_styles" in cells) == bool(overrides)
+
+
+def test_every_threshold_of_the_embedded_model_drops_another_number_of_names(script, model):
+    from cu_runner.concepts.entries import read_shipped
+    from cu_runner.regularizers.gradproj import kept_columns
+    from cu_runner.request.text_subspace import concept_vectors
+
+    for names in (read_shipped("shapecanvas_styles"), read_shipped("shapecanvas_objects")):
+        columns = concept_vectors(model, [*names], "{concept}")
+        kept = [
+            len(kept_columns(columns, threshold))
+            for threshold in script("auxiliary").THRESHOLDS_OF_EMBEDDED
+        ]
+        assert kept == sorted(set(kept))
+        assert kept[-1] == len(names)
+
+
+def test_what_was_not_searched_is_named(script, tmp_path):
+    module, study = script("study"), make_study(script, tmp_path)
+    cells = script("ablation").cells()
+    found = module.unsearched(study, cells)
+    assert {"ewc", "replay", "nullspace"} <= {*found}
+    assert {"none", "l2", "gradproj", "gate"}.isdisjoint(found)
+    assert module.unsearched(study, {"uce": ["method=uce", "reg=none"]}) == []
+    assert module.unsearched(study, {"a": ["method=uce", "reg=gradproj"]}) == ["a"]
+    assert "ewc" in module.remark_unsearched(study, cells)
+    assert module.remark_unsearched(make_study(script, tmp_path, *STABLE_DIFFUSION), cells) == ""
+
+
+def test_one_request_goes_on_until_it_forgot(script, tmp_path):
+    module, study = script("sensitivity"), make_study(script, tmp_path)
+    plan = study.plan(cells_of(module, study, tmp_path)["none, all"])
+    assert (plan.setting.stop_at, plan.setting.interval) == (95.0, 20)
+    assert plan.spine.train.steps == 600
+    assert plan.spine.train.lr == study.plan(["reg=none"]).spine.train.lr
+    study = make_study(script, tmp_path, "train.steps=7")  # of a user who sets it
+    plan = study.plan(cells_of(module, study, tmp_path)["none, all"])
+    assert (plan.setting.stop_at, plan.spine.train.steps) == (None, 7)
 
 
 # ----------------------------------------------------------------------------------------- analyses
@@ -492,14 +533,6 @@ def test_drift_against_retention(script):
     assert found["Pearson r"].tolist() == pytest.approx([-0.8, np.nan], nan_ok=True)
     assert found["r from"][0] == pytest.approx(-0.98620, abs=1e-5)
     assert found["halved at request"].tolist() == [4, "never"]
-
-
-def test_gains_over_the_plain_run(script):
-    table = pd.DataFrame({"run": ["none", "l2"], "RA_I": [5.0, 25.0], "RA_C": [20.0, 90.0]})
-    found = script("ablation").with_gains(table)
-    assert found["RA_I_gain"].tolist() == [0, 20]
-    assert found["RA_C_gain"].tolist() == [0, 70]
-    assert script("ablation").with_gains(table[1:])["RA_I_gain"].isna().all()
 
 
 def test_quarters_leave_the_untouched_model_out(script):
@@ -639,20 +672,57 @@ def test_differences_of_sources_are_paired_by_seed(script):
     values = {"other, seed 0": 60, "other, seed 1": 64, "own, seed 1": 50, "own, seed 0": 50}
     values["both, seed 2"] = 90  # a seed that own does not have
     tables = {f"projection, {label}": table(value, 10**6) for label, value in values.items()}
-    module = script("crossdomain")
-    found = module.differences(tables | {"plain, seed 0": table(1, 1)})
+    module, pairs = script("study_seeds"), script("crossdomain").DIFFERENCES
+    found = module.differences(tables | {"plain, seed 0": table(1, 1)}, pairs)
     assert found["difference"].unique().tolist() == ["other - own"]
     row = found.set_index("metric").loc["RA_C"]
     # gains of 10 and 14: t_.975 with one degree of freedom is 12.706, the standard error 2
     assert row[["seeds", "points"]].tolist() == [2, 12]
     assert row[["from", "to"]].tolist() == pytest.approx([12 - 25.412, 12 + 25.412], abs=0.01)
     one = {"projection, both, seed 0": table(60, 100), "merge, seed 0": table(50, 100)}
-    row = module.differences(one).set_index("metric").loc["RA_C"]
+    row = module.differences(one, pairs).set_index("metric").loc["RA_C"]
     # Wilson's of 60 and of 50 of 100 images: 50.20 to 69.06 and 40.38 to 59.62
     assert row["difference"] == "both - merge"
     low, high = (9.80**2 + 9.62**2) ** 0.5, (9.06**2 + 9.62**2) ** 0.5
     assert row[["from", "to"]].tolist() == pytest.approx([10 - low, 10 + high], abs=0.01)
-    assert module.differences({}).empty
+    assert module.differences({}, pairs).empty
+    assert "over images (Newcombe's) alone" in module.remark_of_differences([*one])
+    assert "paired" in module.remark_of_differences([*tables])
+
+
+def test_a_study_is_written_where_all_runs_of_a_kind_diverged(script):
+    module = script("frontier")
+    losses = module.losses_over_steps({})
+    assert losses.empty
+    assert module.change_of_losses(losses).empty
+    assert script("auxiliary").subspaces({})["run"].tolist() == []
+
+
+def test_what_is_kept_of_a_template_is_a_whole_prompt(script, tmp_path):
+    from cu_runner.methods.rgd import without_concept
+
+    for overrides in ([], STABLE_DIFFUSION):
+        sequence = make_study(script, tmp_path, *overrides).plan(["method=rgd"]).sequence.build()
+        prompts = script("frontier").diversified_prompts(sequence)
+        assert prompts
+        for prompt in prompts:
+            assert prompt.count("{concept}") == 1
+            assert without_concept(prompt).split()[-1] not in {"of", "in", "the", "a", "style"}
+
+
+def test_finished_runs_with_gaps_are_refused_before_the_first_one(script, run_copy, monkeypatch):
+    from cu_runner.store.layout import PREDICTIONS
+    from cu_runner.store.run_record import read_run
+
+    module = script("study")
+    module.refuse_gaps({"a": run_copy, "b": run_copy / "nothing"})
+    run = read_run(run_copy)
+    files = {name: held for name, held in run.records[1].files.items() if name != PREDICTIONS}
+    run.records[1] = dataclasses.replace(run.records[1], files=files)
+    assert not run.records[1].evaluated
+    monkeypatch.setattr(module, "read_run", lambda place: run)
+    with pytest.raises(ValueError, match=r"^a: .* did not evaluate request 1 .*paths\.outputs"):
+        module.refuse_gaps({"a": run_copy})
 
 
 def test_growth_of_losses(script):
@@ -763,6 +833,13 @@ def test_what_the_near_half_lost_more(script):
     assert found[["near lost more, after", "near lost more, mean"]].tolist() == [60 - 20, 50 - 15]
     assert found["after from"] < 40 < found["after to"]
     assert found["mean from"] < 35 < found["mean to"]
+
+
+def test_concepts_that_all_lost_the_same_have_no_interval(script):
+    table = pd.DataFrame({"mean": [1.0] * 4, "size": 100}, index=["a", "b", "c", "d"])
+    row = script("semantic").lost_more({"gate, seed 0": [table] * 2}, ["a", "b"], ["c", "d"])
+    assert row["near lost more"].tolist() == [0]
+    assert row[["concepts from", "concepts to"]].isna().all(axis=None)
 
 
 def test_halves_of_a_finished_run(script, run_copy):
