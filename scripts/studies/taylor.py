@@ -279,9 +279,9 @@ def along_the_path(loss: RetentionLoss, run: RunRecord, loaded: Loaded) -> pd.Da
         deltas.append(flat([delta[name] for name in loss.params]))
         starts = {"the request": (here, index - 1), "the whole path": (base, 0)}
         products = {}
-        for name, (_, first) in starts.items():
+        for first in {index - 1, 0}:
             weights.set(unflat(deltas[first], loss.params))
-            products[name] = loss.hessian_times(deltas[-1] - deltas[first])
+            products[first] = loss.hessian_times(deltas[-1] - deltas[first])
         weights.set(delta)
         kept.append(retention(run, index, delta, loaded, cache))
         last = index == len(run.records) - 1
@@ -289,7 +289,7 @@ def along_the_path(loss: RetentionLoss, run: RunRecord, loaded: Loaded) -> pd.Da
         for name, (start, first) in starts.items():
             row = {"change": name, "request": index, "concept": run.table["concept"][index]}
             row |= {"L before": start.losses.mean().item(), **measured(start.losses, losses)}
-            row |= expansion(start, deltas[-1] - deltas[first], products[name])
+            row |= expansion(start, deltas[-1] - deltas[first], products[first])
             lost = kept[first] - kept[index]
             rows.append(row | {"RA_I lost": lost["RA_I"], "RA_C lost": lost["RA_C"]})
         if not last:
