@@ -10,6 +10,7 @@ each. The last request is needed alone: eval.every=last.
 """
 
 from study import (
+    ALL_RUNS,
     Study,
     as_markdown,
     command,
@@ -52,7 +53,7 @@ def main(study: Study) -> None:
     rows = with_stopped(
         last_rows({label: run.table for label, run in finished(runs).items()}), runs
     )
-    text += f"All runs; seconds are those of all requests:\n\n{as_markdown(rows)}"
+    text += f"{ALL_RUNS}{as_markdown(rows)}"
     study.write(rows, draw_bars(last), text)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from auxiliary import draw_names, subspaces
 from study import (
+    ALL_RUNS,
     STABLE_DIFFUSION,
     Study,
     as_markdown,
@@ -178,7 +179,7 @@ def main(study: Study) -> None:
     text += f"{remark_of_differences([*tables])}\n\n"
     whole = {label: run.table for label, run in done.items()}
     rows = with_stopped(last_rows(whole), runs)
-    text += f"All runs, after the last request:\n\n{as_markdown(rows)}"
+    text += f"{ALL_RUNS}{as_markdown(rows)}"
     rows = with_stopped(over_requests(tables), runs)
     study.write(rows, draw_bands(found), text, ON_STABLE_DIFFUSION)
 

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from study import (
+    ALL_RUNS,
     Study,
     as_markdown,
     command,
@@ -299,7 +300,7 @@ def main(study: Study) -> None:
         "RGD: growth of each loss from the first tenth of a request's steps to the last, on the "
         f"set's own images:\n\n{as_markdown(change_of_losses(losses), digits=4)}\n\n"
     )
-    text += f"All runs, after the last request:\n\n{as_markdown(rows)}"
+    text += f"{ALL_RUNS}{as_markdown(rows)}"
     study.write(rows, draw(last, losses), text)
 
 

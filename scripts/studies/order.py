@@ -4,20 +4,21 @@
 
 The same concepts in four orders, and in the first order with three seeds, without regularizer and
 with gradient projection: mean, standard deviation and range of the metrics after the last request.
-12 runs of the sequence; order.md has their seconds. The last request is needed alone, for all but
-the picture: eval.every=last.
+12 runs of the sequence; order.md has their seconds. The last request is needed alone:
+eval.every=last.
 """
 
 import pandas as pd
 from matplotlib.figure import Figure
 from study import (
+    ALL_RUNS,
+    PANELS,
     Study,
     as_markdown,
     command,
     finished,
     last_rows,
     panels,
-    plot_over_requests,
     with_stopped,
 )
 
@@ -39,66 +40,56 @@ def cells() -> dict[str, list[str]]:
     }
 
 
-def spread(table: pd.DataFrame) -> pd.DataFrame:
-    """Of the rows of last_rows: mean, standard deviation (n - 1), smallest and largest of each
-    metric, by what varies.
-    """
+def varied_groups(table: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
+    """Return the rows of last_rows by regularizer and by what varies in them, order or seed."""
     parts = table["run"].str.split(", ", expand=True).set_axis(["reg", "order", "seed"], axis=1)
-    rows = []
+    found = {}
     for varied, fixed, value in (
         ("order", "seed", f"seed {SEEDS[0]}"),
         ("seed", "order", ORDERS[0]),
     ):
         for reg, group in table[parts[fixed] == value].groupby(parts["reg"], sort=False):
-            for metric in ("UA", "RA_I", "RA_C"):
-                row = {
-                    "run": reg,
-                    "varied": varied,
-                    "n": len(group),
-                    "metric": metric,
-                    "mean": group[metric].mean(),
-                }
-                rows.append(
-                    row
-                    | {
-                        "sd": group[metric].std(),
-                        "from": group[metric].min(),
-                        "to": group[metric].max(),
-                    }
-                )
+            found[str(reg), varied] = group
+    return found
+
+
+def spread(table: pd.DataFrame) -> pd.DataFrame:
+    """Of the rows of last_rows: mean, standard deviation (n - 1), smallest and largest of each
+    metric, by what varies.
+    """
+    rows = []
+    for (reg, varied), group in varied_groups(table).items():
+        for metric in ("UA", "RA_I", "RA_C"):
+            values = group[metric]
+            row = {"run": reg, "varied": varied, "n": len(group), "metric": metric}
+            row |= {"mean": values.mean(), "sd": values.std()}
+            rows.append(row | {"from": values.min(), "to": values.max()})
     return pd.DataFrame(rows)
 
 
-def draw(tables: dict[str, pd.DataFrame]) -> Figure:
-    """Solid: orders. Dotted: seeds."""
-    figure, axes = panels(1, 4)
-    plot_over_requests(
-        axes,
-        {label: table[table["RA_I"].notna()] for label, table in tables.items()},
-        {label: "-" if label.endswith(f"seed {SEEDS[0]}") else ":" for label in tables},
-    )
-    kinds = {}
-    for axis in axes:
-        for line in axis.get_lines():
-            name = line.get_label().partition(",")[0]
-            line.set_color(REGULARIZERS[name])
-            kinds.setdefault(
-                f"{name}, {'orders' if line.get_linestyle() == '-' else 'other seeds'}", line
-            )
-    axes[0].legend(kinds.values(), kinds, fontsize=7, loc="lower right")
+def draw(table: pd.DataFrame) -> Figure:
+    """Draw each run after the last request, a column for what varies."""
+    groups = varied_groups(table)
+    figure, axes = panels(1, len(PANELS))
+    for axis, (metric, title) in zip(axes, PANELS.items(), strict=True):
+        for place, ((reg, _), group) in enumerate(groups.items()):
+            axis.plot([place] * len(group), group[metric], "o", alpha=0.6, color=REGULARIZERS[reg])
+        labels = [f"{reg},\n{varied}s" for reg, varied in groups]
+        axis.set(title=title, xticks=range(len(groups)), xlim=(-0.5, len(groups) - 0.5))
+        axis.set_xticklabels(labels, fontsize=7)
+        axis.set_ylim((-3, 103) if metric != "drift_l2" else (0, None))
     return figure
 
 
 def main(study: Study) -> None:
     runs = study.run(cells(), gaps=True)
-    tables = {label: run.table for label, run in finished(runs).items()}
-    table = last_rows(tables)
+    table = last_rows({label: run.table for label, run in finished(runs).items()})
     shown = with_stopped(table, runs)
     text = (
         "Spread of the metrics after the last "
-        f"request:\n\n{as_markdown(spread(table))}\n\nAll runs:\n\n{as_markdown(shown)}"
+        f"request:\n\n{as_markdown(spread(table))}\n\n{ALL_RUNS}{as_markdown(shown)}"
     )
-    study.write(shown, draw(tables), text)
+    study.write(shown, draw(table), text)
 
 
 if __name__ == "__main__":

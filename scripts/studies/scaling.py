@@ -16,6 +16,7 @@ import math
 import pandas as pd
 import yaml
 from study import (
+    ALL_RUNS,
     STABLE_DIFFUSION,
     Study,
     as_markdown,
@@ -125,9 +126,7 @@ def main(study: Study) -> None:
         f"gone: the last quarter is below {GONE:.0f}%; level: it is at most {LEVEL:.0f} "
         "points below the third; falling: more.\n\n"
     )
-    text += (
-        f"All runs, after the last request:\n\n{as_markdown(with_stopped(last_rows(whole), runs))}"
-    )
+    text += f"{ALL_RUNS}{as_markdown(with_stopped(last_rows(whole), runs))}"
     study.write(
         with_stopped(over_requests(tables), runs), draw_bands(found), text, on_stable_diffusion()
     )

@@ -39,6 +39,10 @@ from matplotlib.figure import Figure
 
 PANELS = {"UA": "UA (%)", "RA_I": "RA-I (%)", "RA_C": "RA-C (%)", "drift_l2": "drift, L2 norm"}
 OUTPUT = Path("docs/studies")
+ALL_RUNS = (
+    "All runs, after the last request; seconds are of all requests, beside what else the machine "
+    "did:\n\n"
+)
 CANDIDATES = Path(__file__).parents[1] / "tune_shapecanvas.yaml"
 STABLE_DIFFUSION = (
     "experiment=unlearncanvas_style model.path=DIR evaluator.paths.style=DIR "

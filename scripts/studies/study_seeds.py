@@ -166,7 +166,9 @@ def draw_bands(found: pd.DataFrame) -> Figure:
     figure, axes = panels(1, len(PANELS))
     for axis, (metric, title) in zip(axes, PANELS.items(), strict=True):
         for run, table in found[found["metric"] == metric].groupby("run", sort=False):
-            (line,) = axis.plot(table["request"], table["mean"], "-", label=run)
+            # with gaps (eval.every) the points show where it was measured
+            style = "-" if len(table) > table["request"].max() else "o-"
+            (line,) = axis.plot(table["request"], table["mean"], style, markersize=3, label=run)
             axis.fill_between(
                 table["request"], table["from"], table["to"], alpha=0.15, color=line.get_color()
             )
