@@ -8,8 +8,9 @@ On objects projection keeps less of the styles than merging does. ConAbl on a se
 with projection off names of objects (own), of styles (other), and of both. As many names of either
 domain, at random from the sequence's vocabulary and from the list of the other domain that goes
 with it; both is their union. No target, no retained concept and no concept by which RA-C is
-measured is among them. Each name is a prompt of its own, so that no caption brings in the other
-domain; everything else is as tuned. Beside them plain unlearning, projection as tuned, and merging.
+measured is among them. Each name has a prompt of its own, so that no caption brings in the other
+domain: the bare name, or PROMPTS where the tuned projection reads every token. Everything else is
+as tuned. Beside them plain unlearning, projection as tuned, and merging.
 own, other: a shipped list or a text file in place of these names. 18 runs, crossdomain.md has the
 seconds of each. The last request is needed alone, for all but the picture: eval.every=last.
 """
@@ -52,6 +53,8 @@ ON_STABLE_DIFFUSION = (
     "own=common_objects other=painting_styles "
     f"{STABLE_DIFFUSION.replace('unlearncanvas_style', 'unlearncanvas_object')}"
 )
+# Where all tokens are read the words around a name count too.
+PROMPTS = {"object": "a {} image", "style": "an image in {} style"}
 PROJECTION = "projection, "
 DIFFERENCES = {
     f"{one} - {two}": tuple(
@@ -121,6 +124,19 @@ def choose_names(sequence: Sequence, own: list[str], other: list[str]) -> dict[s
     return chosen | {"both": [*chosen["own"], *chosen["other"]]}
 
 
+def as_prompts(study: Study, sequence: Sequence, chosen: dict[str, list[str]]) -> dict[str, str]:
+    """Return the text of each source's file, a prompt per line."""
+    plan = study.plan([*default_sequence(study), "reg=gradproj"])
+    every_token = plan.resolved["reg"]["gradproj"]["tokens"] == "all"
+    domains = {"own": sequence.domain, "other": sequence.cross_domain}
+    lines = {}
+    for source, domain in domains.items():
+        form = PROMPTS.get(domain, "{}") if every_token else "{}"
+        lines[source] = [form.format(name) for name in chosen[source]]
+    lines["both"] = [*lines["own"], *lines["other"]]
+    return {source: "\n".join(prompts) + "\n" for source, prompts in lines.items()}
+
+
 # ------------------------------------------------------------ runs
 def cells(study: Study, seeds: list[int], files: dict[str, Path]) -> dict[str, list[str]]:
     """Labels are "plain", "merge" and "projection, SOURCE" with ", seed N".
@@ -152,8 +168,8 @@ def main(study: Study) -> None:
     chosen = choose_names(sequence, own, other)
     study.output.mkdir(parents=True, exist_ok=True)
     files = {source: study.output / f"crossdomain_{source}.txt" for source in chosen}
-    for source, names in chosen.items():
-        files[source].write_text("\n".join(names) + "\n", encoding="utf-8")
+    for source, text in as_prompts(study, sequence, chosen).items():
+        files[source].write_text(text, encoding="utf-8")
         print(f"wrote {files[source]}")
     runs = study.run(cells(study, seeds, files), gaps=True)
     done = finished(runs)

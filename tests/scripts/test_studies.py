@@ -265,6 +265,18 @@ def test_crossdomain_takes_as_many_names_of_either_domain(script, sequence):
         module.choose_names(sequence, own, ["tree", "star"])
 
 
+def test_crossdomain_has_prompts_where_every_token_is_read(script, sequence, tmp_path):
+    module, chosen = script("crossdomain"), {"own": ["moss"], "other": ["cup", "box"]}
+    found = module.as_prompts(make_study(script, tmp_path), sequence, chosen)
+    assert found == {
+        "own": "an image in moss style\n",
+        "other": "a cup image\na box image\n",
+        "both": "an image in moss style\na cup image\na box image\n",
+    }
+    study = make_study(script, tmp_path, "reg.gradproj.tokens=own")
+    assert module.as_prompts(study, sequence, chosen)["both"] == "moss\ncup\nbox\n"
+
+
 def test_crossdomain_finds_the_names_of_the_other_domain(script, tmp_path):
     module = script("crossdomain")
     own, other, study = module.take_names(make_study(script, tmp_path))
