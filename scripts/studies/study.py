@@ -70,9 +70,9 @@ def unsearched(study: "Study", cells: dict[str, list[str]]) -> list[str]:
         plan = study.plan(cell)
         if not str(plan.resolved["model"]["path"]).startswith("package:"):
             continue
-        words = dict(word.split("=", 1) for word in study.job(cell))
+        words = {key: value for key, _, value in (word.partition("=") for word in study.job(cell))}
         name = f"{words.get('method', 'conabl')}+{words.get('reg', 'none')}"
-        keys = grid[plan.resolved["sequence"]["domain"]]
+        keys = grid.get(plan.resolved["sequence"].get("domain"), {})  # none for mixed sequences
         if not any(key == name or key.startswith(f"{name}+") for key in keys):
             found.append(label)
     return found

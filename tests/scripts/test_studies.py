@@ -459,6 +459,8 @@ def test_what_was_not_searched_is_named(script, tmp_path):
     assert {"none", "l2", "gradproj", "gate"}.isdisjoint(found)
     assert module.unsearched(study, {"uce": ["method=uce", "reg=none"]}) == []
     assert module.unsearched(study, {"a": ["method=uce", "reg=gradproj"]}) == ["a"]
+    mixed = make_study(script, tmp_path, "sequence=shapecanvas_mixed", "~tracker")
+    assert module.unsearched(mixed, {"a": ["reg=l2"]}) == ["a"]
     assert "ewc" in module.remark_unsearched(study, cells)
     assert module.remark_unsearched(make_study(script, tmp_path, *STABLE_DIFFUSION), cells) == ""
 
