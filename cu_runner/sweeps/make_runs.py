@@ -52,7 +52,7 @@ def cu_run(
     if lacking and not gaps:
         raise LaunchError(
             f"{run.directory}: request {lacking[0]} was not evaluated (eval.every), and every "
-            "request is needed here; give fresh=true or another paths.outputs"
+            "request is needed here; give another paths.outputs"
         )
     return run
 

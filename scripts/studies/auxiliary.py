@@ -52,8 +52,8 @@ def own_tokens(study: Study) -> list[str]:
 
 
 def is_embedded(study: Study) -> bool:
-    """Whether the words of the sequence are those of an embedded model, which knows few others."""
-    return str(study.plan([]).resolved["sequence"]["vocabulary"]).startswith("shapecanvas")
+    """Whether the model is one of the package, which knows few words."""
+    return str(study.plan([]).resolved["model"]["path"]).startswith("package:")
 
 
 def cells(study: Study, random_names: Path) -> dict[str, list[str]]:

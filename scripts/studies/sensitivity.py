@@ -41,7 +41,6 @@ CROSS = 4  # concepts of the other domain
 FORGOTTEN = 95.0  # UA that ends the request: settings of twelve requests may not forget in one
 LONGEST = 10  # times the tuned number of steps, at which it ends all the same
 CHECKS = 3  # of UA in the tuned number of steps
-ENDS = ("setting.stop_at", "setting.interval", "train.steps")
 COLOURS = {"none": "#444444", "gradproj": "#d95f02"}
 
 
@@ -64,15 +63,22 @@ def cells(study: Study, sequence: Sequence, known: list[str]) -> dict[str, list[
     found = {}
     for label, names in groups.items():
         reg = f"reg={label.partition(',')[0]}"
-        ends = [] if study.gives(*ENDS) else until_forgotten(study.plan([reg]).spine.train.steps)
+        ends = until_forgotten(study, study.plan([reg]).spine.train.steps)
         found[label] = [reg, *shared, *ends, f"sequence.retain={json.dumps(names)}"]
     return found
 
 
-def until_forgotten(steps: int) -> list[str]:
-    """Return what makes a request of so many steps go on until it forgot."""
-    values = (FORGOTTEN, max(1, steps // CHECKS), LONGEST * steps)
-    return [f"++{key}={value}" for key, value in zip(ENDS, values, strict=True)]
+def until_forgotten(study: Study, steps: int) -> list[str]:
+    """Return what makes a request of so many steps go on until it forgot.
+
+    A user who says when a request ends, by its steps, its loss or its UA, is left alone.
+    """
+    if study.gives("train.steps", "setting.stop_loss", "setting.stop_at"):
+        return []
+    interval = (
+        [] if study.gives("setting.interval") else [f"setting.interval={steps // CHECKS or 1}"]
+    )
+    return [f"++setting.stop_at={FORGOTTEN}", *interval, f"train.steps={LONGEST * steps}"]
 
 
 def what_was_forgotten(runs: dict[str, RunRecord]) -> pd.DataFrame:

@@ -68,11 +68,14 @@ def unsearched(study: "Study", cells: dict[str, list[str]]) -> list[str]:
     found = []
     for label, cell in cells.items():
         plan = study.plan(cell)
-        if not str(plan.resolved["model"]["path"]).startswith("package:"):
+        path = str(plan.resolved["model"]["path"])
+        if not path.startswith("package:"):
             continue
         words = {key: value for key, _, value in (word.partition("=") for word in study.job(cell))}
         name = f"{words.get('method', 'conabl')}+{words.get('reg', 'none')}"
-        keys = grid.get(plan.resolved["sequence"].get("domain"), {})  # none for mixed sequences
+        # none for mixed sequences; the transformer has candidates of its own
+        domain = "flow" if path.endswith("/flow") else plan.resolved["sequence"].get("domain")
+        keys = grid.get(domain, {})
         if not any(key == name or key.startswith(f"{name}+") for key in keys):
             found.append(label)
     return found
@@ -227,8 +230,7 @@ def refuse_gaps(places: dict[str, Path]) -> None:
         if run.complete and lacking:
             raise ValueError(
                 f"{label}: {place} did not evaluate request {lacking[0]} (an earlier eval.every), "
-                "and every request is needed here; give another paths.outputs, or fresh=true, "
-                "which makes the runs again"
+                "and every request is needed here; give another paths.outputs"
             )
 
 

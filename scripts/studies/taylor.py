@@ -139,6 +139,7 @@ class RetentionLoss:
             "rows": self.rows_sha256,
             "weights": hashlib.sha256(own.tobytes()).hexdigest(),
             "loss": hashlib.sha256(inspect.getsource(RetentionLoss).encode()).hexdigest(),
+            "lanczos": [LANCZOS, TOLERANCE],
             "device": self.noisy.device.type,
             "torch": torch.__version__,
         }

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -461,6 +461,8 @@ def test_what_was_not_searched_is_named(script, tmp_path):
     assert module.unsearched(study, {"a": ["method=uce", "reg=gradproj"]}) == ["a"]
     mixed = make_study(script, tmp_path, "sequence=shapecanvas_mixed", "~tracker")
     assert module.unsearched(mixed, {"a": ["reg=l2"]}) == ["a"]
+    flow = make_study(script, tmp_path, "model=shapecanvas_flow")
+    assert module.unsearched(flow, {"a": ["reg=l1"], "b": ["reg=l2"]}) == ["a"]
     assert "ewc" in module.remark_unsearched(study, cells)
     assert module.remark_unsearched(make_study(script, tmp_path, *STABLE_DIFFUSION), cells) == ""
 
@@ -474,6 +476,11 @@ def test_one_request_goes_on_until_it_forgot(script, tmp_path):
     study = make_study(script, tmp_path, "train.steps=7")  # of a user who sets it
     plan = study.plan(cells_of(module, study, tmp_path)["none, all"])
     assert (plan.setting.stop_at, plan.spine.train.steps) == (None, 7)
+    study = make_study(script, tmp_path, "setting.stop_loss=0.2", "setting.interval=7")
+    assert study.plan(cells_of(module, study, tmp_path)["none, all"]).setting.stop_loss == 0.2
+    study = make_study(script, tmp_path, "setting.interval=7")
+    plan = study.plan(cells_of(module, study, tmp_path)["none, all"])
+    assert (plan.setting.stop_at, plan.setting.interval, plan.spine.train.steps) == (95.0, 7, 600)
 
 
 # ----------------------------------------------------------------------------------------- analyses
@@ -724,7 +731,9 @@ def test_what_is_kept_of_a_template_is_a_whole_prompt(script, tmp_path):
             assert without_concept(prompt).split()[-1] not in {"of", "in", "the", "a", "style"}
 
 
-def test_finished_runs_with_gaps_are_refused_before_the_first_one(script, run_copy, monkeypatch):
+def test_finished_runs_with_gaps_are_refused_before_the_first_one(
+    script, run_copy, tmp_path, monkeypatch
+):
     from cu_runner.store.layout import PREDICTIONS
     from cu_runner.store.run_record import read_run
 
@@ -737,6 +746,12 @@ def test_finished_runs_with_gaps_are_refused_before_the_first_one(script, run_co
     monkeypatch.setattr(module, "read_run", lambda place: run)
     with pytest.raises(ValueError, match=r"^a: .* did not evaluate request 1 .*paths\.outputs"):
         module.refuse_gaps({"a": run_copy})
+    # before any run begins
+    monkeypatch.setattr(module, "cu_runs", lambda *given, **more: pytest.fail("a run began"))
+    plan = SimpleNamespace(directory=run_copy)
+    monkeypatch.setattr(module.Study, "plan", lambda self, cell: plan)
+    with pytest.raises(ValueError, match="did not evaluate request 1"):
+        make_study(script, tmp_path).run({"a": []})
 
 
 def test_growth_of_losses(script):
