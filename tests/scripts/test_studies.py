@@ -1040,6 +1040,22 @@ def test_crossdomain_from_end_to_end(script, call, run_copy, tmp_path, jobs_in_f
 
 
 @pytest.mark.slow
+def test_ablation_from_end_to_end(script, call, run_copy, tmp_path, jobs_in_forks, monkeypatch):
+    module = script("ablation")
+    monkeypatch.setattr(
+        module, "cells", lambda: {name: [f"reg={name}"] for name in ("none", "ewc")}
+    )
+    status, _, err = call("ablation", "seed=0", *SMOKE, "--output", "found")
+    assert (status, err) == (0, "")
+    text = (tmp_path / "found/ablation.md").read_text()
+    assert "not searched on this model: ewc." in text
+    assert text.count("| ewc - none |") == 3
+    assert "One seed each" in text
+    table = pd.read_csv(tmp_path / "found/ablation.csv")
+    assert table["run"].tolist() == ["none, seed 0", "ewc, seed 0"]
+
+
+@pytest.mark.slow
 def test_sizes_from_end_to_end(script, call, pipeline_copy, tmp_path, jobs_in_forks, monkeypatch):
     other = pipeline_copy.with_name("again")
     shutil.copytree(pipeline_copy, other)
