@@ -253,7 +253,7 @@ def test_what_needs_every_request_refuses_such_a_run(left_out, monkeypatch):
     said = f"run: {left_out}\n"
     done = SimpleNamespace(returncode=0, stdout=said, stderr="")
     monkeypatch.setattr(make_runs, "subprocess", SimpleNamespace(run=lambda *_, **__: done))
-    with pytest.raises(LaunchError, match=r"request 1 was not evaluated .* fresh=true"):
+    with pytest.raises(LaunchError, match=r"request 1 was not evaluated .* another paths\.outputs"):
         make_runs.cu_run([])
     with pytest.raises(LaunchError, match=r"eval\.every: .* needs every request"):
         list(make_runs.cu_runs([["eval.every=2"]]))
