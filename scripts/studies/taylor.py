@@ -53,15 +53,13 @@ from cu_runner.runtime.lazy import F, nn, torch
 from cu_runner.runtime.seeding import RandomSource
 from cu_runner.schema.json_files import parse_json
 from cu_runner.store.cache import CURVATURE, Cache
-from cu_runner.store.files import to_json
+from cu_runner.store.files import to_json, to_safetensors
 from cu_runner.store.run_record import RunRecord
 
 IMAGES = 96  # of the retention loss, each with one timestep and one noise
 SCALES = (0.75, 0.5, 0.25)
 TOLERANCE = 0.01  # relative, of the largest eigenvalue
-LANCZOS = (
-    10  # vectors; the eigenvalue stands far off the others, and more of them cost more products
-)
+LANCZOS = 10  # vectors: the eigenvalue stands far off the others, and each costs a product
 METRICS = ("UA", "RA_I", "RA_C")
 Delta = dict[str, Tensor]  # theta - theta_base by parameter
 
@@ -134,10 +132,10 @@ class RetentionLoss:
 
         It takes minutes, so that one that was found before comes from the cache.
         """
-        own = flat(list(self.params.values())).cpu().numpy()
+        own = to_safetensors({name: weight.detach() for name, weight in self.params.items()})
         key = {
             "rows": self.rows_sha256,
-            "weights": hashlib.sha256(own.tobytes()).hexdigest(),
+            "weights": hashlib.sha256(own).hexdigest(),
             "loss": hashlib.sha256(inspect.getsource(RetentionLoss).encode()).hexdigest(),
             "lanczos": [LANCZOS, TOLERANCE],
             "device": self.noisy.device.type,
@@ -205,8 +203,7 @@ def retention_loss(plan: RunConfig, loaded: Loaded) -> RetentionLoss:
     noise = torch.randn(clean.shape, generator=generator).to(model.device)
     noisy = model.add_noise(clean, noise, timesteps)
     rows = hashlib.sha256(repr([instruments.model_sha256, prompts]).encode())
-    for part in (noisy, noise, timesteps):
-        rows.update(part.cpu().numpy().tobytes())
+    rows.update(to_safetensors({"noisy": noisy, "noise": noise, "timesteps": timesteps}))
     return RetentionLoss(
         model=model,
         params=weights.params,
@@ -499,7 +496,8 @@ def main(study: Study) -> None:
     text += f"{as_markdown(means, 3)}\n\n"
     text += (
         f"{INTERVALS if len(paths) > 1 else ONE_SEED} {len(loss.noisy)} images in L; "
-        f"{seconds:.0f} s\nbeside the runs."
+        f"{seconds:.0f} s\nbeside the runs, without the curvatures and images that an earlier call "
+        "left in the cache."
     )
     rows = pd.concat([path.assign(part="path"), table.assign(part="interventions")])
     study.write(with_stopped(rows, runs), draw(path, means), text)
