@@ -23,7 +23,7 @@ from cu_runner.request.name_sources import normalized, read_listed
 from cu_runner.store.run_record import RunRecord
 
 NUMBERS = (10, 50)
-RANDOM = 25  # names in the file
+RANDOM = 25  # names in the file, or as many as there are
 THRESHOLDS = (0.3, 0.7, 0.95)
 # of the embedded model no two names have a cosine of own tokens beyond 0.56
 THRESHOLDS_OF_EMBEDDED = (0.3, 0.4, 0.95)
@@ -63,7 +63,8 @@ def cells(study: Study, random_names: Path) -> dict[str, list[str]]:
     changes |= {
         f"number {number}": [f"reg.gradproj.auxiliary.number={number}"] for number in NUMBERS
     }
-    changes[f"file, {RANDOM} at random"] = [
+    drawn = len(random_names.read_text(encoding="utf-8").splitlines())
+    changes[f"file, {drawn} at random"] = [
         f"{source}=file",
         f"reg.gradproj.auxiliary.name={json.dumps(str(random_names))}",
     ]

@@ -1040,6 +1040,30 @@ def test_crossdomain_from_end_to_end(script, call, run_copy, tmp_path, jobs_in_f
 
 
 @pytest.mark.slow
+def test_auxiliary_from_end_to_end(script, call, run_copy, tmp_path, jobs_in_forks, monkeypatch):
+    module = script("auxiliary")
+    cells = module.cells
+    names = ("number 10", "file, 20 at random", "own tokens, threshold 0.3")
+    # without the steps of plain unlearning, which SMOKE gives
+    monkeypatch.setattr(module, "own_tokens", lambda study: module.OWN)
+    monkeypatch.setattr(
+        module, "cells", lambda *given: {name: cells(*given)[name] for name in names}
+    )
+    status, _, err = call("auxiliary", *SMOKE, "--output", "found")
+    assert (status, err) == (0, "")
+    table = pd.read_csv(tmp_path / "found/auxiliary.csv").set_index("run")
+    assert table.index.tolist() == [*names]
+    drawn = (tmp_path / "found/auxiliary_random.txt").read_text().splitlines()
+    assert len(set(drawn)) == 20  # no more are left on the smoke sequence
+    # The first of two targets joins the names of the second.
+    assert table["names"].tolist()[:2] == [10.5, 20.5]
+    assert table["rank"].iloc[2] <= table["names"].iloc[2]  # one column per name
+    assert table["target_outside"].between(0, 1).all()
+    text = (tmp_path / "found/auxiliary.md").read_text()
+    assert "The runs with own tokens have `reg.gradproj.tokens=own" in text
+
+
+@pytest.mark.slow
 def test_ablation_from_end_to_end(script, call, run_copy, tmp_path, jobs_in_forks, monkeypatch):
     module = script("ablation")
     monkeypatch.setattr(
