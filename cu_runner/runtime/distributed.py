@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -41,7 +42,7 @@ def start(device: str) -> None:
         ValueError: one GPU, or too few, for several processes.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes == 1 or dist.is_initialized():
+    if processes == 1 or _joined():
         return
     if device.startswith("cuda:"):
         raise ValueError(
@@ -62,14 +63,19 @@ def start(device: str) -> None:
         os.environ["TQDM_DISABLE"] = "1"
 
 
+def _joined() -> bool:
+    """Return whether this process is of a group. Without torch none is, and it takes seconds."""
+    return "torch.distributed" in sys.modules and dist.is_initialized()
+
+
 def rank() -> int:
     """Return the number of this process, from 0 on."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _joined() else 0
 
 
 def size() -> int:
     """Return how many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _joined() else 1
 
 
 def is_main() -> bool:

@@ -142,3 +142,10 @@ def test_a_dry_run_loads_nothing_slow(tmp_path):
         assert "to do: 3 of 3 evaluations" in output
         assert loaded & SLOW == set()
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_finished_run_is_found_without_anything_slow(run_copy, tmp_path):
+    ((status, output, loaded),) = call("cu-run", [*SMOKE], cwd=tmp_path)
+    assert status == 0, output
+    assert output.splitlines()[-1] == f"run: {run_copy.relative_to(tmp_path)}"
+    assert loaded & SLOW == set()
