@@ -134,7 +134,8 @@ class Study:
 
     def check_own(self, cells: dict[str, list[str]]) -> None:
         """Raise ValueError if the user sets what the study sets itself in some of its cells."""
-        for key in {override.partition("=")[0] for cell in cells.values() for override in cell}:
+        own = {override.partition("=")[0] for cell in cells.values() for override in cell}
+        for key in sorted(key.lstrip("+") for key in own):
             if self.gives(key):
                 raise ValueError(
                     f"{key}: this study sets it itself; leave it out, or run cu-run with it"

@@ -30,7 +30,7 @@ from cu_runner.schema.errors import LaunchError
 SCRIPTS = Path(__file__).parents[2] / "scripts/studies"
 STUDIES = (
     *("diagnostic", "ablation", "sensitivity", "scaling", "auxiliary", "order", "frontier"),
-    *("crossdomain", "taylor", "masks", "neighbourhood"),
+    *("crossdomain", "taylor", "masks", "neighbourhood", "served"),
 )
 STABLE_DIFFUSION = [
     "experiment=unlearncanvas_style",
@@ -72,7 +72,7 @@ def cells_of(module: ModuleType, study, tmp_path: Path) -> dict[str, list[str]]:
         for source, file in files.items():
             file.write_text(names.get(source, "".join(names.values())))
         return module.cells(study, [0, 1], files)
-    if module.__name__ == "masks":
+    if module.__name__ in ("masks", "served"):
         return module.cells(study)
     return module.cells()
 
@@ -235,6 +235,9 @@ def test_the_user_may_not_set_what_some_run_of_a_study_sets(script, tmp_path):
     for words in (["reg.l2.weight=1"], ["+reg.l2.weight=1"], ["seed=3", "reg=l1"]):
         with pytest.raises(ValueError, match=r"^reg(\.l2\.weight)?: this study sets it itself"):
             make_study(script, tmp_path, *words).check_own(cells)
+    study = make_study(script, tmp_path, "setting.stop_at=99")
+    with pytest.raises(ValueError, match=r"^setting\.stop_at: this study sets it itself"):
+        study.check_own({"plain": ["++setting.stop_at=95"]})
 
 
 def test_masks_of_all_methods_are_of_one_size_and_of_keys_and_values(script, tmp_path):
@@ -1061,6 +1064,45 @@ def test_auxiliary_from_end_to_end(script, call, run_copy, tmp_path, jobs_in_for
     assert table["target_outside"].between(0, 1).all()
     text = (tmp_path / "found/auxiliary.md").read_text()
     assert "The runs with own tokens have `reg.gradproj.tokens=own" in text
+
+
+def test_what_it_took_by_hand(script):
+    module = script("served")
+    rows = [("none, forgotten", 0, 1, 90, 95.0), ("none, forgotten", 0, 2, 30, 94.0)]
+    rows += [("none, forgotten", 1, 1, 30, 100.0), ("none, forgotten", 1, 2, 30, 97.0)]
+    rows += [("l2, fixed", 0, 1, 60, float("nan")), ("l2, fixed", 0, 2, 60, 99.0)]
+    columns = ["run", "seed", "request", "steps", "UA"]
+    table = pd.DataFrame(rows, columns=columns)
+    table["run"] += ", seed " + table["seed"].astype(str)
+    found = module.what_it_took(table).set_index("run")
+    assert found.loc["none, forgotten"].tolist() == [45.0, 75.0, 60.0, 97.5]
+    assert found.loc["l2, fixed", ["steps", "first steps"]].tolist() == [60.0, 60.0]
+    assert found.loc["l2, fixed", ["forgotten", "first UA"]].isna().all()
+
+
+@pytest.mark.slow
+def test_served_from_end_to_end(script, call, run_copy, tmp_path, jobs_in_forks, monkeypatch):
+    module = script("served")
+    monkeypatch.setattr(module, "REGULARIZERS", ("none",))
+    small = [word for word in SMOKE if not word.startswith("train.steps")]
+    monkeypatch.setattr(
+        module,
+        "cells",
+        lambda study: {
+            "none, fixed": ["reg=none", "train.steps=3"],
+            "none, forgotten": [
+                *("reg=none", "++setting.stop_at=100", "setting.interval=2", "train.steps=4"),
+            ],
+        },
+    )
+    status, _, err = call("served", "seed=0", *small, "--output", "found")
+    assert (status, err) == (0, "")
+    table = pd.read_csv(tmp_path / "found/served.csv")
+    assert table["run"].tolist() == ["none, fixed, seed 0", "none, forgotten, seed 0"]
+    text = (tmp_path / "found/served.md").read_text()
+    assert text.count("| none: forgotten - fixed |") == 3
+    (line,) = [line for line in text.splitlines() if line.startswith("| none, forgotten | 4.0 |")]
+    assert line.split(" | ")[3] == "4.0"
 
 
 @pytest.mark.slow
