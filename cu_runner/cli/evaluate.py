@@ -123,7 +123,7 @@ def main() -> None:
             steps = store.finished()
             store.write_metrics(steps)
         if lacking := left_out(steps, plan.spine.eval, run.num_requests):
-            say(f"{lacking} was not measured here; with fresh=true all are, anew")
+            say(f"{lacking} not measured here; with fresh=true all are, anew")
         if plan.probes and not run.complete:
             say("the run is not finished: probes with every=last wait for its last request")
         say(f"evaluation: {directory}")

@@ -196,7 +196,7 @@ def say_what_is_left_out(plan: RunConfig) -> None:
     steps = read_run(plan.directory).records  # the records alone: the weights may be large
     if lacking := left_out(steps, plan.spine.eval, len(steps) - 1):
         measures = f"`cu-eval {plan.directory}` measures every request"
-        logger.info("%s was not evaluated (an earlier eval.every): %s", lacking, measures)
+        logger.info("%s not evaluated (an earlier eval.every): %s", lacking, measures)
 
 
 def execute(plan: RunConfig, store: RunStore, command: str, stop: StopSignals) -> None:

@@ -10,12 +10,12 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby
 
 from cu_runner.evaluators.metrics import Measured, rows_of
 from cu_runner.reporting.intervals import of_sum, over_images
 from cu_runner.runtime.lazy import pd
 from cu_runner.store.layout import PREDICTIONS
+from cu_runner.store.records import spans
 from cu_runner.store.run_record import RunRecord
 
 Interval = tuple[float, float]
@@ -275,12 +275,3 @@ def by_signature(runs: dict[str, RunRecord]) -> list[str]:
         for each in SIGNATURES
         if each.name in seen
     ]
-
-
-def spans(numbers: list[int]) -> str:
-    """Return rising whole numbers as "2, 4 to 12"."""
-    parts = []
-    for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
-        run = [number for _, number in group]
-        parts.append(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}")
-    return ", ".join(parts)

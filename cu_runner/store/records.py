@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -262,10 +263,22 @@ def what_is_strange(record: StepRecord) -> str | None:
 def left_out(steps: Sequence[StepRecord], asked: EvalSettings, last: int) -> str:
     """Name the requests of a run that lack an evaluation that is asked for; "" if none.
 
+    "request 3 was", "requests 1 to 11 were": with the verb.
     last: of its requests.
     """
     due = [step.index for step in steps if not step.evaluated and asked.is_due(step.index, last)]
-    return f"request {', '.join(map(str, due))}" if due else ""
+    if len(due) > 1:
+        return f"requests {spans(due)} were"
+    return f"request {due[0]} was" if due else ""
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Return rising whole numbers as "2, 4 to 12"."""
+    parts = []
+    for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        parts.append(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}")
+    return ", ".join(parts)
 
 
 def refuse_other_version(path: Path, entries: Mapping[str, Any]) -> None:

@@ -15,7 +15,6 @@ from cu_runner.reporting.diagnosis import (
     diagnose,
     news,
     rebound,
-    spans,
     spell,
     with_images,
 )
@@ -163,10 +162,6 @@ def test_every_signature_says_its_numbers_and_what_to_try():
         "rebound": "reg.gradproj.earlier=true",
     }.items():
         assert tries in said[name]
-
-
-def test_spans():
-    assert spans([2, 4, 5, 6, 9]) == "2, 4 to 6, 9"
 
 
 # ---------------------------------------------------------------------------------------- of runs

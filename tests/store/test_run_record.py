@@ -5,15 +5,17 @@ sweeps that name their runs.
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from conftest import SMOKE
 
 from cu_runner.schema.errors import StoreError
+from cu_runner.schema.settings import EvalSettings
 from cu_runner.store.files import hash_json
 from cu_runner.store.layout import JOB
-from cu_runner.store.records import chain
+from cu_runner.store.records import chain, left_out, spans
 from cu_runner.store.run_record import find_runs, read_run
 
 
@@ -40,6 +42,19 @@ def test_what_a_run_directory_says(run_copy):
         ["torch light", "snow drift"],
     ]
     assert run.weights(2) == run_copy / "steps/02/delta.safetensors"
+
+
+def test_spans():
+    assert spans([2, 4, 5, 6, 9]) == "2, 4 to 6, 9"
+
+
+@pytest.mark.parametrize(
+    ("every", "words"), [(1, "requests 1, 3 to 5 were"), (3, "request 3 was"), (6, "")]
+)
+def test_requests_that_lack_an_evaluation_that_is_asked_for(every, words):
+    steps = [SimpleNamespace(index=index, evaluated=index in (0, 2, 6)) for index in range(7)]
+    asked = EvalSettings(1, 1.0, batch_size=1, every=every)
+    assert left_out(steps, asked, 6) == words
 
 
 def test_numbers_do_not_come_from_metrics_csv(run_copy):
