@@ -39,10 +39,9 @@ def check_setting(resolved: ConfigTree, regularizers: dict[str, Node[Regularizer
     # a run without these has the signature of one that does not know them
     unused = [] if setting.last_only else ["last_only"]
     unused += [] if setting.recheck is not None else ["recheck"]
-    if setting.stop_loss is None:
-        unused += ["stop_loss"]
-        if setting.plan != "simultaneous" and setting.stop_at is None:
-            unused.append("interval")
+    unused += [] if setting.stop_loss is not None else ["stop_loss"]
+    if setting.plan != "simultaneous" and setting.stop_at is None:
+        unused += ["stop_at"] if setting.ends_early else ["stop_at", "interval"]
     resolved["setting"] = without_paths(resolved["setting"], tuple(unused))
     merging = [name for name, node in regularizers.items() if node.made.independent_starts]
     if merging and setting.plan == "simultaneous":

@@ -34,7 +34,7 @@ ODD = [
             "reg=gradproj_l1",
             "seed=4",
             "reg.l1.weight=0.5",
-            "+setting.stop_at=90",
+            "++setting.stop_at=90",
         ],
         [
             "sequence.targets=[torch light,'a, \"b\"']",

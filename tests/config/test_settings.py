@@ -145,7 +145,7 @@ def test_a_file_of_names_counts_by_its_content(in_process, filled_cache, tmp_pat
 
 
 def test_merging_keeps_the_early_stop_of_its_setting(compose_run):
-    config = compose_run("sequence=smoke", "reg=merge", "+setting.stop_at=99", "setting.interval=5")
+    config = compose_run("sequence=smoke", "reg=merge", "setting.stop_at=99", "setting.interval=5")
     assert (config.setting.plan, config.setting.stop_at, config.setting.interval) == (
         "independent",
         99,
@@ -267,13 +267,13 @@ def test_early_stop_on_the_loss(in_process, filled_cache, tmp_path):
         *before, last = [entry["loss_left"] for entry in record["early_stop"]]
         assert last <= 0.999999 or len(before) == 2
         assert all(left > 0.999999 for left in before)
-    status, _, err = in_process(*SMOKE, "setting.stop_loss=0.5", "+setting.stop_at=99")
+    status, _, err = in_process(*SMOKE, "setting.stop_loss=0.5", "setting.stop_at=99")
     assert status == 2
     assert err == (
         "cu-run: setting.stop_loss: setting.stop_at ends requests too, by UA; give one of the two\n"
     )
     plain = parse(compose(*SMOKE))
-    assert not {"stop_loss", "recheck"} & set(plain.resolved["setting"])
+    assert not {"stop_at", "stop_loss", "recheck"} & set(plain.resolved["setting"])
     assert parse(compose(*SMOKE, "setting.interval=5")).signature == plain.signature
     assert parse(compose(*SMOKE, "setting.stop_loss=0.5")).signature != plain.signature
 
