@@ -103,13 +103,14 @@ def draw(last: pd.DataFrame, requests: pd.DataFrame) -> Figure:
         axes[0].plot(mean.index, mean, "o-", markersize=3, color=colour, label=reg)
         for axis, metric in zip(axes[1:], PANELS, strict=True):
             pair = last.set_index("run")[metric].reindex([f"{reg}, {end}" for end in ENDS])
-            axis.plot(range(len(ENDS)), pair, "o-", color=colour)
+            axis.plot(range(len(ENDS)), pair, "o-", color=colour, label=reg)
     axes[0].set(xlabel="request", title="steps until forgotten", ylim=(0, None))
-    axes[0].legend(fontsize=7)
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
     for axis, (metric, title) in zip(axes[1:], PANELS.items(), strict=True):
         axis.set(title=title, xticks=range(len(ENDS)), xlim=(-0.3, len(ENDS) - 0.7))
-        axis.set_xticklabels([f"{end}" for end in ENDS])
+        axis.set_xticklabels(ENDS)
         axis.set_ylim((-3, 103) if metric != "drift_l2" else (0, None))
+    axes[1].legend(fontsize=7, loc="lower left")
     return figure
 
 
