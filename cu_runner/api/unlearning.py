@@ -260,14 +260,17 @@ class Unlearning:
         return made
 
     def judge(self, request: Request) -> Callable[[], float]:
-        """Return what measures UA for setting.stop_at, which alone needs a judge."""
+        """Return what measures UA for setting.stop_at, which alone needs a judge.
+
+        Raises ConfigError where it is asked for and there is none.
+        """
+        if self.plan.setting.stop_at is not None and not self.sequence.cross_retain:
+            raise ConfigError(
+                "setting.stop_at measures UA, and concepts of your own have no judge; give "
+                "settings={'setting.stop_at': None}"
+            )
 
         def measure() -> float:
-            if not self.sequence.cross_retain:
-                raise ConfigError(
-                    "setting.stop_at measures UA, and concepts of your own have no judge; give "
-                    "settings={'setting.stop_at': None}"
-                )
             told = (self.sequence, list(request.erased), request.index, self.plan.spine.eval)
             seen = evaluate(self.diffusion, self.evaluator, *told)
             names = [concept.name for concept in request.erased]

@@ -328,10 +328,12 @@ def time_left(num_steps: int, num_images: int, rates: Rates, device: str, most: 
             "with these threads"
         )
     training, evaluation = num_steps * (rates.step or 0.0), num_images * rates.image
+    further = "start-up, anchor images and what ends requests early"
+    further = further if most else "start-up and anchor images"
     return (
         f"{most}about {(training + evaluation) / 60:.1f} min on {device}: "
         f"training {training:.0f} s, evaluation {evaluation:.0f} s "
-        f"(rates measured in {rates.num_runs} earlier runs; start-up and anchor images come on top)"
+        f"(rates measured in {rates.num_runs} earlier runs; {further} come on top)"
     )
 
 

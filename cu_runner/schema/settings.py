@@ -151,10 +151,10 @@ class Cluster:
 class PlanSettings:
     """conf/setting: how a sequence becomes requests, and when one may end before train.steps.
 
-    stop_at: UA in percent that ends a request when it is reached; None is never. stop_loss: the
-    same of the method's loss, as a fraction of that of the untouched weights. recheck: after a
-    request, an earlier target whose loss is over so many times stop_loss again is trained again;
-    None is never.
+    stop_at: UA in percent that ends a request when it is reached, over all concepts so far, of
+    independent requests over the one; None is never. stop_loss: the same of the method's loss, as a
+    fraction of that of the untouched weights. recheck: after a request, an earlier target whose
+    loss is over so many times stop_loss again is trained again; None is never.
     """
 
     plan: Literal["sequential", "independent", "simultaneous"]

@@ -5,10 +5,11 @@
 The tuned settings have a fixed number of steps, chosen by UA after the last requests: nothing says
 that the first concept is forgotten when its request is done. Here the same settings train a request
 until UA over all concepts so far is 95, and no longer than four times those steps; of merging,
-whose requests begin at the untouched model, UA of the one concept before it is merged. Both ends
-beside each other, after the last request. UA that ends training comes from the images that judge
-the run: these runs are tuned on the judge, as the paper's merging is. Two runs of the sequence per
-regularizer and seed; served.md has the seconds of each. The last request is needed alone:
+whose requests begin at the untouched model, UA of the one concept before it is merged. Of one
+concept with 16 images or fewer that is all of them. Both ends beside each other, after the last
+request. UA that ends training comes from the images that judge the run: these runs are tuned on
+the judge, as the paper's merging is. Two runs of the sequence per regularizer and seed; served.md
+has the seconds of each. The last request is needed alone, for all but UA of the fixed requests:
 eval.every=last.
 """
 
@@ -50,11 +51,11 @@ def cells(study: Study) -> dict[str, list[str]]:
     """Labels are "REG, END"."""
     found = {}
     for reg in REGULARIZERS:
-        steps = study.plan([f"reg={reg}"]).spine.train.steps
+        interval = study.plan([f"reg={reg}"]).spine.train.steps // CHECKS or 1
         found[f"{reg}, fixed"] = [f"reg={reg}"]
         found[f"{reg}, forgotten"] = [
             *(f"reg={reg}", f"++setting.stop_at={FORGOTTEN}"),
-            *(f"setting.interval={steps // CHECKS or 1}", f"train.steps={LONGEST * steps}"),
+            *(f"setting.interval={interval}", f"train.steps={LONGEST * CHECKS * interval}"),
         ]
     return found
 
@@ -62,8 +63,8 @@ def cells(study: Study) -> dict[str, list[str]]:
 def requests_of(runs: dict[str, RunRecord]) -> pd.DataFrame:
     """Return one row per run and request: its steps, and UA when it ended.
 
-    That is UA of the evaluation, or where eval.every left it out the one that ended training; NaN
-    where neither was measured.
+    That is the UA that ended training (of merging before the merge), or without one that of the
+    evaluation; NaN where neither was measured.
     """
     rows = []
     for label, run in runs.items():
@@ -77,10 +78,10 @@ def requests_of(runs: dict[str, RunRecord]) -> pd.DataFrame:
 
 
 def what_it_took(requests: pd.DataFrame) -> pd.DataFrame:
-    """Return by run what requests_of() says: means over requests and seeds.
+    """Return by run what requests_of() says: means over requests and seeds, and their number.
 
-    forgotten: the share of requests (percent) that ended at a UA of FORGOTTEN or more; NaN where a
-    UA is unknown. first: steps and UA of the first request.
+    forgotten: the share of requests (percent) that ended at a UA of FORGOTTEN or more. first UA: of
+    the first request. Both NaN where a UA is unknown. At the end the steps of every request.
     """
     rows = []
     requests = requests.assign(run=requests["run"].map(without_seed))
@@ -88,8 +89,10 @@ def what_it_took(requests: pd.DataFrame) -> pd.DataFrame:
         first = table[table["request"] == 1]
         known = table["UA"].notna().all()
         share = 100.0 * (table["UA"] >= FORGOTTEN).mean() if known else float("nan")
-        row = {"run": run, "steps": table["steps"].mean(), "forgotten": share}
-        rows.append(row | {"first steps": first["steps"].mean(), "first UA": first["UA"].mean()})
+        row = {"run": run, "seeds": len(first), "forgotten": share}
+        row |= {"first UA": first["UA"].mean(skipna=False), "steps": table["steps"].mean()}
+        each = table.groupby("request")["steps"].mean()
+        rows.append(row | {f"{request}": each[request] for request in each.index})
     return pd.DataFrame(rows)
 
 
@@ -128,8 +131,10 @@ def main(study: Study) -> None:
     text += f"{as_markdown(last)}\n\nWhat the other end changes, in points:\n\n"
     text += f"{as_markdown(differences(tables, pairs))}\n\n{remark_of_differences([*tables])}\n\n"
     text += (
-        "Steps of a request, the share of requests (%) that ended at a UA of "
-        f"{FORGOTTEN:g} or more, and the first request:\n\n{as_markdown(what_it_took(requests))}"
+        f"The share of requests (%) that ended at a UA of {FORGOTTEN:g} or more, UA of the first "
+        "(where training was ended by UA, that one: of merging of the concept alone, before the "
+        "merge), and steps: the mean, and of every request:\n\n"
+        f"{as_markdown(what_it_took(requests))}"
     )
     rows = with_stopped(last_rows({label: run.table for label, run in done.items()}), runs)
     study.write(rows, draw(last, requests), f"{text}\n\n{ALL_RUNS}{as_markdown(rows)}")

@@ -1075,8 +1075,8 @@ def test_what_it_took_by_hand(script):
     table = pd.DataFrame(rows, columns=columns)
     table["run"] += ", seed " + table["seed"].astype(str)
     found = module.what_it_took(table).set_index("run")
-    assert found.loc["none, forgotten"].tolist() == [45.0, 75.0, 60.0, 97.5]
-    assert found.loc["l2, fixed", ["steps", "first steps"]].tolist() == [60.0, 60.0]
+    assert found.loc["none, forgotten"].tolist() == [2, 75.0, 97.5, 45.0, 60.0, 30.0]
+    assert found.loc["l2, fixed", ["seeds", "steps", "1", "2"]].tolist() == [1, 60.0, 60.0, 60.0]
     assert found.loc["l2, fixed", ["forgotten", "first UA"]].isna().all()
 
 
@@ -1101,8 +1101,8 @@ def test_served_from_end_to_end(script, call, run_copy, tmp_path, jobs_in_forks,
     assert table["run"].tolist() == ["none, fixed, seed 0", "none, forgotten, seed 0"]
     text = (tmp_path / "found/served.md").read_text()
     assert text.count("| none: forgotten - fixed |") == 3
-    (line,) = [line for line in text.splitlines() if line.startswith("| none, forgotten | 4.0 |")]
-    assert line.split(" | ")[3] == "4.0"
+    (line,) = [line for line in text.splitlines() if line.endswith("| 4.0 | 4.0 | 4.0 |")]
+    assert line.startswith("| none, forgotten | 1 |")  # steps: their mean, and of both requests
 
 
 @pytest.mark.slow
