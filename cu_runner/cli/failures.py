@@ -169,6 +169,10 @@ def explain_hydra(text: str, overrides: list[str]) -> str:
         return f"unknown key {key}{meant}; `cu-run --cfg job` prints every key"
     if SYNTAX.search(text) and (unread := unreadable(overrides)):
         return unread
+    merged = re.search(r"Error merging override \+([\w.]+)=", text)
+    appended = re.search(r"Could not append to config. An item is already at '([\w.]+)'", text)
+    if found := merged or appended:
+        return f"+{found[1]}: is set already, and a plus adds what is not; write {found[1]}=..."
     if found := re.search(r"Error merging override (.*)", text):
         return f"{found[1]}: is a list, a mapping or a value where its file has another of these"
     if found := re.search(r"'([\w/]+)': ConfigTypeError raised .*Cannot merge \w+ with", text):

@@ -124,8 +124,11 @@ def test_stop_at_is_measured_by_the_judge(untouched):
     own = FEW | {"train.steps": 4, "setting.stop_at": 0.1, "setting.interval": 2}
     edited = unlearn(untouched, setting="simultaneous", settings=own | {"train.lr": 1.0})
     assert edited.edits[0].steps < 4
+    steps = []
+    told = {"sequence": None, "settings": own, "on_step": steps.append}
     with pytest.raises(ConfigError, match="no judge"):
-        unlearn(untouched, "a style", sequence=None, setting="simultaneous", settings=own)
+        unlearn(untouched, "a style", **told)
+    assert steps == []  # refused before training
 
 
 def test_objects_in_place_of_names(untouched):

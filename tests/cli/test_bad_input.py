@@ -106,6 +106,8 @@ CONFIGURATION = [
     (["sequence.prompt=a {style}, {object}"], ["""'sequence.prompt="a {style}, {object}"'"""]),
     (["model.allow_pickle=[x.bin]", "model.path=/nowhere"], ["/nowhere", "no such file"]),
     (["model.config=/x"], ["model.config: its file does not set it", "+model.config=..."]),
+    (["+setting.stop_at=95"], ["+setting.stop_at: is set already", "write setting.stop_at=..."]),
+    (["+device=cpu"], ["+device: is set already", "write device=..."]),
     (["train=3"], ["train=3: is no mapping"]),
     (["model.device=cpu"], ["unknown key model.device"]),
     (

@@ -65,6 +65,9 @@ def test_time_left():
     assert time_left(100, 20, Rates(0.5, 0.5, 3), "cpu", "at most ").startswith(
         "at most about 1.0 min on cpu"
     )
+    ends = "what ends requests early come on top"
+    assert ends in time_left(100, 20, Rates(0.5, 0.5, 3), "cpu", "at most ")
+    assert ends not in time_left(100, 20, Rates(0.5, 0.5, 3), "cpu", "")
     assert time_left(100, 20, Rates(None, 0.5, 3), "cpu", "").startswith(
         "unknown: no earlier run under outputs measured training"
     )
