@@ -317,6 +317,7 @@ def in_process(tmp_path, monkeypatch, capsys):
 
     def run(*overrides: str) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
+        HydraConfig.instance().cfg = None  # as in a new process, whatever ran before in this one
         monkeypatch.setattr(sys, "argv", ["cu-run", *changed_smoke(overrides)])
         capsys.readouterr()
         status = 0
