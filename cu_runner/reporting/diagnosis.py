@@ -15,7 +15,7 @@ from cu_runner.evaluators.metrics import Measured, rows_of
 from cu_runner.reporting.intervals import of_sum, over_images
 from cu_runner.runtime.lazy import pd
 from cu_runner.store.layout import PREDICTIONS
-from cu_runner.store.records import spans
+from cu_runner.store.records import name_requests
 from cu_runner.store.run_record import RunRecord
 
 Interval = tuple[float, float]
@@ -268,8 +268,7 @@ def by_signature(runs: dict[str, RunRecord]) -> list[str]:
         for signature in SIGNATURES:
             ends = [end for end, names in enumerate(shown) if signature.name in names]
             if requests := [int(table["request"].iloc[end]) for end in ends]:
-                when = f"request{'s' * (len(requests) > 1)} {spans(requests)}"
-                seen.setdefault(signature.name, []).append(f"{label} ({when})")
+                seen.setdefault(signature.name, []).append(f"{label} ({name_requests(requests)})")
     return [
         f"{each.name.capitalize()}: {', '.join(seen[each.name])}. Try {each.attempt}."
         for each in SIGNATURES

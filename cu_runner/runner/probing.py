@@ -24,7 +24,7 @@ from cu_runner.schema.settings import EvalSettings
 from cu_runner.store.cache import Cache
 from cu_runner.store.files import to_json
 from cu_runner.store.layout import METRICS, PREDICTIONS
-from cu_runner.store.records import Metrics, Row
+from cu_runner.store.records import Metrics, Row, name_requests
 from cu_runner.store.run_directory import RunStore
 
 WHEN = ("every", "controls")  # arguments that do not change what is seen of one concept
@@ -45,12 +45,12 @@ def require_evaluated(name: str, probe: Probe, evaluated: EvalSettings, last: in
     due = [request for request in range(1, last + 1) if probe.is_due(request, last)]
     needed = range(1, last + 1) if probe.reads_earlier else due
     if lacking := [request for request in needed if not evaluated.is_due(request, last)]:
-        what, other = "is due after it", f"recovery.{name}.every=last"
+        what, other = "is due then", f"recovery.{name}.every=last"
         if probe.reads_earlier:
             what, other = "reads what was seen after every request", "leave the probe out"
         raise ConfigError(
-            f"recovery.{name}: eval.every={evaluated.every} leaves out request {lacking[0]}, and "
-            f"the probe {what}; give eval.every=1, or {other}"
+            f"recovery.{name}: eval.every={evaluated.every} leaves out {name_requests(lacking)}, "
+            f"and the probe {what}; give eval.every=1, or {other}"
         )
 
 

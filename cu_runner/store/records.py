@@ -267,18 +267,16 @@ def left_out(steps: Sequence[StepRecord], asked: EvalSettings, last: int) -> str
     last: of its requests.
     """
     due = [step.index for step in steps if not step.evaluated and asked.is_due(step.index, last)]
-    if len(due) > 1:
-        return f"requests {spans(due)} were"
-    return f"request {due[0]} was" if due else ""
+    return f"{name_requests(due)} {'was' if len(due) == 1 else 'were'}" if due else ""
 
 
-def spans(numbers: Sequence[int]) -> str:
-    """Return rising whole numbers as "2, 4 to 12"."""
+def name_requests(numbers: Sequence[int]) -> str:
+    """Return rising numbers of requests, one at least, as "request 3" or "requests 2, 4 to 12"."""
     parts = []
     for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
         run = [number for _, number in group]
         parts.append(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}")
-    return ", ".join(parts)
+    return f"request{'' if len(numbers) == 1 else 's'} {', '.join(parts)}"
 
 
 def refuse_other_version(path: Path, entries: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from cu_runner.config.command import key_of, last_of_each
 from cu_runner.runtime.lazy import torch
 from cu_runner.schema.errors import LaunchError
 from cu_runner.store.files import to_json, write_atomic
+from cu_runner.store.records import name_requests
 from cu_runner.store.run_record import RunRecord, read_run
 
 CU_RUN = str(Path(sys.executable).with_name("cu-run"))
@@ -51,8 +52,8 @@ def cu_run(
     lacking = [step.index for step in run.records if not step.evaluated]
     if lacking and not gaps:
         raise LaunchError(
-            f"{run.directory}: request {lacking[0]} was not evaluated (eval.every), and every "
-            "request is needed here; give another paths.outputs"
+            f"{run.directory}: not evaluated (eval.every): {name_requests(lacking)}; every request "
+            "is needed here: give another paths.outputs"
         )
     return run
 

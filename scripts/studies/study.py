@@ -29,6 +29,7 @@ from cu_runner.config.run_config import RunConfig
 from cu_runner.reporting.table_formats import to_markdown
 from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import LaunchError
+from cu_runner.store.records import name_requests
 from cu_runner.store.run_record import RunRecord, read_run
 from cu_runner.sweeps.make_runs import cu_runs
 
@@ -230,8 +231,8 @@ def refuse_gaps(places: dict[str, Path]) -> None:
         lacking = [step.index for step in run.records if not step.evaluated]
         if run.complete and lacking:
             raise ValueError(
-                f"{label}: {place} did not evaluate request {lacking[0]} (an earlier eval.every), "
-                "and every request is needed here; give another paths.outputs"
+                f"{label}: {place} did not evaluate {name_requests(lacking)} (an earlier "
+                "eval.every), and every request is needed here; give another paths.outputs"
             )
 
 

@@ -153,8 +153,8 @@ def test_a_step_without_predictions_holds_no_metrics(run_copy):
         (["eval.every=first"], "eval.every='first'"),
         (
             ["eval.every=last", "recovery=completion"],
-            "recovery.completion: eval.every=last leaves out request 1, and the probe is due after "
-            "it; give eval.every=1, or recovery.completion.every=last",
+            "recovery.completion: eval.every=last leaves out request 1, and the probe is due then; "
+            "give eval.every=1, or recovery.completion.every=last",
         ),
         (
             ["eval.every=last", "recovery=rebound", "recovery.rebound.every=last"],
@@ -253,7 +253,7 @@ def test_what_needs_every_request_refuses_such_a_run(left_out, monkeypatch):
     said = f"run: {left_out}\n"
     done = SimpleNamespace(returncode=0, stdout=said, stderr="")
     monkeypatch.setattr(make_runs, "subprocess", SimpleNamespace(run=lambda *_, **__: done))
-    with pytest.raises(LaunchError, match=r"request 1 was not evaluated .* another paths\.outputs"):
+    with pytest.raises(LaunchError, match=r"not evaluated .*: request 1; .* paths\.outputs"):
         make_runs.cu_run([])
     with pytest.raises(LaunchError, match=r"eval\.every: .* needs every request"):
         list(make_runs.cu_runs([["eval.every=2"]]))

@@ -15,7 +15,7 @@ from cu_runner.schema.errors import StoreError
 from cu_runner.schema.settings import EvalSettings
 from cu_runner.store.files import hash_json
 from cu_runner.store.layout import JOB
-from cu_runner.store.records import chain, left_out, spans
+from cu_runner.store.records import chain, left_out, name_requests
 from cu_runner.store.run_record import find_runs, read_run
 
 
@@ -44,8 +44,9 @@ def test_what_a_run_directory_says(run_copy):
     assert run.weights(2) == run_copy / "steps/02/delta.safetensors"
 
 
-def test_spans():
-    assert spans([2, 4, 5, 6, 9]) == "2, 4 to 6, 9"
+def test_names_of_requests():
+    assert name_requests([2, 4, 5, 6, 9]) == "requests 2, 4 to 6, 9"
+    assert name_requests([3]) == "request 3"
 
 
 @pytest.mark.parametrize(
