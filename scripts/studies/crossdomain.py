@@ -9,9 +9,11 @@ with projection off names of objects (own), of styles (other), and of both. As m
 domain, at random from the sequence's vocabulary and from the list of the other domain that goes
 with it; both is their union. No target, no retained concept and no concept by which RA-C is
 measured is among them. Each name has a prompt of its own, so that no caption brings in the other
-domain: the bare name, or PROMPTS where the tuned projection reads every token. Everything else is
-as tuned. Beside them plain unlearning, projection as tuned, and merging.
-own, other: a shipped list or a text file in place of these names. 18 runs, crossdomain.md has the
+domain: the bare name, or PROMPTS where the tuned projection reads every token. Whether it is the
+number of prompts that counts or that both domains stand in each, pairs tells: every name of the own
+domain with two of the other, as many prompts as both has; and more pairs: with twelve. Everything
+else is as tuned. Beside them plain unlearning, projection as tuned, and merging.
+own, other: a shipped list or a text file in place of these names. 24 runs, crossdomain.md has the
 seconds of each. The last request is needed alone, for all but the picture: eval.every=last.
 """
 
@@ -55,12 +57,21 @@ ON_STABLE_DIFFUSION = (
 )
 # Where all tokens are read the words around a name count too.
 PROMPTS = {"object": "a {} image", "style": "an image in {} style"}
+PROMPT_OF_PAIR = "a {object} image in {style} style"
+PARTNERS = {"pairs": 2, "more pairs": 12}  # names of the other domain beside each of the own
 PROJECTION = "projection, "
 DIFFERENCES = {
     f"{one} - {two}": tuple(
         name if name == "merge" else f"{PROJECTION}{name}" for name in (one, two)
     )
-    for one, two in (("other", "own"), ("both", "own"), ("both", "merge"))
+    for one, two in (
+        ("other", "own"),
+        ("both", "own"),
+        ("both", "merge"),
+        ("pairs", "both"),
+        ("more pairs", "pairs"),
+        ("more pairs", "as tuned"),
+    )
 }
 
 
@@ -125,7 +136,7 @@ def choose_names(sequence: Sequence, own: list[str], other: list[str]) -> dict[s
 
 
 def as_prompts(study: Study, sequence: Sequence, chosen: dict[str, list[str]]) -> dict[str, str]:
-    """Return the text of each source's file, a prompt per line."""
+    """Return the text of each source's file, a prompt per line; PARTNERS are sources too."""
     plan = study.plan([*default_sequence(study), "reg=gradproj"])
     every_token = plan.resolved["reg"]["gradproj"]["tokens"] == "all"
     domains = {"own": sequence.domain, "other": sequence.cross_domain}
@@ -134,17 +145,36 @@ def as_prompts(study: Study, sequence: Sequence, chosen: dict[str, list[str]]) -
         form = PROMPTS.get(domain, "{}") if every_token else "{}"
         lines[source] = [form.format(name) for name in chosen[source]]
     lines["both"] = [*lines["own"], *lines["other"]]
+    paired = every_token and {*domains.values()} == {*PROMPTS}
+    for source, partners in PARTNERS.items():
+        pairs = pair_up(chosen["own"], chosen["other"], partners)
+        lines[source] = [
+            PROMPT_OF_PAIR.format_map(dict(zip(domains.values(), pair, strict=True)))
+            if paired
+            else " ".join(pair)
+            for pair in pairs
+        ]
     return {source: "\n".join(prompts) + "\n" for source, prompts in lines.items()}
+
+
+def pair_up(own: list[str], other: list[str], partners: int) -> list[tuple[str, str]]:
+    """Return each own name with this many of equally many others, each of which is used alike."""
+    number = len(other)
+    return [
+        (name, other[(place + step) % number])
+        for place, name in enumerate(own)
+        for step in range(min(partners, number))
+    ]
 
 
 # ------------------------------------------------------------ runs
 def cells(study: Study, seeds: list[int], files: dict[str, Path]) -> dict[str, list[str]]:
     """Labels are "plain", "merge" and "projection, SOURCE" with ", seed N".
 
-    files: of names, by source; those of both are all.
+    files: of prompts, by source.
     """
     shared, setting = default_sequence(study), "reg.gradproj.auxiliary"
-    number = len(files["both"].read_text(encoding="utf-8").splitlines())
+    number = max(len(file.read_text(encoding="utf-8").splitlines()) for file in files.values())
     found = {
         "plain": ["reg=none"],
         "merge": ["reg=merge"],
@@ -167,8 +197,9 @@ def main(study: Study) -> None:
     sequence = study.plan(default_sequence(study)).sequence.build()
     chosen = choose_names(sequence, own, other)
     study.output.mkdir(parents=True, exist_ok=True)
-    files = {source: study.output / f"crossdomain_{source}.txt" for source in chosen}
+    files = {}
     for source, text in as_prompts(study, sequence, chosen).items():
+        files[source] = study.output / f"crossdomain_{source.replace(' ', '_')}.txt"
         files[source].write_text(text, encoding="utf-8")
         print(f"wrote {files[source]}")
     runs = study.run(cells(study, seeds, files), gaps=True)

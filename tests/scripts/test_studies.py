@@ -68,7 +68,8 @@ def cells_of(module: ModuleType, study, tmp_path: Path) -> dict[str, list[str]]:
         return module.cells(study, [0, 1], tmp_path / "prompts.txt")
     if module.__name__ == "crossdomain":
         names = {"own": "lamp\nbell\n", "other": "amber\nhoney\n"}
-        files = {source: tmp_path / f"{source}.txt" for source in (*names, "both")}
+        sources = (*names, "both", *module.PARTNERS)
+        files = {source: tmp_path / f"{source}.txt" for source in sources}
         for source, file in files.items():
             file.write_text(names.get(source, "".join(names.values())))
         return module.cells(study, [0, 1], files)
@@ -271,13 +272,25 @@ def test_crossdomain_takes_as_many_names_of_either_domain(script, sequence):
 def test_crossdomain_has_prompts_where_every_token_is_read(script, sequence, tmp_path):
     module, chosen = script("crossdomain"), {"own": ["moss"], "other": ["cup", "box"]}
     found = module.as_prompts(make_study(script, tmp_path), sequence, chosen)
+    pairs = "a cup image in moss style\na box image in moss style\n"
     assert found == {
         "own": "an image in moss style\n",
         "other": "a cup image\na box image\n",
         "both": "an image in moss style\na cup image\na box image\n",
+        "pairs": pairs,
+        "more pairs": pairs,
     }
     study = make_study(script, tmp_path, "reg.gradproj.tokens=own")
-    assert module.as_prompts(study, sequence, chosen)["both"] == "moss\ncup\nbox\n"
+    bare = module.as_prompts(study, sequence, chosen)
+    assert (bare["both"], bare["pairs"]) == ("moss\ncup\nbox\n", "moss cup\nmoss box\n")
+
+
+def test_crossdomain_pairs_every_name_equally_often(script):
+    pair_up, own, other = script("crossdomain").pair_up, ["a", "b", "c"], ["x", "y", "z"]
+    two = [("a", "x"), ("a", "y"), ("b", "y"), ("b", "z"), ("c", "z"), ("c", "x")]
+    assert pair_up(own, other, 2) == two
+    assert set(pair_up(own, other, 12)) == {(one, with_it) for one in own for with_it in other}
+    assert len(pair_up(own, other, 12)) == 9
 
 
 def test_crossdomain_finds_the_names_of_the_other_domain(script, tmp_path):
@@ -311,7 +324,7 @@ def test_crossdomain_on_stable_diffusion_has_names_left(script, tmp_path):
 def test_crossdomain_projects_off_all_names_of_a_file(script, tmp_path):
     study = make_study(script, tmp_path)
     cells = cells_of(script("crossdomain"), study, tmp_path)
-    assert len(cells) == 6 * 2
+    assert len(cells) == 8 * 2
     plan = study.plan(cells["projection, other, seed 1"])
     settings = plan.resolved["reg"]["gradproj"]
     assert settings["contexts"] == ["{concept}"]
@@ -1032,6 +1045,8 @@ def test_crossdomain_from_end_to_end(script, call, run_copy, tmp_path, jobs_in_f
         "crossdomain_own.txt": 30,  # of 32 objects two are measured
         "crossdomain_other.txt": 30,
         "crossdomain_both.txt": 60,
+        "crossdomain_pairs.txt": 60,
+        "crossdomain_more_pairs.txt": 360,
     }
     text = (tmp_path / "found/crossdomain.md").read_text()
     assert "own: style, other: object" in text
