@@ -70,7 +70,7 @@ bench: setup  ## images/s, training steps/s, seconds per request, start-up times
 weights: setup  ## build the embedded model from nothing; hours on two CPU cores, resumes
 	@$(BIN)/python scripts/build_shapecanvas.py
 
-results: setup  ## the runs and the picture behind the README's section "What the result shows"
+results: setup  ## the whole matrix of methods and regularizers, hours: docs/matrix.md and the picture of the results
 	@$(BIN)/python scripts/results.py
 
 reproduce-table2: setup  ## the paper's Table 2 beside ours; resumes. EXPERIMENT=unlearncanvas ARGS="model.path=DIR ..." SEEDS=0,1,2 LAUNCHER=slurm

@@ -3,6 +3,7 @@ name, their Python runs.
 """
 
 import functools
+import json
 import re
 import shlex
 import subprocess
@@ -190,6 +191,16 @@ def test_the_five_lines_of_the_readme(pipelines, tmp_path, monkeypatch):
     exec(textwrap.dedent(code), names)
     assert len(names["images"]) == 1
     assert (tmp_path / "model_without_van_gogh/model_index.json").exists()
+
+
+def test_the_page_on_own_methods_shows_what_the_notebook_runs():
+    page = (ROOT / "docs/own_method.md").read_text(encoding="utf-8")
+    cells = json.loads((ROOT / "examples/own_method.ipynb").read_text(encoding="utf-8"))["cells"]
+    run = "\n\n".join("".join(cell["source"]) for cell in cells)
+    shown = re.findall(r"^ {4}class \w+\(\w+\):\n((?: {8}.*\n|\n)+)", page, re.MULTILINE)
+    assert len(shown) == 2
+    for body in shown:
+        assert re.sub("^ {4}", "", body.rstrip(), flags=re.MULTILINE) in run
 
 
 def test_the_site_builds(tmp_path):
