@@ -125,43 +125,65 @@ class Measured:
 
 def measure(cells: list[Cell], table: Table) -> pd.DataFrame:
     """Return a row (Measured) per cell and metric."""
-    values = table.targets.values if table.targets else {}
     shown = [run for cell in cells if not cell.missing() for run in cell.runs]
     marks = zip(shown, made_by_other_code(shown), strict=True)
     marked = {run.directory for run, differs in marks if differs}
-    probes = [metric for metric in table.metrics if metric.startswith("recovered_")]
-    rows = []
+    probes = [metric for metric in table.metrics if is_probe(metric)]
+    wanted = ["UA", *table.metrics, *map(untouched_of, probes), *map(retained_of, probes)]
+    rows: list[Measured] = []
     for cell in cells:
-        published = values.get(cell.method, {}).get(cell.column, {}).get(cell.row, {})
-        runs = [] if cell.missing() else cell.runs
-        wanted = ["UA", *table.metrics, *map(untouched_of, probes), *map(retained_of, probes)]
-        known = estimates_at_end(runs, wanted) if runs else {}
-        for metric in table.metrics:
-            number, found = published.get(metric), known.get(metric)
-            is_probe = found and metric in probes
-            row = Measured(
-                cell.method,
-                cell.column,
-                cell.row,
-                metric,
-                ours=found.mean if found else None,
-                half=found.half if found else None,
-                images_low=found.images[0] if found else None,
-                images_high=found.images[1] if found else None,
-                low=found.ends[0] if found else None,
-                high=found.ends[1] if found else None,
-                untouched=known[untouched_of(metric)].mean if is_probe else None,
-                retained=known[retained_of(metric)].mean if is_probe else None,
-                seeds=len(runs),
-                comparable=known["UA"].mean >= ENOUGH_UA if found else None,
-                tuned=cell.plans[0].tuned,
-                other_code=any(run.directory in marked for run in cell.runs),
-                paper=None if number is None else float(number),
-                source="none" if number is None else str(published.get("source", "none")),
-                runs=" ".join(str(run.directory) for run in cell.runs),
-            )
-            rows.append(row)
+        known = {} if cell.missing() else estimates_at_end(cell.runs, wanted)
+        runs = [str(run.directory) for run in cell.runs]
+        other_code = any(run.directory in marked for run in cell.runs)
+        rows += rows_of(cell, table, known, runs, other_code=other_code)
+    return as_frame(rows)
+
+
+def rows_of(
+    cell: Cell, table: Table, known: dict[str, Estimate], runs: list[str], *, other_code: bool
+) -> Iterator[Measured]:
+    """Yield what is known of a cell, a row per metric of the table.
+
+    Args:
+        known: UA, the metrics and the controls of probes; nothing where runs are missing.
+        runs: the directories of those that are there.
+    """
+    values = table.targets.values if table.targets else {}
+    published = values.get(cell.method, {}).get(cell.column, {}).get(cell.row, {})
+    for metric in table.metrics:
+        number, found = published.get(metric), known.get(metric)
+        probed = found and is_probe(metric)
+        yield Measured(
+            cell.method,
+            cell.column,
+            cell.row,
+            metric,
+            ours=found.mean if found else None,
+            half=found.half if found else None,
+            images_low=found.images[0] if found else None,
+            images_high=found.images[1] if found else None,
+            low=found.ends[0] if found else None,
+            high=found.ends[1] if found else None,
+            untouched=known[untouched_of(metric)].mean if probed else None,
+            retained=known[retained_of(metric)].mean if probed else None,
+            seeds=len(runs) if found else 0,
+            comparable=known["UA"].mean >= ENOUGH_UA if found else None,
+            tuned=cell.plans[0].tuned,
+            other_code=other_code,
+            paper=None if number is None else float(number),
+            source="none" if number is None else str(published.get("source", "none")),
+            runs=" ".join(runs),
+        )
+
+
+def as_frame(rows: list[Measured]) -> pd.DataFrame:
+    """Return the rows as a table, also without any."""
     return pd.DataFrame(rows, columns=[field.name for field in fields(Measured)])
+
+
+def is_probe(metric: str) -> bool:
+    """Tell whether a metric is what a probe of recovery finds."""
+    return metric.startswith("recovered_")
 
 
 def untouched_of(metric: str) -> str:
