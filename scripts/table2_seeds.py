@@ -4,8 +4,9 @@
     python scripts/table2_seeds.py --seeds 1,2 eval.every=last      # takes in those that are done
     python scripts/table2_seeds.py                                  # the page again, no run needed
 
-Writes docs/table2.md: what `cu-table table2 --seeds ...` prints where all runs are on one machine.
-A line whose run would have another signature today is refused by name.
+Writes docs/table2.md: what `cu-table table2 --seeds ...` prints where all runs are on one machine,
+without its mark of runs by other code; the page names the commits. A line whose run would have
+another signature today is refused by name.
 """
 
 import argparse
@@ -44,8 +45,8 @@ def finished(cells: list[Cell], metrics: list[str]) -> Iterator[dict[str, object
             yield line | {"run": run.directory.name, "commit": str(end.git_commit)[:7]}
 
 
-def require_same(lines: pd.DataFrame, cells: list[Cell]) -> None:
-    """Refuse with ConfigError a line whose run is another one today, and a cell without a line."""
+def require_same(lines: pd.DataFrame, cells: list[Cell], remedy: str) -> None:
+    """Refuse with ConfigError a line whose run is not that of its place in the table."""
     runs = {
         (cell.column, cell.row, plan.spine.seed): plan.directory.name
         for cell in cells
@@ -54,9 +55,13 @@ def require_same(lines: pd.DataFrame, cells: list[Cell]) -> None:
     for line in lines.itertuples():
         if line.run != (today := runs.get((line.column, line.row, line.seed))):
             raise ConfigError(
-                f"{LINES}: {line.column}, {line.row}, seed {line.seed} was {line.run} and is "
-                f"{today or 'no run of the table'} today; take the line out, and the run in"
+                f"{line.column}, {line.row}, seed {line.seed}: {line.run} is not the run of the "
+                f"table, which is {today or 'none'}; {remedy}"
             )
+
+
+def require_all(lines: pd.DataFrame, cells: list[Cell]) -> None:
+    """Refuse with ConfigError a cell that has no line."""
     known = set(zip(lines["column"], lines["row"], strict=True))
     if lacking := [cell for cell in cells if (cell.column, cell.row) not in known]:
         raise ConfigError(f"{LINES}: no run of {lacking[0].column}, {lacking[0].row}; take one in")
@@ -81,7 +86,10 @@ def page(lines: pd.DataFrame, table: Table, cells: list[Cell]) -> str:
     made = ", ".join(sorted(set(lines["commit"])))
     numbers_of = lines.groupby(["column", "row"]).size()
     fewer = [f"{column}, {row}: {n}" for (column, row), n in numbers_of.items() if n < len(seeds)]
-    notes = [f"Each run is a line of {LINES.name}; they were made by the commits {made}."]
+    notes = [
+        "After the last of 12 requests; docs/results.md says what it shows. Each run is a line of "
+        f"{LINES.name}; they were made by the code of the commits {made}."
+    ]
     notes += [f"Fewer seeds: {'; '.join(fewer)}."] if fewer else []
     filled = FilledTable(
         NAME,
@@ -101,19 +109,22 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="of the runs that are taken in")
     parser.add_argument("--seeds", type=seed_list, default=[], help="of the runs to take in")
     arguments = parser.parse_intermixed_args()
+    if arguments.overrides and not arguments.seeds:
+        parser.error("overrides are those of runs to take in: give --seeds too")
     with one_line_failures("table2_seeds"):
         _, table = read_table(NAME)
         experiment = next(iter(table.experiments.values()))
         lines = pd.read_csv(LINES)
-        if arguments.seeds:
-            cells = list(make_cells(table, experiment, arguments.seeds, arguments.overrides, []))
-            found = list(finished(cells, table.metrics))
-            say(f"taken in: {len(found)} of {sum(len(cell.plans) for cell in cells)} runs")
-            lines = pd.concat([lines, pd.DataFrame(found, columns=lines.columns)])
-            lines = lines.drop_duplicates(KEY, keep="last")
-        seeds = sorted({int(seed) for seed in lines["seed"]})
+        seeds = sorted({*map(int, lines["seed"]), *arguments.seeds})
         cells = list(make_cells(table, experiment, seeds, [], []))
-        require_same(lines, cells)
+        if arguments.seeds:
+            asked = list(make_cells(table, experiment, arguments.seeds, arguments.overrides, []))
+            found = pd.DataFrame(finished(asked, table.metrics), columns=lines.columns)
+            require_same(found, cells, "leave out the overrides that change results")
+            say(f"taken in: {len(found)} of {sum(len(cell.plans) for cell in asked)} runs")
+            lines = pd.concat([lines, found]).drop_duplicates(KEY, keep="last")
+        require_same(lines, cells, f"take its line out of {LINES}, or take in a run of today")
+        require_all(lines, cells)
         order = {(cell.column, cell.row): place for place, cell in enumerate(cells)}
         places = [order[place] for place in zip(lines["column"], lines["row"], strict=True)]
         lines = lines.assign(place=places).sort_values(["place", "seed"]).drop(columns="place")

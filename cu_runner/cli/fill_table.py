@@ -117,6 +117,10 @@ def footnotes(table: Table, measured: pd.DataFrame, seeds: list[int]) -> list[st
             "[untouched, retained]: what the same probe finds of the unlearned concepts in the "
             "untouched model, and of retained ones; a recovered accuracy says nothing without both."
         )
+    for label, overrides in table.rows.items():
+        if isinstance(overrides, dict):
+            meant = (f"{' '.join(words)} ({column})" for column, words in overrides.items())
+            notes.append(f"{label}: {', '.join(meant)}.")
     if table.targets:
         notes += [
             f"Published, {source}: {meaning}." for source, meaning in table.targets.sources.items()
