@@ -4,15 +4,16 @@ al. 2026, arXiv 2511.07970)
     python scripts/studies/crossdomain.py [seed=0,1,2] [own=LIST] [other=LIST] [OVERRIDE ...]
         [--output DIR]
 
-On objects projection keeps less of the styles than merging does. ConAbl on a sequence of objects,
+On objects the paper's projection keeps less of the styles than its merging. ConAbl on objects,
 with projection off names of objects (own), of styles (other), and of both. As many names of either
 domain, at random from the sequence's vocabulary and from the list of the other domain that goes
 with it; both is their union. No target, no retained concept and no concept by which RA-C is
 measured is among them. Each name has a prompt of its own, so that no caption brings in the other
-domain: the bare name, or PROMPTS where the tuned projection reads every token. Whether it is the
-number of prompts that counts or that both domains stand in each, pairs tells: every name of the own
-domain with two of the other, as many prompts as both has; and more pairs: with twelve. Everything
-else is as tuned. Beside them plain unlearning, projection as tuned, and merging.
+domain: the bare name, or PROMPTS where the tuned projection reads every token. Whether the
+number of prompts counts or that both domains stand in each: pairs has every name of the own domain
+with two of the other, as many prompts as both and of the same words, and more pairs with twelve.
+Everything else is as tuned; what is tuned reads other words and names, targets among them. Beside
+them plain unlearning and merging.
 own, other: a shipped list or a text file in place of these names. 24 runs, crossdomain.md has the
 seconds of each. The last request is needed alone, for all but the picture: eval.every=last.
 """
