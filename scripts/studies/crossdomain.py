@@ -11,10 +11,10 @@ with it; both is their union. No target, no retained concept and no concept by w
 measured is among them. Each name has a prompt of its own, so that no caption brings in the other
 domain: the bare name, or PROMPTS where the tuned projection reads every token. Whether the
 number of prompts counts or that both domains stand in each: pairs has every name of the own domain
-with two of the other, as many prompts as both and of the same words, and more pairs with twelve.
-Everything else is as tuned; what is tuned reads other words and names, targets among them. Beside
-them plain unlearning and merging.
-own, other: a shipped list or a text file in place of these names. 24 runs, crossdomain.md has the
+with two of the other, as many prompts as both and of the same words, and more pairs with twelve;
+pairs as trained are pairs in the words of the training prompts. Everything else is as tuned; what
+is tuned reads those words, and targets among the names. Beside them plain unlearning and merging.
+own, other: a shipped list or a text file in place of these names. 27 runs, crossdomain.md has the
 seconds of each. The last request is needed alone, for all but the picture: eval.every=last.
 """
 
@@ -60,6 +60,7 @@ ON_STABLE_DIFFUSION = (
 PROMPTS = {"object": "a {} image", "style": "an image in {} style"}
 PROMPT_OF_PAIR = "a {object} image in {style} style"
 PARTNERS = {"pairs": 2, "more pairs": 12}  # names of the other domain beside each of the own
+AS_TRAINED = "pairs as trained"  # the same pairs, in the words of sequence.target_prompt
 PROJECTION = "projection, "
 DIFFERENCES = {
     f"{one} - {two}": tuple(
@@ -71,7 +72,8 @@ DIFFERENCES = {
         ("both", "merge"),
         ("pairs", "both"),
         ("more pairs", "pairs"),
-        ("more pairs", "as tuned"),
+        (AS_TRAINED, "pairs"),
+        (AS_TRAINED, "as tuned"),
     )
 }
 
@@ -155,6 +157,10 @@ def as_prompts(study: Study, sequence: Sequence, chosen: dict[str, list[str]]) -
             else " ".join(pair)
             for pair in pairs
         ]
+    form = str(plan.resolved["sequence"]["target_prompt"])
+    if every_token and "{concept}" in form and "{caption}" in form:
+        pairs = pair_up(chosen["own"], chosen["other"], PARTNERS["pairs"])
+        lines[AS_TRAINED] = [form.format(concept=own, caption=other) for own, other in pairs]
     return {source: "\n".join(prompts) + "\n" for source, prompts in lines.items()}
 
 

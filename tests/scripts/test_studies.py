@@ -271,7 +271,8 @@ def test_crossdomain_takes_as_many_names_of_either_domain(script, sequence):
 
 def test_crossdomain_has_prompts_where_every_token_is_read(script, sequence, tmp_path):
     module, chosen = script("crossdomain"), {"own": ["moss"], "other": ["cup", "box"]}
-    found = module.as_prompts(make_study(script, tmp_path), sequence, chosen)
+    study = make_study(script, tmp_path, "sequence=smoke", "reg.gradproj.tokens=all")
+    found = module.as_prompts(study, sequence, chosen)
     pairs = "a cup image in moss style\na box image in moss style\n"
     assert found == {
         "own": "an image in moss style\n",
@@ -279,6 +280,7 @@ def test_crossdomain_has_prompts_where_every_token_is_read(script, sequence, tmp
         "both": "an image in moss style\na cup image\na box image\n",
         "pairs": pairs,
         "more pairs": pairs,
+        "pairs as trained": "a cup in the style of moss\na box in the style of moss\n",
     }
     study = make_study(script, tmp_path, "reg.gradproj.tokens=own")
     bare = module.as_prompts(study, sequence, chosen)
