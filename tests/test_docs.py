@@ -156,6 +156,11 @@ def test_every_table_that_is_named_ships():
                 assert (ROOT / "scripts/tables" / f"{name}.yaml").exists(), f"{page}: {name}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_page_has_a_place_to_be_filled_in(page):
+    assert not re.search(r"@@|TODO|FIXME|XXX", page.read_text(encoding="utf-8"))
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 200
 

@@ -226,7 +226,7 @@ def main(study: Study) -> None:
     text += (
         "Means over the requests: names (earlier targets included, duplicates not), rank "
         "(directions of the subspace),\ntarget_outside (fraction of the target's vector that it "
-        "leaves free). both has twice the names.\n\n"
+        "leaves free). A pair counts as a name.\n\n"
     )
     between = as_markdown(differences(tables, DIFFERENCES))
     text += f"Differences after the last request, in points:\n\n{between}\n\n"
