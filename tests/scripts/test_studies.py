@@ -1049,6 +1049,7 @@ def test_crossdomain_from_end_to_end(script, call, run_copy, tmp_path, jobs_in_f
         "crossdomain_both.txt": 60,
         "crossdomain_pairs.txt": 60,
         "crossdomain_more_pairs.txt": 360,
+        "crossdomain_pairs_as_trained.txt": 60,
     }
     text = (tmp_path / "found/crossdomain.md").read_text()
     assert "own: style, other: object" in text
