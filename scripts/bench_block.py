@@ -106,15 +106,17 @@ def measure(arguments: argparse.Namespace) -> None:
     )
     forget_peak_memory(device)
     for _ in range(arguments.steps):
+        for tensor in (*trained, inputs["hidden_states"], inputs["encoder_hidden_states"]):
+            tensor.grad = None
         started = time.perf_counter()
         loss = loss_of(block, inputs, dtype)
         value = loss.item()  # it waits for a GPU
-        print(f"forward {time.perf_counter() - started:.1f} s", end=", ", flush=True)
+        print(f"forward {time.perf_counter() - started:.3f} s", end=", ", flush=True)
         loss.backward()
         moved = trained[0].grad.norm().item()
         seconds = time.perf_counter() - started
         print(
-            f"forward and backward {seconds:.1f} s; loss {value:.3f}, "
+            f"forward and backward {seconds:.3f} s; loss {value:.3f}, "
             f"gradient {moved:.2e}; peak memory {peak_memory_mb(device):.0f} MB",
             flush=True,
         )

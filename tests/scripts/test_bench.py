@@ -318,11 +318,13 @@ def test_one_block(monkeypatch, capsys, kind):
     module = importlib.import_module("bench_block")
     monkeypatch.setitem(module.TOKENS, kind, 8)
     monkeypatch.setitem(module.SIZES, kind, (2, 128))
-    arguments = ["bench_block.py", kind, "--precision", "fp32", "--resolution", "64"]
+    arguments = ["bench_block.py", kind, "--precision", "fp32", "--resolution", "64", "--steps=2"]
     monkeypatch.setattr("sys.argv", [*arguments, "--device", "cpu"])
     module.main()
-    first, second = capsys.readouterr().out.splitlines()
+    first, second, third = capsys.readouterr().out.splitlines()
     assert f"{kind}: one block, " in first
     assert "16 tokens of an image, 8 of a text" in first
     assert number(r"forward and backward ([\d.]+) s", second) >= 0
-    assert number(r"gradient ([\d.e-]+);", second) > 0
+    gradients = [number(r"gradient ([\d.e-]+);", line) for line in (second, third)]
+    assert gradients[0] > 0
+    assert gradients[1] == gradients[0]  # that of a step, not of all steps so far
