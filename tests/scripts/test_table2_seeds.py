@@ -108,6 +108,42 @@ def test_the_means_that_are_shown_are_those_of_the_lines(file):
             assert shown == means.loc[(row, column)].tolist(), (label, column)
 
 
+def verdicts(column=None, metric=None, comparable=False):
+    """How many pairs of docs/table2.md hold, are reversed, are undecided."""
+    page = (ROOT / "docs/table2.md").read_text(encoding="utf-8")
+    pairs = re.findall(
+        r"^\| ConAbl \| (\w+) \| ([\w-]+) \| .* \| (\w+)( †)? \|$", page, re.MULTILINE
+    )
+    found = [
+        verdict
+        for domain, measured, verdict, dagger in pairs
+        if column in (None, domain) and metric == measured and not (comparable and dagger)
+    ]
+    return [found.count(verdict) for verdict in ("holds", "reversed", "undecided")]
+
+
+def test_the_orderings_that_are_counted_are_those_of_the_page():
+    results = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^   \| (RA-[IC]), (style|object)s \| (.*) \|$", results, re.MULTILINE)
+    assert len(rows) == 4
+    for metric, column, cells in rows:
+        shown = [int(number) for number in re.findall(r"\d+", cells)]
+        assert shown[:3] == verdicts(column, metric), (metric, column)
+        assert shown[3:] == verdicts(column, metric, comparable=True), (metric, column)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = re.search(
+        r"Of the (\d+) pairs of rows.*\s+paper (\d+) are ordered as there, (\d+) reversed, "
+        r"(\d+) undecided "
+        r"\(of the (\d+) with a UA of 95 in both rows (\d+), (\d+) and (\d+)\); "
+        r"of (\d+) in RA-I (\d+), (\d+) and (\d+)\.",
+        readme,
+    )
+    across = [verdicts(metric=metric) for metric in ("RA-C", "RA-I")]
+    alike = verdicts(metric="RA-C", comparable=True)
+    wanted = [sum(across[0]), *across[0], sum(alike), *alike, sum(across[1]), *across[1]]
+    assert [int(number) for number in said.groups()] == wanted
+
+
 def test_a_run_is_taken_in_and_shown_as_cu_table_shows_it(script, run_copy, call_command):
     assert call_command(script.main, "table2_seeds", "--seeds", "0")[:2] == (
         0,
