@@ -8,10 +8,11 @@
     python scripts/build_shapecanvas.py --only flow measure_flow  # the transformer, in --out/flow
 
 Other sizes of the UNet, or half of the training pairs, in the same world (for the study `sizes`):
-copy every checkpoint but unet.pt to another --work, and give it and another --out:
+the stage `other_unet` takes the text encoder and the autoencoder of the package. Its result is
+O/pipeline; each needs a --work and an --out of its own:
 
-    python scripts/build_shapecanvas.py --channels 32 48 96 --work W --out O
-    python scripts/build_shapecanvas.py --half-of-pairs --work W --out O
+    python scripts/build_shapecanvas.py --only other_unet --channels 32 48 96 --work W --out O
+    python scripts/build_shapecanvas.py --only other_unet --half-of-pairs --work W --out O
 
 Stages: vae | text -> style, object, open_clip (beside the VAE) -> unet -> pack -> measure. Each
 saves a checkpoint every minute under --work and is skipped once it is finished. Results go to
@@ -122,6 +123,7 @@ class Recipe:
 
 
 CONF = Path(__file__).parent.parent / "conf"
+SHIPPED = Path(__file__).parent.parent / "cu_runner/shapecanvas/weights"
 
 
 # ------------------------------------------------------------ training
@@ -566,27 +568,7 @@ def train_flow(cached: Cached, work: Path, device: str) -> SD3Transformer2DModel
 # ------------------------------------------------------------ result
 def pack(work: Path, out: Path, device: str, recipe: Recipe) -> None:
     """Write the pipeline and the classifiers as half-precision safetensors."""
-    vae, text = train_vae(work, device), train_text(work, device)
-    vae.register_to_config(scaling_factor=float(1 / cache_latents(vae, work, device).std()))
-    tokenizer = make_tokenizer()
-    pipeline = StableDiffusionPipeline(
-        vae=vae.half(),
-        text_encoder=text.half(),
-        tokenizer=tokenizer,
-        unet=train_unet(vae, text.float(), work, device, recipe).half(),
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    text.half()
-    pipeline.save_pretrained(out / "pipeline", safe_serialization=True)
-    config = (
-        out / "pipeline" / "text_encoder" / "config.json"
-    )  # transformers would keep half precision, diffusers loads the rest as float
-    config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n"
-    )
+    pack_unet(train_vae(work, device), train_text(work, device), work, out, device, recipe)
     for domain in ("style", "object"):
         train_classifier(domain, work, device).half().save_pretrained(
             out / f"{domain}_classifier", safe_serialization=True
@@ -596,12 +578,42 @@ def pack(work: Path, out: Path, device: str, recipe: Recipe) -> None:
     print(f"{out}: {size / 2**20:.2f} MB")
 
 
+def pack_unet(
+    vae: AutoencoderKL, text: CLIPTextModel, work: Path, out: Path, device: str, recipe: Recipe
+) -> None:
+    """Train the UNet with these, and write out/pipeline in half precision."""
+    vae.register_to_config(scaling_factor=float(1 / cache_latents(vae, work, device).std()))
+    unet = train_unet(vae, text, work, device, recipe)
+    pipeline = StableDiffusionPipeline(
+        vae=vae.half(),
+        text_encoder=text.half(),
+        tokenizer=make_tokenizer(),
+        unet=unet.half(),
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(out / "pipeline", safe_serialization=True)
+    config = (
+        out / "pipeline" / "text_encoder" / "config.json"
+    )  # transformers would keep half precision, diffusers loads the rest as float
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n"
+    )
+
+
+def load_shared(pipeline: Path, device: str) -> tuple[AutoencoderKL, CLIPTextModel]:
+    """Return the autoencoder and the text encoder of a pipeline, in single precision."""
+    vae = AutoencoderKL.from_pretrained(pipeline / "vae").to(device).eval()
+    return vae, CLIPTextModel.from_pretrained(pipeline / "text_encoder").to(device).eval()
+
+
 def pack_flow(work: Path, out: Path, device: str) -> None:
     """Train the transformer with the shipped text encoder and autoencoder, and write it to
     out/flow with its scheduler.
     """
-    vae = AutoencoderKL.from_pretrained(out / "pipeline" / "vae").to(device).eval()
-    text = CLIPTextModel.from_pretrained(out / "pipeline" / "text_encoder").to(device).eval()
+    vae, text = load_shared(out / "pipeline", device)
     parts = {
         "transformer": train_flow(cache(vae, text, work, device), work, device).half(),
         "scheduler": make_flow_scheduler(),
@@ -873,7 +885,7 @@ def main() -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("cu_runner/shapecanvas/weights"),
+        default=SHIPPED,
         help="where the result goes",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -903,6 +915,9 @@ def main() -> None:
         "object": lambda work, device: train_classifier("object", work, device),
         "open_clip": lambda work, device: pack_clip(work, arguments.out, device),
         "flow": lambda work, device: pack_flow(work, arguments.out, device),
+        "other_unet": lambda work, device: pack_unet(
+            *load_shared(SHIPPED / "pipeline", device), work, arguments.out, device, recipe
+        ),
         "measure": lambda work, device: measure(arguments.out, device),
         "measure_flow": lambda work, device: measure_flow(arguments.out, device),
         "measure_text": lambda work, device: measure_text(arguments.out),
@@ -912,7 +927,7 @@ def main() -> None:
         ),
     }
     if arguments.only:
-        denoiser = {"unet", "flow"} & set(arguments.only)
+        denoiser = {"unet", "other_unet", "flow"} & set(arguments.only)
         torch.set_num_threads(arguments.threads if denoiser else 1)
         for stage in arguments.only:
             stages[stage](arguments.work, arguments.device)

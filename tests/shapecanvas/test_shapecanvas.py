@@ -193,26 +193,63 @@ def test_what_denoisers_are_trained_on(build):
         assert shares[name][0] == pytest.approx(expected, abs=0.08)  # over three deviations
 
 
-def test_a_small_transformer_is_trained_packed_and_draws(build, tmp_path, monkeypatch):
-    """The stage `flow` on two styles of two objects."""
-    out, work = tmp_path / "weights", tmp_path / "work"
-    work.mkdir()
-    out.mkdir()
-    for shipped in ("pipeline", "style_classifier", "object_classifier"):
-        (out / shipped).symlink_to(WEIGHTS / shipped)
+@pytest.fixture
+def four_pairs(build, tmp_path, monkeypatch):
+    """A build of two styles of two objects whose latents are there: their names and images."""
+    for folder in ("work", "weights"):
+        (tmp_path / folder).mkdir()
     sizes = {"OBJECTS": OBJECTS[:2], "STYLES": STYLES[:24:12], "LATENTS_PER_PAIR": 1}
     for name, value in sizes.items():
         monkeypatch.setattr(build, name, value)
-    for setting, value in ((build.STEPS, 120), (build.BATCH, 8), (build.PEAK_RATE, 5e-3)):
-        monkeypatch.setitem(setting, "flow", value)
-    small = build.make_transformer
-    monkeypatch.setattr(build, "make_transformer", lambda: small(1, 2, 16))
     names = [(thing, style) for thing in build.OBJECTS for style in build.STYLES]
     images = draw(*zip(*names, strict=True))
     vae = diffusers.AutoencoderKL.from_pretrained(WEIGHTS / "pipeline/vae")
     with torch.no_grad():
         latents = vae.encode(images * 2 - 1).latent_dist.mean
-    torch.save(latents.view(2, 2, 1, 6, 16, 16), work / "latents.pt")
+    torch.save(latents.view(2, 2, 1, 6, 16, 16), tmp_path / "work/latents.pt")
+    return names, images
+
+
+def test_a_unet_of_another_size_has_the_text_encoder_and_the_autoencoder_of_the_package(
+    build, four_pairs, tmp_path, monkeypatch, call_command
+):
+    """The stage `other_unet`, as the study of sizes needs it."""
+    for setting, value in ((build.STEPS, 20), (build.BATCH, 2)):
+        monkeypatch.setitem(setting, "unet", value)
+    places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "weights")]
+    size = ["--channels", "16", "16", "32", "--device", "cpu", "--threads", "1"]
+    words = [*places, *size, "--only", "other_unet"]
+    assert call_command(build.main, "build_shapecanvas.py", *words)[0] == 0
+    made, shipped = (
+        diffusers.StableDiffusionPipeline.from_pretrained(folder / "pipeline")
+        for folder in (tmp_path / "weights", WEIGHTS)
+    )
+    assert made.unet.config.block_out_channels == [16, 16, 32]
+    for part in ("text_encoder", "vae"):
+        own, other = (getattr(each, part).state_dict() for each in (made, shipped))
+        assert own.keys() == other.keys()
+        assert all(torch.equal(own[name], other[name]) for name in own)
+    pipeline = tmp_path / "weights/pipeline"
+    assert (
+        abs(1 / made.vae.config.scaling_factor - torch.load(tmp_path / "work/latents.pt").std())
+        < 1e-4
+    )
+    model = load_model(str(pipeline), 64, Sampler(2, 2.5))
+    drawn = next(generate(model, ["a tree image"], [1], Sampler(2, 2.5), batch_size=1, label=""))
+    assert drawn.shape == (1, 3, 64, 64)
+    assert drawn.isfinite().all()
+
+
+def test_a_small_transformer_is_trained_packed_and_draws(build, four_pairs, tmp_path, monkeypatch):
+    """The stage `flow` on two styles of two objects."""
+    out, work = tmp_path / "weights", tmp_path / "work"
+    for shipped in ("pipeline", "style_classifier", "object_classifier"):
+        (out / shipped).symlink_to(WEIGHTS / shipped)
+    for setting, value in ((build.STEPS, 120), (build.BATCH, 8), (build.PEAK_RATE, 5e-3)):
+        monkeypatch.setitem(setting, "flow", value)
+    small = build.make_transformer
+    monkeypatch.setattr(build, "make_transformer", lambda: small(1, 2, 16))
+    names, images = four_pairs
     build.pack_flow(work, out, "cpu")
     assert sorted(path.name for path in (out / "flow").iterdir()) == [
         "model_index.json",
