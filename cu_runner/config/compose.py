@@ -25,10 +25,11 @@ from cu_runner.config.permissions import (
     search_path,
 )
 from cu_runner.config.resolvers import (
+    check_entries,
     choice,
     combination,
-    entries_of,
-    regularizer_cell,
+    entry_of,
+    regularizer_entry,
     regularizers,
     training_cell,
     tuned_cell,
@@ -123,6 +124,7 @@ def parse(config: DictConfig) -> RunConfig:
                 f"{group}={config[group]}: is no mapping; the command line or a configuration file "
                 "sets it as a whole"
             )
+    check_entries(config)
     chosen = [override.partition("=")[0].lstrip("+") for override in overrides]
     cells = {"tuned": tuned_cell(config), "training": training_cell(config)}
     for folder, key in ((folder, key) for folder, cell in cells.items() for key in cell):
@@ -172,8 +174,9 @@ def notes_on(config: DictConfig) -> Iterator[str]:
 
 def is_known(config: DictConfig) -> bool:
     """Tell whether conf/tuned or conf/training has settings of the method with the regularizers."""
-    tuned = regularizer_cell(config) is not None
-    return tuned or combination(config) in entries_of(config, "training")
+    if entry_of(config, regularizer_entry(config), "tuned", choice("method")) is not None:
+        return True
+    return entry_of(config, combination(config), "training") is not None
 
 
 def reads_tuned(config: DictConfig, key: str) -> bool:

@@ -34,18 +34,17 @@ def tuned(key: str, default: object, *, _root_: DictConfig) -> object:
 
 def tuned_cell(config: DictConfig) -> ConfigTree:
     """Return what conf/tuned has for the method: by default, its regularizers, its setting."""
-    cells = method_cells(config)
-    found = (cells.get("default"), regularizer_cell(config), cells.get(choice("setting")))
-    return {key: value for cell in found for key, value in (cell or {}).items()}
+    names = ("default", regularizer_entry(config), choice("setting"))
+    return merged(config, names, "tuned", choice("method"))
 
 
 def training_cell(config: DictConfig) -> ConfigTree:
     """Return what conf/training has for the model: by default, for the method, for the method with
     the regularizers, and for it in the setting.
     """
-    cells, method = entries_of(config, "training"), choice("method")
+    method = choice("method")
     names = ("default", method, combination(config), f"{method}+{choice('setting')}")
-    return {key: value for name in names for key, value in cells.get(name, {}).items()}
+    return merged(config, names, "training")
 
 
 def combination(config: DictConfig) -> str:
@@ -59,22 +58,39 @@ def regularizers(config: DictConfig) -> list[str]:
     return [str(name) for name in made if "_target_" in config.reg[name]]
 
 
-def method_cells(config: DictConfig) -> dict[str, ConfigTree]:
-    """Return all entries of conf/tuned for the chosen method."""
-    return entries_of(config, "tuned", choice("method"))
+def merged(config: DictConfig, names: tuple[str, ...], *keys: str) -> ConfigTree:
+    """Return what some cells of a part of conf/tuned or conf/training hold, the last first."""
+    cells = (entry_of(config, name, *keys) for name in names)
+    return {key: value for cell in cells for key, value in (cell or {}).items()}
 
 
-def entries_of(config: DictConfig, *keys: str) -> dict[str, ConfigTree]:
-    """Return the cells of a part of conf/tuned or conf/training by name; none where it is not.
+def entry_of(config: DictConfig, name: str, *keys: str) -> ConfigTree | None:
+    """Return a cell of a part of conf/tuned or conf/training; None where there is none.
 
     Settings of conf/tuned that were found on other models are those of nobody here.
     """
     if keys[0] == "tuned" and tuned_elsewhere(config):
-        return {}
-    part = OmegaConf.select(config, ".".join(keys))
-    entries = OmegaConf.to_container(part) if OmegaConf.is_config(part) else part
-    found = validate(dict[str, dict[str, object] | None], entries or {}, ".".join(keys))
-    return {name: cell or {} for name, cell in found.items()}
+        return None
+    part, place = OmegaConf.select(config, ".".join(keys)), ".".join(keys)
+    if not isinstance(part, DictConfig):
+        validate(dict[str, object] | None, part, place)
+        return None
+    if name not in part:
+        return None
+    cell = part[name]
+    plain = OmegaConf.to_container(cell) if OmegaConf.is_config(cell) else cell
+    return validate(dict[str, object] | None, plain, f"{place}.{name}") or {}
+
+
+def check_entries(config: DictConfig) -> None:
+    """Raise ConfigError for a cell of conf/tuned or conf/training that is no mapping.
+
+    Those that this run does not read are looked at too.
+    """
+    for place in (f"tuned.{choice('method')}", "training"):
+        part = OmegaConf.select(config, place)
+        entries = OmegaConf.to_container(part) if OmegaConf.is_config(part) else part
+        validate(dict[str, dict[str, object] | None] | None, entries, place)
 
 
 def tuned_elsewhere(config: DictConfig) -> tuple[str, ...]:
@@ -85,9 +101,9 @@ def tuned_elsewhere(config: DictConfig) -> tuple[str, ...]:
     return () if found is None or choice("model") in found else tuple(found)
 
 
-def regularizer_cell(config: DictConfig) -> ConfigTree | None:
-    """Return the entry for the chosen regularizers, in their order; None if there is none."""
-    return method_cells(config).get("+".join(regularizers(config)) or "none")
+def regularizer_entry(config: DictConfig) -> str:
+    """Return the name of the entry for the chosen regularizers, in their order."""
+    return "+".join(regularizers(config)) or "none"
 
 
 def concepts(*, _root_: DictConfig) -> DictConfig:

@@ -236,6 +236,7 @@ def test_a_combination_file_tuned_for_a_regularizer_that_is_not_selected(in_proc
         ("tuned: {conabl: 5}", "tuned.conabl=5"),
         ("tuned: {conabl: {default: 5}}", "tuned.conabl.default=5"),
         ("tuned: {conabl: {none: [1]}}", "tuned.conabl.none=[1]"),
+        ("tuned: {conabl: {l2: 5}}", "tuned.conabl.l2=5"),  # which the run does not read
         ("train: null", "train"),
         ("train: []", "experiment/odd.yaml: has a list where the file that it changes has a map"),
         ("retention: 5", "retention"),
