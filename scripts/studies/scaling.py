@@ -1,17 +1,18 @@
 """Over 100 requests, does retention level off or go to zero? (Lee et al. 2026, arXiv 2511.07970)
 
-    python scripts/studies/scaling.py [seed=0,1,2] [OVERRIDE ...] [--output DIR]
+    python scripts/studies/scaling.py [seed=0,1,2] [rows=none,uce] [OVERRIDE ...] [--output DIR]
 
 ConAbl without regularizer, with l2, gradproj, merge, nullspace and replay, and UCE; three seeds
 (UCE draws nothing at random: one). The sequence is shapecanvas_style100, which measures 96 images
 of retained concepts. A sequence or an experiment on the command line takes its place; the published
 ones have 12 requests, and 'sequence.targets=[A,B,...]' gives one more. Of the 50 styles of
 UnlearnCanvas 38 are not retained, there are no 100: the command in scaling.md names them. 19 runs;
-scaling.md has the seconds of each. eval.every=5 leaves out four evaluations of five, the quarters
-are then means over the others.
+scaling.md has the seconds of each; rows= makes some of the seven rows alone. eval.every=5 leaves
+out four evaluations of five, the quarters are then means over the others.
 """
 
 import math
+from collections.abc import Sequence
 
 import pandas as pd
 import yaml
@@ -42,8 +43,7 @@ from study_seeds import (
 from cu_runner.concepts.entries import read_shipped
 from cu_runner.runtime.paths import config_dir
 
-REGULARIZERS = ("none", "l2", "gradproj", "merge", "nullspace", "replay")
-UCE = "uce, seed 0"
+ROWS = ("none", "l2", "gradproj", "merge", "nullspace", "replay", "uce")
 SEQUENCE = "sequence=shapecanvas_style100"
 GONE = 5.0  # percent: a last quarter below it
 LEVEL = 2.0  # points: a last quarter that has lost at most so many
@@ -71,10 +71,24 @@ def on_stable_diffusion() -> str:
     )
 
 
-def cells(study: Study, seeds: list[int]) -> dict[str, list[str]]:
+def take_rows(study: Study) -> tuple[list[str], Study]:
+    """Return the rows that the user names, or all, and the study without them.
+
+    Raises ValueError for one that there is not.
+    """
+    named, study = study.take("rows", list(ROWS))
+    if wrong := [name for name in named if name not in ROWS]:
+        raise ValueError(f"rows={wrong[0]}: no such row; allowed: {', '.join(ROWS)}")
+    return [name for name in ROWS if name in named], study
+
+
+def cells(study: Study, seeds: list[int], rows: Sequence[str] = ROWS) -> dict[str, list[str]]:
     shared = [] if study.gives("sequence", "experiment") else [SEQUENCE]
-    runs = with_seeds({name: [f"reg={name}", *shared] for name in REGULARIZERS}, seeds)
-    return runs | {UCE: ["method=uce", "reg=none", *shared, "seed=0"]}
+    regularizers = {name: [f"reg={name}", *shared] for name in rows if name != "uce"}
+    runs = with_seeds(regularizers, seeds)
+    if "uce" in rows:
+        runs |= with_seeds({"uce": ["method=uce", "reg=none", *shared]}, [0])
+    return runs
 
 
 def quarters(table: pd.DataFrame, metric: str) -> list[float]:
@@ -113,14 +127,15 @@ def by_quarter(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def main(study: Study) -> None:
+    rows, study = take_rows(study)
     seeds, study = take_seeds(study)
-    runs = study.run(cells(study, seeds), gaps=True)
+    runs = study.run(cells(study, seeds, rows), gaps=True)
     done = finished(runs)
     tables, whole = counted(done), {label: run.table for label, run in done.items()}
     found, note = curves(tables), remark([*tables])
     text = f"After the last request, means over seeds. {note}\n\n"
     text += f"{as_markdown(last_with_intervals(found))}\n\n"
-    text += remark_unsearched(study, cells(study, seeds[:1]))
+    text += remark_unsearched(study, cells(study, seeds[:1], rows))
     text += f"Means over the quarters of the requests:\n\n{as_markdown(by_quarter(tables))}\n\n"
     text += (
         f"gone: the last quarter is below {GONE:.0f}%; level: it is at most {LEVEL:.0f} "

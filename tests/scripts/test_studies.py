@@ -356,6 +356,19 @@ def test_order_has_four_orders_and_three_seeds(script, tmp_path):
     assert sorted({plan.spine.seed for plan in plans}) == [0, 1, 2]
 
 
+def test_scaling_makes_the_rows_that_are_named(script, tmp_path):
+    module = script("scaling")
+    rows, study = module.take_rows(make_study(script, tmp_path, "rows=uce,none"))
+    assert rows == ["none", "uce"]
+    assert list(module.cells(study, [0, 1], rows)) == [
+        "none, seed 0",
+        "none, seed 1",
+        "uce, seed 0",
+    ]
+    with pytest.raises(ValueError, match="rows=ewc: no such row; allowed: none, l2, "):
+        module.take_rows(make_study(script, tmp_path, "rows=none,ewc"))
+
+
 def test_scaling_takes_100_styles_or_what_the_user_names(script, tmp_path):
     module = script("scaling")
     study = make_study(script, tmp_path)
@@ -994,12 +1007,12 @@ def test_a_study_from_end_to_end(script, call, run_copy, tmp_path, jobs_in_forks
 
 @pytest.mark.slow
 def test_scaling_from_end_to_end(script, call, filled_cache, tmp_path, jobs_in_forks, monkeypatch):
-    monkeypatch.setattr(script("scaling"), "REGULARIZERS", ())
     small = [word for word in SMOKE if not word.startswith("method.")]  # UCE has no anchors
-    status, out, err = call("scaling", "seed=0", *small, "--output", "found")
+    status, out, err = call("scaling", "rows=uce", "seed=0", *small, "--output", "found")
     assert (status, err) == (0, "")
     assert out.startswith("uce, seed 0  ")
     text = (tmp_path / "found/scaling.md").read_text()
+    assert "python scripts/studies/scaling.py rows=uce seed=0 " in text
     assert "One seed each" in text
     assert text.count("| uce |") == 4  # the last request, and quarters of three metrics
     table = pd.read_csv(tmp_path / "found/scaling.csv")
@@ -1012,7 +1025,7 @@ def test_frontier_from_end_to_end(script, call, filled_cache, tmp_path, jobs_in_
     monkeypatch.setattr(
         module,
         "PROBLEMS",
-        {"forward_kl": module.Problem((1e-6,), (0.5,), 1.999, ("method.ascent_stop=2.0",))},
+        {"forward_kl": module.Problem((1e-6,), (0.5,), 1.999, 1, ("method.ascent_stop=2.0",))},
     )
     monkeypatch.setattr(module, "SETS", ("diversified",))
     monkeypatch.setattr(module, "NUM_TARGETS", 1)
