@@ -904,6 +904,12 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="*", default=[], help="train these stages and stop")
     arguments = parser.parse_args()
+    if "other_unet" in arguments.only:
+        for option in ("work", "out"):
+            if getattr(arguments, option).resolve() == parser.get_default(option).resolve():
+                parser.error(
+                    f"other_unet needs a --{option} of its own: this is the shipped UNet's"
+                )
     arguments.work.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(tuple(arguments.channels), arguments.half_of_pairs)
     torch.manual_seed(20)

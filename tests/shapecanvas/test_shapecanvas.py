@@ -240,6 +240,19 @@ def test_a_unet_of_another_size_has_the_text_encoder_and_the_autoencoder_of_the_
     assert drawn.isfinite().all()
 
 
+@pytest.mark.parametrize("given", ["--work", "--out"])
+def test_a_unet_of_another_size_does_not_take_the_place_of_the_shipped_one(
+    build, tmp_path, monkeypatch, capsys, given
+):
+    words = [given, str(tmp_path / "new"), "--only", "other_unet"]
+    monkeypatch.setattr("sys.argv", ["build_shapecanvas.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        build.main()
+    other = {"--work": "--out", "--out": "--work"}[given]
+    assert ended.value.code == 2
+    assert f"other_unet needs a {other} of its own" in capsys.readouterr().err
+
+
 def test_a_small_transformer_is_trained_packed_and_draws(build, four_pairs, tmp_path, monkeypatch):
     """The stage `flow` on two styles of two objects."""
     out, work = tmp_path / "weights", tmp_path / "work"
