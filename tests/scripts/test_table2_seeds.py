@@ -112,7 +112,7 @@ def verdicts(column=None, metric=None, comparable=False):
     """How many pairs of docs/table2.md hold, are reversed, are undecided."""
     page = (ROOT / "docs/table2.md").read_text(encoding="utf-8")
     pairs = re.findall(
-        r"^\| ConAbl \| (\w+) \| ([\w-]+) \| .* \| (\w+)( †)? \|$", page, re.MULTILINE
+        r"^\| ConAbl \| (\w+) \| ([\w-]+) \| .* \| (\w+)( \u2020)? \|$", page, re.MULTILINE
     )
     found = [
         verdict
