@@ -7,11 +7,13 @@
     python scripts/results.py --rows conabl+gradproj_l1 esd+none  # the others keep their figures
 
 Every method alone and with gradient projection, and conabl with every regularizer and tuned
-combination, each with the settings of conf/tuned. Seconds are those of one thread, with as many
+combination, each with the settings of conf/tuned. The rows of the picture are evaluated after every
+request, the others after the first and the last. Seconds are those of one thread, with as many
 runs side by side as there are cores.
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib as mpl
@@ -19,6 +21,7 @@ import pandas as pd
 
 from cu_runner.reporting.table_formats import to_markdown
 from cu_runner.runtime.paths import config_dir
+from cu_runner.store.run_record import RunRecord
 from cu_runner.sweeps.make_runs import cu_runs
 
 mpl.use("Agg")
@@ -55,6 +58,7 @@ OWN_TOKENS = [
     "reg.gradproj.contexts=['{concept}']",
 ]
 OWN_TOKENS += ["reg.gradproj.auxiliary.number=43", "train.lr=3e-4"]
+Name = tuple[str, str, str]  # of a row: method, regularizer, remark
 
 
 def choices(group: str) -> list[str]:
@@ -63,9 +67,7 @@ def choices(group: str) -> list[str]:
     return sorted(names, key=lambda name: name not in ("conabl", "none"))
 
 
-def matrix(
-    methods: list[str], regularizers: tuple[str, ...]
-) -> dict[tuple[str, str, str], list[str]]:
+def matrix(methods: list[str], regularizers: tuple[str, ...]) -> dict[Name, list[str]]:
     """Return (method, reg, remark) -> overrides of its run.
 
     Conabl with everything, these methods with these regularizers.
@@ -83,7 +85,7 @@ def matrix(
     return cells
 
 
-def table_of(tables: dict[tuple[str, str, str], pd.DataFrame | str]) -> pd.DataFrame:
+def table_of(tables: dict[Name, pd.DataFrame | str]) -> pd.DataFrame:
     """One row per run: the metrics after the last request, and the training seconds of all.
 
     Or what stopped it.
@@ -161,7 +163,7 @@ def draw(tables: dict[str, pd.DataFrame]) -> None:
     plt.close(figure)
 
 
-def write(tables: dict[tuple[str, str, str], pd.DataFrame | str], *, partly: bool) -> None:
+def write(tables: dict[Name, pd.DataFrame | str], *, partly: bool) -> None:
     """Write the table of what is done so far, and the picture when its curves are there.
 
     partly: other rows keep their figures.
@@ -178,6 +180,23 @@ def write(tables: dict[tuple[str, str, str], pd.DataFrame | str], *, partly: boo
             DOCS / "results.csv", index=False
         )
         draw(curves)
+
+
+def made(cells: dict[Name, list[str]]) -> Iterator[tuple[Name, RunRecord | str]]:
+    """Make the runs; yield each with its name, those of the picture first."""
+    drawn = {name: words for name, words in cells.items() if is_drawn(name)}
+    others = {
+        name: [*words, "eval.every=[1]"] for name, words in cells.items() if name not in drawn
+    }
+    for group, needed in ((drawn, None), (others, (1, -1))):
+        jobs = [["wandb.mode=disabled", *words] for words in group.values()]
+        yield from zip(group, cu_runs(jobs, evaluated=needed), strict=True)
+
+
+def is_drawn(name: Name) -> bool:
+    """Tell whether the picture shows a row's curve."""
+    method, reg, remark = name
+    return method == "conabl" and reg in CURVES and not remark
 
 
 def main() -> None:
@@ -202,11 +221,7 @@ def main() -> None:
             parser.error(f"{unknown[0]}: no such row; allowed: {', '.join(named)}")
         cells = {named[row]: cells[named[row]] for row in arguments.rows}
     tables = {}
-    for cell, run in zip(
-        cells,
-        cu_runs([["wandb.mode=disabled", *overrides] for overrides in cells.values()]),
-        strict=True,
-    ):
+    for cell, run in made(cells):
         tables[cell] = table = run if isinstance(run, str) else run.table
         print(
             (

@@ -96,6 +96,7 @@ def main() -> None:
         revised = revise(run.config, arguments.overrides, arguments.config_dir)
         refuse_unasked_pickles(revised, arguments.overrides)
         plan = check_run(revised, run.method, allowed=allowed)
+        plan.spine.eval.require_requests(run.num_requests)
         for note in plan.notes:
             say(f"note: {note}")
         named = f"{first_name(run.directory.name)[:-8]}{plan.signature[:8]}"

@@ -28,7 +28,7 @@ from cu_runner.schema.errors import ConfigError, LaunchError
 from cu_runner.store.files import write_atomic
 from cu_runner.store.layout import SWEEP
 from cu_runner.store.run_record import RunRecord
-from cu_runner.sweeps.make_runs import cu_runs, diverged, submit
+from cu_runner.sweeps.make_runs import LAST, cu_runs, diverged, submit
 from cu_runner.sweeps.status import read_sweep
 
 
@@ -151,7 +151,7 @@ def run_missing(cells: list[Cell], name: str, arguments: argparse.Namespace) -> 
             (command, said(run))
             for command, run in zip(
                 commands,
-                cu_runs(words, arguments.jobs, gaps=True),  # a table has the last request alone
+                cu_runs(words, arguments.jobs, evaluated=LAST),  # a table has no other
                 strict=True,
             )
         )

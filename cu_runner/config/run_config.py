@@ -117,7 +117,7 @@ class RunConfig:
 
         Raises:
             ConfigError: the images of one's own do not show, after one of them, all that RA_C is
-                measured on.
+                measured on; or eval.every names a request that there is not.
         """
         if sequence.parts and self.setting.plan == "simultaneous":
             raise ConfigError(
@@ -126,6 +126,7 @@ class RunConfig:
                 "setting=sequential or independent"
             )
         planned = plan_requests(sequence, self.setting.plan, self.setting.last_only)
+        self.spine.eval.require_requests(len(planned))
         self.require_shown(sequence, "no request", sequence.targets)
         for request, concepts in zip(planned, self.unlearned(planned), strict=True):
             self.require_shown(sequence, request.label, concepts)

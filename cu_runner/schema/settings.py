@@ -5,11 +5,20 @@ Defaults stand in conf/config.yaml, once.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PlainValidator,
+    PositiveFloat,
+    PositiveInt,
+)
 from pydantic.dataclasses import dataclass
 
+from cu_runner.schema.errors import ConfigError
 from cu_runner.schema.words import Matches
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -36,6 +45,22 @@ PLAIN = "letters, digits and . , : @ + - _"
 # Steps, or minutes as "10min".
 Every = PositiveInt | Literal["last"]  # so many requests and the last, or the last alone
 SaveEvery = PositiveInt | Annotated[str, Matches(r"\d+(\.\d+)?min", SAVED)] | None
+
+
+def check_evaluated(value: Any) -> Any:
+    """Return what eval.every may be. Raises ValueError with all that is allowed, in one line."""
+    numbers = value if isinstance(value, list) else [value]
+    if value != "last" and not (
+        numbers and all(type(each) is int and each > 0 for each in numbers)
+    ):
+        raise ValueError("allowed: so many requests, as 5; some of them, as [1,6]; or last")
+    return value
+
+
+# Every, or a list of requests: their numbers, from 1.
+Evaluated = Annotated[
+    PositiveInt | list[PositiveInt] | Literal["last"], PlainValidator(check_evaluated)
+]
 # Both stand in the scripts of jobs, which a line break would cut.
 ClusterName = Annotated[str, Matches(r"[\w.,:@+-]+", PLAIN)]
 FolderName = Annotated[str, Matches(r"[^\x00-\x1f\x7f]+", "a path without control characters")]
@@ -90,16 +115,27 @@ class EvalSettings(Sampler):
     """How evaluation images are sampled, how many together, and after which requests.
 
     jpeg: quality of the JPEG files as which images are judged; None judges them as they are.
-    every: after every so many requests, or after the last one; the last is always evaluated.
+    every: after every so many requests, after those of a list, or after the last one alone; the
+    last is always evaluated.
     """
 
     batch_size: PositiveInt
     jpeg: Annotated[int, Field(ge=1, le=95)] | None = None
-    every: Every = 1
+    every: Evaluated = 1
 
     def is_due(self, request: int, last: int) -> bool:
         """Tell whether the weights are evaluated after a request; the untouched model always is."""
-        return request in (0, last) or (self.every != "last" and request % self.every == 0)
+        if request in (0, last) or self.every == "last":
+            return request in (0, last)
+        return request in self.every if isinstance(self.every, list) else request % self.every == 0
+
+    def require_requests(self, last: int) -> None:
+        """Refuse with ConfigError a list that names a request beyond the last."""
+        if isinstance(self.every, list) and max(self.every) > last:
+            raise ConfigError(
+                f"eval.every={self.every}: there is no request {max(self.every)}; allowed: 1 to "
+                f"{last}, the number of requests"
+            )
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -21,21 +21,25 @@ CU_RUN = str(Path(sys.executable).with_name("cu-run"))
 DIVERGED = ("training led to", "the images after request")
 
 
+LAST = (-1,)  # as `evaluated` of the functions below: the last request alone
+
+
 def cu_run(
-    overrides: list[str], threads: int | None = None, *, gaps: bool = False
+    overrides: list[str], threads: int | None = None, *, evaluated: tuple[int, ...] | None = None
 ) -> RunRecord | str:
     """Make, resume or find one run.
 
     Args:
         overrides: as on the command line of cu-run.
         threads: CPU threads of the run; None leaves torch's choice.
-        gaps: whether it may lack the evaluations that eval.every leaves out.
+        evaluated: numbers of the requests whose evaluation is needed, negative ones counted from
+            the end; those that a short run does not have are left out. None: every one.
 
     Returns:
         The run, or the line in which cu-run says that its weights diverged: a result too.
 
     Raises:
-        LaunchError: cu-run failed for another reason.
+        LaunchError: cu-run failed for another reason, or a finished run lacks an evaluation.
     """
     command = [CU_RUN, *last_of_each(overrides)]
     limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
@@ -49,13 +53,19 @@ def cu_run(
     if done.returncode != 0:
         raise LaunchError(f"cu-run {' '.join(overrides)} failed: {last_line(done.stderr)}")
     run = read_run(Path(done.stdout.strip().splitlines()[-1].removeprefix("run: ")))
-    lacking = [step.index for step in run.records if not step.evaluated]
-    if lacking and not gaps:
+    if lacking := unevaluated(run, evaluated):
         raise LaunchError(
-            f"{run.directory}: not evaluated (eval.every): {name_requests(lacking)}; every request "
-            "is needed here: give another paths.outputs"
+            f"{run.directory}: not evaluated (eval.every): {name_requests(lacking)}; needed here: "
+            "give another paths.outputs"
         )
     return run
+
+
+def unevaluated(run: RunRecord, needed: tuple[int, ...] | None) -> list[int]:
+    """Return the requests that are needed, as in cu_run, and that the run did not evaluate."""
+    steps = {step.index: step for step in run.records}
+    numbers = steps if needed is None else {n + len(steps) * (n < 0) for n in needed}
+    return sorted(n for n in numbers if n in steps and not steps[n].evaluated)
 
 
 def diverged(line: str) -> bool:
@@ -64,23 +74,26 @@ def diverged(line: str) -> bool:
 
 
 def cu_runs(
-    jobs: list[list[str]], side_by_side: int | None = None, *, gaps: bool = False
+    jobs: list[list[str]],
+    side_by_side: int | None = None,
+    *,
+    evaluated: tuple[int, ...] | None = None,
 ) -> Iterator[RunRecord | str]:
     """Yield what cu_run returns of each, in order.
 
     Args:
         side_by_side: runs at a time, each with one thread if more than one; None is one per CPU
             core, or a single one on a GPU.
-        gaps: as of cu_run.
+        evaluated: as of cu_run.
     """
     for job in jobs:
-        if not gaps and any(key_of(override) == "eval.every" for override in job):
+        if evaluated is None and any(key_of(override) == "eval.every" for override in job):
             raise LaunchError("eval.every: what is made of these runs needs every request")
     if side_by_side is None:
         side_by_side = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     threads = 1 if side_by_side > 1 else None
     with ThreadPoolExecutor(max_workers=side_by_side) as pool:
-        yield from pool.map(lambda overrides: cu_run(overrides, threads, gaps=gaps), jobs)
+        yield from pool.map(lambda overrides: cu_run(overrides, threads, evaluated=evaluated), jobs)
 
 
 def submit(jobs: list[list[str]], common: list[str], launcher: str, folder: Path) -> str:

@@ -31,7 +31,7 @@ from cu_runner.runtime.paths import config_dir
 from cu_runner.schema.errors import LaunchError
 from cu_runner.store.records import name_requests
 from cu_runner.store.run_record import RunRecord, read_run
-from cu_runner.sweeps.make_runs import cu_runs
+from cu_runner.sweeps.make_runs import LAST, cu_runs
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -162,7 +162,7 @@ class Study:
         jobs = {places[label]: self.job(cell) for label, cell in cells.items()}
         found = {}
         for place, run in zip(
-            jobs, cu_runs(list(jobs.values()), gaps=gaps), strict=True
+            jobs, cu_runs(list(jobs.values()), evaluated=LAST if gaps else None), strict=True
         ):  # one job where two labels are the same run
             found[place] = run
             labels = ", ".join(label for label in cells if places[label] == place)

@@ -443,7 +443,9 @@ def test_the_longest_runs_are_made_first(cu_table, own_table, monkeypatch):
     monkeypatch.setattr(
         fill_table,
         "cu_runs",
-        lambda jobs, _, gaps: made.extend(jobs) or ["cu-run: training led to nothing"] * len(jobs),
+        lambda jobs, _, evaluated: (
+            made.extend(jobs) or ["cu-run: training led to nothing"] * len(jobs)
+        ),
     )
     rows = {"sequential": ["train.steps=4"], "L2": ["train.steps=9"]}
     assert cu_table(own_table(rows=rows), "--run")[0] == 0

@@ -30,7 +30,16 @@ from cu_runner.sweeps import make_runs
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("every", "due"),
-    [(1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4, 5]), (4, [0, 4, 5]), (9, [0, 5]), ("last", [0, 5])],
+    [
+        (1, [0, 1, 2, 3, 4, 5]),
+        (2, [0, 2, 4, 5]),
+        (4, [0, 4, 5]),
+        (9, [0, 5]),
+        ("last", [0, 5]),
+        ([1], [0, 1, 5]),
+        ([4, 1], [0, 1, 4, 5]),
+        ([5], [0, 5]),
+    ],
 )
 def test_the_untouched_model_and_the_last_request_are_always_evaluated(every, due):
     settings = EvalSettings(steps=1, guidance=1, batch_size=1, every=every)
@@ -80,6 +89,9 @@ def test_a_complete_run_says_what_it_lacks_and_cu_eval_measures_it(
     assert status == 0
     assert "request 1 was not evaluated (an earlier eval.every): `cu-eval outputs/" in out
 
+    status, _, err = call_command(evaluate.main, "cu-eval", left_out, "eval.every=[3]")
+    assert status != 0
+    assert "there is no request 3; allowed: 1 to 2" in err
     status, out, err = call_command(evaluate.main, "cu-eval", left_out, "eval.every=last")
     assert (status, err) == (0, "")
     last = tmp_path / out.splitlines()[-1].removeprefix("evaluation: ")
@@ -145,12 +157,24 @@ def test_a_step_without_predictions_holds_no_metrics(run_copy):
     assert "lack predictions.csv" in what_is_strange(dataclasses.replace(base, files={}))
 
 
+AS_ALLOWED = ": allowed: so many requests, as 5; some of them, as [1,6]; or last"
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["eval.every=0"], "eval.every=0"),
         (["eval.every=first"], "eval.every='first'"),
+        *(
+            ([f"eval.every={each}"], AS_ALLOWED)
+            for each in ("true", "[]", "[0]", "[1,last]", "1.5")
+        ),
+        (["eval.every=[3,1]"], "eval.every=[3, 1]: there is no request 3; allowed: 1 to 2"),
+        (
+            ["eval.every=[2]", "recovery=completion"],
+            "recovery.completion: eval.every=[2] leaves out request 1",
+        ),
         (
             ["eval.every=last", "recovery=completion"],
             "recovery.completion: eval.every=last leaves out request 1, and the probe is due then; "
@@ -255,9 +279,13 @@ def test_what_needs_every_request_refuses_such_a_run(left_out, monkeypatch):
     monkeypatch.setattr(make_runs, "subprocess", SimpleNamespace(run=lambda *_, **__: done))
     with pytest.raises(LaunchError, match=r"not evaluated .*: request 1; .* paths\.outputs"):
         make_runs.cu_run([])
+    for lacking in ((1,), (-2, -1)):
+        with pytest.raises(LaunchError, match=r"not evaluated .*: request 1; needed here"):
+            make_runs.cu_run([], evaluated=lacking)
+    assert make_runs.unevaluated(make_runs.cu_run([], evaluated=(-5, 0, 2, 9)), None) == [1]
     with pytest.raises(LaunchError, match=r"eval\.every: .* needs every request"):
         list(make_runs.cu_runs([["eval.every=2"]]))
-    (found,) = make_runs.cu_runs([["eval.every=2"]], gaps=True)  # which needs the last alone
+    (found,) = make_runs.cu_runs([["eval.every=2"]], evaluated=make_runs.LAST)
     assert [record.evaluated for record in found.records] == [True, False, True]
 
 

@@ -4,6 +4,7 @@ by hand, its bad input.
 
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -43,6 +44,25 @@ def test_every_candidate_was_run(tuning):
         measured = FIGURES[FIGURES["domain"] == domain].groupby("cell")["overrides"].apply(set)
         for cell, candidates in tuning.read_grid(domain).items():
             assert {" ".join(overrides) for overrides in candidates} <= measured[cell]
+
+
+def test_the_last_three_requests_are_evaluated(tuning):
+    """They are what the figures are the means of; of simultaneous requests there is one."""
+    for domain, common in tuning.TUNED_ON.items():
+        cell = "conabl+none"
+        plan = parse(
+            compose(*common, *tuning.cell_overrides(cell), *tuning.evaluated(domain, cell))
+        )
+        number = len(plan.requests(plan.sequence.build()))
+        due = [n for n in range(1, number + 1) if plan.spine.eval.is_due(n, number)]
+        assert due == [number - 2, number - 1, number]
+        assert tuning.evaluated(domain, "conabl+none+simultaneous") == []
+    requests = [0, 10, 11, 12]
+    table = pd.DataFrame({"request": requests, "train_seconds": [0.0, 5.0, 5.0, 5.0]})
+    for name in ("UA", "RA_I", "RA_C"):
+        table[name] = [0.0, 90.0, 93.0, 96.0]
+    tuning.provenance = lambda run: {"device": "cpu"}
+    assert tuning.figures(SimpleNamespace(table=table))["UA"] == 93.0
 
 
 def test_the_rule_by_hand(tuning):
