@@ -13,8 +13,8 @@ half of the images, on other noise. Metrics are means over the last three reques
 noisy than the last alone; only these are evaluated. Of the candidates with UA of at least 98 the
 one with the highest mean of RA-I and RA-C is chosen (of several the one with the highest UA), else
 the one with the highest UA; it is printed and belongs into conf/tuned/shapecanvas_<domain>.yaml, of
-the transformer into conf/training/shapecanvas_flow.yaml. The aim is 95 on the concepts that are reported; the margin is
-for their being others. All figures go to docs/tuning.csv.
+the transformer into conf/training/shapecanvas_flow.yaml. The aim is 95 on the concepts that are
+reported; the margin is for their being others. All figures go to docs/tuning.csv.
 """
 
 import itertools
