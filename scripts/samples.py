@@ -66,16 +66,16 @@ def draw(rows: dict[str, list[Image.Image]], unlearned: list[str], kept: list[st
         len(names),
         figsize=(1.15 * len(names) + 1.9, 1.1 * len(rows) + 0.7),
         squeeze=False,
+        layout="constrained",
     )
     for line, (text, pictures) in zip(axes, rows.items(), strict=True):
         for axis, picture in zip(line, pictures, strict=True):
-            axis.imshow(picture)
+            axis.imshow(picture, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8)
     for place, (axis, name) in enumerate(zip(axes[0], names, strict=True)):
         axis.set_title(name, fontsize=8, color="#c00000" if place < len(unlearned) else "black")
     figure.suptitle("red: unlearned; black: to stay. Beside a row UA / RA-I / RA-C", fontsize=9)
-    figure.tight_layout(pad=0.4)
     return figure
 
 
@@ -101,7 +101,7 @@ def main() -> None:
     for run in runs:
         rows[label(run)] = drawn(run, len(run.records) - 1)
     names = ([each.concept for each in group] for group in (unlearned, kept))
-    draw(rows, *names).savefig(arguments.output, dpi=110)
+    draw(rows, *names).savefig(arguments.output, dpi=80)
     print(f"wrote {arguments.output}")
 
 
