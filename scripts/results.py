@@ -8,7 +8,8 @@
 
 Every method alone and with gradient projection, and conabl with every regularizer and tuned
 combination, each with the settings of conf/tuned. The rows of the picture are evaluated after every
-request, the others after the first and the last. Seconds are those of one thread, with as many
+request, the others after the first and the last: of these, images that are not finite are seen
+there alone. Seconds are those of one thread, with as many
 runs side by side as there are cores.
 """
 
@@ -21,6 +22,7 @@ import pandas as pd
 
 from cu_runner.reporting.table_formats import to_markdown
 from cu_runner.runtime.paths import config_dir
+from cu_runner.schema.errors import LaunchError
 from cu_runner.store.run_record import RunRecord
 from cu_runner.sweeps.make_runs import cu_runs
 
@@ -183,7 +185,11 @@ def write(tables: dict[Name, pd.DataFrame | str], *, partly: bool) -> None:
 
 
 def made(cells: dict[Name, list[str]]) -> Iterator[tuple[Name, RunRecord | str]]:
-    """Make the runs; yield each with its name, those of the picture first."""
+    """Make the runs; yield each with its name, those of the picture first.
+
+    Raises:
+        LaunchError: a run failed, or a finished one lacks an evaluation.
+    """
     drawn = {name: words for name, words in cells.items() if is_drawn(name)}
     others = {
         name: [*words, "eval.every=[1]"] for name, words in cells.items() if name not in drawn
@@ -230,8 +236,11 @@ def main() -> None:
             ),
             flush=True,
         )
-        write(tables, partly=bool(arguments.rows))
+        write({name: tables[name] for name in cells if name in tables}, partly=bool(arguments.rows))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LaunchError as problem:
+        raise SystemExit(str(problem)) from None

@@ -1,11 +1,11 @@
 """What the same prompts and the same noise draw, before unlearning and after it.
 
-    python scripts/samples.py RUN [RUN ...] [--output FILE.png]
+    python scripts/samples.py RUN [RUN ...] --output FILE.png
 
 Runs of one sequence and one model. A row of pictures for the untouched model and one for each run
 after its last request; columns are concepts that were unlearned, then concepts that were to stay,
 spread over the sequence, each in one of its evaluation prompts. Beside a row stand the run's UA,
-RA-I and RA-C. The default file is docs/samples.png.
+RA-I and RA-C. docs/samples.png is conabl with reg=none, l2, gradproj and gate, seed 0.
 """
 
 import argparse
@@ -16,15 +16,18 @@ import matplotlib as mpl
 from cu_runner import read_run
 from cu_runner.api.runs import RunRecord
 from cu_runner.concepts.sequence import Concept, ImagePrompt, Sequence
-from cu_runner.config.run_config import check_run
-from cu_runner.schema.errors import StoreError
+from cu_runner.config.revise import filled_in
+from cu_runner.config.run_config import RunConfig, check_run
+from cu_runner.schema.errors import StoreError, first_line
+from cu_runner.schema.values import without_paths
+from cu_runner.store.signature import NOT_SCIENTIFIC
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
-OUTPUT = Path(__file__).parent.parent / "docs/samples.png"
+METRICS = ("UA", "RA_I", "RA_C")
 SHOWN = 5  # concepts of each kind
 
 
@@ -42,23 +45,46 @@ def pictured(sequence: Sequence, concepts: tuple[Concept, ...]) -> list[ImagePro
 
 
 def require_alike(runs: list[RunRecord]) -> None:
-    """Raise ValueError for a run that is not finished, or of another sequence or model."""
+    """Raise ValueError for runs that do not belong into one picture.
+
+    One that is not finished, that has not unlearned all targets at its end (setting=independent),
+    or that is of another sequence, model or way of drawing than the first.
+    """
     for run in runs:
         if not run.complete:
             raise ValueError(f"{run.directory}: is not finished; the command that made it goes on")
-        for key in ("sequence", "model"):
-            if run.config[key] != runs[0].config[key]:
+        names = [target.name for target in plan_of(run).sequence.build().targets]
+        if sorted(run.unlearned(len(run.records) - 1)) != sorted(names):
+            raise ValueError(f"{run.directory}: its last weights have not unlearned all targets")
+        for key in ("sequence", "model", "eval"):
+            own, first = (
+                without_paths(each.config, NOT_SCIENTIFIC)[key] for each in (run, runs[0])
+            )
+            if own != first:
                 raise ValueError(f"{run.directory}: has another {key} than {runs[0].directory}")
 
 
-def label(run: RunRecord) -> str:
-    last = run.table.iloc[-1]
-    names = " ".join(run.config["reg"])
-    shown = " / ".join(f"{last[metric]:.0f}" for metric in ("UA", "RA_I", "RA_C"))
-    return f"{run.method}, {names or 'none'}\n{shown}"
+def plan_of(run: RunRecord) -> RunConfig:
+    return check_run(filled_in(run.config), run.method)
 
 
-def draw(rows: dict[str, list[Image.Image]], unlearned: list[str], kept: list[str]) -> Figure:
+def labels(runs: list[RunRecord]) -> list[str]:
+    """Return what each run is, and its metrics: setting and seed too where runs differ in them."""
+    told = [
+        {"setting": plan_of(run).setting.plan, "seed": f"seed {run.config['seed']}"} for run in runs
+    ]
+    found = []
+    for run, each in zip(runs, told, strict=True):
+        differs = [key for key in each if len({other[key] for other in told}) > 1]
+        name = ", ".join([run.method, "+".join(run.config["reg"]) or "none"])
+        numbers = " / ".join(f"{run.table.iloc[-1][metric]:.0f}" for metric in METRICS)
+        found.append("\n".join([name, *(each[key] for key in differs), numbers]))
+    return found
+
+
+def draw(
+    rows: list[tuple[str, list[Image.Image]]], unlearned: list[str], kept: list[str]
+) -> Figure:
     """Return the figure: a row of pictures per label, those of what was unlearned first."""
     names = [*unlearned, *kept]
     figure, axes = plt.subplots(
@@ -68,7 +94,7 @@ def draw(rows: dict[str, list[Image.Image]], unlearned: list[str], kept: list[st
         squeeze=False,
         layout="constrained",
     )
-    for line, (text, pictures) in zip(axes, rows.items(), strict=True):
+    for line, (text, pictures) in zip(axes, rows, strict=True):
         for axis, picture in zip(line, pictures, strict=True):
             axis.imshow(picture, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
@@ -82,28 +108,35 @@ def draw(rows: dict[str, list[Image.Image]], unlearned: list[str], kept: list[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.png")
     arguments = parser.parse_args()
-    try:
-        runs = [read_run(path) for path in arguments.runs]
-        require_alike(runs)
-    except (StoreError, ValueError) as problem:
-        parser.error(str(problem))
-    first = check_run(runs[0].config, runs[0].method)
-    sequence = first.sequence.build()
+    runs = [read_run(path) for path in arguments.runs]
+    require_alike(runs)
+    plan = plan_of(runs[0])
+    sequence, sampler = plan.sequence.build(), plan.spine.eval
     unlearned, kept = (pictured(sequence, group) for group in (sequence.targets, sequence.retain))
     prompts, seeds = zip(*((each.prompt, each.seed) for each in (*unlearned, *kept)), strict=True)
 
     def drawn(run: RunRecord, step: int) -> list[Image.Image]:
-        return run.model(step=step).generate(list(prompts), list(seeds), progress=False)
+        return run.model(step=step).generate(
+            list(prompts),
+            list(seeds),
+            steps=sampler.steps,
+            guidance=sampler.guidance,
+            scheduler=sampler.scheduler,
+            progress=False,
+        )
 
-    rows = {"untouched model": drawn(runs[0], 0)}
-    for run in runs:
-        rows[label(run)] = drawn(run, len(run.records) - 1)
+    rows = [("untouched model", drawn(runs[0], 0))]
+    for name, run in zip(labels(runs), runs, strict=True):
+        rows.append((name, drawn(run, len(run.records) - 1)))
     names = ([each.concept for each in group] for group in (unlearned, kept))
     draw(rows, *names).savefig(arguments.output, dpi=80)
     print(f"wrote {arguments.output}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (StoreError, ValueError, OSError) as problem:
+        raise SystemExit(f"samples.py: {first_line(problem)}") from None

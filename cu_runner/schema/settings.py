@@ -134,7 +134,7 @@ class EvalSettings(Sampler):
         if isinstance(self.every, list) and max(self.every) > last:
             raise ConfigError(
                 f"eval.every={self.every}: there is no request {max(self.every)}; allowed: 1 to "
-                f"{last}, the number of requests"
+                f"{last}, the number of requests, or last"
             )
 
 

@@ -56,7 +56,7 @@ def cu_run(
     if lacking := unevaluated(run, evaluated):
         raise LaunchError(
             f"{run.directory}: not evaluated (eval.every): {name_requests(lacking)}; needed here: "
-            "give another paths.outputs"
+            "move the directory away, or give another paths.outputs"
         )
     return run
 

@@ -222,7 +222,7 @@ def test_a_probe_names_the_evaluation_that_it_lacks(left_out):
 
 
 def test_dry_run_counts_what_is_made(in_process):
-    for every, evaluations in ((1, 3), ("last", 2)):
+    for every, evaluations in ((1, 3), ("last", 2), ("[1]", 3), ("[2]", 2)):
         status, out, _ = in_process(*SMOKE, f"eval.every={every}", "dry_run=true")
         assert status == 0
         assert f"to do: {evaluations} of 3 evaluations" in out

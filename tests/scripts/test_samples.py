@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from conftest import compose
 
 from cu_runner import read_run
 from cu_runner.config.compose import parse
+from cu_runner.schema.errors import StoreError
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,31 +46,51 @@ def test_a_row_for_the_untouched_model_and_one_for_each_run(
         return draw(rows, unlearned, kept)
 
     monkeypatch.setattr(samples, "draw", noted)
-    monkeypatch.setattr("sys.argv", ["samples.py", str(directory), "--output", str(file)])
+    told = [str(directory), str(directory), "--output", str(file)]
+    monkeypatch.setattr("sys.argv", ["samples.py", *told])
     samples.main()
     assert file.read_bytes().startswith(b"\x89PNG")
     run = read_run(directory)
     assert drawn["unlearned"] == [record.row.concept for record in run.records[1:]]
-    last = run.table.iloc[-1]
-    numbers = f"{last['UA']:.0f} / {last['RA_I']:.0f} / {last['RA_C']:.0f}"
-    assert [*drawn["rows"]] == ["untouched model", samples.label(run)]
-    assert samples.label(run).endswith(numbers)
-    before, after = (np.stack([*map(np.asarray, row)]) for row in drawn["rows"].values())
+    names, pictures = zip(*drawn["rows"], strict=True)
+    assert names == ("untouched model", *samples.labels([run, run]))
+    before, after, again = (np.stack([*map(np.asarray, row)]) for row in pictures)
     assert len(before) == len(drawn["unlearned"] + drawn["kept"])
     assert (before != after).any()
+    assert (after == again).all()  # the same run twice is two rows
 
 
-def test_runs_that_cannot_stand_in_one_picture(samples, run_copy, monkeypatch, tmp_path, capsys):
-    run = read_run(run_copy)
+def test_a_row_names_what_its_run_differs_in(samples, finished_run, monkeypatch):
+    run = read_run(finished_run[1])
+    plan = samples.plan_of(run)
+    last = run.table.iloc[-1]
+    numbers = f"{last['UA']:.0f} / {last['RA_I']:.0f} / {last['RA_C']:.0f}"
+    assert samples.labels([run, run]) == [f"conabl, none\n{numbers}"] * 2
+    config = run.config | {"seed": 7}
+    other = SimpleNamespace(method="conabl", config=config, table=run.table)
+    monkeypatch.setattr(samples, "plan_of", lambda given: plan)
+    assert samples.labels([run, other]) == [
+        f"conabl, none\nseed {seed}\n{numbers}" for seed in (run.config["seed"], 7)
+    ]
+
+
+def test_runs_that_cannot_stand_in_one_picture(samples, finished_run, monkeypatch, tmp_path):
+    run = read_run(finished_run[1])
     samples.require_alike([run, run])
-    for key in ("sequence", "model"):
-        changed = run.config | {key: run.config[key] | {"_target_": "another"}}
-        other = dataclasses.replace(run, config=changed)
+    cases = {"sequence": {"seeds": [9]}, "model": {"precision": "bf16"}, "eval": {"steps": 3}}
+    for key, change in cases.items():
+        other = dataclasses.replace(run, config=run.config | {key: run.config[key] | change})
         with pytest.raises(ValueError, match=f"has another {key} than "):
             samples.require_alike([run, other])
+    faster = dataclasses.replace(
+        run, config=run.config | {"eval": run.config["eval"] | {"batch_size": 3}}
+    )
+    samples.require_alike([run, faster])
     with pytest.raises(ValueError, match="is not finished"):
         samples.require_alike([dataclasses.replace(run, records=run.records[:-1])])
-    monkeypatch.setattr("sys.argv", ["samples.py", str(tmp_path)])
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr(samples.RunRecord, "unlearned", lambda self, index: ["torch light"])
+    with pytest.raises(ValueError, match="have not unlearned all targets"):
+        samples.require_alike([run])
+    monkeypatch.setattr("sys.argv", ["samples.py", str(tmp_path), "--output", "a.png"])
+    with pytest.raises(StoreError, match=re.escape(str(tmp_path))):
         samples.main()
-    assert f"error: {tmp_path}" in capsys.readouterr().err

@@ -46,7 +46,7 @@ def test_every_candidate_was_run(tuning):
             assert {" ".join(overrides) for overrides in candidates} <= measured[cell]
 
 
-def test_the_last_three_requests_are_evaluated(tuning):
+def test_the_last_three_requests_are_evaluated(tuning, monkeypatch):
     """They are what the figures are the means of; of simultaneous requests there is one."""
     for domain, common in tuning.TUNED_ON.items():
         cell = "conabl+none"
@@ -57,12 +57,12 @@ def test_the_last_three_requests_are_evaluated(tuning):
         due = [n for n in range(1, number + 1) if plan.spine.eval.is_due(n, number)]
         assert due == [number - 2, number - 1, number]
         assert tuning.evaluated(domain, "conabl+none+simultaneous") == []
-    requests = [0, 10, 11, 12]
-    table = pd.DataFrame({"request": requests, "train_seconds": [0.0, 5.0, 5.0, 5.0]})
-    for name in ("UA", "RA_I", "RA_C"):
-        table[name] = [0.0, 90.0, 93.0, 96.0]
-    tuning.provenance = lambda run: {"device": "cpu"}
-    assert tuning.figures(SimpleNamespace(table=table))["UA"] == 93.0
+    monkeypatch.setattr(tuning, "provenance", lambda run: {"device": "cpu"})
+    for before in (float("nan"), 10.0):  # left out, or evaluated and of no account
+        numbers = [0.0, *[before] * 9, 90.0, 93.0, 96.0]
+        table = pd.DataFrame({"request": range(13), "train_seconds": [5.0] * 13})
+        run = SimpleNamespace(table=table.assign(UA=numbers, RA_I=numbers, RA_C=numbers))
+        assert tuning.figures(run)["UA"] == 93.0
 
 
 def test_the_rule_by_hand(tuning):
