@@ -77,7 +77,7 @@ def labels(runs: list[RunRecord]) -> list[str]:
     for run, each in zip(runs, told, strict=True):
         differs = [key for key in each if len({other[key] for other in told}) > 1]
         name = ", ".join([run.method, "+".join(run.config["reg"]) or "none"])
-        numbers = " / ".join(f"{run.table.iloc[-1][metric]:.0f}" for metric in METRICS)
+        numbers = " / ".join(f"{run.table.iloc[-1][metric]:.1f}" for metric in METRICS)
         found.append("\n".join([name, *(each[key] for key in differs), numbers]))
     return found
 

@@ -64,7 +64,7 @@ def test_a_row_names_what_its_run_differs_in(samples, finished_run, monkeypatch)
     run = read_run(finished_run[1])
     plan = samples.plan_of(run)
     last = run.table.iloc[-1]
-    numbers = f"{last['UA']:.0f} / {last['RA_I']:.0f} / {last['RA_C']:.0f}"
+    numbers = f"{last['UA']:.1f} / {last['RA_I']:.1f} / {last['RA_C']:.1f}"
     assert samples.labels([run, run]) == [f"conabl, none\n{numbers}"] * 2
     config = run.config | {"seed": 7}
     other = SimpleNamespace(method="conabl", config=config, table=run.table)
