@@ -9,8 +9,7 @@
 Every method alone and with gradient projection, and conabl with every regularizer and tuned
 combination, each with the settings of conf/tuned. The rows of the picture are evaluated after every
 request, the others after the first and the last: of these, images that are not finite are seen
-there alone. Seconds are those of one thread, with as many
-runs side by side as there are cores.
+there alone. Seconds are those of one thread, with as many runs side by side as there are cores.
 """
 
 import argparse

@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 from cu_runner import read_run
+from cu_runner.api.model import Model
 from cu_runner.api.runs import RunRecord
 from cu_runner.concepts.sequence import Concept, ImagePrompt, Sequence
 from cu_runner.config.revise import filled_in
@@ -117,8 +118,8 @@ def main() -> None:
     unlearned, kept = (pictured(sequence, group) for group in (sequence.targets, sequence.retain))
     prompts, seeds = zip(*((each.prompt, each.seed) for each in (*unlearned, *kept)), strict=True)
 
-    def drawn(run: RunRecord, step: int) -> list[Image.Image]:
-        return run.model(step=step).generate(
+    def drawn(model: Model) -> list[Image.Image]:
+        return model.generate(
             list(prompts),
             list(seeds),
             steps=sampler.steps,
@@ -127,9 +128,11 @@ def main() -> None:
             progress=False,
         )
 
-    rows = [("untouched model", drawn(runs[0], 0))]
+    rows = []
     for name, run in zip(labels(runs), runs, strict=True):
-        rows.append((name, drawn(run, len(run.records) - 1)))
+        model = run.model()
+        rows = rows or [("untouched model", drawn(model.untouched))]
+        rows.append((name, drawn(model)))
     names = ([each.concept for each in group] for group in (unlearned, kept))
     draw(rows, *names).savefig(arguments.output, dpi=80)
     print(f"wrote {arguments.output}")

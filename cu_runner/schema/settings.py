@@ -125,9 +125,11 @@ class EvalSettings(Sampler):
 
     def is_due(self, request: int, last: int) -> bool:
         """Tell whether the weights are evaluated after a request; the untouched model always is."""
-        if request in (0, last) or self.every == "last":
-            return request in (0, last)
-        return request in self.every if isinstance(self.every, list) else request % self.every == 0
+        if request in (0, last):
+            return True
+        if isinstance(self.every, list):
+            return request in self.every
+        return self.every != "last" and request % self.every == 0
 
     def require_requests(self, last: int) -> None:
         """Refuse with ConfigError a list that names a request beyond the last."""

@@ -19,8 +19,6 @@ from cu_runner.store.run_record import RunRecord, read_run
 CU_RUN = str(Path(sys.executable).with_name("cu-run"))
 # how cu-run's line begins; not that of a locked run or a full disk
 DIVERGED = ("training led to", "the images after request")
-
-
 LAST = (-1,)  # as `evaluated` of the functions below: the last request alone
 
 
